@@ -1,0 +1,62 @@
+"""Fixtures for all tests: tiny models (`tiny.py`), tiny data files, and the data sets beside the repository."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from layercard.models import BaseModel
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """`tiny_model("llama", seed=0, num_hidden_layers=5)`: a fresh tiny model."""
+    return build_tiny
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, with end token, padding token and chat template."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def tiny_base() -> "BaseModel":
+    """A tiny Llama with its tokenizer, as `load_model` would give it."""
+    from layercard.models import wrap_model
+
+    return wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny-llama")
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """A JSON Lines file with 16 `prompt` + `completion` records."""
+    return write_records(tmp_path / "tiny.jsonl", tiny_records(16))
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A saved tiny Llama with its tokenizer, as a local model folder."""
+    folder = tmp_path / "tiny-llama"
+    build_tiny("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder with the E2E, WebNLG and GSM8K samples; skips where it is absent."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: this test reads real data")
+    return folder
