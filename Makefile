@@ -1,0 +1,63 @@
+# layercard: set-up and checks. `make demo` shows the whole path; `make test` proves it.
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+# The first of these that runs and is recent enough for constraints.txt.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+DEMO  := demo
+
+.PHONY: help setup demo test test-slow bench bench-tables lint docs cli-docs clean
+
+help:
+	@echo "make setup      virtual environment in $(VENV) with everything for development"
+	@echo "make demo       profile, show, select and compare on the embedded model; results in $(DEMO)/"
+	@echo "make test       all quick tests"
+	@echo "make test-slow  the tests that take minutes or need the 135M model"
+	@echo "make bench      every benchmark, results in benchmarks/results/, then the tables in README.md and docs/"
+	@echo "make lint       ruff, mypy, generated tables and command line page"
+	@echo "make docs       the documentation site in site/"
+	@echo "make cli-docs   write docs/cli.md from the help texts"
+	@echo "make clean      remove what the targets above made, but neither $(VENV) nor results"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found; name one with PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs,trl,data]"
+	@touch $@
+
+demo: setup
+	$(BIN)/layercard demo --output $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	set -e; for script in benchmarks/*.py; do case $$script in */tables.py) ;; *) $(BIN)/python $$script;; esac; done
+	$(MAKE) bench-tables
+
+bench-tables: setup
+	$(BIN)/python benchmarks/tables.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python benchmarks/tables.py --check
+	$(BIN)/python docs/generate_cli.py --check
+
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+cli-docs: setup
+	$(BIN)/python docs/generate_cli.py
+
+clean:
+	rm -rf site dist build $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
