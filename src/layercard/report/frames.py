@@ -1,0 +1,293 @@
+"""Cards and comparisons as tables: the one place that knows which quantity has which title, unit and reading.
+
+Everything here takes the JSON value of a file, never a live model, and a quantity that was not measured is `None`, not zero.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured number, with the ends of its interval where it was sampled."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity of a layer.
+
+    Attributes:
+        key: Its name in the card.
+        title: Its name for people.
+        unit: Its unit; empty for a ratio or a count.
+        reading: What it is and how to read its plot, in two sentences.
+        wide: Whether it spans orders of magnitude, so that plots and bars are logarithmic.
+    """
+
+    key: str
+    title: str
+    unit: str
+    reading: str
+    wide: bool = False
+
+
+MEASURES: dict[str, Measure] = {
+    measure.key: measure
+    for measure in (
+        Measure(
+            "gain_estimate",
+            "Gain estimate",
+            "",
+            "How much adapting this layer alone should help, from the step probe and centrality together. "
+            "Higher is better; layers whose bands overlap are equally good.",
+        ),
+        Measure(
+            "step_probe",
+            "Step probe",
+            "nats/token",
+            "Loss reduction on held-out records when the layer's own best step is put into its weights, without training. "
+            "Higher is better; a value near zero means that the step helps only on the records it was made from.",
+        ),
+        Measure(
+            "training_probe",
+            "Training probe",
+            "nats/token",
+            "Loss reduction on held-out records after a few training steps of this layer alone. "
+            "It is the most direct measurement of performance and the most expensive.",
+        ),
+        Measure(
+            "centrality",
+            "Centrality",
+            "",
+            "Sum of the layer's squared coupling to all layers, itself included: how much of the others' work it can do. "
+            "High in the middle of a plateau, low for a layer that works alone.",
+        ),
+        Measure(
+            "resnorm",
+            "Resnorm",
+            "",
+            "Projected residual norm: the part of the loss signal that a linear adapter in this layer can reach. "
+            "Large in the first layers, which are also the hardest to optimise, so it does not rank layers by itself.",
+        ),
+        Measure(
+            "resnorm_rank",
+            "Resnorm, rank r",
+            "",
+            "The part of resnorm that an adapter of the card's rank can reach. "
+            "Far below resnorm means that a higher rank would find more to learn here.",
+        ),
+        Measure(
+            "residual_fraction",
+            "Residual fraction",
+            "",
+            "Resnorm squared as a share of the whole output gradient's energy. "
+            "Near 1 the layer's inputs explain its residual; near 0 the signal is noise to a linear adapter.",
+        ),
+        Measure(
+            "gradient_norm",
+            "Gradient norm",
+            "",
+            "Norm of the loss gradient with respect to the layer's weights, what gradient-based selectors sort by. "
+            "Compare its order with the gain estimate's: they often disagree.",
+            wide=True,
+        ),
+        Measure(
+            "predicted_gain",
+            "Quadratic gain",
+            "nats/token",
+            "Loss decrease that the local quadratic model predicts for the layer alone. "
+            "It flatters the last layers and misjudges the first ones, so it is shown for comparison.",
+        ),
+        Measure(
+            "activation_energy",
+            "Activation energy",
+            "",
+            "Mean squared norm of the inputs of the layer's adapted maps. "
+            "A spike is a massive activation: a few features dwarf all others and the layer is badly conditioned.",
+            wide=True,
+        ),
+        Measure(
+            "effective_rank",
+            "Effective rank",
+            "",
+            "Number of directions that the layer's inputs really use. "
+            "Near 1 a single direction carries everything, and an adapter's rank is of little use.",
+        ),
+        Measure(
+            "condition",
+            "Condition number",
+            "",
+            "Largest over smallest eigenvalue of the regularised input covariance. "
+            "The higher it is, the slower plain gradient descent learns in this layer.",
+            wide=True,
+        ),
+        Measure(
+            "noise_amplification",
+            "Noise amplification",
+            "",
+            "How strongly noise in the residual turns into noise in the layer's fitted step. "
+            "High values ask for more records or a smaller learning rate.",
+            wide=True,
+        ),
+        Measure("forward_seconds", "Forward time", "s", "Time of the block's forward pass. Usually the same for every block."),
+        Measure(
+            "backward_seconds",
+            "Backward time",
+            "s",
+            "Time of the block's backward pass. A placement pays it for every block above its lowest layer, adapted or not.",
+        ),
+        Measure("adapter_seconds", "Adapter time", "s", "Extra time of an adapter in this block. A placement pays it for each layer."),
+        Measure(
+            "saved_bytes",
+            "Saved activations",
+            "bytes",
+            "Memory that the block keeps for backward. A placement pays it for every block above its lowest layer.",
+        ),
+    )
+}
+
+
+_STABILITY = ((0.9, "very stable"), (0.75, "stable"), (0.5, "shaky, profile more records before relying on single layers"))
+
+
+def number(raw: Any) -> Number | None:
+    """A card's number: an object with `value`, `low` and `high`, a plain number, or null; what is not finite counts as not measured."""
+    if isinstance(raw, Mapping):
+        value = number(raw.get("value"))
+        if value is None:
+            return None
+        low, high = number(raw.get("low")), number(raw.get("high"))
+        return Number(value.value, low.value if low else None, high.value if high else None)
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
+        return None
+    return Number(float(raw))
+
+
+def profile_of(card: Json, key: str) -> list[Number | None]:
+    """One quantity of all layers, from the input to the output side."""
+    return [number(layer.get(key)) for layer in card["layers"]]
+
+
+def measured(card: Json) -> list[Measure]:
+    """The quantities that at least one layer of the card has, in the order of the catalogue."""
+    return [measure for measure in MEASURES.values() if any(profile_of(card, measure.key))]
+
+
+def best_layers(card: Json, count: int = 5, key: str = "gain_estimate") -> list[int]:
+    """The layers with the highest `key`, best first; fewer than `count` where fewer were measured."""
+    values = {index: found.value for index, found in enumerate(profile_of(card, key)) if found is not None}
+    return sorted(values, key=lambda index: (-values[index], index))[:count]
+
+
+def layer_rows(card: Json) -> list[dict[str, Any]]:
+    """One flat row a layer: `layer`, and for each measured quantity `key`, `key_low` and `key_high`."""
+    rows: list[dict[str, Any]] = []
+    for index, layer in enumerate(card["layers"]):
+        row: dict[str, Any] = {"layer": index}
+        for measure in measured(card):
+            found = number(layer.get(measure.key))
+            row[measure.key] = found.value if found else None
+            row[f"{measure.key}_low"] = found.low if found else None
+            row[f"{measure.key}_high"] = found.high if found else None
+        rows.append(row)
+    return rows
+
+
+def layer_frame(card: Json) -> "pandas.DataFrame":
+    """`layer_rows` as a data frame, indexed by layer."""
+    import pandas as pd
+
+    return pd.DataFrame(layer_rows(card)).set_index("layer")
+
+
+def coupling_frame(card: Json) -> "pandas.DataFrame":
+    """The coupling matrix, rows and columns named by layer."""
+    import pandas as pd
+
+    frame = pd.DataFrame(card["coupling"])
+    return frame.rename_axis(index="layer", columns="layer")
+
+
+def stability_words(card: Json) -> str:
+    """How far the card's own ranking can be relied on, in a sentence."""
+    stability = card.get("stability") or {}
+    key = "gain_estimate" if number(stability.get("gain_estimate")) else "step_probe"
+    found = number(stability.get(key))
+    if found is None:
+        return "not known: the card does not say how stable its ranking is"
+    title = MEASURES[key].title.lower()
+    words = next((words for bound, words in _STABILITY if found.value >= bound), "unstable, do not rely on it; profile more records")
+    return f"{words} (two halves of the records agree with Spearman {found.value:.2f} on the {title})"
+
+
+def short(value: float) -> str:
+    """A number in at most seven characters, three significant digits.
+
+    >>> [short(x) for x in (0, 1.0949, 0.01234, -0.5, 12.06, 1790, 61234, 0.00012)]
+    ['0', '1.09', '0.0123', '−0.500', '12.1', '1,790', '6.1e4', '1.2e-4']
+    """
+    size = abs(value)
+    if size == 0:
+        text = "0"
+    elif 0.001 <= size < 9999.5:
+        digits = max(0, 2 - math.floor(math.log10(size)))
+        text = f"{size:,.{digits}f}"
+    else:
+        mantissa, exponent = f"{size:.1e}".split("e")
+        text = f"{mantissa}e{int(exponent)}"
+    return f"−{text}" if value < 0 else text
+
+
+def interval(found: Number | None) -> str:
+    """`low–high` of a sampled number, else nothing."""
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"{short(found.low)}–{short(found.high)}"
+
+
+def bar_fractions(values: Sequence[Number | None], *, wide: bool = False) -> list[float | None]:
+    """Lengths of bars from 0 to 1: proportional to the values, or to their logarithm where they span orders of magnitude.
+
+    Negative values get no bar. On a logarithmic scale the smallest positive value gets a short bar, not none.
+    """
+    positive = [found.value for found in values if found is not None and found.value > 0]
+    if not positive:
+        return [None if found is None else 0.0 for found in values]
+    top, bottom = max(positive), min(positive)
+    if wide and top > bottom:
+        span = math.log(top) - math.log(bottom)
+        return [_log_fraction(found, bottom, span) for found in values]
+    return [None if found is None else max(found.value, 0.0) / top for found in values]
+
+
+def _log_fraction(found: Number | None, bottom: float, span: float) -> float | None:
+    if found is None:
+        return None
+    return 0.1 + 0.9 * (math.log(found.value) - math.log(bottom)) / span if found.value > 0 else 0.0
+
+
+def comparison_rows(comparison: Json) -> list[dict[str, Any]]:
+    """One flat row a placement of a comparison: `name`, `layers`, `loss_reduction`, `performance_kept` and what it cost.
+
+    The performance kept and the time are relative to the run that adapts all layers, where there is one.
+    """
+    keys = ("loss_reduction", "performance_kept", "train_seconds", "peak_memory_bytes", "trainable_parameters", "adapter_bytes")
+    rows = []
+    for run in comparison["runs"]:
+        row: dict[str, Any] = {"name": str(run["name"]), "layers": len(run["placement"]["layers"])}
+        for key in keys:
+            found = number(run.get(key))
+            row[key] = found.value if found else None
+        rows.append(row)
+    return rows

@@ -1,0 +1,118 @@
+"""Cards, placements and comparisons as a real profile would give them, made from a seed: for the tests of reports and commands."""
+
+import math
+import random
+from typing import Any
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def fake_card(depth: int = 30, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A card of a `depth`-layer model: resnorm falls from layer 0, gains form a hump in the middle, coupling decays with distance."""
+    rng = random.Random(seed)
+    coupling = [[_coupling(i, j, rng) for j in range(depth)] for i in range(depth)]
+    for i in range(depth):
+        for j in range(i):
+            coupling[i][j] = coupling[j][i]
+    card = {
+        "schema": "layercard/1",
+        "model": {"name": "smollm2-135m", "fingerprint": "0123456789abcdef", "layers": depth},
+        "data": {
+            "source": "e2e/train.jsonl",
+            "fingerprint": "fedcba9876543210",
+            "records": 64,
+            "tokens": 3901,
+            "labelled_tokens": 1790,
+            "truncated": 0,
+        },
+        "settings": {"seed": seed, "ridge": 0.01, "rank": 8, "dtype": "float32", "device": "cpu", "batch_size": 8, "label_samples": 4},
+        "versions": {"layercard": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+        "layers": [_layer(i, depth, coupling[i], rng) for i in range(depth)],
+        "coupling": coupling,
+        "stability": {"gain_estimate": 0.94, "step_probe": 0.93, "resnorm": 0.99},
+        "warnings": ["massive activations in layers 11 and 28: the down projection's input has 1,000 times its neighbours' energy"],
+    }
+    return {**card, **changes}
+
+
+def fake_placement(card: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """A placement of `layers` for the model of `card`."""
+    return {
+        "schema": "layercard-placement/1",
+        "model": card["model"],
+        "layers": layers,
+        "paths": [f"model.layers.{layer}.{name}" for layer in layers for name in PROJECTIONS],
+        "objective": "balanced",
+        "predicted": {"performance_kept": {"value": 0.96, "low": 0.93, "high": 0.99}},
+        "reasons": {str(layer): "covers its neighbours" for layer in layers},
+    }
+
+
+def _coupling(i: int, j: int, rng: random.Random) -> float:
+    return 1.0 if i == j else math.exp(-((abs(i - j) / 12) ** 1.2)) * rng.uniform(0.75, 1.0) * 0.85
+
+
+def _sampled(value: float, spread: float) -> dict[str, float]:
+    return {"value": value, "low": value - abs(value) * spread, "high": value + abs(value) * spread}
+
+
+def _layer(index: int, depth: int, couplings: list[float], rng: random.Random) -> dict[str, Any]:
+    at = index / max(depth - 1, 1)
+    noise = rng.uniform(0.95, 1.05)
+    gain = (1.12 - 1.1 * (at - 0.43) ** 2) * rng.uniform(0.98, 1.02)
+    resnorm = (12.0 if index == 0 else 2.6 * math.exp(-1.6 * at)) * noise
+    energy = 60 * math.exp(2 * at) * noise * (1000 if index in (11, 28) else 1)
+    return {
+        "index": index,
+        "resnorm": _sampled(resnorm, 0.08),
+        "resnorm_rank": _sampled(resnorm * 0.6, 0.08),
+        "residual_fraction": _sampled(0.3 * noise * (1 - at / 2), 0.05),
+        "gradient_norm": _sampled(4 * noise * (1.4 - at), 0.1),
+        "activation_energy": _sampled(energy, 0.03),
+        "effective_rank": _sampled(1.2 if index in (11, 28) else 40 * noise, 0.05),
+        "condition": _sampled(3e3 * noise, 0.2),
+        "noise_amplification": _sampled(1e-2 * noise, 0.2),
+        "predicted_gain": _sampled(0.2 + 0.4 * at * noise, 0.15),
+        "centrality": _sampled(sum(c * c for c in couplings), 0.02),
+        "step_probe": _sampled(gain * 0.4, 0.12),
+        "training_probe": None,
+        "gain_estimate": _sampled(gain, 0.06),
+        "forward_seconds": None,
+        "backward_seconds": None,
+        "adapter_seconds": None,
+        "saved_bytes": None,
+        "modules": [{"path": f"model.layers.{index}.{name}", "in_features": 576, "out_features": 576} for name in PROJECTIONS],
+    }
+
+
+def fake_comparison(card: dict[str, Any], placements: dict[str, list[int]]) -> dict[str, Any]:
+    """What `layercard compare` writes for named layer lists, with times and losses that look real."""
+    depth = int(card["model"]["layers"])
+    runs = []
+    for name, layers in placements.items():
+        share = 1 - 0.35 * math.exp(-len(layers) / 3) if len(layers) < depth else 1.0
+        runs.append(
+            {
+                "schema": "layercard-run/1",
+                "name": name,
+                "placement": fake_placement(card, layers),
+                "loss_before": 2.9,
+                "loss_after": 2.9 - 1.61 * share,
+                "loss_reduction": 1.61 * share,
+                "performance_kept": share,
+                "train_seconds": 90 * (0.25 + 0.75 * (depth - min(layers)) / depth),
+                "peak_memory_bytes": 1.1e9,
+                "trainable_parameters": 81_408 * len(layers),
+                "adapter_bytes": 326_000 * len(layers),
+                "layers_in_backward": f"{depth - min(layers)}/{depth}",
+            }
+        )
+    return {"schema": "layercard-comparison/1", "model": card["model"], "runs": runs}
