@@ -1,9 +1,11 @@
 """Where a model's decoder blocks and their linear maps are, found from the module tree and not from a list of names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from layercard.errors import ModelError
 
@@ -42,37 +44,56 @@ class Block:
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     """The decoder blocks of a model, in order.
 
-    They are the `nn.ModuleList` whose elements hold the largest number of linear maps' parameters, taken outermost first.
+    They are an `nn.ModuleList` whose elements contain linear maps. Where there are several, two rules choose:
+
+    1. The list belongs to the text model: it lies in the smallest part of the model that holds the input embedding and any such
+       list. So the tower of a vision-language model is not taken, however large it is.
+    2. Of the lists there, the one whose linear maps have most weights, the outer one of equals. So a list of experts inside a
+       block loses to the list of blocks.
+
+    Embeddings and output heads are in no such list, and a list of bare linear maps (several heads) is none.
 
     Raises:
         ModelError: There is no list of blocks with linear maps in it.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
-            size = sum(p.in_features * p.out_features for block in module for p in _projections(block, ""))
-            if size > 0 and (best is None or size > best[0]):
-                best = (size, path, module)
-    if best is None:
+    lists = {path: size for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and (size := _weights(module)) > 0}
+    if not lists:
         raise ModelError(f"{type(model).__name__} has no list of decoder blocks with linear maps; layercard needs a transformer decoder")
-    _, path, blocks = best
-    return tuple(
-        Block(index, f"{path}.{index}", block, tuple(_projections(block, f"{path}.{index}"))) for index, block in enumerate(blocks)
+    near = _beside(_embedding_path(model), lists)
+    path = max(near, key=lambda candidate: lists[candidate])
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    return tuple(Block(at, f"{path}.{at}", block, tuple(_projections(block, f"{path}.{at}"))) for at, block in enumerate(blocks))
+
+
+def _embedding_path(model: nn.Module) -> str:
+    """Path of the input embedding: the one that a transformers model names, else the largest; empty where there is none."""
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    wanted = inner.get_input_embeddings() if inner is not None else None
+    paths = {path: module.weight.numel() for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return next(
+        (path for path, module in model.named_modules() if module is wanted),
+        max(paths, key=lambda path: paths[path]) if paths else "",
     )
+
+
+def _beside(path: str, lists: Iterable[str]) -> list[str]:
+    """The lists in the smallest subtree around `path` that has any, in the order of the model."""
+    found: list[str] = []
+    while path and not found:
+        path = path.rpartition(".")[0]
+        found = [candidate for candidate in lists if not path or candidate.startswith(f"{path}.")]
+    return found or list(lists)
+
+
+def _weights(blocks: nn.ModuleList) -> int:
+    return sum(projection.in_features * projection.out_features for block in blocks for projection in _projections(block, ""))
 
 
 def _projections(block: nn.Module, block_path: str) -> Iterator[Projection]:
     for name, module in block.named_modules():
-        shape = _linear_shape(module)
-        if shape is not None:
-            n_in, n_out, transposed = shape
-            yield Projection(name, f"{block_path}.{name}", module, n_in, n_out, transposed)
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int, bool] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features, False
-    if type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter):
-        n_in, n_out = module.weight.shape
-        return int(n_in), int(n_out), True
-    return None
+        if name and isinstance(module, nn.Linear):
+            yield Projection(name, f"{block_path}.{name}", module, module.in_features, module.out_features, False)
+        elif name and isinstance(module, Conv1D):
+            n_in, n_out = module.weight.shape
+            yield Projection(name, f"{block_path}.{name}", module, int(n_in), int(n_out), True)
