@@ -1,0 +1,108 @@
+"""How adapters are trained: checked settings, without anything heavy to import."""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layercard.errors import TrainingError
+
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+"""Learning rate schedules of transformers that need no settings of their own."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How adapters are trained.
+
+    Attributes:
+        rank: Rank of each adapter.
+        alpha: Scale; the update is `alpha / rank` times the product of the adapter's two matrices.
+        dropout: Dropout on the adapter's input.
+        learning_rate: Peak learning rate of AdamW.
+        steps: Number of updates; or give `epochs`. One epoch when neither is given.
+        epochs: Passes over the data, rounded up to whole steps.
+        batch_size: Records that go through the model at once.
+        accumulation: Batches in one update.
+        warmup_ratio: Share of the steps in which the learning rate rises.
+        scheduler: One of `SCHEDULERS`.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them alone.
+        seed: Of the adapters' first weights, the order of the records, and dropout.
+        bf16: Whether to compute in bfloat16 where autocast does; adapters stay float32.
+        report_to: Where transformers logs to ("none", "tensorboard", "wandb", "tensorboard,wandb", "all").
+        save_steps: A checkpoint after every so many steps; 0 for none.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    learning_rate: float = 1e-3
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    accumulation: int = 1
+    warmup_ratio: float = 0.05
+    scheduler: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    bf16: bool = False
+    report_to: str = "none"
+    save_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise TrainingError(f"both steps ({self.steps}) and epochs ({self.epochs:g}) are given; give one of them")
+        at_least_one = ("rank", "batch_size", "accumulation", *(("steps",) if self.steps is not None else ()))
+        for name in at_least_one:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise TrainingError(f"{name} is {value!r}; give a whole number of at least 1")
+        for name, low, high in (
+            ("alpha", 1e-9, math.inf),
+            ("dropout", 0.0, 0.99),
+            ("learning_rate", 1e-12, math.inf),
+            ("warmup_ratio", 0.0, 1.0),
+            ("weight_decay", 0.0, math.inf),
+            ("max_grad_norm", 0.0, math.inf),
+            ("save_steps", 0, math.inf),
+            *((("epochs", 1e-9, math.inf),) if self.epochs is not None else ()),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high or value == math.inf:
+                raise TrainingError(f"{name} is {value!r}; give a number {'above 0' if low > 0 else f'from {low:g}'}{_up_to(high)}")
+        if self.scheduler not in SCHEDULERS:
+            close = difflib.get_close_matches(self.scheduler, SCHEDULERS, n=1, cutoff=0.0)[0]
+            raise TrainingError(f"scheduler {self.scheduler!r} is unknown; did you mean {close!r}? Choose one of {', '.join(SCHEDULERS)}")
+
+    def total_steps(self, records: int) -> int:
+        """Number of updates on `records` records.
+
+        >>> TrainSettings(epochs=2, batch_size=4).total_steps(9)
+        5
+        """
+        if self.steps is not None:
+            return self.steps
+        epochs = 1.0 if self.epochs is None else self.epochs
+        return max(1, math.ceil(epochs * records / (self.batch_size * self.accumulation) - 1e-9))
+
+    def reporters(self) -> list[str]:
+        """`report_to` as a list.
+
+        >>> TrainSettings(report_to="tensorboard, wandb").reporters()
+        ['tensorboard', 'wandb']
+        """
+        return [name.strip() for name in self.report_to.split(",") if name.strip()] or ["none"]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide about the result; where it is logged and how often it is saved do not."""
+        return {name: value for name, value in asdict(self).items() if name not in ("report_to", "save_steps")}
+
+
+def _up_to(high: float) -> str:
+    return "" if high == math.inf else f" to {high:g}"

@@ -1,0 +1,230 @@
+"""The optimisation of adapters: transformers' `Trainer` with this project's loss, data order, clock and checkpoints."""
+
+import difflib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_callback import PrinterCallback
+
+from layercard.data import IGNORED, Batch, Dataset, Example, collate
+from layercard.errors import TrainingError
+from layercard.files import read_json, write_json
+from layercard.models import Progress, labelled_losses
+from layercard.settings import TrainSettings
+
+LOG_FILE = "log.json"
+"""Written into a checkpoint when all else is in it: a checkpoint without it was cut off while it was written."""
+
+
+@dataclass
+class TrainLog:
+    """What training did so far.
+
+    Attributes:
+        losses: Training loss of each step, in nats per labelled token, before that step's update.
+        seconds: Time spent in steps: forward, backward and update, not loading, saving or measuring.
+        tokens: Tokens gone through, padding not counted.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def schedule(records: int, rows: int, seed: int) -> list[int]:
+    """Which record stands at each of `rows` places: one seeded shuffle of all records after another.
+
+    The order depends on the seed alone, not on the layers adapted or on the random numbers that dropout draws, so placements that
+    are compared see the same batches.
+
+    >>> sorted(schedule(3, 6, seed=0))
+    [0, 0, 1, 1, 2, 2]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < rows:
+        order += torch.randperm(records, generator=generator).tolist()
+    return order[:rows]
+
+
+def fit(
+    model: PeftModel, data: Dataset, pad_id: int, settings: TrainSettings, folder: Path, *, resume: bool, progress: Progress | None
+) -> TrainLog:
+    """Train the adapters of `model`, with checkpoints in `folder`; with `resume` go on from the last whole one there.
+
+    Raises:
+        TrainingError: The loss or a trained weight is not finite, or the machine cannot train with these settings.
+    """
+    steps = settings.total_steps(len(data))
+    order = schedule(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
+    trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder)
+    trainer.add_callback(_Watch(trainer, progress, epochs=len(order) / len(data)))
+    checkpoint = last_checkpoint(folder) if resume else None
+    if checkpoint is not None:
+        trainer.history = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
+    if broken:
+        raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.learning_rate:g})")
+    return trainer.history
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{LOG_FILE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class AdapterTrainer(Trainer):
+    """`Trainer` whose loss is the sum over labelled tokens divided by their number in the whole accumulated batch."""
+
+    def __init__(
+        self, model: PeftModel, examples: Sequence[Example], pad_id: int, settings: TrainSettings, steps: int, folder: Path
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=training_arguments(settings, steps, folder, next(model.parameters()).device),
+            train_dataset=examples,
+            data_collator=lambda rows: _inputs(collate(rows, range(len(rows)), pad_id)),
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # the loss below is already divided over the accumulated batch
+        self.learning_rate = settings.learning_rate
+        self.history = TrainLog()
+        self.step_loss = 0.0
+        self.step_tokens = 0
+
+    loss_is_scaled_for_ga = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the order of the examples, which `schedule` has shuffled."""
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=SequentialSampler(self.train_dataset),
+            collate_fn=self.data_collator,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], torch.Tensor]:
+        """The batches of one step and the number of their labelled tokens."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        labelled = sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples)
+        self.step_loss, self.step_tokens = 0.0, sum(int(sample["attention_mask"].sum()) for sample in samples)
+        return samples, torch.tensor(max(labelled, 1), device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """This batch's share of the step's loss, in nats per labelled token."""
+        batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], tuple(range(len(inputs["input_ids"]))))
+        losses, _ = labelled_losses(model, batch)
+        loss = losses.sum() / num_items_in_batch
+        self.step_loss += loss.item()
+        if not math.isfinite(self.step_loss):
+            raise TrainingError(
+                f"the loss is {self.step_loss} at step {self.state.global_step + 1}; lower the learning rate ({self.learning_rate:g})"
+                " or use float32"
+            )
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the walk over all parameters that it needs would be timed with every step."""
+        return 0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only the adapter, as safetensors, and without asking the hub for the base model's vocabulary."""
+        self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+
+class _Watch(TrainerCallback):
+    """Keeps the log, reports progress and marks checkpoints as whole."""
+
+    def __init__(self, trainer: AdapterTrainer, progress: Progress | None, epochs: float) -> None:
+        self.trainer, self.progress, self.epochs = trainer, progress, epochs
+        self.start = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        history = self.trainer.history
+        history.seconds += time.perf_counter() - self.start
+        history.losses.append(self.trainer.step_loss)
+        history.tokens += self.trainer.step_tokens
+        state.epoch = self.epochs * state.global_step / state.max_steps
+        if self.progress is not None:
+            self.progress("train", state.global_step, state.max_steps)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOG_FILE, asdict(self.trainer.history), force=True)
+
+
+def training_arguments(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
+    """Settings as transformers names them, for one device and without output of its own.
+
+    Raises:
+        TrainingError: The device is not the one that `Trainer` would take or cannot compute in bfloat16, or there is no such place
+            to log to.
+    """
+    reporters = _reporters(settings)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.scheduler,
+            warmup_steps=math.ceil(settings.warmup_ratio * steps),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            optim="adamw_torch",
+            seed=settings.seed,
+            bf16=settings.bf16,
+            use_cpu=device.type == "cpu",
+            report_to=reporters,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if settings.save_steps else "no",
+            save_steps=settings.save_steps or steps,
+            save_total_limit=2,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+    except ValueError as error:
+        raise TrainingError(f"cannot train with these settings: {' '.join(str(error).split())}; try without bf16") from error
+    used = arguments.device
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device; never DataParallel
+    if (used.type, used.index or 0) != (device.type, device.index or 0):
+        raise TrainingError(f"the model lies on {device} but transformers trains on {used}; set CUDA_VISIBLE_DEVICES and use --device cuda")
+    return arguments
+
+
+def _reporters(settings: TrainSettings) -> list[str]:
+    names = settings.reporters()
+    if names in (["none"], ["all"]):
+        return names
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
+            raise TrainingError(f"report_to {name!r} is unknown to transformers; did you mean {close!r}?")
+        if name not in get_available_reporting_integrations():
+            raise TrainingError(f"report_to {name!r} needs its package, which is not installed; install it or log to 'none'")
+    return names
+
+
+def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
