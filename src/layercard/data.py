@@ -1,18 +1,19 @@
 """Records and token batches: what a model is profiled, trained and measured on."""
 
 import hashlib
-import json
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from layercard.encoding import IGNORED, encode, record_format
 from layercard.errors import DataError
+from layercard.records import read_records
 
-IGNORED = -100
-"""Label of a token that carries no loss."""
+__all__ = ["IGNORED", "Batch", "Dataset", "Example", "batches", "collate", "encode_pair", "load_data"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples with where they came from."""
+    """Examples with where they came from.
+
+    Attributes:
+        examples: The records as tokens, in the order of the source.
+        source: The file or name they came from; "synthetic …" for the built-in set.
+        fingerprint: 16 hex digits over all ids and labels.
+        truncated: How many records were cut to the longest allowed length.
+        format: `pair` (prompt and completion), `chat` or `text`.
+    """
 
     examples: tuple[Example, ...]
     source: str
     fingerprint: str
     truncated: int = 0
+    format: str = ""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -105,32 +115,68 @@ def batches(examples: Sequence[Example], size: int, pad_id: int, *, by_length: b
 
 def encode_pair(tokenizer: Any, record: dict[str, Any], separator: str, max_length: int) -> tuple[Example, bool]:
     """Tokens of a `prompt` + `completion` record, loss on the completion and its end token; whether it was cut."""
-    prompt = tokenizer(record["prompt"] + separator, add_special_tokens=True).input_ids
-    completion = [*tokenizer(record["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    ids = [*prompt, *completion]
-    labels = [IGNORED] * len(prompt) + completion
-    return Example(tuple(ids[:max_length]), tuple(labels[:max_length]), record), len(ids) > max_length
+    return _example(record, *encode(tokenizer, record, "pair", separator), max_length)
 
 
 def load_data(
-    source: str, tokenizer: Any, *, records: int | None = None, max_length: int = 1024, separator: str = "\n"
+    source: str | os.PathLike[str], tokenizer: Any, *, records: int | None = None, max_length: int = 1024, separator: str = "\n"
 ) -> Dataset:
-    """Read and tokenise records (JSON Lines with `prompt` and `completion`)."""
-    path = Path(source)
-    examples, truncated = [], 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        if records is not None and len(examples) == records:
-            break
+    """Read and tokenise records.
+
+    A record has `prompt` and `completion` (loss on the completion and its end token), chat `messages` (the tokenizer's template, loss
+    on assistant turns and their end tokens) or `text` (loss on every token but the first); all records have what the first has.
+
+    Args:
+        source: A JSON Lines, CSV or Parquet file, `hub:NAME[:split]`, or `synthetic[:split]`.
+        tokenizer: The model's tokenizer.
+        records: Take only the first so many; no more are read.
+        max_length: Tokens of a record, what goes beyond is cut and counted in `Dataset.truncated`.
+        separator: Put between prompt and completion.
+
+    Raises:
+        DataError: No such source, no records, or a record that cannot be used, with its line number.
+    """
+    if records is not None and records < 1:
+        raise DataError(f"records must be at least 1, found {records}; leave it out to take all")
+    if max_length < 2:
+        raise DataError(f"max_length must be at least 2 tokens, found {max_length}; 1024 is the default")
+    name = os.fspath(source)
+    label, located = read_records(name)
+    examples, truncated, kind = [], 0, ""
+    for place, record in itertools.islice(located, records):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source} line {number}: no JSON ({error.msg}); mend or remove the line") from None
-        example, cut = encode_pair(tokenizer, record, separator, max_length)
+            kind = kind or record_format(record)
+            example, cut = _example(record, *encode(tokenizer, record, kind, separator), max_length)
+            _check(example, cut, kind)
+        except DataError as error:
+            raise DataError(f"{name} {place}: {error}") from error.__cause__
         truncated += cut
         examples.append(example)
+    if not examples:
+        raise DataError(f"{name} holds no records; it needs at least one with prompt and completion, messages or text")
+    return Dataset(tuple(examples), label, _fingerprint(examples), truncated, kind)
+
+
+def _example(record: dict[str, Any], ids: list[int], labels: list[int], max_length: int) -> tuple[Example, bool]:
+    return Example(tuple(ids[:max_length]), tuple(labels[:max_length]), record), len(ids) > max_length
+
+
+def _check(example: Example, cut: bool, kind: str) -> None:
+    """Refuse a record that teaches nothing, or whose answers cannot be compared with."""
+    record = example.record
+    if kind == "pair" and not record["completion"]:
+        raise DataError("completion is empty, so nothing is to be learnt; fill it or remove the record")
+    if example.labelled == 0:
+        if cut:
+            raise DataError(f"the first {len(example.input_ids)} tokens carry no label and the rest is cut; raise max_length")
+        raise DataError("no token carries a label; lengthen or remove the record")
+    references = record.get("references")
+    if references is not None and not (isinstance(references, list) and references and all(isinstance(text, str) for text in references)):
+        raise DataError(f'references must be a list of strings, found {type(references).__name__}; write them as ["…", "…"]')
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.input_ids, example.labels)).encode())
-    return Dataset(tuple(examples), source, digest.hexdigest()[:16], truncated)
+    return digest.hexdigest()[:16]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import huggingface_hub.constants as hub_constants
 import huggingface_hub.utils as hub_utils
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -17,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from layercard.conversion import read_gguf
 from layercard.embedded import EMBEDDED, embedded_folder
 from layercard.errors import ModelError
+from layercard.hub import hub_answers
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, how much is done and how much there is."""
@@ -61,7 +61,7 @@ def read_model(place: str, dtype: torch.dtype | str, trust_remote_code: bool = F
     """
     if place.lower().endswith(".gguf"):
         return read_gguf(Path(place), dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    source = place if Path(place).is_dir() or _hub_answers() else _cached_snapshot(place)
+    source = place if Path(place).is_dir() or hub_answers() else _cached_snapshot(place)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -127,15 +127,6 @@ def _check_folder(folder: Path) -> None:
     if pickled:
         raise ModelError(f"{folder} has only pickled weights ({pickled[0]}), which can run code when read; convert them to safetensors")
     raise ModelError(f"{folder} has a config.json but no weights (*.safetensors); copy the weights there or name another folder")
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached: asked once, since its client would retry each file for most of a minute."""
-    try:
-        hub_utils.get_session().head(hub_constants.ENDPOINT, timeout=10.0)
-    except Exception:  # the client's own network errors, or its offline mode
-        return False
-    return True
 
 
 def _cached_snapshot(name: str) -> str:
