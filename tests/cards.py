@@ -37,7 +37,10 @@ def fake_card(depth: int = 30, seed: int = 0, **changes: Any) -> dict[str, Any]:
         "versions": {"layercard": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
         "layers": [_layer(i, depth, coupling[i], rng) for i in range(depth)],
         "coupling": coupling,
-        "stability": {"gain_estimate": 0.94, "step_probe": 0.93, "resnorm": 0.99},
+        "descent": [0.5] * depth,
+        "curvature": [0.4] * depth,
+        "stability": {"gain_estimate": 0.94, "step_probe": 0.93, "centrality": 0.96},
+        "units": {"gain_estimate": "nats per labelled token, relative scale", "resnorm": "sqrt(nats) per labelled token"},
         "warnings": ["massive activations in layers 11 and 28: the down projection's input has 1,000 times its neighbours' energy"],
     }
     return {**card, **changes}
@@ -62,6 +65,11 @@ def _coupling(i: int, j: int, rng: random.Random) -> float:
 
 def _sampled(value: float, spread: float) -> dict[str, float]:
     return {"value": value, "low": value - abs(value) * spread, "high": value + abs(value) * spread}
+
+
+def _module(path: str, resnorm: float) -> dict[str, Any]:
+    signals = {"resnorm": resnorm * 0.38, "resnorm_rank": resnorm * 0.2, "gradient_norm": 1.0, "ridge": 0.01}
+    return {"path": path, "in_features": 576, "out_features": 576, **signals, "shares_input_with": None}
 
 
 def _layer(index: int, depth: int, couplings: list[float], rng: random.Random) -> dict[str, Any]:
@@ -89,7 +97,7 @@ def _layer(index: int, depth: int, couplings: list[float], rng: random.Random) -
         "backward_seconds": None,
         "adapter_seconds": None,
         "saved_bytes": None,
-        "modules": [{"path": f"model.layers.{index}.{name}", "in_features": 576, "out_features": 576} for name in PROJECTIONS],
+        "modules": [_module(f"model.layers.{index}.{name}", resnorm) for name in PROJECTIONS],
     }
 
 

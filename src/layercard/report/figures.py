@@ -31,7 +31,7 @@ def depth_figure(card: Json, measure: Measure, chosen: Collection[int] = ()) -> 
         figure.add_scatter(**_points(picked), mode="markers", marker=marker)
     figure.update_layout(showlegend=False, margin={"l": 52, "r": 12, "t": 8, "b": 40}, hovermode="closest")
     figure.update_xaxes(title="layer, input to output", rangemode="tozero", zeroline=False)
-    figure.update_yaxes(title=measure.unit or None, type="log" if measure.wide else "linear", zeroline=False, nticks=6)
+    figure.update_yaxes(type="log" if measure.wide else "linear", zeroline=False, nticks=6)
     return figure
 
 

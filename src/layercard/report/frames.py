@@ -1,4 +1,4 @@
-"""Cards and comparisons as tables: the one place that knows which quantity has which title, unit and reading.
+"""Cards and comparisons as tables: the one place that knows which quantity has which title and reading.
 
 Everything here takes the JSON value of a file, never a live model, and a quantity that was not measured is `None`, not zero.
 """
@@ -30,14 +30,12 @@ class Measure:
     Attributes:
         key: Its name in the card.
         title: Its name for people.
-        unit: Its unit; empty for a ratio or a count.
         reading: What it is and how to read its plot, in two sentences.
         wide: Whether it spans orders of magnitude, so that plots and bars are logarithmic.
     """
 
     key: str
     title: str
-    unit: str
     reading: str
     wide: bool = False
 
@@ -48,56 +46,48 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "gain_estimate",
             "Gain estimate",
-            "",
             "How much adapting this layer alone should help, from the step probe and centrality together. "
             "Higher is better; layers whose bands overlap are equally good.",
         ),
         Measure(
             "step_probe",
             "Step probe",
-            "nats/token",
             "Loss reduction on held-out records when the layer's own best step is put into its weights, without training. "
             "Higher is better; a value near zero means that the step helps only on the records it was made from.",
         ),
         Measure(
             "training_probe",
             "Training probe",
-            "nats/token",
             "Loss reduction on held-out records after a few training steps of this layer alone. "
             "It is the most direct measurement of performance and the most expensive.",
         ),
         Measure(
             "centrality",
             "Centrality",
-            "",
             "Sum of the layer's squared coupling to all layers, itself included: how much of the others' work it can do. "
             "High in the middle of a plateau, low for a layer that works alone.",
         ),
         Measure(
             "resnorm",
             "Resnorm",
-            "",
             "Projected residual norm: the part of the loss signal that a linear adapter in this layer can reach. "
             "Large in the first layers, which are also the hardest to optimise, so it does not rank layers by itself.",
         ),
         Measure(
             "resnorm_rank",
             "Resnorm, rank r",
-            "",
             "The part of resnorm that an adapter of the card's rank can reach. "
             "Far below resnorm means that a higher rank would find more to learn here.",
         ),
         Measure(
             "residual_fraction",
             "Residual fraction",
-            "",
             "Resnorm squared as a share of the whole output gradient's energy. "
             "Near 1 the layer's inputs explain its residual; near 0 the signal is noise to a linear adapter.",
         ),
         Measure(
             "gradient_norm",
             "Gradient norm",
-            "",
             "Norm of the loss gradient with respect to the layer's weights, what gradient-based selectors sort by. "
             "Compare its order with the gain estimate's: they often disagree.",
             wide=True,
@@ -105,14 +95,12 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "predicted_gain",
             "Quadratic gain",
-            "nats/token",
             "Loss decrease that the local quadratic model predicts for the layer alone. "
             "It flatters the last layers and misjudges the first ones, so it is shown for comparison.",
         ),
         Measure(
             "activation_energy",
             "Activation energy",
-            "",
             "Mean squared norm of the inputs of the layer's adapted maps. "
             "A spike is a massive activation: a few features dwarf all others and the layer is badly conditioned.",
             wide=True,
@@ -120,14 +108,12 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "effective_rank",
             "Effective rank",
-            "",
             "Number of directions that the layer's inputs really use. "
             "Near 1 a single direction carries everything, and an adapter's rank is of little use.",
         ),
         Measure(
             "condition",
             "Condition number",
-            "",
             "Largest over smallest eigenvalue of the regularised input covariance. "
             "The higher it is, the slower plain gradient descent learns in this layer.",
             wide=True,
@@ -135,23 +121,20 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "noise_amplification",
             "Noise amplification",
-            "",
-            "How strongly noise in the residual turns into noise in the layer's fitted step. "
-            "High values ask for more records or a smaller learning rate.",
+            "Energy of the noise in the layer's own step, as a multiple of the step's energy. "
+            "Well above 1 the step is mostly noise: more records or a smaller learning rate help.",
             wide=True,
         ),
-        Measure("forward_seconds", "Forward time", "s", "Time of the block's forward pass. Usually the same for every block."),
+        Measure("forward_seconds", "Forward time", "Time of the block's forward pass. Usually the same for every block."),
         Measure(
             "backward_seconds",
             "Backward time",
-            "s",
             "Time of the block's backward pass. A placement pays it for every block above its lowest layer, adapted or not.",
         ),
-        Measure("adapter_seconds", "Adapter time", "s", "Extra time of an adapter in this block. A placement pays it for each layer."),
+        Measure("adapter_seconds", "Adapter time", "Extra time of an adapter in this block. A placement pays it for each layer."),
         Measure(
             "saved_bytes",
             "Saved activations",
-            "bytes",
             "Memory that the block keeps for backward. A placement pays it for every block above its lowest layer.",
         ),
     )
@@ -177,6 +160,11 @@ def number(raw: Any) -> Number | None:
 def profile_of(card: Json, key: str) -> list[Number | None]:
     """One quantity of all layers, from the input to the output side."""
     return [number(layer.get(key)) for layer in card["layers"]]
+
+
+def unit_of(card: Json, key: str) -> str:
+    """The unit of a quantity as the card itself gives it."""
+    return str((card.get("units") or {}).get(key, ""))
 
 
 def measured(card: Json) -> list[Measure]:

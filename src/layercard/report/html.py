@@ -24,6 +24,7 @@ from layercard.report.frames import (
     profile_of,
     short,
     stability_words,
+    unit_of,
 )
 
 LEADING = "gain_estimate"
@@ -140,7 +141,7 @@ def _plot(name: str, title: str, unit: str, reading: str, figure: Figure) -> Plo
 
 
 def _depth_plots(card: Json, chosen: Sequence[int]) -> list[Plot]:
-    return [_plot(m.key, m.title, m.unit, m.reading, figures.depth_figure(card, m, chosen)) for m in measured(card)]
+    return [_plot(m.key, m.title, unit_of(card, m.key), m.reading, figures.depth_figure(card, m, chosen)) for m in measured(card)]
 
 
 def _coupling_plot(card: Json, chosen: Sequence[int]) -> Plot | None:

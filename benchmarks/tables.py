@@ -1,0 +1,91 @@
+"""Write the result tables of README.md and docs/ from the JSON files in benchmarks/results/.
+
+A page asks for a table by its file's name: `<!-- table:NAME -->` opens the place, `<!-- /table -->` closes it, and what stands
+between them is replaced. A result file is a JSON object with `title`, `command`, `machine`, `columns` (names) and `rows` (lists
+of values, as long as `columns`).
+
+    python benchmarks/tables.py            write the tables
+    python benchmarks/tables.py --check    change nothing; exit 1 if a page differs from its result files
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n.*?<!-- /table -->", re.DOTALL)
+
+
+def cell(value: Any) -> str:
+    """A value as it stands in a table.
+
+    >>> [cell(value) for value in (None, 3, 0.98765, 1234.5, 12000, "a|b")]
+    ['–', '3', '0.988', '1,234', '12,000', 'a\\\\|b']
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result as Markdown: the table, then where it comes from. Columns of numbers are set to the right."""
+    columns, rows = result["columns"], result["rows"]
+    wrong = next((row for row in rows if len(row) != len(columns)), None)
+    if wrong is not None:
+        raise ValueError(f"{result['title']}: a row has {len(wrong)} values for {len(columns)} columns")
+    numeric = [all(isinstance(row[at], int | float | None) for row in rows) for at in range(len(columns))]
+    lines = [
+        "| " + " | ".join(map(cell, columns)) + " |",
+        "| " + " | ".join("---:" if number else "---" for number in numeric) + " |",
+        *("| " + " | ".join(map(cell, row)) + " |" for row in rows),
+    ]
+    return "\n".join([*lines, "", f"{result['title']}. Made with `{result['command']}` on {result['machine']}."])
+
+
+def filled(text: str, results: Path) -> str:
+    """`text` with every marked place filled from `results`."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        path = results / f"{name}.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no {path.name} in {results} for the mark <!-- table:{name} -->")
+        return f"<!-- table:{name} -->\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n<!-- /table -->"
+
+    return MARK.sub(replace, text)
+
+
+def pages(root: Path) -> list[Path]:
+    """The pages that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """Write or check all pages below `root`; the exit status is 1 where a check finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for page in pages(root):
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, root / "benchmarks" / "results")
+        if before != after:
+            stale.append(page)
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    for page in stale:
+        print(f"{page.relative_to(root)}: {'out of date; run make bench-tables' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Reports of a card: the terminal table at several widths, and the HTML page; all from JSON values alone."""
+
+import html
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from cards import fake_card, fake_comparison, fake_placement
+from layercard.errors import OutputError
+from layercard.report import frames
+from layercard.report.html import render, write_page
+from layercard.report.terminal import card_view, placement_view, strip
+
+
+def printed(card: dict[str, Any], width: int, **options: Any) -> list[str]:
+    """The card as a terminal of `width` columns shows it, line by line."""
+    console = Console(width=width, markup=False, emoji=False, highlight=False, **options)
+    with console.capture() as capture:
+        console.print(card_view(card, console))
+    return capture.get().splitlines()
+
+
+def table_rows(lines: list[str]) -> list[str]:
+    return [line for line in lines if re.match(r"^ *[★*|]? *\d+ ", line)]
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_table_has_one_row_a_layer_and_fits(width: int) -> None:
+    card = fake_card()
+    lines = printed(card, width)
+    rows = table_rows(lines)
+    assert [int(re.sub(r"[★*|]", " ", row).split()[0]) for row in rows] == list(range(30))
+    assert max(map(len, lines)) <= width
+    assert all(frames.short(card["layers"][at]["gain_estimate"]["value"]) in row for at, row in enumerate(rows))
+    assert all(frames.short(card["layers"][at]["resnorm"]["value"]) in row for at, row in enumerate(rows))
+    marked = {at for at, row in enumerate(rows) if "★" in row}
+    assert marked == set(frames.best_layers(card))
+
+
+def test_wider_terminals_show_more() -> None:
+    headers = [next(line for line in printed(fake_card(), width) if "Gain est." in line) for width in (80, 100, 160)]
+    assert len(headers[0].split()) < len(headers[1].split()) < len(headers[2].split())
+    assert "Condition" in headers[2]
+
+
+def test_warnings_and_stability_in_words() -> None:
+    text = " ".join(" ".join(printed(fake_card(warnings=["too few tokens [red]"], stability={"gain_estimate": 0.31}), 100)).split())
+    assert "! too few tokens [red]" in text
+    assert "unstable, do not rely on it" in text
+    assert "very stable" in " ".join(printed(fake_card(), 100))
+
+
+def test_terminal_without_unicode_gets_ascii(tmp_path: Path) -> None:
+    with (tmp_path / "out.txt").open("w", encoding="ascii", errors="replace") as file:
+        console = Console(file=file, width=80, markup=False)
+        console.print(card_view({**fake_card(), "model": {"name": "m", "fingerprint": "f", "layers": 30}}, console))
+    rows = table_rows((tmp_path / "out.txt").read_text(encoding="ascii").splitlines())
+    assert len(rows) == 30
+
+
+def test_a_card_without_step_probe_is_shown() -> None:
+    card = fake_card(depth=4)
+    for layer in card["layers"]:
+        layer["step_probe"] = None
+    lines = printed(card, 100)
+    assert len(table_rows(lines)) == 4
+    assert "Step probe" not in " ".join(lines)
+    assert "Step probe" not in render(card)
+
+
+def test_placement_view_says_why() -> None:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(placement_view(fake_placement(fake_card(), [2, 9])))
+    text = capture.get()
+    assert "2 of 30 layers" in text
+    assert "··■······■" in text
+    assert "performance kept 0.960 (0.930–0.990)" in text
+    assert text.count("covers its neighbours") == 2
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_short_numbers_are_short_and_true(value: float) -> None:
+    text = frames.short(value)
+    assert len(text) <= 8
+    assert math.isclose(float(text.replace("−", "-").replace(",", "")), value, rel_tol=0.06, abs_tol=0)
+
+
+@given(st.tuples(st.floats(-10, 10), st.floats(-10, 10), st.floats(-10, 10)).map(sorted), st.integers(1, 40))
+def test_strips_are_as_wide_as_asked_and_have_one_dot(ends: list[float], width: int) -> None:
+    low, value, high = ends
+    text = strip(frames.Number(value, low, high), (-10, 10), width)
+    assert len(text) == width
+    assert text.count("●") == 1
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-1e9, 1e9)), max_size=8), st.booleans())
+def test_bars_lie_between_nothing_and_full(values: list[float | None], wide: bool) -> None:
+    fractions = frames.bar_fractions([None if v is None else frames.Number(v) for v in values], wide=wide)
+    assert [f is None for f in fractions] == [v is None for v in values]
+    assert all(-1e-9 <= f <= 1 + 1e-9 for f in fractions if f is not None)
+
+
+def test_numbers_that_were_not_measured_are_none() -> None:
+    assert [frames.number(raw) for raw in (None, {}, {"value": None}, math.nan, math.inf, "3", True)] == [None] * 7
+    assert frames.number({"value": 1, "low": None, "high": 2}) == frames.Number(1.0, None, 2.0)
+
+
+def test_frames_hold_the_numbers_of_the_card() -> None:
+    card = fake_card(depth=6)
+    frame = frames.layer_frame(card)
+    assert frame.index.tolist() == list(range(6))
+    assert frame.loc[3, "resnorm_low"] == card["layers"][3]["resnorm"]["low"]
+    assert "training_probe" not in frame
+    assert frames.coupling_frame(card).loc[1, 2] == card["coupling"][1][2]
+
+
+class Reader(HTMLParser):
+    """What a page shows: the exact values of its table, its tags, and the JSON of its figures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.values: list[float] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.figures: dict[str, Any] = {}
+        self._figure: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        if "data-value" in found:
+            self.values.append(float(found["data-value"] or "nan"))
+        self._figure = found["data-plot"] if tag == "script" and found.get("class") == "figure" else None
+
+    def handle_data(self, data: str) -> None:
+        if self._figure:
+            self.figures[self._figure] = json.loads(data)
+            self._figure = None
+
+
+def test_page_holds_the_numbers_of_the_card() -> None:
+    card = fake_card()
+    placement = fake_placement(card, [2, 9, 17])
+    page = Reader(render(card, placement=placement, comparison=fake_comparison(card, {"mine": [2, 9, 17], "all": list(range(30))})))
+    columns = [measure.key for measure in frames.measured(card)]
+    assert page.values == [layer[key]["value"] for layer in card["layers"] for key in columns]
+    line = page.figures["plot-gain_estimate"]["data"][1]
+    assert line["y"] == [layer["gain_estimate"]["value"] for layer in card["layers"]]
+    assert page.figures["plot-gain_estimate"]["data"][2]["x"] == [2, 9, 17]
+    assert page.figures["plot-coupling"]["data"][0]["z"] == card["coupling"]
+    assert page.figures["plot-trade-off"]["data"][0]["text"] == ["mine", "all"]
+    plots = {attrs["id"] for tag, attrs in page.tags if tag == "div" and attrs.get("class") == "plot"}
+    assert plots == set(page.figures)
+
+
+def test_page_needs_no_network_and_is_small() -> None:
+    text = render(fake_card(depth=64))
+    assert len(text) < 6_000_000
+    for tag, attrs in Reader(text).tags:
+        assert tag != "link"
+        assert not any(name in attrs for name in ("src", "href")), (tag, attrs)
+
+
+def test_page_shows_hostile_text_as_text() -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    card = fake_card(depth=3, warnings=[evil])
+    card["model"]["name"] = card["data"]["source"] = card["settings"]["ridge"] = evil
+    card["units"]["resnorm"] = evil
+    placement = {**fake_placement(card, [1]), "objective": evil, "reasons": {"1": evil}}
+    comparison = fake_comparison(card, {evil: [1], "all": [0, 1, 2]})
+    text = render(card, placement=placement, comparison=comparison, commands=[evil])
+    assert evil not in text
+    assert html.escape(evil, quote=False)[:20] in text
+    assert not any(tag == "img" for tag, _ in Reader(text).tags)
+
+
+def test_page_is_written_whole_and_kept(tmp_path: Path) -> None:
+    page = write_page(tmp_path / "card.html", fake_card(depth=2))
+    with pytest.raises(OutputError, match="exists already"):
+        write_page(page, fake_card(depth=2))
+    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert [path.name for path in tmp_path.iterdir()] == ["card.html"]
+
+
+def test_terminal_view_loads_neither_pandas_nor_plotly() -> None:
+    script = "import sys, layercard.report.terminal; print([m for m in ('pandas', 'plotly', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
