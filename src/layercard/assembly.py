@@ -1,0 +1,247 @@
+"""From the arrays of the two passes and the step probe to a card with intervals, stability and warnings."""
+
+import math
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from layercard.card import DataInfo, LayerCard, LayerEntry, ModelInfo, ModuleCard, Sampled
+from layercard.data import Dataset
+from layercard.models import BaseModel, describe
+from layercard.probe import StepProbe
+from layercard.signals import Fit, HeldOut
+from layercard.statistics.coupling import centrality, correlation, curvature, descent, single_gain
+from layercard.statistics.gain import gain_estimate
+from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
+
+UNITS = {
+    "resnorm": "sqrt(nats) per labelled token",
+    "resnorm_rank": "sqrt(nats) per labelled token",
+    "residual_fraction": "share of E|delta|^2",
+    "gradient_norm": "nats per labelled token per unit of weight",
+    "activation_energy": "squared activation, summed over the layer's module inputs",
+    "effective_rank": "directions, mean over module inputs",
+    "condition": "ratio, geometric mean over module inputs",
+    "noise_amplification": "noise energy of the step / energy of the step",
+    "predicted_gain": "nats per labelled token",
+    "centrality": "layers",
+    "step_probe": "nats per labelled token",
+    "training_probe": "nats per labelled token",
+    "gain_estimate": "nats per labelled token, relative scale",
+    "coupling": "correlation, -1 to 1",
+    "forward_seconds": "s",
+    "backward_seconds": "s",
+    "adapter_seconds": "s",
+    "saved_bytes": "bytes",
+}
+MASSIVE = 100.0
+"""Energy of an input over its usual energy from which on a layer is said to have massive activations."""
+STABLE = 0.8
+"""Split-half rank correlation of `gain_estimate` below which the ranking is called unstable."""
+
+_Profile = tuple[list[float], list[float], list[float]]
+"""Value, low and high of one measure, layer by layer."""
+
+
+class Assembly:
+    """Turns the arrays of the passes into a card."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        dataset: Dataset,
+        settings: dict[str, Any],
+        fit: Fit,
+        held_out: HeldOut,
+        probe: StepProbe | None,
+        fit_records: int,
+    ) -> None:
+        self.base, self.dataset, self.settings = base, dataset, settings
+        self.fit, self.held_out, self.probe, self.fit_records = fit, held_out, probe, fit_records
+        self.records = len(held_out.labelled)
+        self.weights = bootstrap_weights(self.records, settings["seed"])
+        self.shrink = math.sqrt(self.records / fit_records)
+
+    def card(self) -> LayerCard:
+        """The whole card."""
+        measures = {**self._fitted(), **self._bootstrapped()}
+        depth = len(self.base.blocks)
+        k = curvature(self.held_out.drawn, self.held_out.labelled)
+        return LayerCard(
+            model=ModelInfo(**describe(self.base)),
+            data=DataInfo(
+                source=self.dataset.source,
+                fingerprint=self.dataset.fingerprint,
+                records=len(self.dataset),
+                tokens=self.dataset.tokens,
+                labelled_tokens=self.dataset.labelled_tokens,
+                fit_records=self.fit_records,
+                truncated=self.dataset.truncated,
+                loss=float(self.held_out.nats.sum() / self.held_out.labelled.sum()),
+            ),
+            settings=self._settings(),
+            versions={name: version(name) for name in ("torch", "transformers", "layercard")} | {"python": platform.python_version()},
+            layers=tuple(self._entry(layer, measures) for layer in range(depth)),
+            coupling=tuple(tuple(row) for row in correlation(k).tolist()),
+            descent=tuple(descent(self.held_out.slopes, self.held_out.labelled).tolist()),
+            curvature=tuple(k.diagonal().tolist()),
+            stability=(stability := self._stability()),
+            units=UNITS,
+            warnings=tuple(self._warnings(stability)),
+        )
+
+    def _entry(self, layer: int, measures: dict[str, _Profile]) -> LayerEntry:
+        sampled: dict[str, Any] = {
+            name: Sampled(value=value[layer], low=low[layer], high=high[layer]) for name, (value, low, high) in measures.items()
+        }
+        return LayerEntry(index=layer, modules=self._modules(layer), **sampled)
+
+    def _settings(self) -> dict[str, Any]:
+        parameter = next(self.base.model.parameters())
+        return {**self.settings, "dtype": str(parameter.dtype).removeprefix("torch."), "device": parameter.device.type}
+
+    # --- measures that come from the held-out records alone: resampled as a whole -----------------------------------------
+
+    def _profiles(self, weights_n: torch.Tensor) -> dict[str, torch.Tensor]:
+        held = self.held_out
+        k = curvature(held.drawn, held.labelled, weights_n)
+        b = descent(held.slopes, held.labelled, weights_n)
+        rho = correlation(k)
+        found = {"predicted_gain": single_gain(b, k), "centrality": centrality(rho)}
+        if self.probe is not None:
+            found["step_probe"] = self.probe.gain(weights_n)
+        found["gain_estimate"] = gain_estimate(rho, found.get("step_probe"), found["predicted_gain"])
+        return found
+
+    def _bootstrapped(self) -> dict[str, _Profile]:
+        values = self._profiles(torch.ones(self.records, dtype=torch.float64))
+        resampled = [self._profiles(weights) for weights in self.weights]
+        found = {}
+        for name, value in values.items():
+            low, high = interval(torch.stack([one[name] for one in resampled]))
+            found[name] = (value.tolist(), torch.minimum(low, value).tolist(), torch.maximum(high, value).tolist())
+        return found
+
+    def _stability(self) -> dict[str, float]:
+        names = self._profiles(torch.ones(self.records, dtype=torch.float64)).keys()
+        return {
+            name: split_half_spearman(lambda weights, name=name: self._profiles(weights)[name], self.records, self.settings["seed"])  # type: ignore[misc]
+            for name in names
+        }
+
+    # --- measures of the fit pass: moved by the influence that held-out records would have had -------------------------------
+
+    def _fitted(self) -> dict[str, _Profile]:
+        sums = self._layer_sums()
+        squared, rank_squared, gradient = sums["resnorm"], sums["rank"], sums["gradient"]
+        labelled = self.held_out.labelled
+        residual = _moved_to(squared, 2 * self._moved(self.held_out.residual, labelled))
+        slope = _moved_to(rank_squared, 2 * self._moved(-self.held_out.slopes, labelled))
+        steeper = _moved_to(gradient, 2 * self._moved(self.held_out.gradient, labelled))
+        return {
+            "resnorm": _with_interval(squared.sqrt(), residual.sqrt()),
+            "resnorm_rank": _with_interval(rank_squared.sqrt(), slope.sqrt()),
+            "residual_fraction": _with_interval(squared / sums["energy"], residual / sums["energy"]),
+            "gradient_norm": _with_interval(gradient.sqrt(), steeper.sqrt()),
+            **self._input_measures(),
+        }
+
+    def _layer_sums(self) -> dict[str, torch.Tensor]:
+        def total(name: str) -> torch.Tensor:
+            return torch.tensor([sum(getattr(m, name) for m in layer) for layer in self.fit.modules], dtype=torch.float64)
+
+        return {
+            "resnorm": total("resnorm_squared"),
+            "rank": total("resnorm_rank_squared"),
+            "energy": total("residual_energy").clamp(min=1e-300),
+            "gradient": total("gradient_squared"),
+            "step": total("step_squared").clamp(min=1e-300),
+        }
+
+    def _moved(self, contributions_ln: torch.Tensor, counts_n: torch.Tensor) -> torch.Tensor:
+        """How far a mean of the fit records would move on other records, `[repeats, L]`."""
+        return self.shrink * ratio_deviation(contributions_ln, counts_n, self.weights)
+
+    def _input_measures(self) -> dict[str, _Profile]:
+        collected: dict[str, list[torch.Tensor]] = {
+            "activation_energy": [],
+            "effective_rank": [],
+            "condition": [],
+            "noise_amplification": [],
+        }
+        steps = self._layer_sums()["step"]
+        for layer, inputs in enumerate(self.fit.inputs):
+            columns: dict[str, list[torch.Tensor]] = {name: [] for name in collected}
+            for signals in inputs:
+                moved = self._moved(self.held_out.inputs[signals.path], self.held_out.tokens)
+                moved = torch.cat([torch.zeros(1, 4, dtype=torch.float64), moved])  # row 0: the value itself
+                energy = _moved_to(signals.energy, moved[:, 0])
+                square = _moved_to(signals.second_moment_squared, 2 * moved[:, 1])
+                top = _moved_to(signals.top, moved[:, 2])
+                noise = sum(m.noise for m in self.fit.modules[layer] if m.leader == signals.path)
+                columns["activation_energy"].append(energy)
+                columns["effective_rank"].append(energy.square() / square)
+                columns["condition"].append((signals.condition * (top + signals.ridge) / (signals.top + signals.ridge)).log())
+                columns["noise_amplification"].append(
+                    _moved_to(noise, moved[:, 3] / max(signals.noise_trace, 1e-300) * noise) / steps[layer]
+                )
+            collected["activation_energy"].append(torch.stack(columns["activation_energy"]).sum(dim=0))
+            collected["effective_rank"].append(torch.stack(columns["effective_rank"]).mean(dim=0))
+            collected["condition"].append(torch.stack(columns["condition"]).mean(dim=0).exp())
+            collected["noise_amplification"].append(torch.stack(columns["noise_amplification"]).sum(dim=0))
+        stacked = {name: torch.stack(rows, dim=1) for name, rows in collected.items()}
+        return {name: _with_interval(rows[0], rows[1:]) for name, rows in stacked.items()}
+
+    # --- what a reader must know -----------------------------------------------------------------------------------------
+
+    def _modules(self, layer: int) -> tuple[ModuleCard, ...]:
+        ridges = {signals.path: signals.ridge for signals in self.fit.inputs[layer]}
+        return tuple(
+            ModuleCard(
+                path=m.projection.path,
+                in_features=m.projection.in_features,
+                out_features=m.projection.out_features,
+                resnorm=math.sqrt(m.resnorm_squared),
+                resnorm_rank=math.sqrt(m.resnorm_rank_squared),
+                gradient_norm=math.sqrt(m.gradient_squared),
+                ridge=ridges[m.leader],
+                shares_input_with=None if m.leader == m.projection.path else m.leader,
+            )
+            for m in self.fit.modules[layer]
+        )
+
+    def _warnings(self, stability: dict[str, float]) -> list[str]:
+        found = []
+        massive = [layer for layer, inputs in enumerate(self.fit.inputs) if any(signals.massive > MASSIVE for signals in inputs)]
+        if massive:
+            found.append(
+                f"massive activations in layer {', '.join(map(str, massive))}: a few tokens or features carry more than {MASSIVE:.0f} times "
+                "the usual energy; the ridge is measured against the usual energy, so the layer is not wiped out"
+            )
+        widest = max(signals.features for inputs in self.fit.inputs for signals in inputs)
+        if self.fit.tokens < widest:
+            found.append(
+                f"few tokens: {self.fit.tokens} made the steps, fewer than the {widest} features of the widest input; resnorm is an "
+                "upper bound, so profile more records"
+            )
+        if stability["gain_estimate"] < STABLE:
+            found.append(
+                f"unstable ranking: two halves of the records agree on gain_estimate with Spearman {stability['gain_estimate']:.2f} only; "
+                "profile more records before trusting small differences"
+            )
+        if self.dataset.truncated:
+            found.append(f"{self.dataset.truncated} records were longer than the limit and were cut")
+        return found
+
+
+def _moved_to(value: torch.Tensor | float, change: torch.Tensor) -> torch.Tensor:
+    """A positive quantity after a small change; `value · exp(change / value)` agrees to first order and stays positive."""
+    at = torch.as_tensor(value, dtype=torch.float64).clamp(min=1e-300)
+    return at * (change / at).clamp(-50, 50).exp()
+
+
+def _with_interval(value_l: torch.Tensor, resampled_bl: torch.Tensor) -> _Profile:
+    low, high = interval(resampled_bl)
+    return value_l.tolist(), torch.minimum(low, value_l).tolist(), torch.maximum(high, value_l).tolist()

@@ -1,0 +1,213 @@
+"""The only file that installs hooks: what goes into and comes back from each linear map of each block.
+
+Two things are captured, both without touching a weight:
+
+- *signals*: the input `a_t: [in]` of every adapted map and the gradient `δ_t: [out]` with respect to its output;
+- *entries*: the hidden states that enter a block, so that the blocks below need not run again (`replayed`).
+
+Hooks, `requires_grad`, train/eval mode and the random state are the same before and after, also when the forward raises.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercard.layers import Block, Projection
+
+SignalSink = Callable[[Projection, torch.Tensor, torch.Tensor], None]
+"""Called as `sink(projection, a, δ)` with `a: [tokens, in]` and `δ: [tokens, out]`, padding removed, in the model's dtype."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter requires a gradient; all of it, and the random state, is put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    devices = sorted({p.device.index or 0 for p, _ in flags if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for module, _ in modes:
+                module.training = False
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+class Capture:
+    """Signals of the forward passes that run inside `capturing`; filled by forward hooks, emptied by backward.
+
+    `sink` may be exchanged between two backward passes over one graph (`retain_graph=True`); inputs are kept for the next
+    pass while `keep` is set and dropped as soon as they were used otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.sink: SignalSink | None = None
+        self.keep = False
+        self.mask: torch.Tensor | None = None
+        self.leaders: dict[str, str] = {}
+        self._inputs: dict[str, torch.Tensor] = {}
+
+    def start(self, attention_mask: torch.Tensor, sink: SignalSink, *, keep: bool = False) -> None:
+        """Prepare for one forward pass over a batch with this mask `[B, T]`."""
+        self._inputs.clear()
+        self.mask = None if bool(attention_mask.all()) else attention_mask.reshape(-1).bool()
+        self.sink, self.keep = sink, keep
+
+    def clear(self) -> None:
+        """Drop what is held for a further backward pass."""
+        self._inputs.clear()
+        self.sink = None
+
+    def _forward_hook(self, projection: Projection) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            self._inputs[projection.path] = args[0].detach()
+            if projection.path not in self.leaders:
+                self._group(projection, self._inputs[projection.path])
+            output.register_hook(self._backward_hook(projection))
+
+        return hook
+
+    def _group(self, projection: Projection, entering: torch.Tensor) -> None:
+        """Maps of one block that read the same tensor share their second moment: the first of them leads."""
+        same = (
+            path
+            for path, other in self._inputs.items()
+            if other.data_ptr() == entering.data_ptr() and other.shape == entering.shape and path in self.leaders
+        )
+        self.leaders[projection.path] = next(same, projection.path)
+
+    def _backward_hook(self, projection: Projection) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            entering = self._inputs[projection.path] if self.keep else self._inputs.pop(projection.path)
+            if self.sink is not None:
+                self.sink(projection, self._rows(entering), self._rows(gradient))
+
+        return hook
+
+    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return flat if self.mask is None else flat[self.mask]
+
+
+@contextmanager
+def capturing(model: nn.Module, blocks: Sequence[Block]) -> Iterator[Capture]:
+    """Install the hooks of a `Capture`; the model is `frozen` inside, and gradients start at the input of block 0."""
+    capture = Capture()
+    with frozen(model), ExitStack() as stack, torch.enable_grad():
+        handle = blocks[0].module.register_forward_pre_hook(_require_input_gradient, with_kwargs=True)
+        stack.callback(handle.remove)
+        for block in blocks:
+            for projection in block.projections:
+                stack.callback(projection.module.register_forward_hook(capture._forward_hook(projection)).remove)
+        try:
+            yield capture
+        finally:
+            capture.clear()
+
+
+def _require_input_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    hidden, put = _entering(args, kwargs)
+    return put(hidden.detach().requires_grad_(True))
+
+
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, ...]]]:
+    """The hidden states that enter a block, and how to put others in their place."""
+    if args:
+        return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
+    return kwargs["hidden_states"], lambda hidden: (args, {**kwargs, "hidden_states": hidden})
+
+
+class _AllRecorded(Exception):
+    """The last wanted block was reached; what lies above need not run."""
+
+
+def entries(run: Callable[[], object], blocks: Sequence[Block], wanted: Sequence[int]) -> dict[int, torch.Tensor]:
+    """The hidden states `[B, T, width]` that enter the `wanted` blocks during the forward pass `run()`.
+
+    The pass is cut off at the last wanted block, so neither the blocks above nor the head are computed.
+    """
+    found: dict[int, torch.Tensor] = {}
+    last = max(wanted)
+
+    def recorder(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[index] = _entering(args, kwargs)[0].detach()
+            if index == last:
+                raise _AllRecorded
+
+        return hook
+
+    with ExitStack() as stack:
+        for index in sorted(set(wanted)):
+            handle = blocks[index].module.register_forward_pre_hook(recorder(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        with suppress(_AllRecorded):
+            run()
+    return found
+
+
+@contextmanager
+def replayed(blocks: Sequence[Block], start: int, entry: torch.Tensor) -> Iterator[None]:
+    """Run a forward pass from block `start` on: the blocks below are skipped and `entry` enters block `start`.
+
+    The model still prepares masks and positions itself, so the result equals the whole forward for any architecture whose
+    blocks hand nothing but hidden states to each other.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        return _entering(args, kwargs)[1](entry)
+
+    with ExitStack() as stack:
+        for block in blocks[:start]:
+            stack.enter_context(_skipped(block.module))
+        stack.callback(blocks[start].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _skipped(module: nn.Module) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return _entering(args, kwargs)[0]
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def stepped(steps: Mapping[nn.Module, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> Iterator[None]:
+    """Add `α · B A x` to the output of each module: the same as adding `α B A` to its weight, which stays as it is.
+
+    Args:
+        steps: For each module the factors `A: [r, in]` and `B: [out, r]`.
+        alpha: Length of the step.
+    """
+
+    def adder(down: torch.Tensor, up: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            x = args[0].to(down.dtype)
+            return output + (alpha * ((x @ down.T) @ up.T)).to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for module, (down, up) in steps.items():
+            stack.callback(module.register_forward_hook(adder(down, up)).remove)
+        yield

@@ -1,0 +1,179 @@
+"""The Layer Card: what profiling found, as one versioned JSON value that describes itself."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from layercard.errors import CardError
+from layercard.files import read_json, write_json
+
+SCHEMA = "layercard/1"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Sampled(_Part):
+    """A number estimated from records, with its 95 % bootstrap interval over records."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+class ModelInfo(_Part):
+    """The profiled model: the name it was asked for by, a hash of its weights, its number of blocks."""
+
+    name: str
+    fingerprint: str
+    layers: Annotated[int, Field(ge=1, le=100_000)]
+
+
+class DataInfo(_Part):
+    """The records that were profiled; `fit_records` made the steps, the others measured them."""
+
+    source: str
+    fingerprint: str
+    records: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    labelled_tokens: Annotated[int, Field(ge=1)]
+    fit_records: int | None = None
+    truncated: int = 0
+    loss: FiniteFloat | None = None
+
+
+class ModuleCard(_Part):
+    """One linear map of a layer: its exact path, shape and share of the layer's signals."""
+
+    path: str
+    in_features: Annotated[int, Field(ge=1)]
+    out_features: Annotated[int, Field(ge=1)]
+    resnorm: FiniteFloat
+    resnorm_rank: FiniteFloat
+    gradient_norm: FiniteFloat
+    ridge: FiniteFloat
+    shares_input_with: str | None = None
+
+
+class LayerEntry(_Part):
+    """One layer; `docs/card.md` has each measure with its unit. `None` was not measured."""
+
+    index: Annotated[int, Field(ge=0)]
+    resnorm: Sampled
+    resnorm_rank: Sampled
+    residual_fraction: Sampled
+    gradient_norm: Sampled
+    activation_energy: Sampled
+    effective_rank: Sampled
+    condition: Sampled
+    noise_amplification: Sampled
+    predicted_gain: Sampled
+    centrality: Sampled
+    step_probe: Sampled | None = None
+    training_probe: Sampled | None = None
+    gain_estimate: Sampled
+    forward_seconds: FiniteFloat | None = None
+    backward_seconds: FiniteFloat | None = None
+    adapter_seconds: FiniteFloat | None = None
+    saved_bytes: int | None = None
+    modules: tuple[ModuleCard, ...]
+
+
+class LayerCard(_Part):
+    """A whole card.
+
+    Attributes:
+        coupling: `ρ_ℓm`, one row a layer.
+        descent: `b_ℓ`, first-order decrease of the held-out loss along each layer's step, nats per labelled token.
+        curvature: `K_ℓℓ`, nats per labelled token.
+        stability: For each measure the median Spearman correlation of its profile between halves of the records.
+        units: Unit of each measure.
+        warnings: What a reader must know before trusting the card, in words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    schema_: Literal["layercard/1"] = Field(default="layercard/1", alias="schema")
+    model: ModelInfo
+    data: DataInfo
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    layers: Annotated[tuple[LayerEntry, ...], Field(min_length=1)]
+    coupling: tuple[tuple[FiniteFloat, ...], ...]
+    descent: tuple[FiniteFloat, ...]
+    curvature: tuple[FiniteFloat, ...]
+    stability: dict[str, FiniteFloat]
+    units: dict[str, str] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "LayerCard":
+        depth = self.model.layers
+        if [layer.index for layer in self.layers] != list(range(depth)):
+            raise ValueError(f"layers must be 0 to {depth - 1} in order, found {len(self.layers)}")
+        if len(self.coupling) != depth or any(len(row) != depth for row in self.coupling):
+            raise ValueError(f"coupling must be {depth} by {depth}")
+        if len(self.descent) != depth or len(self.curvature) != depth:
+            raise ValueError(f"descent and curvature must have {depth} numbers")
+        return self
+
+    def values(self, measure: str) -> list[float]:
+        """The values of one measure, layer by layer.
+
+        Raises:
+            CardError: The card does not have the measure.
+        """
+        found = [getattr(layer, measure, None) for layer in self.layers]
+        values = [entry.value for entry in found if isinstance(entry, Sampled)]
+        if len(values) < len(self.layers):
+            known = sorted(name for name, entry in self.layers[0] if isinstance(entry, Sampled))
+            raise CardError(f"the card has no {measure}; it has {', '.join(known)}")
+        return values
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of schema `layercard/1`."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the card to a file, atomically; an existing file is kept unless `force`."""
+        return write_json(path, self.to_json(), force=force)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], source: str = "card") -> "LayerCard":
+        """Check and read a JSON object; `source` names it in messages.
+
+        Raises:
+            CardError: Another schema, or a part is missing or of the wrong kind.
+        """
+        if value.get("schema") != SCHEMA:
+            raise CardError(f"{source}: schema {value.get('schema')!r} is not {SCHEMA!r}; make the card with `layercard profile`")
+        try:
+            return cls.model_validate(value)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "card"
+            raise CardError(f"{source}: {where}: {first['msg']}; make the card again with `layercard profile`") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LayerCard":
+        """Read a card from a file."""
+        return cls.from_json(read_json(path, CardError, "card"), str(path))
+
+
+def check_model(card: LayerCard, model: dict[str, Any]) -> None:
+    """Make sure that a card belongs to a model.
+
+    Args:
+        card: The card.
+        model: `name`, `fingerprint` and `layers` of the model at hand (`layercard.models.describe`).
+
+    Raises:
+        CardError: The weights differ.
+    """
+    if card.model.fingerprint != model["fingerprint"]:
+        raise CardError(
+            f"the card is of {card.model.name} ({card.model.fingerprint}, {card.model.layers} layers), the model is {model['name']} "
+            f"({model['fingerprint']}, {model['layers']} layers); profile this model first"
+        )

@@ -1,0 +1,47 @@
+"""What can go wrong, as a tree of exceptions.
+
+```
+LayercardError
+├── ModelError       a model cannot be found, read or understood
+├── DataError        a data file or a record in it
+├── CardError        a card file, or a card that does not fit the model
+├── PlacementError   a placement file, or layers that a model does not have
+├── SelectionError   an objective or budget that no placement meets
+├── OutputError      an output that exists or cannot be written
+└── TrainingError    a training run that cannot start, resume or be trusted
+```
+
+The message of each is one line: what was wrong, what was found, how to mend it. The command line prints it and exits with 2.
+"""
+
+
+class LayercardError(Exception):
+    """Base of every error that a user can mend."""
+
+
+class ModelError(LayercardError):
+    """A model cannot be found, read or understood."""
+
+
+class DataError(LayercardError):
+    """A data file, or a record in it, cannot be used."""
+
+
+class CardError(LayercardError):
+    """A card cannot be read, or does not fit the model at hand."""
+
+
+class PlacementError(LayercardError):
+    """A placement cannot be read, is empty, or names layers that the model does not have."""
+
+
+class SelectionError(LayercardError):
+    """No placement meets what was asked for."""
+
+
+class OutputError(LayercardError):
+    """An output exists already or cannot be written."""
+
+
+class TrainingError(LayercardError):
+    """A training run cannot start, resume or be trusted."""

@@ -1,0 +1,87 @@
+"""Reading and writing the files that outlive a run: whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from layercard.errors import LayercardError, OutputError
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise `OutputError` if `path` exists and `force` is not set, or if its folder cannot be made."""
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already; name another output or pass --force to replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {path.parent}: {error.strerror or error}; choose another output") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; move it to `path` when the block ends well, remove it when it does not."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
+    os.close(descriptor)
+    part = Path(name)
+    try:
+        yield part
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | Path, text: str, *, force: bool = False) -> Path:
+    """Write `text` to `path` atomically.
+
+    Raises:
+        OutputError: `path` exists and `force` is not set, or it cannot be written.
+    """
+    path = Path(path)
+    refuse_existing(path, force)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_json(path: str | Path, value: dict[str, Any], *, force: bool = False) -> Path:
+    """Write a JSON object to `path` atomically; NaN and infinity are refused, since JSON has neither."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", force=force)
+
+
+def read_json(path: str | Path, error: type[LayercardError], what: str) -> dict[str, Any]:
+    """Read a JSON object from `path`.
+
+    Args:
+        path: The file.
+        error: The exception class for a file that is missing, truncated or no JSON object.
+        what: What the file should be ("card", "placement"), for the message.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file; name an existing {what}") from None
+    except IsADirectoryError:
+        raise error(f"{path} is a folder; name the {what} file in it") from None
+    except OSError as problem:
+        raise error(f"{path}: {problem.strerror or problem}; name a readable {what}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
+        detail = f"line {problem.lineno}: {problem.msg}" if isinstance(problem, json.JSONDecodeError) else type(problem).__name__
+        raise error(f"{path} is no whole {what} ({detail}); it may be truncated, so make it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} is no {what}: expected a JSON object, found {type(value).__name__}")
+    return value

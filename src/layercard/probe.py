@@ -1,0 +1,221 @@
+"""Measured performance of single layers: the step probe (no training) and the training probe."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from layercard.capture import entries, frozen, replayed, stepped
+from layercard.data import Batch, Example, batches
+from layercard.models import BaseModel, labelled_losses
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RecordLosses:
+    """Summed loss (nats) and number of labelled tokens of each record: `[records]` each, in the order of the examples."""
+
+    nats: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Loss in nats per labelled token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+
+class ReplayedSet:
+    """Examples whose hidden states on entry to some blocks are kept, so that only the blocks from there on run.
+
+    Args:
+        base: The model.
+        examples: What to keep entries of.
+        layers: The blocks that will be entered.
+        batch_size: Rows in a batch.
+        by_length: Put rows of similar length together; else keep the order.
+        progress: Told of each batch.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        examples: Sequence[Example],
+        layers: Sequence[int],
+        batch_size: int,
+        *,
+        by_length: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        self.base = base
+        self.records = len(examples)
+        self.batches: list[Batch] = []
+        self.entries: list[dict[int, torch.Tensor]] = []
+        found = list(batches(examples, batch_size, base.pad_id, by_length=by_length))
+        with torch.no_grad(), frozen(base.model):
+            for at, batch in enumerate(found):
+                batch = batch.to(base.device)
+                self.batches.append(batch)
+                self.entries.append(entries(partial(labelled_losses, base.model, batch), base.blocks, layers))
+                if progress:
+                    progress("entries", at + 1, len(found))
+
+    def losses(self, layer: int) -> RecordLosses:
+        """Loss of each record, with the blocks from `layer` on as they are now; no gradient."""
+        nats, tokens = torch.zeros(self.records, dtype=torch.float64), torch.zeros(self.records, dtype=torch.float64)
+        with torch.no_grad():
+            for at, batch in enumerate(self.batches):
+                losses, rows = self.forward(at, layer)
+                index = torch.tensor(batch.rows)[rows.cpu()]
+                nats.index_add_(0, index, losses.double().cpu())
+                tokens.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
+        return RecordLosses(nats, tokens)
+
+    def forward(self, at: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of batch `at` and the row in the batch of each; see `labelled_losses`."""
+        with replayed(self.base.blocks, layer, self.entries[at][layer]):
+            return labelled_losses(self.base.model, self.batches[at])
+
+
+Step = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""For each module path the factors `A: [r, in]` and `B: [out, r]` of a step `Δ = B A` of its weight."""
+
+
+@dataclass(frozen=True)
+class StepProbe:
+    """What steps along `α Δ` in single layers do to the held-out loss.
+
+    Attributes:
+        alphas: The step lengths tried, `[layers, 2]`, in units of the steps given.
+        before: Loss of each record without a step, summed nats `[records]`.
+        after: Loss of each record with the step, summed nats `[layers, 2, records]`.
+        tokens: Labelled tokens of each record `[records]`.
+    """
+
+    alphas: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+    tokens: torch.Tensor
+
+    def gain(self, weights_n: torch.Tensor) -> torch.Tensor:
+        """Largest loss reduction that either length reaches, at least 0: `[layers]`, nats per labelled token.
+
+        Args:
+            weights_n: How often each record counts.
+        """
+        reduction = ((self.before - self.after) * weights_n).sum(dim=2) / (weights_n * self.tokens).sum()
+        return reduction.max(dim=1).values.clamp(min=0)
+
+
+def step_probe(
+    base: BaseModel, steps: Sequence[Step], slopes: Sequence[float], held_out: ReplayedSet, progress: Progress | None = None
+) -> StepProbe:
+    """Held-out loss with `α Δ_ℓ` added to the weights of layer ℓ alone, for every layer: forward passes only.
+
+    The first length is 1. The second is where a parabola through the slope at 0 and the loss at 1 has its minimum.
+
+    Args:
+        base: The model; its weights are not touched (the step is added to the modules' outputs).
+        steps: For each layer its low-rank step, such that α = 1 is a sensible length.
+        slopes: For each layer the decrease of the held-out loss per unit of α at α = 0, nats per labelled token.
+        held_out: Records that had no part in making the steps, with entries for every layer.
+        progress: Told of each layer.
+    """
+    before = held_out.losses(len(steps) - 1)
+    after = torch.zeros(len(steps), 2, held_out.records, dtype=torch.float64)
+    alphas = torch.ones(len(steps), 2, dtype=torch.float64)
+    with frozen(base.model):
+        for layer, step in enumerate(steps):
+            modules = {p.module: step[p.path] for p in base.blocks[layer].projections if p.path in step}
+            for at in range(2):
+                with stepped(modules, float(alphas[layer, at])):
+                    losses = held_out.losses(layer)
+                after[layer, at] = losses.nats
+                if at == 0:
+                    alphas[layer, 1] = second_length(slopes[layer], before.mean - losses.mean)
+            if progress:
+                progress("step probe", layer + 1, len(steps))
+    return StepProbe(alphas, before.nats, after, before.tokens)
+
+
+def second_length(slope: float, reduction: float) -> float:
+    """Minimum of the parabola with this slope (downwards) at 0 and this reduction at 1, kept within a third and three.
+
+    Where that is within a fifth of 1, which is known already, half as far again is tried.
+    """
+    bend = slope - reduction
+    length = slope / (2 * bend) if slope > 0 and bend > 0 else (3.0 if reduction > 0 else 1 / 3)
+    length = min(max(length, 1 / 3), 3.0)
+    return 1.5 if 0.8 < length < 1.2 else length
+
+
+@dataclass(frozen=True)
+class ProbeTraining:
+    """How the training probe adapts a layer: LoRA on all linear maps of the block, AdamW, warm-up then linear decay.
+
+    `learning_rate` is per step of the optimiser; `batch_size` is in records.
+    """
+
+    steps: int = 96
+    batch_size: int = 4
+    rank: int = 8
+    alpha: float = 16.0
+    learning_rate: float = 3e-3
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def schedule(self, step: int) -> float:
+        """Share of `learning_rate` used in `step` (from 0)."""
+        warm = max(1, math.ceil(self.warmup * self.steps))
+        return (step + 1) / warm if step < warm else (self.steps - step) / max(1, self.steps - warm)
+
+    def batches(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples in the order in which they are trained on; a batch is `batch_size` consecutive ones."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order: list[int] = []
+        while len(order) < self.steps * self.batch_size:
+            order += torch.randperm(len(examples), generator=generator).tolist()
+        return [examples[row] for row in order[: self.steps * self.batch_size]]
+
+
+def training_probe(
+    base: BaseModel, layer: int, train: ReplayedSet, held_out: ReplayedSet, settings: ProbeTraining, progress: Progress | None = None
+) -> RecordLosses:
+    """Adapt one layer for a few steps and give the held-out loss of each record.
+
+    Only the blocks from `layer` on run: their input was kept by `train` and `held_out`. The gradients are those of stock
+    PEFT on the whole model, to rounding. The base model is as before afterwards.
+
+    Args:
+        base: The model.
+        layer: Index of the block to adapt.
+        train: Batches in the order of training (`by_length=False`), with entries for `layer`.
+        held_out: Records to measure on, with entries for `layer`.
+        settings: Rank, learning rate and so on.
+        progress: Told of each step.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    paths = [projection.path for projection in base.blocks[layer].projections]
+    with frozen(base.model), torch.enable_grad():
+        torch.manual_seed(settings.seed)
+        adapted = get_peft_model(base.model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths))
+        try:
+            parameters = [p for p in adapted.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+            for step in range(settings.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * settings.schedule(step)
+                losses, _ = train.forward(step, layer)
+                losses.mean().backward()
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                if progress:
+                    progress(f"train layer {layer}", step + 1, settings.steps)
+            return held_out.losses(layer)
+        finally:
+            adapted.unload()

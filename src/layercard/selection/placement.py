@@ -1,0 +1,101 @@
+"""A placement: which layers get adapters, as exact module paths, and why."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layercard.errors import PlacementError
+from layercard.files import read_json, write_json
+
+SCHEMA = "layercard-placement/1"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The layers that get adapters in one model.
+
+    Attributes:
+        model: `name`, `fingerprint` and number of `layers` of the base model.
+        layers: Block indices, ascending, 0 at the input.
+        paths: Exact paths of the adapted modules.
+        objective: What the layers were chosen for ("performance", "middle", …).
+        predicted: What the card predicts: `performance_kept` and so on; empty where nothing is known.
+        reasons: For each layer a sentence that says why it was taken.
+    """
+
+    model: dict[str, Any]
+    layers: tuple[int, ...]
+    paths: tuple[str, ...]
+    objective: str
+    predicted: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked = check_layers(self.layers, int(self.model["layers"]))
+        object.__setattr__(self, "layers", checked)
+        object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
+        if not self.paths:
+            raise PlacementError("a placement without module paths adapts nothing; select again from a card that lists its modules")
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of schema `layercard-placement/1`."""
+        return {
+            "schema": SCHEMA,
+            "model": dict(self.model),
+            "layers": list(self.layers),
+            "paths": list(self.paths),
+            "objective": self.objective,
+            "predicted": dict(self.predicted),
+            "reasons": dict(self.reasons),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], source: str = "placement") -> "Placement":
+        """Check and read a JSON object; `source` names it in messages."""
+        if value.get("schema") != SCHEMA:
+            raise PlacementError(f"{source}: schema {value.get('schema')!r} is not {SCHEMA!r}; make it with `layercard select`")
+        try:
+            return cls(
+                model=dict(value["model"]),
+                layers=tuple(value["layers"]),
+                paths=tuple(value["paths"]),
+                objective=str(value["objective"]),
+                predicted=dict(value.get("predicted") or {}),
+                reasons={str(k): str(v) for k, v in (value.get("reasons") or {}).items()},
+            )
+        except (KeyError, TypeError, ValueError) as problem:
+            raise PlacementError(f"{source}: not a whole placement ({problem}); make it with `layercard select`") from None
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the placement to a file, atomically."""
+        return write_json(path, self.to_json(), force=force)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Placement":
+        """Read a placement from a file."""
+        return cls.from_json(read_json(path, PlacementError, "placement"), str(path))
+
+
+def check_layers(layers: Iterable[Any], depth: int) -> tuple[int, ...]:
+    """Layer indices as plain ascending integers.
+
+    PEFT adapts *every* layer for an empty list, drops indices out of range silently and cannot save NumPy integers or a
+    `range`; none of these gets past this check.
+
+    Raises:
+        PlacementError: Empty, out of range, negative, repeated, or not integers.
+    """
+    found = []
+    for layer in layers:
+        if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+            raise PlacementError(f"layer {layer!r} is not an integer; give block indices from 0 to {depth - 1}")
+        found.append(int(layer.__index__()))
+    if not found:
+        raise PlacementError("no layers: an empty placement adapts nothing; choose at least one layer")
+    outside = [layer for layer in found if not 0 <= layer < depth]
+    if outside:
+        raise PlacementError(f"layer {outside[0]} is outside the model, which has layers 0 to {depth - 1}")
+    if len(set(found)) != len(found):
+        raise PlacementError(f"layers {sorted(found)} name a layer twice; name each once")
+    return tuple(sorted(found))

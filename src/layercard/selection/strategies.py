@@ -1,0 +1,79 @@
+"""Plain placements that need no card: the baselines every choice is measured against."""
+
+import difflib
+import random
+from collections.abc import Callable
+
+from layercard.errors import SelectionError
+
+ALIASES = {"top": "first", "bottom": "last"}
+"""The paper's words: its Bottom is the output side (cheapest to train), its Top the input side."""
+
+
+def first(depth: int, k: int) -> list[int]:
+    """The k layers next to the input (the paper's Top): the dearest, since backward runs through every block."""
+    return list(range(k))
+
+
+def middle(depth: int, k: int) -> list[int]:
+    """The k layers in the middle."""
+    start = (depth - k + 1) // 2
+    return list(range(start, start + k))
+
+
+def last(depth: int, k: int) -> list[int]:
+    """The k layers next to the output (the paper's Bottom): the cheapest, since backward stops after k blocks."""
+    return list(range(depth - k, depth))
+
+
+def uniform(depth: int, k: int) -> list[int]:
+    """k layers evenly spread: the middles of k equal parts of the depth.
+
+    >>> uniform(30, 5)
+    [3, 9, 15, 21, 27]
+    """
+    return [(2 * part + 1) * depth // (2 * k) for part in range(k)]
+
+
+def every(depth: int, k: int) -> list[int]:
+    """All layers, whatever k."""
+    return list(range(depth))
+
+
+STRATEGIES: dict[str, Callable[[int, int], list[int]]] = {
+    "first": first,
+    "middle": middle,
+    "last": last,
+    "uniform": uniform,
+    "all": every,
+}
+
+
+def strategy_layers(name: str, depth: int, k: int, seed: int = 0) -> list[int]:
+    """Layers of a named strategy in a model of `depth` layers.
+
+    Args:
+        name: first, middle, last, uniform, random, all, or the aliases top (= first) and bottom (= last).
+        depth: Number of layers of the model.
+        k: How many to take; `all` takes every one.
+        seed: Of `random`.
+
+    Raises:
+        SelectionError: Unknown name, or k outside 1 to depth.
+    """
+    known = [*STRATEGIES, "random", *ALIASES]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+        raise SelectionError(f"strategy {name!r} is unknown; {hint}")
+    name = ALIASES.get(name, name)
+    check_k(depth if name == "all" else k, depth)
+    if name == "random":
+        return sorted(random.Random(seed).sample(range(depth), k))
+    return STRATEGIES[name](depth, k)
+
+
+def check_k(k: int, depth: int) -> None:
+    """Raise `SelectionError` unless 1 ≤ k ≤ depth."""
+    if not 1 <= k <= depth:
+        raise SelectionError(f"k = {k} layers cannot be chosen; the model has {depth}, so give a number from 1 to {depth}")

@@ -1,0 +1,330 @@
+"""The two passes over the records from which every signal of a card comes.
+
+The *fit* pass streams the first share of the records through the model once, forward and backward, and ends in a
+low-rank step `Δ_ℓ` for each layer. The *held-out* pass takes the other records: one forward, one backward under the true
+labels, and one more for each sample of labels drawn from the model. It leaves scalars for each record only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from layercard.capture import Capture, capturing
+from layercard.data import Example, batches
+from layercard.layers import Block, Projection
+from layercard.models import BaseModel, labelled_logits
+from layercard.probe import Step
+from layercard.statistics.moments import GradientMoments, InputMoments
+from layercard.statistics.residual import Whitening, projected_residual, ridge_scale
+
+Progress = Callable[[str, int, int], None]
+_PROBES = 8
+
+
+@dataclass(frozen=True)
+class ModuleSignals:
+    """What the fit pass found at one map; squared norms in nats, energies in squared units of the activations."""
+
+    projection: Projection
+    leader: str
+    resnorm_squared: float
+    resnorm_rank_squared: float
+    residual_energy: float
+    gradient_squared: float
+    step_squared: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class InputSignals:
+    """What the fit pass found at one input, which several maps may share."""
+
+    path: str
+    features: int
+    energy: float
+    second_moment_squared: float
+    condition: float
+    top: float
+    ridge: float
+    noise_trace: float
+    massive: float
+
+
+@dataclass(frozen=True)
+class _Directions:
+    """Columns against which the held-out tokens of a map are projected; the first r of each are the step's factors."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    rank: int
+
+
+@dataclass
+class Fit:
+    """Result of the fit pass: signals by layer, the low-rank steps, and directions for the held-out pass."""
+
+    tokens: int
+    labelled: int
+    loss: float
+    modules: list[list[ModuleSignals]] = field(default_factory=list)
+    inputs: list[list[InputSignals]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    map_directions: dict[str, _Directions] = field(default_factory=dict)
+    input_directions: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scalars of each held-out record.
+
+    Attributes:
+        slopes: True-label derivative of the record's summed loss along each layer's step, `[L, n]`.
+        drawn: The same under labels drawn from the model, `[samples, L, n]`.
+        labelled: Labelled tokens, `[n]`.
+        tokens: Tokens, `[n]`.
+        nats: Summed loss, `[n]`.
+        residual: Contribution of the record to resnorm² of each layer, `[L, n]`.
+        gradient: Contribution to `‖G‖²`, `[L, n]`.
+        inputs: For each input path: contributions to `tr Σ`, `‖Σ‖²`, the top eigenvalue and `tr(Σ Σ_λ⁻²)`, `[4, n]`.
+    """
+
+    slopes: torch.Tensor
+    drawn: torch.Tensor
+    labelled: torch.Tensor
+    tokens: torch.Tensor
+    nats: torch.Tensor
+    residual: torch.Tensor
+    gradient: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+
+
+def fit_pass(
+    base: BaseModel, examples: Sequence[Example], *, rank: int, ridge: float, batch_size: int, progress: Progress | None = None
+) -> Fit:
+    """Forward and backward over `examples`, then one step for each layer.
+
+    Args:
+        base: The model.
+        examples: Records to make the steps from.
+        rank: Rank of the steps.
+        ridge: λ as a share of `ridge_scale`.
+        batch_size: Records in a batch.
+        progress: Told of batches and layers.
+    """
+    expected = sum(len(example.input_ids) for example in examples)
+    inputs: dict[str, InputMoments] = {}
+    gradients: dict[str, GradientMoments] = {}
+    found = list(batches(examples, batch_size, base.pad_id, by_length=True))
+    labelled, nats = 0, 0.0
+    with capturing(base.model, base.blocks) as capture:
+
+        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
+            dual = expected < projection.in_features
+            if capture.leaders[projection.path] == projection.path:
+                inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
+            empty = GradientMoments(projection.out_features, projection.in_features, dual)
+            gradients.setdefault(projection.path, empty).update(a_ti, d_to)
+
+        for at, batch in enumerate(found):
+            batch = batch.to(base.device)
+            capture.start(batch.attention_mask, sink)
+            logits, targets, _ = labelled_logits(base.model, batch)
+            loss = cross_entropy(logits.float(), targets, reduction="sum")
+            del logits
+            loss.backward()
+            labelled, nats = labelled + len(targets), nats + float(loss.detach())
+            del loss
+            if progress:
+                progress("fit pass", at + 1, len(found))
+        leaders = dict(capture.leaders)
+    fit = Fit(tokens=expected, labelled=labelled, loss=nats / labelled)
+    for block in base.blocks:
+        _solve_layer(fit, block, leaders, inputs, gradients, rank, ridge)
+        if progress:
+            progress("steps", block.index + 1, len(base.blocks))
+    return fit
+
+
+def _solve_layer(
+    fit: Fit,
+    block: Block,
+    leaders: dict[str, str],
+    inputs: dict[str, InputMoments],
+    gradients: dict[str, GradientMoments],
+    rank: int,
+    ridge: float,
+) -> None:
+    """Turn one layer's moments into signals and a step, and drop the moments."""
+    whitenings: dict[str, Whitening] = {}
+    modules, entering, step = [], [], {}
+    present = [projection for projection in block.projections if projection.path in gradients]
+    for projection in present:
+        leader = leaders[projection.path]
+        if leader not in whitenings:
+            moments = inputs[leader]
+            whitenings[leader] = Whitening.of(moments, ridge * ridge_scale(moments))
+            entering.append(_input_signals(fit, leader, moments, whitenings[leader]))
+        shared, sums = whitenings[leader], gradients.pop(projection.path)
+        residual = projected_residual(inputs[leader], sums, shared, 1 / fit.labelled, rank)
+        energy = sums.residual_energy(shared.tokens, 1 / fit.labelled)
+        trace = next(signals.noise_trace for signals in entering if signals.path == leader)
+        modules.append(
+            ModuleSignals(
+                projection,
+                leader,
+                resnorm_squared=residual.squared,
+                resnorm_rank_squared=residual.squared_rank,
+                residual_energy=energy,
+                gradient_squared=residual.gradient_squared,
+                step_squared=residual.step_squared,
+                noise=energy * trace / shared.tokens,
+            )
+        )
+        step[projection.path] = (residual.down, residual.up)
+        z_op = _gaussian(projection.out_features, residual.gradient)
+        fit.map_directions[projection.path] = _Directions(
+            inputs=torch.cat([residual.down.T, residual.gradient.T @ z_op, -residual.step.T @ z_op], dim=1),
+            outputs=torch.cat([residual.up, z_op], dim=1),
+            rank=residual.up.shape[1],
+        )
+    for leader in whitenings:
+        del inputs[leader]
+    fit.modules.append(modules)
+    fit.inputs.append(entering)
+    fit.steps.append(step)
+
+
+def _input_signals(fit: Fit, path: str, moments: InputMoments, whitening: Whitening) -> InputSignals:
+    condition, top = whitening.condition()
+    z_ip = _gaussian(moments.features, top)
+    product = whitening.times_second_moment(z_ip)
+    fit.input_directions[path] = torch.cat([z_ip, product, top.unsqueeze(1), whitening.solve(z_ip)], dim=1)
+    if whitening.second_moment is None:
+        gram = moments.rows() @ moments.rows().T / moments.tokens
+    else:
+        gram = whitening.second_moment
+    typical = moments.typical_energy() * moments.features
+    return InputSignals(
+        path=path,
+        features=moments.features,
+        energy=moments.energy(),
+        second_moment_squared=float(gram.double().square().sum()),
+        condition=condition,
+        top=float(top @ whitening.times_second_moment(top.unsqueeze(1))[:, 0]),
+        ridge=whitening.ridge,
+        noise_trace=whitening.noise_trace(),
+        massive=moments.energy() / typical if typical > 0 else math.inf,
+    )
+
+
+def _gaussian(width: int, like: torch.Tensor) -> torch.Tensor:
+    """Random columns `[width, 8]` with `E[z zᵀ]` summed over columns the identity (Hutchinson)."""
+    drawn = torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(1))
+    return (drawn / math.sqrt(_PROBES)).to(like)
+
+
+class _HeldOutSums:
+    """Adds tokens up to records while the backward passes run."""
+
+    def __init__(self, base: BaseModel, fit: Fit, records: int, samples: int) -> None:
+        layers = len(base.blocks)
+        self.fit = fit
+        self.layer_of = {p.path: block.index for block in base.blocks for p in block.projections}
+        self.slopes = torch.zeros(layers, records, dtype=torch.float64)
+        self.drawn = torch.zeros(samples, layers, records, dtype=torch.float64)
+        self.residual = torch.zeros(layers, records, dtype=torch.float64)
+        self.gradient = torch.zeros(layers, records, dtype=torch.float64)
+        self.inputs = {path: torch.zeros(4, records, dtype=torch.float64) for path in fit.input_directions}
+        self.tokens = torch.zeros(records, dtype=torch.float64)
+        self.record_of_token = torch.zeros(0, dtype=torch.long)
+
+    def _records(self, values_t: torch.Tensor, into_n: torch.Tensor) -> None:
+        into_n.index_add_(0, self.record_of_token, values_t.double().cpu())
+
+    def true_labels(self, projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
+        """Slopes and contributions under the true labels."""
+        directions = self.fit.map_directions.get(projection.path)
+        if directions is None:
+            return
+        layer, rank = self.layer_of[projection.path], directions.rank
+        a = a_ti.to(directions.inputs.dtype) @ directions.inputs
+        d = d_to.to(directions.outputs.dtype) @ directions.outputs
+        self._records((a[:, :rank] * d[:, :rank]).sum(dim=1), self.slopes[layer])
+        self._records((a[:, rank : rank + _PROBES] * d[:, rank:]).sum(dim=1), self.gradient[layer])
+        self._records((a[:, rank + _PROBES :] * d[:, rank:]).sum(dim=1), self.residual[layer])
+        probes = self.fit.input_directions.get(projection.path)
+        if probes is not None:
+            self._input_contributions(a_ti.to(probes.dtype), probes, self.inputs[projection.path])
+
+    def _input_contributions(self, a_ti: torch.Tensor, probes: torch.Tensor, into: torch.Tensor) -> None:
+        a = a_ti @ probes
+        z, product, top, solved = a[:, :_PROBES], a[:, _PROBES : 2 * _PROBES], a[:, 2 * _PROBES], a[:, 2 * _PROBES + 1 :]
+        for at, values in enumerate((a_ti.square().sum(dim=1), (z * product).sum(dim=1), top.square(), solved.square().sum(dim=1))):
+            self._records(values, into[at])
+
+    def drawn_labels(self, sample: int) -> Callable[[Projection, torch.Tensor, torch.Tensor], None]:
+        """A sink for the backward pass under the drawn labels of one sample."""
+
+        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
+            directions = self.fit.map_directions.get(projection.path)
+            if directions is None:
+                return
+            rank = directions.rank
+            a = a_ti.to(directions.inputs.dtype) @ directions.inputs[:, :rank]
+            d = d_to.to(directions.outputs.dtype) @ directions.outputs[:, :rank]
+            self._records((a * d).sum(dim=1), self.drawn[sample, self.layer_of[projection.path]])
+
+        return sink
+
+
+def held_out_pass(
+    base: BaseModel, examples: Sequence[Example], fit: Fit, *, samples: int, seed: int, batch_size: int, progress: Progress | None = None
+) -> HeldOut:
+    """Scalars of records that had no part in making the steps.
+
+    Args:
+        base: The model.
+        examples: The held-out records.
+        fit: What the fit pass found.
+        samples: How many times labels are drawn from the model.
+        seed: Of the draws.
+        batch_size: Records in a batch.
+        progress: Told of each backward pass.
+    """
+    sums = _HeldOutSums(base, fit, len(examples), samples)
+    labelled, nats = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
+    found = list(batches(examples, batch_size, base.pad_id, by_length=True))
+    generator = torch.Generator(device=base.device).manual_seed(seed)
+    with capturing(base.model, base.blocks) as capture:
+        for at, batch in enumerate(found):
+            batch = batch.to(base.device)
+            numbers = torch.tensor(batch.rows).unsqueeze(1).expand(-1, batch.input_ids.shape[1])
+            sums.record_of_token = numbers[batch.attention_mask.bool().cpu()]
+            sums.tokens.index_add_(0, sums.record_of_token, torch.ones(len(sums.record_of_token), dtype=torch.float64))
+            capture.start(batch.attention_mask, sums.true_labels, keep=samples > 0)
+            logits, targets, rows = labelled_logits(base.model, batch)
+            losses = cross_entropy(logits.float(), targets, reduction="none")
+            record = torch.tensor(batch.rows)[rows.cpu()]
+            nats.index_add_(0, record, losses.detach().double().cpu())
+            labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
+            losses.sum().backward(retain_graph=samples > 0)
+            _draw(capture, sums, logits, samples, generator)
+            if progress:
+                progress("held-out pass", at + 1, len(found))
+    return HeldOut(sums.slopes, sums.drawn, labelled, sums.tokens, nats, sums.residual, sums.gradient, sums.inputs)
+
+
+def _draw(capture: Capture, sums: _HeldOutSums, logits: torch.Tensor, samples: int, generator: torch.Generator) -> None:
+    """Backward passes under labels drawn from the model, through the graph that is there."""
+    if samples == 0:
+        return
+    probabilities = logits.detach().float().softmax(dim=-1)
+    for sample in range(samples):
+        targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        capture.sink, capture.keep = sums.drawn_labels(sample), sample + 1 < samples
+        slope = probabilities.clone()
+        slope[torch.arange(len(targets)), targets] -= 1  # gradient of the summed cross entropy with respect to the logits
+        logits.backward(slope.to(logits.dtype), retain_graph=sample + 1 < samples)

@@ -1,0 +1,146 @@
+"""Streaming sums over token positions.
+
+Letters used in all of `statistics`: `t` token, `i` input feature, `o` output feature, `r` rank, `l` or `m` layer, `n` record.
+`a_ti` is the input of a linear map, `d_to` the gradient of the batch's *summed* loss with respect to its output; dividing by
+the number of labelled tokens, as the mean loss asks, is left to the end (`scale`), so that sums over batches just add.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+_STRIPES = 4
+
+
+@dataclass
+class InputMoments:
+    """`Σ a aᵀ` over tokens, or the tokens themselves where there are fewer of them than features.
+
+    Attributes:
+        features: Width of the input.
+        keep_rows: Keep `a_ti` instead of the `[in, in]` sum: the N×N form of the same formulas.
+        tokens: Number of tokens so far.
+        energies: `‖a_t‖²` of each token, one tensor a batch.
+    """
+
+    features: int
+    keep_rows: bool = False
+    tokens: int = 0
+    energies: list[torch.Tensor] = field(default_factory=list)
+    _sum: torch.Tensor | None = None
+    _rows: list[torch.Tensor] = field(default_factory=list)
+
+    def update(self, a_ti: torch.Tensor) -> None:
+        """Add the tokens of a batch, `[tokens, in]`; sums are in float32 or better."""
+        a_ti = a_ti.to(torch.promote_types(a_ti.dtype, torch.float32))
+        self.tokens += a_ti.shape[0]
+        self.energies.append(a_ti.square().sum(dim=1))
+        if self.keep_rows:
+            self._rows.append(a_ti.clone())
+            return
+        if self._sum is None:
+            self._sum = torch.zeros(self.features, self.features, dtype=a_ti.dtype, device=a_ti.device)
+        _add_gram(self._sum, a_ti)
+
+    def merge(self, other: "InputMoments") -> None:
+        """Add the tokens of another instance: the same as having seen them here."""
+        self.tokens += other.tokens
+        self.energies += other.energies
+        self._rows += other._rows
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+
+    def second_moment(self) -> torch.Tensor:
+        """`Σ = (1/N) Σ_t a_t a_tᵀ`, `[in, in]`."""
+        if self.keep_rows:
+            rows = self.rows()
+            return rows.T @ rows / self.tokens
+        if self._sum is None:
+            raise ValueError("no token seen; update before asking for the second moment")
+        return (self._sum.triu() + self._sum.triu(1).T) / self.tokens
+
+    def rows(self) -> torch.Tensor:
+        """The tokens `a_ti: [tokens, in]`, kept only with `keep_rows`."""
+        return torch.cat(self._rows)
+
+    def energy(self) -> float:
+        """Activation energy `tr Σ`: mean squared norm of the input of a token."""
+        return float(torch.cat(self.energies).double().mean())
+
+    def typical_energy(self) -> float:
+        """Energy of a typical token in a typical feature; see `ridge_scale`."""
+        per_token = torch.cat(self.energies).double().median() / self.features
+        diagonal = self.rows().square().mean(dim=0) if self.keep_rows else self._diagonal()
+        return float(torch.minimum(per_token, diagonal.double().median()))
+
+    def _diagonal(self) -> torch.Tensor:
+        if self._sum is None:
+            raise ValueError("no token seen; update before asking for the second moment")
+        return self._sum.diagonal() / self.tokens
+
+
+def _add_gram(total_ij: torch.Tensor, a_ti: torch.Tensor) -> None:
+    """Add `aᵀ a` to the upper triangle of `total`, stripe by stripe: five eighths of the work of the whole product."""
+    width = total_ij.shape[0]
+    bounds = [width * at // _STRIPES for at in range(_STRIPES + 1)]
+    for low, high in pairwise(bounds):
+        if high > low:
+            total_ij[low:high, low:].addmm_(a_ti[:, low:high].T, a_ti[:, low:])
+
+
+@dataclass
+class GradientMoments:
+    """`Σ δ aᵀ` over tokens, or the output gradients themselves where the input keeps its rows.
+
+    Attributes:
+        outputs: Width of the output.
+        features: Width of the input.
+        keep_rows: As in `InputMoments`.
+        residual: `Σ_t ‖δ_t‖²` so far.
+    """
+
+    outputs: int
+    features: int
+    keep_rows: bool = False
+    residual: float = 0.0
+    _sum: torch.Tensor | None = None
+    _rows: list[torch.Tensor] = field(default_factory=list)
+
+    def update(self, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
+        """Add the tokens of a batch, `[tokens, in]` and `[tokens, out]`."""
+        dtype = torch.promote_types(d_to.dtype, torch.float32)
+        a_ti, d_to = a_ti.to(dtype), d_to.to(dtype)
+        self.residual += float(d_to.square().sum())
+        if self.keep_rows:
+            self._rows.append(d_to.clone())
+            return
+        if self._sum is None:
+            self._sum = torch.zeros(self.outputs, self.features, dtype=dtype, device=d_to.device)
+        self._sum.addmm_(d_to.T, a_ti)
+
+    def merge(self, other: "GradientMoments") -> None:
+        """Add the tokens of another instance."""
+        self.residual += other.residual
+        self._rows += other._rows
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+
+    def gradient(self, inputs: InputMoments, scale: float) -> torch.Tensor:
+        """`G: [out, in] = scale · Σ_t δ_t a_tᵀ`.
+
+        With `scale` one over the labelled tokens it is autograd's weight gradient of the mean loss.
+        """
+        if self.keep_rows:
+            return scale * (self.rows().T @ inputs.rows())
+        if self._sum is None:
+            raise ValueError("no token seen; update before asking for the gradient")
+        return scale * self._sum
+
+    def rows(self) -> torch.Tensor:
+        """The output gradients `d_to: [tokens, out]`, kept only with `keep_rows`."""
+        return torch.cat(self._rows)
+
+    def residual_energy(self, tokens: int, scale: float) -> float:
+        """`E‖δ‖²`, where δ is scaled such that `G = (1/N) Σ δ aᵀ`: `N · scale² · Σ‖δ_t‖²`."""
+        return tokens * scale**2 * self.residual
