@@ -1,9 +1,13 @@
 """Models from GGUF files: dequantised by transformers into a plain model with no trace of quantisation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from layercard.errors import ModelError
@@ -20,8 +24,9 @@ def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     """
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        marked = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        with _without_bars():
+            marked = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # the readers raise struct, key, value and their own errors on broken files
         detail = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(f"{path} cannot be read as a GGUF model ({detail}); it may be cut short or of an unknown family") from error
@@ -34,3 +39,14 @@ def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     if marked.generation_config is not None:
         model.generation_config = marked.generation_config
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Draw no bars of tqdm's: transformers draws one for each pass over the tensors, and its own switch does not reach it."""
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original

@@ -33,6 +33,8 @@ def locate(name: str, progress: Progress | None = None) -> str:
     """
     if name == EMBEDDED:
         return str(embedded_folder(progress=progress))
+    if not name.strip():
+        raise ModelError(f"no model is named; {_CHOICES}")
     path = Path(name).expanduser()
     if path.is_dir():
         _check_folder(path)
@@ -43,7 +45,7 @@ def locate(name: str, progress: Progress | None = None) -> str:
         raise ModelError(f"{name} is a file but no .gguf file; {_CHOICES}")
     near = _near(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1 or path.suffix == ".gguf"
-    if looks_local or not name.strip() or (near and "/" not in name):
+    if looks_local or (near and "/" not in name):
         raise ModelError(f"{name!r}: no such model{near}; {_CHOICES}")
     return name
 

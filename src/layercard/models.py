@@ -73,10 +73,10 @@ def load_model(
     """
     name = os.fspath(name)
     target, kind = _device(device), _dtype(dtype)
-    place = locate(name, progress)
-    if progress is not None:
-        progress("load", 0, 1)
     with quiet_libraries():
+        place = locate(name, progress)
+        if progress is not None:
+            progress("load", 0, 1)
         model, tokenizer = read_model(place, kind, trust_remote_code)
         base = wrap_model(model.to(target), tokenizer, name=name)
     if progress is not None:
