@@ -172,8 +172,9 @@ def measured(card: Json) -> list[Measure]:
     return [measure for measure in MEASURES.values() if any(profile_of(card, measure.key))]
 
 
-def best_layers(card: Json, count: int = 5, key: str = "gain_estimate") -> list[int]:
-    """The layers with the highest `key`, best first; fewer than `count` where fewer were measured."""
+def best_layers(card: Json, key: str = "gain_estimate") -> list[int]:
+    """The few layers with the highest `key`, best first: five, or a quarter of a shallow model."""
+    count = max(1, min(5, len(card["layers"]) // 4))
     values = {index: found.value for index, found in enumerate(profile_of(card, key)) if found is not None}
     return sorted(values, key=lambda index: (-values[index], index))[:count]
 
@@ -279,3 +280,34 @@ def comparison_rows(comparison: Json) -> list[dict[str, Any]]:
             row[key] = found.value if found else None
         rows.append(row)
     return rows
+
+
+RUN_COLUMNS = (
+    "Placement",
+    "Layers",
+    "Loss reduction",
+    "Performance kept",
+    "Training time",
+    "Peak memory",
+    "Trained parameters",
+    "Adapter size",
+)
+
+
+def run_cells(row: Json) -> list[str]:
+    """A row of `comparison_rows` as text, under `RUN_COLUMNS`."""
+    kept = row["performance_kept"]
+    return [
+        row["name"],
+        str(row["layers"]),
+        _shown(row["loss_reduction"]),
+        "–" if kept is None else f"{100 * kept:.1f} %",
+        _shown(row["train_seconds"], " s"),
+        _shown(row["peak_memory_bytes"], " MiB", 2**20),
+        "–" if row["trainable_parameters"] is None else f"{int(row['trainable_parameters']):,}",
+        _shown(row["adapter_bytes"], " MiB", 2**20),
+    ]
+
+
+def _shown(value: float | None, unit: str = "", scale: float = 1.0) -> str:
+    return "–" if value is None else f"{short(value / scale)}{unit}"

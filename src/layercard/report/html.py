@@ -13,6 +13,7 @@ from plotly.graph_objects import Figure
 from layercard.files import write_text
 from layercard.report import figures
 from layercard.report.frames import (
+    RUN_COLUMNS,
     Json,
     Measure,
     bar_fractions,
@@ -22,22 +23,13 @@ from layercard.report.frames import (
     measured,
     number,
     profile_of,
+    run_cells,
     short,
     stability_words,
     unit_of,
 )
 
 LEADING = "gain_estimate"
-RUN_COLUMNS = (
-    "Placement",
-    "Layers",
-    "Loss reduction",
-    "Performance kept",
-    "Training time",
-    "Peak memory",
-    "Trained parameters",
-    "Adapter size",
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ def render(card: Json, *, placement: Json | None = None, comparison: Json | None
             trade_off=_trade_off_plot(rows),
             table=_table(card),
             best=best_layers(card),
-            runs=[_run_cells(row) for row in rows],
+            runs=[run_cells(row) for row in rows],
             run_columns=RUN_COLUMNS,
             provenance=_provenance(card),
             commands=list(commands),
@@ -183,24 +175,6 @@ def _column_cells(card: Json, measure: Measure) -> list[dict[str, Any]]:
             tint = (shade - lightest) / (1 - lightest) if lightest < 1 else 0.0
             cells.append({"text": short(found.value), "interval": interval(found), "exact": found.value, "tint": tint})
     return cells
-
-
-def _run_cells(row: Json) -> list[str]:
-    kept = row["performance_kept"]
-    return [
-        row["name"],
-        str(row["layers"]),
-        _shown(row["loss_reduction"]),
-        "–" if kept is None else f"{100 * kept:.1f} %",
-        _shown(row["train_seconds"], " s"),
-        _shown(row["peak_memory_bytes"], " MiB", 2**20),
-        "–" if row["trainable_parameters"] is None else f"{int(row['trainable_parameters']):,}",
-        _shown(row["adapter_bytes"], " MiB", 2**20),
-    ]
-
-
-def _shown(value: float | None, unit: str = "", scale: float = 1.0) -> str:
-    return "–" if value is None else f"{short(value / scale)}{unit}"
 
 
 def _provenance(card: Json) -> dict[str, Mapping[str, Any]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -11,19 +10,19 @@ from rich.text import Text
 
 from layercard.report.frames import (
     MEASURES,
+    RUN_COLUMNS,
     Json,
     Number,
     bar_fractions,
     best_layers,
+    comparison_rows,
     interval,
     number,
     profile_of,
+    run_cells,
     short,
     stability_words,
 )
-
-BEST = 5
-"""How many layers are marked as the best ones."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -93,7 +92,7 @@ def card_view(card: Json, console: Console) -> RenderableType:
     """The whole card: what it is of, one row a layer, warnings in words."""
     parts: list[RenderableType] = [_header(card), layer_table(card, console)]
     parts.extend(_warnings(card))
-    parts.append(Text.assemble(("★", "bold green"), (f" the {BEST} best single layers; a set should spread: layercard select CARD", "dim")))
+    parts.append(Text.assemble(("★", "bold green"), (" best single layers; a set of layers should spread: layercard select", "dim")))
     return Group(*parts)
 
 
@@ -117,7 +116,7 @@ def layer_table(card: Json, console: Console) -> Table:
                 text.append(f" {interval(found):<11} ", style="not bold dim")
                 text.append(strip(found, bounds, column.strip, ascii_only=ascii_only), style="not bold cyan")
             row.append(text)
-    best = best_layers(card, BEST)
+    best = best_layers(card)
     for index in range(len(card["layers"])):
         mark = Text.assemble(("* " if ascii_only else "★ ") if index in best else "", f"{index:>2}")
         table.add_row(mark, *cells[index], style="bold green" if index in best else None)
@@ -192,6 +191,8 @@ def placement_view(placement: Json) -> RenderableType:
     }
     for key, raw in (placement.get("predicted") or {}).items():
         found = number(raw)
+        if isinstance(raw, str):
+            rows["Predicted"] = rows.get("Predicted", "") + f"{key.replace('_', ' ')} {raw}  "
         if found is not None:
             between = f" ({interval(found)})" if interval(found) else ""
             rows["Predicted"] = rows.get("Predicted", "") + f"{key.replace('_', ' ')} {short(found.value)}{between}  "
@@ -213,12 +214,11 @@ def depth_strip(layers: Sequence[int], depth: int) -> str:
     return "".join("■" if index in layers else "·" for index in range(depth))
 
 
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> Table:
-    """A table of values: text to the left, numbers to the right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for at, name in enumerate(columns):
-        numeric = bool(rows) and all(not isinstance(row[at], str) or row[at] == "-" for row in rows)
-        table.add_column(name, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(Text(value if isinstance(value, str) else "-" if value is None else short(value)) for value in row))
+def comparison_table(comparison: Json) -> Table:
+    """One row a placement: what it keeps of the performance of all layers, and what it costs."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for at, name in enumerate(RUN_COLUMNS):
+        table.add_column(name, justify="right" if at else "left")
+    for row in comparison_rows(comparison):
+        table.add_row(*map(Text, run_cells(row)))
     return table

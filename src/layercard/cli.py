@@ -1,0 +1,92 @@
+"""The command line: `layercard COMMAND`. Results go to stdout, progress and errors to stderr.
+
+What a user can mend ends in one line, `error: …`, and exit status 2; an interrupt in status 130.
+"""
+
+import io
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from layercard.commands.compare import compare
+from layercard.commands.demo import demo
+from layercard.commands.evaluate import evaluate
+from layercard.commands.profile import profile
+from layercard.commands.select import select
+from layercard.commands.show import show
+from layercard.commands.train import train
+from layercard.errors import LayercardError
+
+MENDABLE = 2
+INTERRUPTED = 130
+
+_ClickError: type[Exception] = typer.BadParameter.__mro__[2]  # typer has no public name for it
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+for _name, _command in (
+    ("profile", profile),
+    ("show", show),
+    ("select", select),
+    ("train", train),
+    ("eval", evaluate),
+    ("compare", compare),
+    ("demo", demo),
+):
+    app.command(_name)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"layercard {version('layercard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def layercard(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Profile a language model once, read its Layer Card, and fine-tune only the layers that matter.
+
+    The way through: profile (model + data to a card), show (read it), select (card to a placement), train (adapters in
+    these layers only), eval and compare.
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and give its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without bars and arrows still gets the numbers
+    try:
+        status = app(args=list(arguments) or ["--help"], prog_name="layercard", standalone_mode=False)
+    except LayercardError as error:
+        return _fail(str(error))
+    except _ClickError as error:
+        return _fail(_usage(error))
+    if status == INTERRUPTED:
+        sys.stderr.write("interrupted\n")
+    return status if isinstance(status, int) else 0
+
+
+def _usage(error: Any) -> str:
+    """What was wrong with the command line, and whose help says how it is right."""
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "layercard"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return MENDABLE
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`layercard profile`: a model and data to a Layer Card."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layercard.commands import options as opt
+from layercard.commands.terminal import Display, emit_json, out
+from layercard.files import refuse_existing
+
+RECORDS = 64
+"""Records that are profiled unless told otherwise: enough for a stable ranking on the sets tried."""
+
+
+def profile(
+    model: opt.ModelName,
+    data: opt.Data,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="CARD", help="Where to write the card.")],
+    records: Annotated[int, typer.Option("--records", min=1, metavar="N", help="Profile the first N records.")] = RECORDS,
+    rank: opt.Rank = 8,
+    ridge: Annotated[
+        float, typer.Option("--ridge", metavar="X", help="Regularisation of each input's covariance, as a share of its usual energy.")
+    ] = 1.0,
+    batch_size: opt.BatchSize = 8,
+    max_length: opt.MaxLength = 1024,
+    label_samples: Annotated[
+        int,
+        typer.Option(
+            "--label-samples", min=1, metavar="N", help="Samples of labels from the model for the coupling; each is one more backward pass."
+        ),
+    ] = 2,
+    step_probe: Annotated[
+        bool, typer.Option("--step-probe/--no-step-probe", help="Measure each layer's own step on held-out records.")
+    ] = True,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "float32",
+    seed: opt.Seed = 0,
+    force: opt.Force = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Profile a model on records and write its Layer Card.
+
+    Nothing of the model is changed or trained. The card holds for each layer what a low-rank adapter could do there, how
+    well conditioned the layer is, how much it overlaps with the others, and an estimate of the gain of adapting it.
+    """
+    refuse_existing(output, force)
+    from layercard.data import load_data
+    from layercard.models import load_model
+    from layercard.profile import ProfileSettings
+    from layercard.profile import profile as make_card
+
+    settings = ProfileSettings(rank=rank, ridge=ridge, batch_size=batch_size, label_samples=label_samples, step_probe=step_probe, seed=seed)
+    started = time.perf_counter()
+    with Display() as display:
+        base = load_model(model, device=device, dtype=dtype, progress=display)
+        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
+        card = make_card(base, dataset, settings, progress=display)
+    card.save(output, force=force)
+    if as_json:
+        emit_json(card.to_json())
+        return
+    console = out()
+    seconds = time.perf_counter() - started
+    console.print(f"{output}: {card.model.layers} layers, {card.data.records} records, {card.data.tokens:,} tokens, {seconds:.0f} s")
+    for warning in card.warnings:
+        console.print(f"! {warning}", style="yellow", soft_wrap=True)
+    console.print(f"next: layercard show {output}", style="dim", soft_wrap=True)

@@ -1,0 +1,61 @@
+"""`layercard show`: a card as a table, as JSON or as a page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layercard.commands import options as opt
+from layercard.commands.terminal import emit_json, out
+from layercard.files import refuse_existing
+
+
+def show(
+    card: opt.CardPath,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="PAGE", help="Write the card as one HTML page that needs no network.")
+    ] = None,
+    placement: Annotated[
+        Path | None, typer.Option("--placement", metavar="FILE", help="Mark the layers of this placement on the page.")
+    ] = None,
+    comparison: Annotated[
+        Path | None, typer.Option("--comparison", metavar="FILE", help="Show this comparison (`layercard compare`) on the page.")
+    ] = None,
+    force: opt.Force = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Show a card: one row a layer, with bars, the best layers marked, and warnings in words."""
+    from layercard.card import LayerCard
+
+    if html is not None:
+        refuse_existing(html, force)
+    elif placement is not None or comparison is not None:
+        raise typer.BadParameter("--placement and --comparison belong on the page; give --html PAGE too")
+    value = LayerCard.load(card).to_json()
+    if html is not None:
+        _write_page(html, value, placement, comparison, f"layercard show {card} --html {html}", force)
+    if as_json:
+        emit_json(value)
+        return
+    if html is not None:
+        out().print(f"wrote {html}", soft_wrap=True)
+        return
+    from layercard.report.terminal import card_view
+
+    console = out()
+    console.print(card_view(value, console))
+
+
+def _write_page(html: Path, card: dict[str, object], placement: Path | None, comparison: Path | None, command: str, force: bool) -> None:
+    from layercard.comparison import load_comparison
+    from layercard.report.html import write_page
+    from layercard.selection import Placement
+
+    write_page(
+        html,
+        card,
+        placement=Placement.load(placement).to_json() if placement else None,
+        comparison=load_comparison(comparison) if comparison else None,
+        commands=[command],
+        force=force,
+    )

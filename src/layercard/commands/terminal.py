@@ -1,0 +1,48 @@
+"""What commands share at the terminal: progress on stderr, results on stdout."""
+
+import json
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def out() -> Console:
+    """Where results are printed; text is shown as it is, never read as markup."""
+    return Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+
+
+def emit_json(value: dict[str, Any]) -> None:
+    """Print a JSON object, and nothing else, on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+class Display:
+    """Progress bars on stderr, one for each phase; it is itself the callback that the library calls.
+
+    A phase that starts over (its count falls) gets a new bar.
+    """
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description:<16}"), BarColumn(30), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=Console(stderr=True, markup=False, emoji=False, highlight=False))
+        self._tasks: dict[str, tuple[TaskID, int]] = {}
+        self.prefix = ""
+
+    def __enter__(self) -> "Display":
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts of a phase are behind us."""
+        name = f"{self.prefix}{phase}"
+        task, before = self._tasks.get(name, (None, 0))
+        if task is None or done < before:
+            task = self._bars.add_task(name, total=total)
+        self._tasks[name] = (task, done)
+        self._bars.update(task, completed=done, total=total)
