@@ -53,7 +53,7 @@ lint: setup
 	$(BIN)/python docs/generate_cli.py --check
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 cli-docs: setup
 	$(BIN)/python docs/generate_cli.py

@@ -13,12 +13,12 @@ Results are printed on stdout, progress on stderr; `--json` prints machine-reada
 
 
 def command_line_page() -> str:
-    """The page: one section a command, each with its help text as it is printed at 100 columns."""
+    """The page: one section a command, each with its help text as it is printed at 80 columns."""
     from typer.testing import CliRunner
 
     from layercard.cli import app
 
-    environment = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+    environment = {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
     os.environ.update(environment)
     names = [command.name for command in app.registered_commands]
     parts = [INTRODUCTION]

@@ -110,3 +110,12 @@ def test_library_is_silent() -> None:
     talks = re.compile(r"(?<![\w.])print\(")
     found = [path.name for path in MODULES if talks.search(re.sub(r'""".*?"""', "", path.read_text(encoding="utf-8"), flags=re.DOTALL))]
     assert found == []
+
+
+def test_public_names_come_when_they_are_used() -> None:
+    import layercard
+
+    assert {name: getattr(layercard, name).__name__ for name in layercard.__all__} == {name: name for name in layercard.__all__}
+    assert set(layercard.__all__) <= set(dir(layercard))
+    with pytest.raises(AttributeError, match="no attribute 'Card'"):
+        _ = layercard.Card

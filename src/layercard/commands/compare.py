@@ -71,6 +71,7 @@ def compare(
         report_to=report_to,
     )
     opt.check_folder(output, resume=resume, force=force)
+    opt.check_data(data, valid)
     wanted = [part.strip() for part in placements.split(",") if part.strip()]
     check_names(wanted, card)
     from layercard.comparison import compare as run

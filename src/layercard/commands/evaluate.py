@@ -35,6 +35,7 @@ def evaluate(
     Always: loss per labelled token and perplexity. For records with `references`: BLEU, chrF and ROUGE-L of greedy
     continuations. For records with an `answer`: how often the final number is right.
     """
+    opt.check_data(data)
     from contextlib import nullcontext
 
     from layercard.adapters import loaded

@@ -50,3 +50,12 @@ def check_folder(path: Path, *, resume: bool, force: bool) -> None:
     """Refuse an output folder that holds something already, before the long work starts."""
     if not (resume or force) and path.exists() and (path.is_file() or any(path.iterdir())):
         raise OutputError(f"{path} exists already; pass --resume to go on with it, --force to replace it, or name another output")
+
+
+def check_data(*sources: str | None) -> None:
+    """Refuse data files that are not there, before a model is loaded; data sets on the hub are looked up when they are read."""
+    from layercard.records import read_records
+
+    for source in sources:
+        if source is not None and not source.startswith("hub:"):
+            read_records(source)

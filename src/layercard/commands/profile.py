@@ -46,6 +46,7 @@ def profile(
     well conditioned the layer is, how much it overlaps with the others, and an estimate of the gain of adapting it.
     """
     refuse_existing(output, force)
+    opt.check_data(data)
     from layercard.data import load_data
     from layercard.models import load_model
     from layercard.profile import ProfileSettings

@@ -22,14 +22,14 @@ def emit_json(value: dict[str, Any]) -> None:
 class Display:
     """Progress bars on stderr, one for each phase; it is itself the callback that the library calls.
 
-    A phase that starts over (its count falls) gets a new bar.
+    A phase that starts over (its count falls) gets a new bar. Where stderr is no terminal, nothing is drawn.
     """
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<16}"), BarColumn(30), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=Console(stderr=True, markup=False, emoji=False, highlight=False))
+        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
         self._tasks: dict[str, tuple[TaskID, int]] = {}
-        self.prefix = ""
 
     def __enter__(self) -> "Display":
         self._bars.start()
@@ -40,9 +40,8 @@ class Display:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a phase are behind us."""
-        name = f"{self.prefix}{phase}"
-        task, before = self._tasks.get(name, (None, 0))
+        task, before = self._tasks.get(phase, (None, 0))
         if task is None or done < before:
-            task = self._bars.add_task(name, total=total)
-        self._tasks[name] = (task, done)
+            task = self._bars.add_task(phase, total=total)
+        self._tasks[phase] = (task, done)
         self._bars.update(task, completed=done, total=total)

@@ -42,6 +42,7 @@ def train(
 ) -> None:
     """Train LoRA adapters in the layers of a placement. The folder loads with plain PEFT."""
     opt.check_folder(output, resume=resume, force=force)
+    opt.check_data(data, valid)
     settings = TrainSettings(
         rank=rank,
         alpha=alpha,

@@ -1,0 +1,45 @@
+"""layercard: profile a language model once, read its Layer Card, and fine-tune only the layers that matter.
+
+```python
+from layercard import LayerCard, select
+
+placement = select(LayerCard.load("card.json"), k=5)
+```
+
+Importing the package imports nothing heavy; a name brings its module along when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layercard.card import LayerCard as LayerCard
+    from layercard.data import load_data as load_data
+    from layercard.errors import LayercardError as LayercardError
+    from layercard.models import load_model as load_model
+    from layercard.profile import ProfileSettings as ProfileSettings
+    from layercard.selection import Placement as Placement
+    from layercard.selection import select as select
+    from layercard.settings import TrainSettings as TrainSettings
+
+_HOMES = {
+    "LayerCard": "layercard.card",
+    "LayercardError": "layercard.errors",
+    "Placement": "layercard.selection",
+    "ProfileSettings": "layercard.profile",
+    "TrainSettings": "layercard.settings",
+    "load_data": "layercard.data",
+    "load_model": "layercard.models",
+    "select": "layercard.selection",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'layercard' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

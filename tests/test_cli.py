@@ -1,0 +1,284 @@
+"""The command line: what it prints where, and one line and status 2 for whatever a user can mend."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cards import fake_card, fake_comparison, fake_placement
+from layercard.cli import app, run
+
+COMMANDS = [command.name for command in app.registered_commands]
+Layercard = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def layercard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Layercard:
+    """`layercard("show", path)` in an empty folder: exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return command
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Path:
+    return saved(tmp_path / "card.json", fake_card())
+
+
+def saved(path: Path, value: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    status, out, err = result
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err, err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(layercard: Layercard, name: str) -> None:
+    status, out, err = layercard(name, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Usage: layercard {name}")
+
+
+def test_no_command_gives_the_help(layercard: Layercard) -> None:
+    assert layercard() == layercard("--help")
+    assert layercard("--version")[1].startswith("layercard 0.")
+
+
+def test_help_is_quick() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "layercard.cli", "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_help_explains_the_names_of_the_ends(layercard: Layercard) -> None:
+    text = " ".join(layercard("select", "--help")[1].split())
+    assert "bottom is an alias of last: the output side, cheapest to train" in text
+    assert "top is an alias of first" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["shwo"], ["shwo", "see layercard --help"]),
+        (["show"], ["CARD", "see layercard show --help"]),
+        (["show", "card.json", "--jsn"], ["--jsn", "--json"]),
+        (["select", "card.json", "--k", "five", "-o", "p.json"], ["--k", "integer"]),
+        (["profile", "m", "--data", "synthetic", "--records", "0", "-o", "c.json"], ["--records"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(layercard: Layercard, card: Path, arguments: list[str], words: list[str]) -> None:
+    assert_one_line(layercard(*arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--k", "0"], ["0"]),
+        (["--k", "99"], ["99", "30"]),
+        (["--k", "-1"], ["-1"]),
+        (["--objective", "ballanced"], ["ballanced", "balanced"]),
+        (["--strategy", "midle"], ["midle", "middle"]),
+        (["--strategy", "all", "--objective", "cost"], ["--objective cost", "--strategy all"]),
+    ],
+)
+def test_a_choice_that_cannot_be_met_is_one_line(layercard: Layercard, card: Path, arguments: list[str], words: list[str]) -> None:
+    assert_one_line(layercard("select", card, *arguments, "-o", "placement.json"), *words)
+    assert not Path("placement.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["no such file"]),
+        ("", ["truncated"]),
+        (json.dumps(fake_card())[:5000], ["truncated"]),
+        ("[]", ["list"]),
+        ('{"schema": "layercard/99"}', ["layercard/99", "layercard/1"]),
+        (json.dumps(fake_card(layers=[])), ["layers"]),
+        (json.dumps(fake_card()).replace('"gain_estimate": {"value": ', '"gain_estimate": {"value": NaN, "was": '), ["gain_estimate"]),
+        (json.dumps(fake_placement(fake_card(), [1])), ["layercard-placement/1"]),
+    ],
+)
+def test_a_card_that_is_none_is_one_line(layercard: Layercard, tmp_path: Path, text: str | None, words: list[str]) -> None:
+    path = tmp_path / "broken.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    assert_one_line(layercard("show", path), "broken.json", *words)
+    assert_one_line(layercard("select", path, "-o", tmp_path / "placement.json"), "broken.json", *words)
+
+
+def test_show_prints_a_row_a_layer(layercard: Layercard, card: Path) -> None:
+    status, out, err = layercard("show", card)
+    assert (status, err) == (0, "")
+    assert sum("●" in line for line in out.splitlines()) == 30
+    assert "massive activations" in out
+    assert json.loads(layercard("show", card, "--json")[1])["model"]["layers"] == 30
+
+
+def test_show_writes_a_page(layercard: Layercard, card: Path, tmp_path: Path) -> None:
+    placement = saved(tmp_path / "placement.json", fake_placement(fake_card(), [2, 9]))
+    comparison = saved(tmp_path / "compare.json", fake_comparison(fake_card(), {"mine": [2, 9], "all": list(range(30))}))
+    arguments = ("show", card, "--html", "card.html", "--placement", placement, "--comparison", comparison)
+    status, out, _ = layercard(*arguments)
+    assert (status, out) == (0, "wrote card.html\n")
+    assert "Performance kept against training time" in Path("card.html").read_text(encoding="utf-8")
+    assert_one_line(layercard(*arguments), "card.html exists already", "--force")
+    assert layercard(*arguments, "--force")[0] == 0
+    assert_one_line(layercard("show", card, "--placement", placement), "--html")
+
+
+def test_select_writes_a_placement_with_reasons(layercard: Layercard, card: Path) -> None:
+    status, out, _ = layercard("select", card, "--k", 3, "-o", "placement.json")
+    assert status == 0
+    value = json.loads(Path("placement.json").read_text(encoding="utf-8"))
+    assert len(value["layers"]) == 3
+    assert set(value["reasons"]) == set(map(str, value["layers"]))
+    assert "3 of 30 layers" in out
+    assert_one_line(layercard("select", card, "-o", "placement.json"), "exists already", "--force")
+    printed = json.loads(layercard("select", card, "--k", 3, "-o", "placement.json", "--force", "--json")[1])
+    assert printed == value
+
+
+def test_bottom_is_the_output_side(layercard: Layercard, card: Path) -> None:
+    chosen = {
+        name: json.loads(layercard("select", card, "--strategy", name, "-o", f"{name}.json", "--json")[1])["layers"]
+        for name in ("top", "first", "bottom", "last", "all")
+    }
+    assert chosen["bottom"] == chosen["last"] == [25, 26, 27, 28, 29]
+    assert chosen["top"] == chosen["first"] == [0, 1, 2, 3, 4]
+    assert chosen["all"] == list(range(30))
+
+
+def test_data_that_cannot_be_used_is_one_line(layercard: Layercard, tiny_folder: Path, tiny_file: Path) -> None:
+    lines = tiny_file.read_text(encoding="utf-8").splitlines()
+    Path("malformed.jsonl").write_text("\n".join([*lines[:6], '{"prompt": "a"', *lines[6:]]), encoding="utf-8")
+    Path("empty.jsonl").write_text("", encoding="utf-8")
+    Path("silent.jsonl").write_text("\n".join([*lines[:2], '{"prompt": "a", "completion": ""}']), encoding="utf-8")
+    for file, words in {
+        "missing.jsonl": ["missing.jsonl"],
+        "malformed.jsonl": ["malformed.jsonl", "line 7"],
+        "empty.jsonl": ["empty.jsonl"],
+        "silent.jsonl": ["silent.jsonl", "line 3"],
+        "synthetic:tset": ["synthetic:test"],
+    }.items():
+        assert_one_line(layercard("profile", tiny_folder, "--data", file, "-o", "card.json"), *words)
+    assert not Path("card.json").exists()
+
+
+def test_models_that_cannot_be_used_are_one_line(layercard: Layercard, tiny_file: Path, tiny_folder: Path) -> None:
+    Path("hollow").mkdir()
+    Path("hollow/config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    for model, words in {"hollow": ["hollow"], "./nowhere": ["nowhere"], "smollm2-135": ["smollm2-135m"]}.items():
+        assert_one_line(layercard("profile", model, "--data", tiny_file, "-o", "card.json"), *words)
+    for option, value in {"--device": "cpuu", "--dtype": "float31"}.items():
+        assert_one_line(layercard("profile", tiny_folder, "--data", tiny_file, option, value, "-o", "card.json"), value)
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_loaded(layercard: Layercard, card: Path) -> None:
+    started = time.perf_counter()
+    assert_one_line(layercard("profile", "no/model", "--data", "missing.jsonl", "-o", card), "card.json exists already")
+    Path("adapter").mkdir()
+    Path("adapter/notes.txt").touch()
+    common = ("no/model", "--data", "missing.jsonl", "--valid", "missing.jsonl")
+    assert_one_line(layercard("train", *common, "--placement", "missing.json", "-o", "adapter"), "adapter exists already", "--resume")
+    assert_one_line(layercard("compare", *common, "--placements", "all", "-o", "adapter"), "adapter exists already")
+    assert time.perf_counter() - started < 5
+
+
+def test_from_profile_to_eval(layercard: Layercard, tiny_folder: Path, tiny_file: Path) -> None:
+    data = ("--data", tiny_file)
+    made = json.loads(layercard("profile", tiny_folder, *data, "--seed", 1, "-o", "card.json", "--json")[1])
+    assert made["settings"]["seed"] == 1
+    assert len(made["layers"]) == made["model"]["layers"]
+    assert layercard("show", "card.json")[0] == 0
+    assert layercard("select", "card.json", "--k", 1, "-o", "placement.json")[0] == 0
+    trained = layercard("train", tiny_folder, *data, "--valid", tiny_file, "--placement", "placement.json", "--steps", 2, "-o", "adapter")
+    assert trained[0] == 0
+    assert "Reduction" in trained[1]
+    result = json.loads(layercard("eval", tiny_folder, *data, "--adapter", "adapter", "--generate", 0, "--json")[1])
+    record = json.loads(Path("adapter/run.json").read_text(encoding="utf-8"))
+    assert result["loss"] == pytest.approx(record["loss_after"])
+    again = layercard("train", tiny_folder, *data, "--valid", tiny_file, "--placement", "placement.json", "--steps", 2, "-o", "adapter")
+    assert_one_line(again, "adapter exists already", "--force")
+    assert_one_line(layercard("eval", tiny_folder, *data, "--adapter", "."), "adapter")
+
+
+def test_profile_without_step_probe(layercard: Layercard, tiny_folder: Path, tiny_file: Path) -> None:
+    status, out, err = layercard("profile", tiny_folder, "--data", tiny_file, "--no-step-probe", "-o", "card.json")
+    assert (status, err) == (0, "")
+    assert "next: layercard show card.json" in out
+    assert json.loads(Path("card.json").read_text(encoding="utf-8"))["layers"][0]["step_probe"] is None
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    import inspect
+
+    from layercard.commands.profile import profile
+    from layercard.commands.train import train
+    from layercard.profile import ProfileSettings
+    from layercard.settings import TrainSettings
+
+    for command, settings in ((profile, ProfileSettings()), (train, TrainSettings())):
+        for name, parameter in inspect.signature(command).parameters.items():
+            if hasattr(settings, name):
+                assert parameter.default == getattr(settings, name), name
+
+
+def test_a_placement_of_another_model_is_one_line(layercard: Layercard, tiny_folder: Path, tiny_file: Path, tmp_path: Path) -> None:
+    placement = saved(tmp_path / "placement.json", fake_placement(fake_card(), [1]))
+    result = layercard("train", tiny_folder, "--data", tiny_file, "--placement", placement, "-o", "adapter")
+    assert_one_line(result, "smollm2-135m")
+    assert not Path("adapter").exists()
+
+
+def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
+    script = "import sys, time; from layercard import cli; from layercard.commands import show\n"
+    script += "import layercard.card as card\ncard.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
+    script += "sys.exit(cli.run(['show', 'card.json']))"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err.strip()) == (130, "interrupted")
+
+
+def test_a_closed_pipe_is_no_traceback(card: Path) -> None:
+    command = f"{sys.executable} -m layercard.cli show {card} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plain_terminal_still_gets_the_numbers(card: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-m", "layercard.cli", "show", str(card)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0
+    assert "11.7" in done.stdout
+    assert done.stderr == ""
