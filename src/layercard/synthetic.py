@@ -6,6 +6,7 @@ quarter to eight in the morning"), and two facts may share a sentence: enough to
 Nothing is taken from another data set. Only `Random.random` is drawn from, whose sequence Python promises never to change.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from string import Formatter
@@ -32,30 +33,29 @@ def synthetic_records(split: str = "train", seed: int = 0) -> Iterator[dict[str,
     >>> next(synthetic_records())["prompt"]
     'recipe; dish: braised pumpkin mash; serves: 3; takes: 30 min; diet: nuts'
     """
-    first = 0
-    for name, count in SPLITS.items():
-        if name == split:
-            break
-        first += count
-    for at, (prompt, texts) in enumerate(_inputs(seed, first + SPLITS[split], 1 if split == "train" else REFERENCES)):
-        if at >= first:
-            record: dict[str, Any] = {"prompt": prompt, "completion": texts[0]}
-            yield record if split == "train" else {**record, "references": texts}
+    names = list(SPLITS)
+    first = sum(SPLITS[name] for name in names[: names.index(split)])
+    for domain, facts in itertools.islice(_sheets(seed), first, first + SPLITS[split]):
+        prompt = _prompt(domain, facts)
+        source = random.Random(f"layercard synthetic words {seed} {prompt}")
+        texts = list(dict.fromkeys(tell(domain, facts, source) for _ in range(1 if split == "train" else REFERENCES)))
+        yield {"prompt": prompt, "completion": texts[0]} | ({} if split == "train" else {"references": texts})
 
 
-def _inputs(seed: int, count: int, texts: int) -> Iterator[tuple[str, list[str]]]:
-    """`count` distinct prompts with up to `texts` distinct texts for each; prompts do not depend on `texts`."""
-    facts_source = random.Random(f"layercard synthetic facts {seed}")
+def _sheets(seed: int) -> Iterator[tuple[Domain, dict[str, str]]]:
+    """Endless fact sheets, no two with the same prompt."""
+    source = random.Random(f"layercard synthetic facts {seed}")
     seen: set[str] = set()
-    while len(seen) < count:
-        domain = pick(facts_source, DOMAINS)
-        facts = draw_facts(domain, facts_source)
-        prompt = f"{domain.name}; " + "; ".join(f"{name}: {value}" for name, value in facts.items())
-        if prompt in seen:
-            continue
-        seen.add(prompt)
-        words_source = random.Random(f"layercard synthetic words {seed} {prompt}")
-        yield prompt, list(dict.fromkeys(tell(domain, facts, words_source) for _ in range(texts)))
+    while True:
+        domain = pick(source, DOMAINS)
+        facts = draw_facts(domain, source)
+        if (prompt := _prompt(domain, facts)) not in seen:
+            seen.add(prompt)
+            yield domain, facts
+
+
+def _prompt(domain: Domain, facts: dict[str, str]) -> str:
+    return "; ".join([domain.name, *(f"{name}: {value}" for name, value in facts.items())])
 
 
 def draw_facts(domain: Domain, source: random.Random) -> dict[str, str]:
