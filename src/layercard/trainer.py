@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from layercard.data import IGNORED, Batch, Dataset, Example, collate
 from layercard.errors import TrainingError
 from layercard.files import read_json, write_json
+from layercard.memory import PeakMemory
 from layercard.models import Progress, labelled_losses
 from layercard.settings import TrainSettings
 
@@ -33,11 +34,14 @@ class TrainLog:
         losses: Training loss of each step, in nats per labelled token, before that step's update.
         seconds: Time spent in steps: forward, backward and update, not loading, saving or measuring.
         tokens: Tokens gone through, padding not counted.
+        peak_bytes: Memory that training takes at its peak above the frozen model: adapters and optimiser state, and the growth during
+            the step with the largest batch (activations, gradients, logits).
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
+    peak_bytes: int = 0
 
 
 def schedule(records: int, rows: int, seed: int) -> list[int]:
@@ -67,15 +71,27 @@ def fit(
     steps = settings.total_steps(len(data))
     order = schedule(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
     trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder)
-    trainer.add_callback(_Watch(trainer, progress, epochs=len(order) / len(data)))
+    watch = _Watch(trainer, progress, len(order) / len(data))
+    trainer.add_callback(watch)
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
         trainer.history = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        watch.peak.stop()
     broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
     if broken:
         raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.learning_rate:g})")
     return trainer.history
+
+
+def heaviest_step(examples: Sequence[Example], batch_size: int, accumulation: int) -> int:
+    """The step, counted from 0, with the largest padded batch; never the first of several, which has no optimiser state yet."""
+    starts = range(0, len(examples), batch_size)
+    sizes = [batch_size * max(len(example.input_ids) for example in examples[start : start + batch_size]) for start in starts]
+    steps = [max(sizes[at : at + accumulation]) for at in range(0, len(sizes), accumulation)]
+    return max(range(min(1, len(steps) - 1), len(steps)), key=steps.__getitem__)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -137,6 +153,12 @@ class AdapterTrainer(Trainer):
             )
         return loss
 
+    def held_bytes(self) -> int:
+        """Memory that the adapters and the optimiser's state hold between steps."""
+        weights = sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+        states = self.optimizer.state_dict()["state"].values()
+        return weights + sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the walk over all parameters that it needs would be timed with every step."""
         return 0
@@ -151,9 +173,15 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: AdapterTrainer, progress: Progress | None, epochs: float) -> None:
         self.trainer, self.progress, self.epochs = trainer, progress, epochs
+        self.heaviest = heaviest_step(
+            trainer.train_dataset, trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+        )
+        self.peak = PeakMemory(trainer.args.device)
         self.start = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.heaviest:
+            self.peak.start()
         self.start = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -163,6 +191,9 @@ class _Watch(TrainerCallback):
         history.seconds += time.perf_counter() - self.start
         history.losses.append(self.trainer.step_loss)
         history.tokens += self.trainer.step_tokens
+        if state.global_step == self.heaviest + 1:
+            self.peak.stop()
+            history.peak_bytes = self.peak.bytes + self.trainer.held_bytes()
         state.epoch = self.epochs * state.global_step / state.max_steps
         if self.progress is not None:
             self.progress("train", state.global_step, state.max_steps)

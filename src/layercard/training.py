@@ -21,7 +21,6 @@ from layercard.data import Dataset
 from layercard.errors import OutputError, TrainingError
 from layercard.evaluation import HeldOut, describe_data, held_out_losses, reduction_interval
 from layercard.files import read_json, write_json
-from layercard.memory import PeakMemory
 from layercard.models import BaseModel, Progress, describe, quiet_libraries
 from layercard.selection import Placement
 from layercard.settings import TrainSettings
@@ -71,7 +70,7 @@ def train(
     Returns:
         The run record (schema `layercard-run/1`). Losses are in nats per labelled token; `loss_reduction` has a paired bootstrap
         interval over the held-out records, `losses` holds the training loss of each step. `train_seconds` is the time within steps.
-        `peak_memory_bytes` is the growth over what was held before training (the base model), adapters and optimiser included.
+        `peak_memory_bytes` is what training takes above the frozen model: adapters, optimiser, gradients and activations.
 
     Raises:
         PlacementError: The placement is not for this model.
@@ -91,8 +90,7 @@ def train(
     if valid is not None and before is None:
         before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
     with _seeded(settings.seed), quiet_libraries(), no_deprecations(), adapted(base, placement, **_lora(settings)) as model:
-        with PeakMemory(base.device) as peak:
-            log = fit(model, data, base.pad_id, settings, output / CHECKPOINTS, resume=resume, progress=progress)
+        log = fit(model, data, base.pad_id, settings, output / CHECKPOINTS, resume=resume, progress=progress)
         after = None if valid is None else held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
         _save_adapter(model, output)
@@ -105,7 +103,6 @@ def train(
         "data": describe_data(data),
         **_measured(valid, before, after),
         **_cost(base, placement, log),
-        "peak_memory_bytes": peak.bytes + sum(weight.nbytes for weight in trainable),
         "trainable_parameters": sum(weight.numel() for weight in trainable),
         "adapter_bytes": (output / WEIGHTS_FILE).stat().st_size,
         "versions": versions(),
@@ -147,6 +144,7 @@ def _cost(base: BaseModel, placement: Placement, log: TrainLog) -> dict[str, Any
         "tokens_seen": log.tokens,
         "losses": log.losses,
         "train_seconds": log.seconds,
+        "peak_memory_bytes": log.peak_bytes,
         "layers_in_backward": f"{depth - placement.layers[0]}/{depth}",
     }
 
