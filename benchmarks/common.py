@@ -1,6 +1,5 @@
 """What the benchmarks share: where the data is, what machine this is, how a result is kept."""
 
-import json
 import os
 import platform
 import sys
@@ -8,6 +7,9 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from layercard.files import write_json
+from tables import cell
 
 RESULTS = Path(__file__).parent / "results"
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -41,6 +43,26 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def load_result(path: Path) -> dict[str, Any] | None:
-    """A finished run's JSON, or nothing."""
-    return json.loads(path.read_text()) if path.exists() else None
+def report(name: str, title: str, columns: list[str], rows: list[list[Any]], **more: Any) -> None:
+    """Print a table and keep it as `results/NAME.json`, the form that `tables.py` reads."""
+    about = machine()
+    summary = f"{about['cpu']}, {about['cores']} cores, torch {about['versions']['torch']}, {about['date'][:10]}"
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    result = {
+        "title": title,
+        "command": command,
+        "machine": summary,
+        "columns": columns,
+        "rows": rows,
+        "details": {**more, "machine": about},
+    }
+    write_json(RESULTS / f"{name}.json", result, force=True)
+    widths = [max(len(cell(row[at])) for row in [columns, *rows]) for at in range(len(columns))]
+    print(f"\n{title}\n")
+    for row in [columns, *rows]:
+        print("  ".join(cell(value).ljust(width) for value, width in zip(row, widths, strict=True)))
+
+
+def rounded(value: float, low: float, high: float, digits: int = 2) -> str:
+    """A value with its interval, for a table cell."""
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -103,9 +103,10 @@ class StepProbe:
         """Largest loss reduction that either length reaches, at least 0: `[layers]`, nats per labelled token.
 
         Args:
-            weights_n: How often each record counts.
+            weights_n: How often each record counts; those beyond the records of the probe are not used.
         """
-        reduction = ((self.before - self.after) * weights_n).sum(dim=2) / (weights_n * self.tokens).sum()
+        weights = weights_n[: len(self.tokens)]
+        reduction = ((self.before - self.after) * weights).sum(dim=2) / (weights * self.tokens).sum().clamp(min=1.0)
         return reduction.max(dim=1).values.clamp(min=0)
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from layercard.capture import Capture, capturing
 from layercard.data import Example, batches
+from layercard.errors import DataError
 from layercard.layers import Block, Projection
 from layercard.models import BaseModel, labelled_logits
 from layercard.probe import Step
@@ -113,6 +114,9 @@ def fit_pass(
         ridge: λ as a share of `ridge_scale`.
         batch_size: Records in a batch.
         progress: Told of batches and layers.
+
+    Raises:
+        DataError: The loss is not finite.
     """
     expected = sum(len(example.input_ids) for example in examples)
     inputs: dict[str, InputMoments] = {}
@@ -140,6 +144,8 @@ def fit_pass(
             if progress:
                 progress("fit pass", at + 1, len(found))
         leaders = dict(capture.leaders)
+    if not math.isfinite(nats):
+        raise DataError(f"the loss of {base.name} on these records is {nats}; check the weights and records, or use --dtype float32")
     fit = Fit(tokens=expected, labelled=labelled, loss=nats / labelled)
     for block in base.blocks:
         _solve_layer(fit, block, leaders, inputs, gradients, rank, ridge)

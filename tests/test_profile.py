@@ -1,0 +1,160 @@
+"""From a model and records to a card."""
+
+import json
+
+import pytest
+import torch
+
+from layercard import profile as profile_module
+from layercard.card import LayerCard, check_model
+from layercard.data import Dataset
+from layercard.errors import CardError, DataError, OutputError
+from layercard.models import BaseModel, describe, wrap_model
+from layercard.profile import ProfileSettings, profile, split_records
+from test_capture import assert_same, examples, state
+from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
+
+LENGTHS = (9, 6, 12, 7, 5, 11, 8, 10, 14, 13, 9, 8)
+MEASURES = (
+    "resnorm resnorm_rank residual_fraction gradient_norm activation_energy effective_rank condition noise_amplification "
+    "predicted_gain centrality step_probe gain_estimate"
+).split()
+
+
+def dataset(lengths: tuple[int, ...] = LENGTHS, truncated: int = 0) -> Dataset:
+    return Dataset(tuple(examples(lengths, seed=4)), "random tokens", "0" * 16, truncated)
+
+
+def base_of(family: str = "llama") -> BaseModel:
+    return wrap_model(build_tiny(family), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def card() -> LayerCard:
+    return profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3))
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_gets_a_whole_card(family: str) -> None:
+    base = base_of(family)
+    before = state(base.model)
+    card = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3))
+    assert_same(before, state(base.model))
+    assert [layer.index for layer in card.layers] == [0, 1, 2]
+    for measure in MEASURES:
+        for layer in card.layers:
+            sampled = getattr(layer, measure)
+            assert sampled.low <= sampled.value <= sampled.high, measure
+    for layer, block in zip(card.layers, base.blocks, strict=True):
+        assert [module.path for module in layer.modules] == [p.path for p in block.projections]
+        assert layer.resnorm_rank.value <= layer.resnorm.value * (1 + 1e-5)
+        assert 0 < layer.residual_fraction.value < 1
+        assert layer.condition.value >= 1
+    assert card.data.records == 12 and card.data.fit_records == 7
+
+
+def test_the_same_seed_gives_the_same_card(card: LayerCard) -> None:
+    again = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3))
+    assert again.to_json() == card.to_json()
+    other = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, seed=1))
+    assert other.to_json() != card.to_json()
+
+
+def test_the_batch_size_changes_signals_by_rounding_only(card: LayerCard) -> None:
+    again = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=5))
+    for measure in ("resnorm", "gradient_norm", "activation_energy", "effective_rank"):
+        assert again.values(measure) == pytest.approx(card.values(measure), rel=1e-3)
+
+
+@pytest.mark.parametrize("at", ["fit_pass", "held_out_pass", "step_probe"])
+def test_the_model_is_bit_for_bit_the_same_after_a_failure_in_the_middle(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of()
+    base.model.train()
+    before = state(base.model)
+    calls = {"n": 0}
+
+    def failing(phase: str, done: int, total: int) -> None:
+        calls["n"] += 1
+        if phase.replace(" ", "_").replace("held-out", "held_out") == at:
+            raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        profile(base, dataset(), ProfileSettings(rank=2, batch_size=3), failing)
+    assert calls["n"] > 0
+    assert_same(before, state(base.model))
+
+
+def test_few_records_are_refused() -> None:
+    with pytest.raises(DataError, match="at least 4"):
+        profile(base_of(), dataset((5, 6, 7)))
+
+
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    base = base_of()
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="loss .* is nan"):
+        profile(base, dataset(), ProfileSettings(rank=2))
+
+
+def test_the_split_is_seeded_and_disjoint() -> None:
+    fit, held = split_records(dataset(), ProfileSettings(fit_share=0.5))
+    assert len(fit) == len(held) == 6
+    assert {e.input_ids for e in fit}.isdisjoint(e.input_ids for e in held)
+    assert split_records(dataset(), ProfileSettings(fit_share=0.5, seed=9))[0] != fit
+
+
+def test_without_step_probe_the_card_says_so() -> None:
+    card = profile(base_of(), dataset(), ProfileSettings(rank=2, step_probe=False))
+    assert all(layer.step_probe is None for layer in card.layers)
+    with pytest.raises(CardError, match="no step_probe; it has activation_energy"):
+        card.values("step_probe")
+
+
+def test_warnings_in_words(card: LayerCard) -> None:
+    few = profile(base_of(), dataset((5, 5, 5, 5), truncated=3), ProfileSettings(rank=2))
+    text = " | ".join(few.warnings)
+    assert "few tokens" in text and "3 records were longer" in text
+
+
+def test_a_massive_activation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of()
+    with torch.no_grad():
+        base.model.get_parameter("model.layers.1.post_attention_layernorm.weight")[5] = 3000.0
+    card = profile(base, dataset(), ProfileSettings(rank=2))
+    assert any("massive activations in layer 1" in warning for warning in card.warnings)
+
+
+def test_a_card_survives_the_disk_and_refuses_what_is_broken(card: LayerCard, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = card.save(tmp_path / "card.json")
+    assert LayerCard.load(path).to_json() == card.to_json()
+    with pytest.raises(OutputError, match="exists already"):
+        card.save(path)
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(CardError, match=r"no whole card \(line \d+"):
+        LayerCard.load(path)
+    value = json.loads(whole)
+    for change, message in (
+        ({"schema": "layercard/0"}, "schema 'layercard/0' is not 'layercard/1'"),
+        ({"layers": value["layers"][:2]}, "layers must be 0 to 2 in order, found 2"),
+        ({"coupling": [[1.0]]}, "coupling must be 3 by 3"),
+        ({"model": {"name": "x", "fingerprint": "y", "layers": "many"}}, "model.layers"),
+    ):
+        with pytest.raises(CardError, match=message):
+            LayerCard.from_json({**value, **change}, "card.json")
+
+
+def test_a_card_of_another_model_is_refused(card: LayerCard) -> None:
+    check_model(card, describe(base_of()))
+    other = wrap_model(build_tiny("llama", seed=1), tiny_tokenizer(), name="other")
+    with pytest.raises(CardError, match="profile this model first"):
+        check_model(card, describe(other))
+
+
+def test_nothing_but_the_documented_phases_is_reported() -> None:
+    seen = {}
+    profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3), lambda phase, done, total: seen.__setitem__(phase, (done, total)))
+    assert set(seen) == {"fit pass", "steps", "held-out pass", "entries", "step probe"}
+    assert all(done == total for done, total in seen.values())
+    assert profile_module.__doc__
