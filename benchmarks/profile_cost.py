@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 from aletheia_lora import gradient_probe
-from common import report, task_file
 from torch.utils.data import Dataset as TorchDataset
 
+from common import report, task_file
 from layercard.data import Dataset, Example, batches, load_data
 from layercard.models import BaseModel, labelled_losses, load_model
 from layercard.profile import ProfileSettings, split_records
 from layercard.signals import fit_pass, held_out_pass
 
 
-class Records(TorchDataset):  # type: ignore[type-arg]
+class Records(TorchDataset):
     """Records one by one, the form that aletheia-lora's loader takes."""
 
     def __init__(self, examples: tuple[Example, ...]) -> None:

@@ -12,15 +12,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, report, rounded, task_file
-from single_layer import BATCH, LAYERS, MAX_LENGTH, measure, run_file
 
+from common import RESULTS, report, rounded, task_file
 from layercard.card import LayerCard
 from layercard.data import load_data
 from layercard.models import BaseModel, load_model
 from layercard.probe import ProbeTraining
 from layercard.profile import ProfileSettings, profile
 from layercard.statistics.intervals import spearman
+from single_layer import BATCH, LAYERS, MAX_LENGTH, measure, run_file
 
 MEASURES = ("gain_estimate", "centrality", "step_probe", "predicted_gain", "resnorm", "gradient_norm", "activation_energy", "middle")
 REPEATS = 2000

@@ -61,10 +61,8 @@ def measure(base: BaseModel, task: str, layers: tuple[int, ...], settings: Probe
                 "machine": machine(),
             },
         )
-        print(
-            f"{task} seed {settings.seed} layer {layer:2d}: {before.mean:.4f} -> {after.mean:.4f} nats, gain {before.mean - after.mean:.4f}",
-            flush=True,
-        )
+        gain = before.mean - after.mean
+        print(f"{task} seed {settings.seed} layer {layer:2d}: {before.mean:.4f} -> {after.mean:.4f} nats, gain {gain:.4f}", flush=True)
 
 
 def main() -> None:

@@ -15,10 +15,20 @@ from test_capture import assert_same, examples, state
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 
 LENGTHS = (9, 6, 12, 7, 5, 11, 8, 10, 14, 13, 9, 8)
-MEASURES = (
-    "resnorm resnorm_rank residual_fraction gradient_norm activation_energy effective_rank condition noise_amplification "
-    "predicted_gain centrality step_probe gain_estimate"
-).split()
+MEASURES = [
+    "resnorm",
+    "resnorm_rank",
+    "residual_fraction",
+    "gradient_norm",
+    "activation_energy",
+    "effective_rank",
+    "condition",
+    "noise_amplification",
+    "predicted_gain",
+    "centrality",
+    "step_probe",
+    "gain_estimate",
+]
 
 
 def dataset(lengths: tuple[int, ...] = LENGTHS, truncated: int = 0) -> Dataset:
@@ -93,7 +103,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
     base = base_of()
     with torch.no_grad():
         base.model.get_input_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(DataError, match="loss .* is nan"):
+    with pytest.raises(DataError, match=r"loss .* is nan"):
         profile(base, dataset(), ProfileSettings(rank=2))
 
 

@@ -24,7 +24,16 @@ def made_card(depth: int, seed: int = 0) -> LayerCard:
     def sampled(value: float) -> dict[str, float]:
         return {"value": value, "low": value * 0.9, "high": value * 1.1}
 
-    names = "resnorm resnorm_rank residual_fraction gradient_norm activation_energy effective_rank condition noise_amplification".split()
+    names = [
+        "resnorm",
+        "resnorm_rank",
+        "residual_fraction",
+        "gradient_norm",
+        "activation_energy",
+        "effective_rank",
+        "condition",
+        "noise_amplification",
+    ]
     layers: list[dict[str, Any]] = [
         {
             "index": i,
@@ -132,7 +141,7 @@ def test_every_strategy_gives_k_distinct_layers(depth: int, data: st.DataObject)
     k = data.draw(st.integers(1, depth))
     for name in ("first", "middle", "last", "uniform", "random"):
         layers = strategy_layers(name, depth, k, seed=7)
-        assert len(set(layers)) == k and layers == sorted(layers) and 0 <= layers[0] and layers[-1] < depth
+        assert len(set(layers)) == k and layers == sorted(layers) and layers[0] >= 0 and layers[-1] < depth
 
 
 def test_bottom_is_the_cheapest_to_train() -> None:
