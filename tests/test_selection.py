@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from layercard.card import LayerCard
 from layercard.errors import PlacementError, SelectionError
 from layercard.selection import Placement, check_layers, select, strategy_layers
-from layercard.selection.coverage import coverage, similarity
 from layercard.selection.solver import greedy_exchange, solve
+from layercard.statistics.coverage import coverage, demand, gain_estimate, similarity
 
 
 def made_card(depth: int, seed: int = 0) -> LayerCard:
@@ -201,3 +201,24 @@ def test_a_placement_survives_the_disk(tmp_path) -> None:  # type: ignore[no-unt
     path.write_text('{"schema": "layercard-placement/1", "layers": []}')
     with pytest.raises(PlacementError, match="not a whole placement"):
         Placement.load(path)
+
+
+def test_the_gain_estimate_is_the_coverage_of_one_layer() -> None:
+    rng = np.random.default_rng(0)
+    similar, weights = similarity(np.corrcoef(rng.normal(size=(6, 5)))), demand(rng.uniform(size=6))
+    for layer, estimate in enumerate(gain_estimate(similar, weights)):
+        assert estimate == pytest.approx(coverage(similar, weights, [layer]) / coverage(similar, weights, range(6)))
+    assert demand([0.0, -1.0]).tolist() == [1.0, 1.0]
+    assert coverage(similar, weights, []) == 0.0
+
+
+@given(seed=st.integers(0, 10_000), cut=st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_coverage_is_monotone_and_submodular(seed: int, cut: int) -> None:
+    rng = np.random.default_rng(seed)
+    similar, weights = similarity(np.corrcoef(rng.normal(size=(6, 5)))), rng.uniform(size=6)
+    order = rng.permutation(6).tolist()
+    small, large, extra = order[:cut], order[:5], order[5]
+    gain_small = coverage(similar, weights, [*small, extra]) - coverage(similar, weights, small)
+    gain_large = coverage(similar, weights, [*large, extra]) - coverage(similar, weights, large)
+    assert gain_small >= gain_large - 1e-12 >= -2e-12

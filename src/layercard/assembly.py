@@ -13,7 +13,7 @@ from layercard.models import BaseModel, describe
 from layercard.probe import StepProbe
 from layercard.signals import Fit, HeldOut
 from layercard.statistics.coupling import centrality, correlation, curvature, descent, single_gain
-from layercard.statistics.gain import gain_estimate
+from layercard.statistics.coverage import demand, gain_estimate, similarity
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
 
 UNITS = {
@@ -29,7 +29,7 @@ UNITS = {
     "centrality": "layers",
     "step_probe": "nats per labelled token",
     "training_probe": "nats per labelled token",
-    "gain_estimate": "nats per labelled token, relative scale",
+    "gain_estimate": "share of what all layers together cover, 0 to 1",
     "coupling": "correlation, -1 to 1",
     "forward_seconds": "s",
     "backward_seconds": "s",
@@ -112,7 +112,8 @@ class Assembly:
         found = {"predicted_gain": single_gain(b, k), "centrality": centrality(rho)}
         if self.probe is not None:
             found["step_probe"] = self.probe.gain(weights_n)
-        found["gain_estimate"] = gain_estimate(rho, found.get("step_probe"), found["predicted_gain"])
+        weights = demand(found.get("step_probe", found["predicted_gain"]).numpy())
+        found["gain_estimate"] = torch.from_numpy(gain_estimate(similarity(rho.numpy()), weights))
         return found
 
     def _bootstrapped(self) -> dict[str, _Profile]:
@@ -217,7 +218,7 @@ class Assembly:
         massive = [layer for layer, inputs in enumerate(self.fit.inputs) if any(signals.massive > MASSIVE for signals in inputs)]
         if massive:
             found.append(
-                f"massive activations in layer {', '.join(map(str, massive))}: a few tokens or features carry more than {MASSIVE:.0f} times "
+                f"massive activations in layer {', '.join(map(str, massive))}: a few tokens or features carry over {MASSIVE:.0f} times "
                 "the usual energy; the ridge is measured against the usual energy, so the layer is not wiped out"
             )
         widest = max(signals.features for inputs in self.fit.inputs for signals in inputs)

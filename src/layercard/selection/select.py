@@ -7,10 +7,10 @@ import numpy as np
 
 from layercard.card import LayerCard
 from layercard.errors import SelectionError
-from layercard.selection.coverage import coverage, covered_by, similarity
 from layercard.selection.placement import Placement
 from layercard.selection.solver import Solution, solve
 from layercard.selection.strategies import check_k, strategy_layers
+from layercard.statistics.coverage import coverage, covered_by, demand, similarity
 
 OBJECTIVES = ("performance", "cost", "balanced")
 SHARE = 0.95
@@ -47,8 +47,9 @@ def select(card: LayerCard, *, k: int = 5, objective: str = "balanced", strategy
 
 
 def layer_weights(card: LayerCard) -> np.ndarray:
-    """Weight `w_j` of each layer in the coverage: every layer counts the same."""
-    return np.ones(card.model.layers)
+    """Weight `w_j` of each layer in the coverage, from the step probe or, where it was not run, from the quadratic gains."""
+    probed = card.layers[0].step_probe is not None
+    return demand(card.values("step_probe" if probed else "predicted_gain"))
 
 
 def best_cover(card: LayerCard, k: int, lowest: int = 0) -> Solution:
@@ -97,9 +98,9 @@ def _reasons(card: LayerCard, layers: tuple[int, ...], similar: np.ndarray, why:
     reasons = {}
     for layer in layers:
         stands_for = [j for j in np.flatnonzero(covering == layer).tolist() if j != layer]
-        mean = float(np.sqrt(similar[stands_for, layer]).mean()) if stands_for else 0.0
+        mean = float(similar[stands_for, layer].mean()) if stands_for else 0.0
         covers = f"stands in for layers {ranges(stands_for)} (mean coupling {mean:.2f})" if stands_for else "stands in for no other layer"
-        reasons[str(layer)] = f"{why}: {covers}; gain estimate {gains[layer]:.3g}, rank {ranks[layer]} of {gains.size}"
+        reasons[str(layer)] = f"{why}: {covers}; gain estimate {gains[layer]:.2f}, rank {ranks[layer]} of {gains.size}"
     return reasons
 
 

@@ -7,7 +7,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix, eye_array, hstack, kron, vstack
 
 from layercard.errors import SelectionError
-from layercard.selection.coverage import coverage
+from layercard.statistics.coverage import coverage
 
 
 @dataclass(frozen=True)
