@@ -104,23 +104,22 @@ def _layer(index: int, depth: int, couplings: list[float], rng: random.Random) -
 def fake_comparison(card: dict[str, Any], placements: dict[str, list[int]]) -> dict[str, Any]:
     """What `layercard compare` writes for named layer lists, with times and losses that look real."""
     depth = int(card["model"]["layers"])
-    runs = []
+    rows = []
     for name, layers in placements.items():
         share = 1 - 0.35 * math.exp(-len(layers) / 3) if len(layers) < depth else 1.0
-        runs.append(
+        time = 0.25 + 0.75 * (depth - min(layers)) / depth
+        rows.append(
             {
-                "schema": "layercard-run/1",
                 "name": name,
-                "placement": fake_placement(card, layers),
-                "loss_before": 2.9,
-                "loss_after": 2.9 - 1.61 * share,
-                "loss_reduction": 1.61 * share,
-                "performance_kept": share,
-                "train_seconds": 90 * (0.25 + 0.75 * (depth - min(layers)) / depth),
-                "peak_memory_bytes": 1.1e9,
+                "layers": layers,
+                "loss_reduction": _sampled(1.61 * share, 0.05),
+                "performance_kept": _sampled(100 * share, 0.02),
+                "train_seconds": 90 * time,
+                "peak_memory_bytes": 200_000_000,
                 "trainable_parameters": 81_408 * len(layers),
                 "adapter_bytes": 326_000 * len(layers),
                 "layers_in_backward": f"{depth - min(layers)}/{depth}",
+                "time_share": 100 * time,
             }
         )
-    return {"schema": "layercard-comparison/1", "model": card["model"], "runs": runs}
+    return {"schema": "layercard-compare/1", "model": card["model"], "loss_before": 2.9, "rows": rows}

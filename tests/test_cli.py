@@ -227,6 +227,66 @@ def test_from_profile_to_eval(layercard: Layercard, tiny_folder: Path, tiny_file
     assert_one_line(layercard("eval", tiny_folder, *data, "--adapter", "."), "adapter")
 
 
+def test_compare_sets_placements_side_by_side(layercard: Layercard, tiny_folder: Path, tiny_file: Path) -> None:
+    assert layercard("profile", tiny_folder, "--data", tiny_file, "-o", "card.json")[0] == 0
+    assert layercard("select", "card.json", "--k", 1, "-o", "mine.json")[0] == 0
+    files = ("compare", tiny_folder, "--data", tiny_file, "--valid", tiny_file)
+    several = (*files, "--card", "card.json", "--placements", "mine.json,last:1,cost:2,all", "--steps", 2, "-o", "runs")
+    status, out, err = layercard(*several)
+    assert (status, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()[2:6]]
+    assert [row[:2] for row in rows] == [["mine", "1"], ["last:1", "1"], ["cost:2", "2"], ["all", "3"]]
+    value = json.loads(layercard(*several, "--resume", "--json")[1])
+    assert value == json.loads(Path("runs/compare.json").read_text(encoding="utf-8"))
+    assert value["rows"][3]["performance_kept"]["value"] == pytest.approx(100)
+    assert value["rows"][1]["layers"] == [2]
+    for placements, words in {
+        "": ["--placements is empty"],
+        "all,all": ["'all' twice"],
+        "balanced:2": ["--card"],
+        "middle:x": ["'x'"],
+        "midle:1": ["midle", "middle"],
+        "missing.json": ["missing.json"],
+        "last:99": ["99"],
+    }.items():
+        assert_one_line(layercard(*files, "--placements", placements, "-o", "other"), *words)
+    assert not Path("other").exists()
+    Path("foreign.json").write_text(json.dumps(fake_card()), encoding="utf-8")
+    result = layercard(*files, "--card", "foreign.json", "--placements", "balanced:1,all", "-o", "other")
+    assert_one_line(result, "smollm2-135m", "profile this model first")
+
+
+def test_demo_goes_the_whole_way_and_uses_finished_parts_again(layercard: Layercard, tiny_folder: Path) -> None:
+    arguments = ("demo", "--model", tiny_folder, "--records", 8, "--steps", 2, "--k", 1, "--output", "demo")
+    status, out, err = layercard(*arguments)
+    assert (status, err) == (0, "")
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("$ layercard ")] == [
+        "profile",
+        "show",
+        "select",
+        "compare",
+        "show",
+    ]
+    assert {path.name for path in Path("demo").iterdir()} == {"card.json", "placement.json", "compare", "card.html"}
+    assert "Kept %" in out
+    before = Path("demo/card.json").stat().st_mtime_ns, Path("demo/compare/all/run.json").stat().st_mtime_ns
+    status, out, _ = layercard(*arguments)
+    assert status == 0
+    assert "used again: demo/card.json" in out
+    assert (Path("demo/card.json").stat().st_mtime_ns, Path("demo/compare/all/run.json").stat().st_mtime_ns) == before
+    assert layercard(*arguments, "--force")[0] == 0
+    assert Path("demo/card.json").stat().st_mtime_ns != before[0]
+
+
+def test_a_page_shows_one_model_only(layercard: Layercard, card: Path, tmp_path: Path) -> None:
+    other = fake_card()
+    other["model"] = {**other["model"], "fingerprint": "another", "name": "another-model"}
+    placement = saved(tmp_path / "placement.json", fake_placement(other, [1]))
+    assert_one_line(layercard("show", card, "--html", "card.html", "--placement", placement), "another-model", "one model")
+    comparison = saved(tmp_path / "compare.json", {"schema": "layercard-compare/1", "model": other["model"], "rows": [1]})
+    assert_one_line(layercard("show", card, "--html", "card.html", "--comparison", comparison), "compare.json")
+
+
 def test_profile_without_step_probe(layercard: Layercard, tiny_folder: Path, tiny_file: Path) -> None:
     status, out, err = layercard("profile", tiny_folder, "--data", tiny_file, "--no-step-probe", "-o", "card.json")
     assert (status, err) == (0, "")

@@ -38,7 +38,7 @@ ROWS = (
     ("assembly", "profile"),
     ("selection",),
     ("transfer",),
-    ("adapters", "prefix", "metrics", "evaluation", "trainer", "training", "comparison"),
+    ("adapters", "prefix", "metrics", "evaluation", "trainer", "training", "compare"),
     ("benchmark", "export"),
     ("report",),
     ("commands",),

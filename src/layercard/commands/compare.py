@@ -74,7 +74,7 @@ def compare(
     opt.check_data(data, valid)
     wanted = [part.strip() for part in placements.split(",") if part.strip()]
     check_names(wanted, card)
-    from layercard.comparison import compare as run
+    from layercard.compare import compare as run
     from layercard.data import load_data
     from layercard.models import load_model
 
@@ -83,7 +83,7 @@ def compare(
         found = resolve(base, wanted, card, seed)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length)
-        result = run(base, found, dataset, held_out, output, settings, resume=resume, force=force, progress=display)
+        result = run(base, found, dataset, held_out, settings, output=output, resume=resume, force=force, progress=display).to_json()
     if as_json:
         emit_json(result)
         return
@@ -119,36 +119,36 @@ def check_names(wanted: list[str], card: Path | None) -> None:
 def name_of(part: str) -> str:
     """What an entry is called in the table, and its folder.
 
-    >>> name_of("demo/placement.json"), name_of("middle:5"), name_of("all"), name_of("last")
-    ('placement', 'middle-5', 'all', 'last-5')
+    >>> name_of("demo/placement.json"), name_of("middle:3"), name_of("all"), name_of("last")
+    ('placement', 'middle:3', 'all', 'last:5')
     """
     if is_file(part):
         return Path(part).stem
-    name, _, count = part.partition(":")
-    return name if name == "all" else f"{name}-{count or LAYERS}"
+    return part if part == "all" or ":" in part else f"{part}:{LAYERS}"
 
 
-def resolve(base: "BaseModel", wanted: list[str], card: Path | None, seed: int) -> "dict[str, Placement]":
-    """Each entry of the list as a placement in this model, by name."""
+def resolve(base: "BaseModel", wanted: list[str], card: Path | None, seed: int) -> "list[tuple[str, Placement]]":
+    """Each entry of the list as a named placement in this model."""
     from layercard.adapters import place
     from layercard.card import LayerCard, check_model
     from layercard.models import describe
     from layercard.selection import OBJECTIVES, Placement, select, strategy_layers
 
-    found: dict[str, Placement] = {}
+    found: list[tuple[str, Placement]] = []
     known = LayerCard.load(card) if card else None
     if known is not None:
         check_model(known, describe(base))
     for part in wanted:
         rule, _, count = part.partition(":")
         if is_file(part):
-            found[name_of(part)] = Placement.load(part)
+            found.append((name_of(part), Placement.load(part)))
             continue
         if count and not count.isdecimal():
             raise PlacementError(f"{part!r}: {count!r} is no number of layers; write {rule}:{LAYERS}")
         k = int(count) if count else LAYERS
         if known is not None and rule in OBJECTIVES:
-            found[name_of(part)] = select(known, k=k, objective=rule, seed=seed)
+            placement = select(known, k=k, objective=rule, seed=seed)
         else:
-            found[name_of(part)] = place(base, strategy_layers(rule, len(base.blocks), k, seed), objective=rule)
+            placement = place(base, strategy_layers(rule, len(base.blocks), k, seed), objective=rule)
+        found.append((name_of(part), placement))
     return found

@@ -25,6 +25,7 @@ def demo(
     ),
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Another model, named as in `layercard profile`.")] = MODEL,
     records: Annotated[int, typer.Option("--records", min=4, metavar="N", help="Records to profile.")] = RECORDS,
+    k: Annotated[int, typer.Option("--k", min=1, metavar="N", help="Number of layers to select.")] = LAYERS,
     steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Training steps of each placement.")] = STEPS,
     force: Annotated[bool, typer.Option("--force", help="Make everything again.")] = False,
 ) -> None:
@@ -37,14 +38,14 @@ def demo(
     except OSError as error:
         raise OutputError(f"cannot make the folder {output}: {error.strerror}; choose another with --output") from None
     card, placement, runs, page = (output / name for name in ("card.json", "placement.json", "compare", "card.html"))
-    reused = not force and _fits(card, placement, model, records)
+    reused = not force and _fits(card, placement, model, records, k)
     if reused:
         out().print(f"used again: {card} and {placement} (--force makes everything again)", style="dim")
     else:
         _run(ctx, "profile", model, "--data", DATA, "--records", str(records), "-o", str(card), *(["--force"] if card.exists() else []))
     _run(ctx, "show", str(card))
     if not reused:
-        _run(ctx, "select", str(card), "--k", str(LAYERS), "-o", str(placement), *(["--force"] if placement.exists() else []))
+        _run(ctx, "select", str(card), "--k", str(k), "-o", str(placement), *(["--force"] if placement.exists() else []))
     _run(
         ctx,
         *("compare", model, "--data", DATA, "--valid", VALID, "--valid-records", str(VALID_RECORDS)),
@@ -55,8 +56,8 @@ def demo(
     _run(ctx, "show", str(card), *compared, "--html", str(page), *(["--force"] if page.exists() else []))
 
 
-def _fits(card: Path, placement: Path, model: str, records: int) -> bool:
-    """Whether whole files of an earlier demo of the same model and number of records are there."""
+def _fits(card: Path, placement: Path, model: str, records: int, k: int) -> bool:
+    """Whether whole files of an earlier demo of the same model and numbers are there."""
     from layercard.card import LayerCard
     from layercard.selection import Placement
 
@@ -64,7 +65,8 @@ def _fits(card: Path, placement: Path, model: str, records: int) -> bool:
         found, chosen = LayerCard.load(card), Placement.load(placement)
     except (CardError, PlacementError):
         return False
-    return (found.model.name, found.data.records, found.model.fingerprint) == (model, records, chosen.model["fingerprint"])
+    made = (found.model.name, found.data.records, len(chosen.layers), chosen.model["fingerprint"])
+    return made == (model, records, k, found.model.fingerprint)
 
 
 def _run(ctx: typer.Context, *arguments: str) -> None:

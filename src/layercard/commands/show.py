@@ -1,12 +1,13 @@
 """`layercard show`: a card as a table, as JSON or as a page."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import emit_json, out
+from layercard.errors import CardError
 from layercard.files import refuse_existing
 
 
@@ -46,16 +47,16 @@ def show(
     console.print(card_view(value, console))
 
 
-def _write_page(html: Path, card: dict[str, object], placement: Path | None, comparison: Path | None, command: str, force: bool) -> None:
-    from layercard.comparison import load_comparison
+def _write_page(html: Path, card: dict[str, Any], placement: Path | None, comparison: Path | None, command: str, force: bool) -> None:
+    from layercard.report.frames import read_comparison
     from layercard.report.html import write_page
     from layercard.selection import Placement
 
-    write_page(
-        html,
-        card,
-        placement=Placement.load(placement).to_json() if placement else None,
-        comparison=load_comparison(comparison) if comparison else None,
-        commands=[command],
-        force=force,
-    )
+    chosen = Placement.load(placement).to_json() if placement else None
+    compared = read_comparison(comparison) if comparison else None
+    for path, part in ((placement, chosen), (comparison, compared)):
+        if part is not None and part["model"].get("fingerprint") != card["model"]["fingerprint"]:
+            raise CardError(
+                f"{path} is of {part['model'].get('name')!r}, the card is of {card['model']['name']!r}; show one model on a page"
+            )
+    write_page(html, card, placement=chosen, comparison=compared, commands=[command], force=force)

@@ -69,12 +69,19 @@ def trade_off_figure(rows: Sequence[Json]) -> go.Figure:
     """Performance kept against training time, one point a placement (rows of `frames.comparison_rows`)."""
     figure = go.Figure()
     known = [row for row in rows if row["performance_kept"] is not None and row["train_seconds"] is not None]
+    kept = [row["performance_kept"] for row in known]
     figure.add_scatter(
-        x=[row["train_seconds"] for row in known],
-        y=[100 * row["performance_kept"] for row in known],
+        x=[row["train_seconds"].value for row in known],
+        y=[found.value for found in kept],
+        error_y={
+            "array": [found.high - found.value if found.high is not None else 0 for found in kept],
+            "arrayminus": [found.value - found.low if found.low is not None else 0 for found in kept],
+            "thickness": 1,
+            "width": 4,
+        },
         text=[row["name"] for row in known],
         mode="markers+text",
-        textposition="top center",
+        textposition="middle right",
         marker={"size": 12, "color": BLUE},
         hovertemplate="%{text}: %{y:.1f} % in %{x:.1f} s<extra></extra>",
         cliponaxis=False,

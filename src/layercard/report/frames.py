@@ -6,12 +6,17 @@ Everything here takes the JSON value of a file, never a live model, and a quanti
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from layercard.errors import TrainingError
+from layercard.files import read_json
 
 if TYPE_CHECKING:
     import pandas
 
 Json = Mapping[str, Any]
+COMPARISON = "layercard-compare/1"
 
 
 @dataclass(frozen=True)
@@ -266,48 +271,58 @@ def _log_fraction(found: Number | None, bottom: float, span: float) -> float | N
     return 0.1 + 0.9 * (math.log(found.value) - math.log(bottom)) / span if found.value > 0 else 0.0
 
 
-def comparison_rows(comparison: Json) -> list[dict[str, Any]]:
-    """One flat row a placement of a comparison: `name`, `layers`, `loss_reduction`, `performance_kept` and what it cost.
+def read_comparison(path: str | Path) -> dict[str, Any]:
+    """The JSON value of a comparison that `layercard compare` wrote.
 
-    The performance kept and the time are relative to the run that adapts all layers, where there is one.
+    Raises:
+        TrainingError: The file is missing, truncated or no comparison.
     """
-    keys = ("loss_reduction", "performance_kept", "train_seconds", "peak_memory_bytes", "trainable_parameters", "adapter_bytes")
-    rows = []
-    for run in comparison["runs"]:
-        row: dict[str, Any] = {"name": str(run["name"]), "layers": len(run["placement"]["layers"])}
-        for key in keys:
-            found = number(run.get(key))
-            row[key] = found.value if found else None
-        rows.append(row)
-    return rows
+    value = read_json(path, TrainingError, "comparison")
+    rows = value.get("rows")
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and "name" in row and isinstance(row.get("layers"), list) for row in rows)
+    if value.get("schema") != COMPARISON or not whole or not isinstance(value.get("model"), dict):
+        raise TrainingError(f"{path}: schema {value.get('schema')!r} or its rows are no {COMPARISON!r}; make it with `layercard compare`")
+    return value
 
 
-RUN_COLUMNS = (
-    "Placement",
-    "Layers",
-    "Loss reduction",
-    "Performance kept",
-    "Training time",
-    "Peak memory",
-    "Trained parameters",
-    "Adapter size",
-)
-
-
-def run_cells(row: Json) -> list[str]:
-    """A row of `comparison_rows` as text, under `RUN_COLUMNS`."""
-    kept = row["performance_kept"]
+def comparison_rows(comparison: Json) -> list[dict[str, Any]]:
+    """One flat row a placement: `name`, number of `layers`, and as numbers or `None` what was reached and what it cost."""
+    keys = (
+        "loss_reduction",
+        "performance_kept",
+        "train_seconds",
+        "time_share",
+        "peak_memory_bytes",
+        "trainable_parameters",
+        "adapter_bytes",
+    )
     return [
-        row["name"],
-        str(row["layers"]),
-        _shown(row["loss_reduction"]),
-        "–" if kept is None else f"{100 * kept:.1f} %",
-        _shown(row["train_seconds"], " s"),
-        _shown(row["peak_memory_bytes"], " MiB", 2**20),
-        "–" if row["trainable_parameters"] is None else f"{int(row['trainable_parameters']):,}",
-        _shown(row["adapter_bytes"], " MiB", 2**20),
+        {"name": str(row["name"]), "layers": len(row["layers"]), **{key: number(row.get(key)) for key in keys}}
+        for row in comparison["rows"]
     ]
 
 
-def _shown(value: float | None, unit: str = "", scale: float = 1.0) -> str:
-    return "–" if value is None else f"{short(value / scale)}{unit}"
+RUN_COLUMNS = ("Placement", "Layers", "Loss reduction", "Kept %", "Train s", "Time %", "Peak MiB", "Parameters", "Adapter MiB")
+
+
+def run_cells(row: Json) -> list[tuple[str, str]]:
+    """A row of `comparison_rows` as texts and intervals, under `RUN_COLUMNS`."""
+    measures = (
+        ("loss_reduction", 1),
+        ("performance_kept", 1),
+        ("train_seconds", 1),
+        ("time_share", 1),
+        ("peak_memory_bytes", 2**20),
+        ("trainable_parameters", None),
+        ("adapter_bytes", 2**20),
+    )
+    cells = [(row["name"], ""), (str(row["layers"]), "")]
+    for key, scale in measures:
+        found = row[key]
+        if found is None:
+            cells.append(("–", ""))
+        elif scale is None:
+            cells.append((f"{int(found.value):,}", ""))
+        else:
+            cells.append((short(found.value / scale), interval(found)))
+    return cells

@@ -114,13 +114,15 @@ def _tiles(card: Json, placement: Json | None, rows: Sequence[Json]) -> list[Til
         if kept:
             between = f", {100 * kept.low:.0f}–{100 * kept.high:.0f} %" if kept.low is not None and kept.high is not None else ""
             tiles.append(Tile("Performance kept", f"{100 * kept.value:.0f} %", f"predicted from the card{between}"))
-    every = next((row for row in rows if row["layers"] == depth), None)
-    few = min((row for row in rows if row["layers"] < depth), key=lambda row: -(row["performance_kept"] or 0), default=None)
-    if every and few and few["performance_kept"] is not None:
-        tiles.append(Tile("Performance kept", f"{100 * few['performance_kept']:.0f} %", f"measured: {few['name']} against all layers"))
-        if every["train_seconds"] and few["train_seconds"]:
-            saved = 1 - few["train_seconds"] / every["train_seconds"]
-            tiles.append(Tile("Training time saved", f"{100 * saved:.0f} %", f"measured: {few['name']} against all layers"))
+    partial = [row for row in rows if row["layers"] < depth and row["performance_kept"] is not None]
+    if partial:
+        best = max(partial, key=lambda row: row["performance_kept"].value)
+        kept, share = best["performance_kept"], best["time_share"]
+        note = f"{best['name']} against all layers, measured"
+        between = f", {kept.low:.0f}–{kept.high:.0f} %" if kept.low is not None and kept.high is not None else ""
+        tiles.append(Tile("Performance kept", f"{kept.value:.0f} %", note + between))
+        if share is not None:
+            tiles.append(Tile("Training time saved", f"{100 - share.value:.0f} %", note))
     stable = number((card.get("stability") or {}).get(LEADING))
     tiles.append(Tile("Ranking stability", f"{stable.value:.2f}" if stable else "unknown", "Spearman between two halves of the records"))
     return tiles

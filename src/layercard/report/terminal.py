@@ -216,9 +216,9 @@ def depth_strip(layers: Sequence[int], depth: int) -> str:
 
 def comparison_table(comparison: Json) -> Table:
     """One row a placement: what it keeps of the performance of all layers, and what it costs."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for at, name in enumerate(RUN_COLUMNS):
-        table.add_column(name, justify="right" if at else "left")
+        table.add_column(name, justify="right" if at else "left", overflow="fold")
     for row in comparison_rows(comparison):
-        table.add_row(*map(Text, run_cells(row)))
+        table.add_row(*(Text(text) for text, _ in run_cells(row)))
     return table
