@@ -66,7 +66,7 @@ def fit(
     """Train the adapters of `model`, with checkpoints in `folder`; with `resume` go on from the last whole one there.
 
     Raises:
-        TrainingError: The loss or a trained weight is not finite, or the machine cannot train with these settings.
+        TrainingError: The loss or a trained weight is not finite, memory runs out, or the machine cannot train with these settings.
     """
     steps = settings.total_steps(len(data))
     order = schedule(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
@@ -78,6 +78,13 @@ def fit(
         trainer.history = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
+            raise TrainingError(
+                f"memory ran out with {settings.batch_size} records in a batch; lower the batch size (and raise accumulation), "
+                "or adapt fewer layers, nearer to the output"
+            ) from error
+        raise
     finally:
         watch.peak.stop()
     broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
