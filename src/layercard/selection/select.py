@@ -13,6 +13,12 @@ from layercard.selection.strategies import check_k, strategy_layers
 from layercard.statistics.coverage import coverage, covered_by, demand, similarity
 
 OBJECTIVES = ("performance", "cost", "balanced")
+WHY = {
+    "performance": "best coverage",
+    "cost": "cheapest to train",
+    "balanced": "near the best coverage and as near to the output as may be",
+}
+"""What each objective takes a layer for."""
 SHARE = 0.95
 """Share of the best coverage that `balanced` keeps."""
 
@@ -87,7 +93,7 @@ def _placement(card: LayerCard, layers: Any, objective: str, solution: Solution 
         paths=tuple(module.path for layer in layers for module in card.layers[layer].modules),
         objective=objective,
         predicted=predicted,
-        reasons=_reasons(card, layers, similar, objective if solution is not None else f"strategy {objective}"),
+        reasons=_reasons(card, layers, similar, WHY.get(objective, f"strategy {objective}")),
     )
 
 
