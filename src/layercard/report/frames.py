@@ -302,7 +302,7 @@ def comparison_rows(comparison: Json) -> list[dict[str, Any]]:
     ]
 
 
-RUN_COLUMNS = ("Placement", "Layers", "Loss reduction", "Kept %", "Train s", "Time %", "Peak MiB", "Parameters", "Adapter MiB")
+RUN_COLUMNS = ("Placement", "Layers", "Loss reduction", "Kept %", "Train s", "Time %", "Peak MiB", "Params", "File MiB")
 
 
 def run_cells(row: Json) -> list[tuple[str, str]]:

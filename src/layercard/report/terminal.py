@@ -218,7 +218,7 @@ def comparison_table(comparison: Json) -> Table:
     """One row a placement: what it keeps of the performance of all layers, and what it costs."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for at, name in enumerate(RUN_COLUMNS):
-        table.add_column(name, justify="right" if at else "left", overflow="fold")
+        table.add_column(name.replace(" ", "\n"), justify="right" if at else "left", overflow="fold")
     for row in comparison_rows(comparison):
         table.add_row(*(Text(text) for text, _ in run_cells(row)))
     return table
