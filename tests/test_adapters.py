@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from layercard import adapters
 from layercard.adapters import adapted, adapted_paths, apply, check_adapted, loaded, place
@@ -82,6 +83,17 @@ def test_layer_1_is_not_layer_11() -> None:
         with adapted(base, placement, rank=1) as model:
             assert set(adapted_paths(model)) == set(placement.paths)
             assert model.peft_config["default"].target_modules == set(placement.paths)
+
+
+def test_experts_of_other_layers_and_of_this_one_stay_as_they_are() -> None:
+    """transformers keeps experts as parameters, which PEFT would adapt in *all* layers if it were asked by layer index."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+    base = wrap_model(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+    placement = place(base, [1])
+    with adapted(base, placement, rank=1) as model:
+        assert set(adapted_paths(model)) == set(placement.paths)
+        assert not any("experts" in name for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def test_a_twin_path_elsewhere_in_the_model_is_left_alone() -> None:

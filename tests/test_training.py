@@ -20,13 +20,13 @@ from layercard import trainer as trainer_module
 from layercard.adapters import adapted, loaded, place
 from layercard.data import IGNORED, Dataset, collate, load_data
 from layercard.errors import OutputError, PlacementError, TrainingError
-from layercard.models import BaseModel, labelled_losses
+from layercard.models import BaseModel, labelled_losses, wrap_model
 from layercard.selection import Placement
 from layercard.settings import SCHEDULERS
 from layercard.trainer import heaviest_step, last_checkpoint, schedule
 from layercard.training import TrainSettings, train
 from test_adapters import assert_same, base_of, state_of
-from tiny import build_tiny, tiny_records, write_records
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 FAST = TrainSettings(rank=2, steps=4, batch_size=2, learning_rate=1e-2, warmup_ratio=0.0, save_steps=0)
 
@@ -200,6 +200,27 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_off(tiny_base: BaseModel, 
     assert_equal_adapters(tmp_path / "undisturbed", tmp_path / "a")
 
 
+def test_resume_after_the_last_step_only_measures_and_saves(tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path) -> None:
+    placement, settings = place(tiny_base, [1]), replace(FAST, save_steps=3)
+    undisturbed = train(tiny_base, placement, data, tmp_path / "undisturbed", settings, valid=valid)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "loss after":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_base, placement, data, tmp_path / "a", settings, valid=valid, progress=stop)
+    assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
+    phases: set[str] = set()
+    resumed = train(
+        tiny_base, placement, data, tmp_path / "a", settings, valid=valid, resume=True, progress=lambda phase, *_: phases.add(phase)
+    )
+    assert phases == {"loss before", "loss after"}
+    assert_equal_adapters(tmp_path / "undisturbed", tmp_path / "a")
+    assert resumed["losses"] == undisturbed["losses"]
+    assert resumed["loss_after"] == undisturbed["loss_after"]
+
+
 def test_resume_starts_where_nothing_was_saved_and_returns_what_is_finished(
     tiny_base: BaseModel, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +384,19 @@ def test_bfloat16_for_one_run_only(tiny_base: BaseModel, data: Dataset, tmp_path
     assert short["losses"] != plain["losses"] == again["losses"]
     assert short["losses"] == pytest.approx(plain["losses"], rel=0.02)
     assert {weight.dtype for weight in weights(tmp_path / "b").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_of_half_precision(dtype: torch.dtype, data: Dataset, valid: Dataset, tmp_path: Path) -> None:
+    base = wrap_model(build_tiny("llama").to(dtype), tiny_tokenizer())
+    record = train(base, place(base, [1]), data, tmp_path / "a", replace(FAST, steps=8), valid=valid)
+    assert record["model"]["dtype"] == str(dtype).removeprefix("torch.")
+    assert record["loss_reduction"] > 0
+    assert {weight.dtype for weight in weights(tmp_path / "a").values()} == {torch.float32}
+    plain = PeftModel.from_pretrained(build_tiny("llama").to(dtype), str(tmp_path / "a")).eval()
+    ids = torch.tensor([valid.examples[0].input_ids])
+    with torch.no_grad(), loaded(base, tmp_path / "a") as ours:
+        assert torch.equal(plain(input_ids=ids).logits, ours(input_ids=ids).logits)
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from layercard.adapters import check_model
 from layercard.data import Dataset
-from layercard.errors import OutputError, PlacementError, TrainingError
+from layercard.errors import OutputError, PlacementError
 from layercard.evaluation import HeldOut, describe_data, held_out_losses, ratio_interval, reduction_interval
 from layercard.files import refuse_existing, write_json
 from layercard.models import BaseModel, Progress, describe
@@ -109,11 +109,11 @@ def compare(
     Raises:
         PlacementError: There is no placement, two have one name, or one is for another model.
         OutputError: `output` holds a comparison already, or cannot be written.
+        TrainingError: As `train`.
+        DataError: Nothing held out has a labelled token.
     """
     settings = settings or TrainSettings()
     _check(base, placements)
-    if valid.labelled_tokens == 0:
-        raise TrainingError(f"{valid.source} has no labelled token to measure on; give records with completions")
     with _folder(output, resume, force) as folder:
         before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
         if not all((folder / _folder_name(name) / RUN_FILE).exists() for name, _ in placements):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layercard.data import IGNORED, Dataset, Example, batches
+from layercard.errors import DataError, ModelError
 from layercard.metrics import exact_match, overlap
 from layercard.models import BaseModel, Progress, describe, labelled_losses, quiet_libraries
 
@@ -52,7 +53,13 @@ def held_out_losses(
     """Losses of every record, in eval mode and without gradients; the mode is put back afterwards.
 
     Records of similar length share a batch; the result is in the order of `dataset`. `progress` hears of `phase`, in records.
+
+    Raises:
+        DataError: No record has a labelled token.
+        ModelError: The model gives losses that are no numbers.
     """
+    if dataset.labelled_tokens == 0:
+        raise DataError(f"{dataset.source} has no labelled token to measure on; give records with completions")
     nats, labelled = torch.zeros(len(dataset), dtype=torch.float64), torch.zeros(len(dataset), dtype=torch.float64)
     device, training, done = next(model.parameters()).device, model.training, 0
     model.eval()
@@ -68,6 +75,9 @@ def held_out_losses(
                     progress(phase, done, len(dataset))
     finally:
         model.train(training)
+    broken = (~nats.isfinite()).nonzero()
+    if len(broken) > 0:
+        raise ModelError(f"the loss on record {int(broken[0]) + 1} of {dataset.source} is not finite; use float32 or a lower learning rate")
     return HeldOut(nats, labelled)
 
 

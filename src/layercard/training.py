@@ -75,7 +75,8 @@ def train(
     Raises:
         PlacementError: The placement is not for this model.
         OutputError: `output` holds a run already, or cannot be written.
-        TrainingError: There is nothing to train on, a resumed run has other settings, or the loss is not finite.
+        TrainingError: There is nothing to train on, a resumed run has other settings, memory runs out, or the loss is not finite.
+        DataError, ModelError: As `held_out_losses`.
     """
     settings, output = settings or TrainSettings(), Path(output)
     check_model(base, placement)

@@ -1,0 +1,187 @@
+"""Placements side by side: fair, paired, resumable."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layercard import compare as compare_module
+from layercard.adapters import place
+from layercard.compare import compare
+from layercard.data import Dataset, load_data
+from layercard.errors import DataError, OutputError, PlacementError, TrainingError
+from layercard.models import BaseModel
+from layercard.selection import Placement
+from layercard.training import TrainSettings, train
+from test_adapters import assert_same, base_of, state_of
+from tiny import tiny_records, write_records
+
+SETTINGS = TrainSettings(rank=2, steps=8, batch_size=2, learning_rate=1e-2, warmup_ratio=0.0, save_steps=3)
+
+
+@pytest.fixture
+def data(tiny_base: BaseModel, tmp_path: Path) -> Dataset:
+    return load_data(str(write_records(tmp_path / "train.jsonl", tiny_records(10))), tiny_base.tokenizer)
+
+
+@pytest.fixture
+def valid(tiny_base: BaseModel, tmp_path: Path) -> Dataset:
+    return load_data(str(write_records(tmp_path / "valid.jsonl", tiny_records(6, 20))), tiny_base.tokenizer)
+
+
+@pytest.fixture
+def placements(tiny_base: BaseModel) -> list[tuple[str, Placement]]:
+    return [("last:1", place(tiny_base, [2])), ("all", place(tiny_base, range(3)))]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the folders that `compare` really trains in from now on, the warm-up left out."""
+    trained: list[str] = []
+    original: Callable[..., Any] = train
+
+    def counting(base: Any, placement: Any, data: Any, output: Path, *args: Any, **kwargs: Any) -> Any:
+        fresh = not (Path(output) / "run.json").exists()
+        record = original(base, placement, data, output, *args, **kwargs)
+        if fresh and Path(output).name != "run":
+            trained.append(Path(output).name)
+        return record
+
+    monkeypatch.setattr(compare_module, "train", counting)
+    return trained
+
+
+def test_rows_agree_with_runs_and_all_is_the_measure(
+    tiny_base: BaseModel, data: Dataset, valid: Dataset, placements: list[tuple[str, Placement]], tmp_path: Path
+) -> None:
+    before = state_of(tiny_base.model)
+    calls: list[str] = []
+    result = compare(
+        tiny_base, placements, data, valid, SETTINGS, output=tmp_path / "out", progress=lambda phase, done, total: calls.append(phase)
+    )
+    assert_same(before, state_of(tiny_base.model))
+    last, whole = result.rows
+    assert (last.name, last.layers, last.layers_in_backward) == ("last:1", (2,), "1/3")
+    assert whole.performance_kept == {"value": pytest.approx(100.0), "low": pytest.approx(100.0), "high": pytest.approx(100.0)}
+    assert whole.time_share == 100.0
+    kept = last.performance_kept
+    assert kept is not None
+    assert kept["value"] == pytest.approx(100 * last.loss_reduction["value"] / whole.loss_reduction["value"])
+    assert kept["low"] <= kept["value"] <= kept["high"]
+    assert last.loss_reduction["low"] <= last.loss_reduction["value"] <= last.loss_reduction["high"]
+    assert last.trainable_parameters * 3 == whole.trainable_parameters
+    assert last.adapter_bytes < whole.adapter_bytes
+    assert last.peak_memory_bytes < whole.peak_memory_bytes
+    run = json.loads((tmp_path / "out" / "last-1" / "run.json").read_text())
+    assert run["loss_reduction"] == pytest.approx(last.loss_reduction["value"])
+    assert run["loss_reduction_interval"] == pytest.approx([last.loss_reduction["low"], last.loss_reduction["high"]])
+    assert run["train_seconds"] == last.train_seconds
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert saved == json.loads(json.dumps(result.to_json()))
+    assert saved["schema"] == "layercard-compare/1"
+    assert saved["rows"][0]["layers"] == [2]
+    assert {"loss before", "compare", "last:1: train", "all: loss after"} <= set(calls)
+
+
+def test_each_run_is_the_one_that_train_gives(
+    tiny_base: BaseModel, data: Dataset, valid: Dataset, placements: list[tuple[str, Placement]], tmp_path: Path
+) -> None:
+    compare(tiny_base, placements, data, valid, SETTINGS, output=tmp_path / "out")
+    alone = train(tiny_base, placements[1][1], data, tmp_path / "alone", SETTINGS, valid=valid)
+    run = json.loads((tmp_path / "out" / "all" / "run.json").read_text())
+    for key in ("losses", "loss_before", "loss_after", "peak_memory_bytes", "tokens_seen"):
+        assert run[key] == alone[key], key
+
+
+def test_resume_keeps_what_is_finished_and_goes_on_with_the_rest(
+    tiny_base: BaseModel,
+    data: Dataset,
+    valid: Dataset,
+    placements: list[tuple[str, Placement]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undisturbed = compare(tiny_base, placements, data, valid, SETTINGS)
+    trained = counted(monkeypatch)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "all: train" and done == 5:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compare(tiny_base, placements, data, valid, SETTINGS, output=out, progress=stop)
+    assert trained == ["last-1"]
+    assert not (out / "compare.json").exists()
+    with pytest.raises(OutputError, match="finished run"):
+        compare(tiny_base, placements, data, valid, SETTINGS, output=out)
+    resumed = compare(tiny_base, placements, data, valid, SETTINGS, output=out, resume=True)
+    assert trained == ["last-1", "all"]
+    for row, expected in zip(resumed.rows, undisturbed.rows, strict=True):
+        assert replace(row, train_seconds=0.0, time_share=None) == replace(expected, train_seconds=0.0, time_share=None)
+    again = compare(tiny_base, placements, data, valid, SETTINGS, output=out, resume=True)
+    assert trained == ["last-1", "all"]
+    assert again == resumed
+    more = [*placements, ("first", place(tiny_base, [0]))]
+    assert len(compare(tiny_base, more, data, valid, SETTINGS, output=out, resume=True).rows) == 3
+    assert trained == ["last-1", "all", "first"]
+    with pytest.raises(TrainingError, match="seed 0, not 1"):
+        compare(tiny_base, placements, data, valid, replace(SETTINGS, seed=1), output=out, resume=True)
+    with pytest.raises(OutputError, match="give one of them"):
+        compare(tiny_base, placements, data, valid, SETTINGS, output=out, resume=True, force=True)
+    compare(tiny_base, placements, data, valid, replace(SETTINGS, seed=1), output=out, force=True)
+    assert trained == ["last-1", "all", "first"]  # replaced, not new
+
+
+def test_an_existing_comparison_is_kept(
+    tiny_base: BaseModel, data: Dataset, valid: Dataset, placements: list[tuple[str, Placement]], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.json").write_text("{}")
+    with pytest.raises(OutputError, match="exists already"):
+        compare(tiny_base, placements, data, valid, SETTINGS, output=tmp_path / "out")
+
+
+def test_without_all_layers_nothing_is_kept_of_them_and_without_output_nothing_is_left(
+    tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    before = sorted(tmp_path.iterdir())
+    result = compare(tiny_base, [("a", place(tiny_base, [1]))], data, valid, replace(SETTINGS, steps=2))
+    assert result.rows[0].performance_kept is None
+    assert result.rows[0].time_share is None
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_training_that_does_harm_keeps_no_performance(tiny_base: BaseModel, data: Dataset, valid: Dataset) -> None:
+    wrong = [replace(example, labels=tuple(-100 if label == -100 else 100 for label in example.labels)) for example in data.examples]
+    harmful = replace(data, examples=tuple(wrong))
+    row = compare(tiny_base, [("all", place(tiny_base, range(3)))], harmful, valid, replace(SETTINGS, steps=20)).rows[0]
+    assert row.loss_reduction["value"] < 0
+    assert row.performance_kept is None
+
+
+def test_bad_placements_are_refused_before_anything_is_trained(
+    tiny_base: BaseModel, data: Dataset, valid: Dataset, placements: list[tuple[str, Placement]], tmp_path: Path
+) -> None:
+    with pytest.raises(PlacementError, match="no placement"):
+        compare(tiny_base, [], data, valid, SETTINGS)
+    with pytest.raises(PlacementError, match="share the folder 'last-1'"):
+        compare(tiny_base, [*placements, ("last-1.json", placements[0][1])], data, valid, SETTINGS)
+    with pytest.raises(PlacementError, match="fingerprint"):
+        compare(tiny_base, [*placements, ("other", place(base_of("gpt2"), [1]))], data, valid, SETTINGS, output=tmp_path / "out")
+    with pytest.raises(DataError, match="to measure on"):
+        compare(tiny_base, placements, data, replace(valid, examples=()), SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_global_randomness_does_not_matter(tiny_base: BaseModel, data: Dataset, valid: Dataset) -> None:
+    placement = [("a", place(tiny_base, [1]))]
+    first = compare(tiny_base, placement, data, valid, replace(SETTINGS, dropout=0.2, steps=3))
+    torch.manual_seed(99)
+    second = compare(tiny_base, placement, data, valid, replace(SETTINGS, dropout=0.2, steps=3))
+    assert first.rows[0].loss_reduction == second.rows[0].loss_reduction
