@@ -1,8 +1,11 @@
 """The command line: what it prints where, and one line and status 2 for whatever a user can mend."""
 
+import html
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import pytest
 from cards import fake_card, fake_comparison, fake_placement
 from layercard.cli import app, run
 
+COMPARED = ("compare/compare.json", "again/compare/compare.json")
 COMMANDS = [command.name for command in app.registered_commands]
 Layercard = Callable[..., tuple[int, str, str]]
 
@@ -276,6 +280,22 @@ def test_demo_goes_the_whole_way_and_uses_finished_parts_again(layercard: Layerc
     assert (Path("demo/card.json").stat().st_mtime_ns, Path("demo/compare/all/run.json").stat().st_mtime_ns) == before
     assert layercard(*arguments, "--force")[0] == 0
     assert Path("demo/card.json").stat().st_mtime_ns != before[0]
+
+
+def test_the_page_says_how_it_is_made_again(layercard: Layercard, tiny_folder: Path) -> None:
+    assert layercard("demo", "--model", tiny_folder, "--records", 8, "--steps", 2, "--k", 1, "--output", ".")[0] == 0
+    page = html.unescape(Path("card.html").read_text(encoding="utf-8"))
+    lines = re.findall(r"^(?: *<pre><code>)?(layercard .*)$", page, flags=re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["profile", "select", "compare"]
+    before = {name: Path(name).read_text(encoding="utf-8") for name in ("card.json", "placement.json")}
+    Path("again").mkdir()
+    for line in lines:
+        words = [re.sub(r"^(card.json|placement.json|compare$)", r"again/\1", word) for word in shlex.split(line)[1:]]
+        words[0] = words[0].removeprefix("again/")
+        assert layercard(*words)[0] == 0, line
+    assert {name: Path("again", name).read_text(encoding="utf-8") for name in before} == before
+    losses = [[row["loss_reduction"] for row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]] for path in COMPARED]
+    assert losses[0] == losses[1]
 
 
 def test_a_page_shows_one_model_only(layercard: Layercard, card: Path, tmp_path: Path) -> None:

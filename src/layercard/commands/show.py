@@ -34,7 +34,7 @@ def show(
         raise typer.BadParameter("--placement and --comparison belong on the page; give --html PAGE too")
     value = LayerCard.load(card).to_json()
     if html is not None:
-        _write_page(html, value, placement, comparison, f"layercard show {card} --html {html}", force)
+        _write_page(html, value, placement, comparison, force)
     if as_json:
         emit_json(value)
         return
@@ -47,7 +47,8 @@ def show(
     console.print(card_view(value, console))
 
 
-def _write_page(html: Path, card: dict[str, Any], placement: Path | None, comparison: Path | None, command: str, force: bool) -> None:
+def _write_page(html: Path, card: dict[str, Any], placement: Path | None, comparison: Path | None, force: bool) -> None:
+    from layercard.commands.reproduce import command_lines
     from layercard.report.frames import read_comparison
     from layercard.report.html import write_page
     from layercard.selection import Placement
@@ -59,4 +60,4 @@ def _write_page(html: Path, card: dict[str, Any], placement: Path | None, compar
             raise CardError(
                 f"{path} is of {part['model'].get('name')!r}, the card is of {card['model']['name']!r}; show one model on a page"
             )
-    write_page(html, card, placement=chosen, comparison=compared, commands=[command], force=force)
+    write_page(html, card, placement=chosen, comparison=compared, commands=command_lines(card, chosen, compared), force=force)

@@ -87,7 +87,7 @@ def trade_off_figure(rows: Sequence[Json]) -> go.Figure:
         cliponaxis=False,
     )
     figure.add_hline(y=100, line={"dash": "dot", "color": ORANGE, "width": 1})
-    figure.update_layout(showlegend=False, margin={"l": 56, "r": 24, "t": 24, "b": 44})
+    figure.update_layout(showlegend=False, margin={"l": 56, "r": 80, "t": 24, "b": 44})
     figure.update_xaxes(title="training time, seconds", rangemode="tozero", zeroline=False)
     figure.update_yaxes(title="performance kept, %", zeroline=False)
     return figure
