@@ -20,7 +20,7 @@ from layercard.training import TrainSettings, train
 from test_adapters import assert_same, base_of, state_of
 from tiny import tiny_records, write_records
 
-SETTINGS = TrainSettings(rank=2, steps=8, batch_size=2, learning_rate=1e-2, warmup_ratio=0.0, save_steps=3)
+SETTINGS = TrainSettings(rank=2, steps=5, batch_size=2, learning_rate=1e-2, warmup_ratio=0.0, save_steps=2)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_resume_keeps_what_is_finished_and_goes_on_with_the_rest(
     trained = counted(monkeypatch)
 
     def stop(phase: str, done: int, total: int) -> None:
-        if phase == "all: train" and done == 5:
+        if phase == "all: train" and done == 4:
             raise KeyboardInterrupt
 
     out = tmp_path / "out"

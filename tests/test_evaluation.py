@@ -1,5 +1,6 @@
 """Held-out losses, intervals, generation and text metrics, against hand-made cases and slower ways."""
 
+import json
 import math
 from dataclasses import replace
 from decimal import Decimal
@@ -136,6 +137,15 @@ def test_exact_match_compares_numbers() -> None:
     assert not exact_match("#### 5", "-5")
     assert not exact_match("", "5")
     assert not exact_match("none", "none")
+
+
+def test_the_worked_answers_of_gsm8k_match_their_answers(shared_data: Path) -> None:
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    records = [json.loads(line) for line in lines if line]
+    assert len(records) == 6000
+    assert all(exact_match(record["completion"], record["answer"]) for record in records)
+    unmarked = [exact_match(record["completion"].partition("####")[0], record["answer"]) for record in records]
+    assert sum(unmarked) > 0.9 * len(records)  # the last number of the reasoning is nearly always the answer
 
 
 def test_overlap_of_a_hand_made_case() -> None:

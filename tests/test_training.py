@@ -445,7 +445,7 @@ def test_settings_are_checked(wrong: dict[str, Any], word: str) -> None:
 
 def test_every_scheduler_trains(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
     for name in SCHEDULERS:
-        train(tiny_base, place(tiny_base, [2]), data, tmp_path / name, replace(FAST, steps=2, scheduler=name))
+        train(tiny_base, place(tiny_base, [2]), data, tmp_path / name, replace(FAST, steps=1, scheduler=name))
 
 
 def test_places_to_log_to(tiny_base: BaseModel, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,11 @@
 """Peak memory of a stretch of work, such that equal work gives equal numbers whatever the process did before."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory:
@@ -64,24 +63,34 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; what it takes in and was not made under this mode is older and counts nothing."""
-        self._note((args, kwargs), made=False)
+        for tensor in _tensors(args):
+            self._note(tensor.untyped_storage(), made=False)
+        if kwargs:
+            for tensor in _tensors(kwargs.values()):
+                self._note(tensor.untyped_storage(), made=False)
         result = func(*args, **(kwargs or {}))
-        self._note(result, made=True)
+        for tensor in _tensors((result,)):
+            self._note(tensor.untyped_storage(), made=True)
         return result
 
-    def _note(self, tree: Any, *, made: bool) -> None:
-        for storage in _storages(tree_leaves(tree)):
-            key = id(storage)
-            if key not in self._known:
-                size = storage.nbytes() if made else 0
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))  # type: ignore[misc]
+    def _note(self, storage: torch.UntypedStorage, *, made: bool) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes() if made else 0
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))  # type: ignore[misc]
 
     def _forget(self, key: int, size: int) -> None:
         self.now -= size
         del self._known[key]
 
 
-def _storages(leaves: Iterable[Any]) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, also in lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

@@ -32,7 +32,8 @@ class TrainLog:
 
     Attributes:
         losses: Training loss of each step, in nats per labelled token, before that step's update.
-        seconds: Time spent in steps: forward, backward and update, not loading, saving or measuring.
+        seconds: Time spent in steps: forward, backward and update, not loading, saving or evaluating. The one step whose memory is
+            counted takes about a tenth longer for it.
         tokens: Tokens gone through, padding not counted.
         peak_bytes: Memory that training takes at its peak above the frozen model: adapters and optimiser state, and the growth during
             the step with the largest batch (activations, gradients, logits).
