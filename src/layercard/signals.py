@@ -328,8 +328,10 @@ def _draw(capture: Capture, sums: _HeldOutSums, logits: torch.Tensor, samples: i
     if samples == 0:
         return
     probabilities = logits.detach().float().softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
     for sample in range(samples):
-        targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        thresholds = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
+        targets = torch.searchsorted(cumulative, thresholds)[:, 0].clamp(max=logits.shape[1] - 1)
         capture.sink, capture.keep = sums.drawn_labels(sample), sample + 1 < samples
         slope = probabilities.clone()
         slope[torch.arange(len(targets)), targets] -= 1  # gradient of the summed cross entropy with respect to the logits

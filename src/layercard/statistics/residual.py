@@ -82,7 +82,7 @@ class Whitening:
         inverse = torch.cholesky_inverse(self.factor)
         return float((inverse.diagonal().double().sum() - self.ridge * inverse.double().square().sum()).clamp(min=0))
 
-    def condition(self, iterations: int = 30) -> tuple[float, torch.Tensor]:
+    def condition(self, iterations: int = 10) -> tuple[float, torch.Tensor]:
         """Condition number of `Σ_λ` by power iteration, and the top eigenvector `[in]`."""
         width = self.factor.shape[0] if self.rows is None else self.rows.shape[1]
         start = torch.ones(width, 1, dtype=self.factor.dtype, device=self.factor.device)
