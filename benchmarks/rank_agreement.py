@@ -7,7 +7,6 @@ records that the gain was measured on.
     python benchmarks/rank_agreement.py --tasks e2e gsm8k
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from layercard.models import BaseModel, load_model
 from layercard.probe import ProbeTraining
 from layercard.profile import ProfileSettings, profile
 from layercard.statistics.intervals import spearman
-from single_layer import BATCH, LAYERS, MAX_LENGTH, measure, run_file
+from single_layer import BATCH, MAX_LENGTH, arguments, measure, run_file
 
 MEASURES = ("gain_estimate", "centrality", "step_probe", "predicted_gain", "resnorm", "gradient_norm", "activation_energy", "middle")
 REPEATS = 2000
@@ -73,11 +72,7 @@ def agreement(gains: TrainedGains, predicted: np.ndarray, seed: int = 0) -> tupl
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--tasks", nargs="+", default=["e2e", "gsm8k"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--layers", nargs="+", type=int, default=list(LAYERS))
+    parser = arguments(__doc__)
     parser.add_argument("--records", type=int, default=64)
     options = parser.parse_args()
     base = load_model(options.model)

@@ -65,14 +65,19 @@ def measure(base: BaseModel, task: str, layers: tuple[int, ...], settings: Probe
         print(f"{task} seed {settings.seed} layer {layer:2d}: {before.mean:.4f} -> {after.mean:.4f} nats, gain {gain:.4f}", flush=True)
 
 
-def main() -> None:
-    """Measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains single layers."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tasks", nargs="+", default=["e2e", "gsm8k"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--layers", nargs="+", type=int, default=list(LAYERS))
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure what is missing."""
+    options = arguments(__doc__).parse_args()
     base = load_model(options.model)
     for seed in options.seeds:
         for task in options.tasks:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cards import fake_card
 from layercard.card import LayerCard
 from layercard.errors import PlacementError, SelectionError
 from layercard.selection import Placement, check_layers, select, strategy_layers
@@ -16,57 +17,7 @@ from layercard.statistics.coverage import coverage, demand, gain_estimate, simil
 
 
 def made_card(depth: int, seed: int = 0) -> LayerCard:
-    rng = np.random.default_rng(seed)
-    steps = np.cumsum(rng.normal(size=(depth, 40)), axis=0)
-    rho = np.corrcoef(steps)
-    np.fill_diagonal(rho, 1.0)
-
-    def sampled(value: float) -> dict[str, float]:
-        return {"value": value, "low": value * 0.9, "high": value * 1.1}
-
-    names = [
-        "resnorm",
-        "resnorm_rank",
-        "residual_fraction",
-        "gradient_norm",
-        "activation_energy",
-        "effective_rank",
-        "condition",
-        "noise_amplification",
-    ]
-    layers: list[dict[str, Any]] = [
-        {
-            "index": i,
-            **{name: sampled(1.0 + i) for name in [*names, "predicted_gain", "centrality", "gain_estimate"]},
-            "modules": [
-                {
-                    "path": f"layers.{i}.{m}",
-                    "in_features": 4,
-                    "out_features": 4,
-                    "resnorm": 1,
-                    "resnorm_rank": 1,
-                    "gradient_norm": 1,
-                    "ridge": 1,
-                }
-                for m in ("up", "down")
-            ],
-        }
-        for i in range(depth)
-    ]
-    return LayerCard.from_json(
-        {
-            "schema": "layercard/1",
-            "model": {"name": "made", "fingerprint": "f" * 16, "layers": depth},
-            "data": {"source": "made", "fingerprint": "0", "records": 4, "tokens": 9, "labelled_tokens": 5},
-            "settings": {},
-            "versions": {},
-            "layers": layers,
-            "coupling": rho.tolist(),
-            "descent": [1.0] * depth,
-            "curvature": [1.0] * depth,
-            "stability": {"gain_estimate": 0.9},
-        }
-    )
+    return LayerCard.from_json(fake_card(depth, seed))
 
 
 @given(seed=st.integers(0, 10_000), depth=st.integers(2, 9), data=st.data())
@@ -104,7 +55,7 @@ def test_objectives_order_by_depth_and_by_coverage() -> None:
     assert min(performance.layers) <= min(balanced.layers) <= min(cost.layers)
     assert performance.predicted["coverage"] >= balanced.predicted["coverage"] >= 0.95 * performance.predicted["coverage"]
     assert cost.predicted["layers_in_backward"] == "3/12"
-    assert performance.paths[:2] == (f"layers.{performance.layers[0]}.up", f"layers.{performance.layers[0]}.down")
+    assert performance.paths[0] == f"model.layers.{performance.layers[0]}.self_attn.q_proj" and len(performance.paths) == 3 * 7
     for placement in (performance, balanced, cost):
         assert set(placement.reasons) == {str(layer) for layer in placement.layers}
         assert "gain estimate" in placement.reasons[str(placement.layers[0])]
@@ -114,9 +65,9 @@ def test_no_placement_nearer_to_the_output_would_do_for_balanced() -> None:
     card = made_card(10, seed=3)
     best = select(card, k=3, objective="performance").predicted["coverage"]
     lowest = min(select(card, k=3, objective="balanced").layers)
-    similar, weights = similarity(card.coupling), np.ones(10)
+    similar, weights = similarity(card.coupling), demand(card.values("step_probe"))
     for layers in combinations(range(lowest + 1, 10), 3):
-        assert coverage(similar, weights, layers) / 10 < 0.95 * best
+        assert coverage(similar, weights, layers) / weights.sum() < 0.95 * best
 
 
 @pytest.mark.parametrize(

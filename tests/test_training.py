@@ -18,12 +18,12 @@ from torch import nn
 
 from layercard import trainer as trainer_module
 from layercard.adapters import adapted, loaded, place
-from layercard.data import IGNORED, Dataset, collate, load_data
+from layercard.data import IGNORED, Dataset, collate, load_data, shuffled
 from layercard.errors import OutputError, PlacementError, TrainingError
 from layercard.models import BaseModel, labelled_losses, wrap_model
 from layercard.selection import Placement
 from layercard.settings import SCHEDULERS
-from layercard.trainer import heaviest_step, last_checkpoint, schedule
+from layercard.trainer import heaviest_step, last_checkpoint
 from layercard.training import TrainSettings, train
 from test_adapters import assert_same, base_of, state_of
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
@@ -129,7 +129,7 @@ def test_the_loss_is_per_labelled_token_of_the_whole_accumulated_batch(tiny_base
     whole = train(tiny_base, placement, data, tmp_path / "whole", replace(FAST, batch_size=4))
     parts = train(tiny_base, placement, data, tmp_path / "parts", replace(FAST, batch_size=1, accumulation=4))
     assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-4)
-    first = [data.examples[row] for row in schedule(len(data), 16, seed=0)[:4]]
+    first = [data.examples[row] for row in shuffled(len(data), 16, seed=0)[:4]]
     assert len({example.labelled for example in first}) > 1  # else a mean of means would do as well
     nats = sum(labelled_losses(tiny_base.model, collate([example], [0], 1))[0].sum().item() for example in first)
     assert whole["losses"][0] == pytest.approx(nats / sum(example.labelled for example in first), rel=1e-5)
@@ -145,7 +145,7 @@ def test_one_step_is_adamw_on_the_gradient_of_that_loss(tiny_base: BaseModel, da
     with torch.random.fork_rng():
         torch.manual_seed(0)
         with adapted(tiny_base, placement, rank=2) as model:
-            batch = collate(data.examples, schedule(len(data), 2, seed=0), 1)
+            batch = collate(data.examples, shuffled(len(data), 2, seed=0), 1)
             losses, _ = labelled_losses(model, batch)
             (losses.sum() / int((batch.labels[:, 1:] != IGNORED).sum())).backward()
             trained = weights(tmp_path / "a")
@@ -400,11 +400,11 @@ def test_a_base_of_half_precision(dtype: torch.dtype, data: Dataset, valid: Data
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    order = schedule(5, 13, seed=3)
+    order = shuffled(5, 13, seed=3)
     assert len(order) == 13
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
-    assert order[:7] == schedule(5, 7, seed=3)
-    assert order != schedule(5, 13, seed=4)
+    assert order[:7] == shuffled(5, 7, seed=3)
+    assert order != shuffled(5, 13, seed=4)
 
 
 def test_the_heaviest_step_is_the_one_with_the_longest_batch(data: Dataset) -> None:

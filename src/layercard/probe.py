@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from layercard.capture import entries, frozen, replayed, stepped
-from layercard.data import Batch, Example, batches
+from layercard.data import Batch, Example, batches, shuffled
 from layercard.models import BaseModel, labelled_losses
 
 Progress = Callable[[str, int, int], None]
@@ -175,11 +175,7 @@ class ProbeTraining:
 
     def batches(self, examples: Sequence[Example]) -> list[Example]:
         """The examples in the order in which they are trained on; a batch is `batch_size` consecutive ones."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order: list[int] = []
-        while len(order) < self.steps * self.batch_size:
-            order += torch.randperm(len(examples), generator=generator).tolist()
-        return [examples[row] for row in order[: self.steps * self.batch_size]]
+        return [examples[row] for row in shuffled(len(examples), self.steps * self.batch_size, self.seed)]
 
 
 def training_probe(

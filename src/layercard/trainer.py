@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
-from layercard.data import IGNORED, Batch, Dataset, Example, collate
+from layercard.data import IGNORED, Batch, Dataset, Example, collate, shuffled
 from layercard.errors import TrainingError
 from layercard.files import read_json, write_json
 from layercard.memory import PeakMemory
@@ -45,22 +45,6 @@ class TrainLog:
     peak_bytes: int = 0
 
 
-def schedule(records: int, rows: int, seed: int) -> list[int]:
-    """Which record stands at each of `rows` places: one seeded shuffle of all records after another.
-
-    The order depends on the seed alone, not on the layers adapted or on the random numbers that dropout draws, so placements that
-    are compared see the same batches.
-
-    >>> sorted(schedule(3, 6, seed=0))
-    [0, 0, 1, 1, 2, 2]
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < rows:
-        order += torch.randperm(records, generator=generator).tolist()
-    return order[:rows]
-
-
 def fit(
     model: PeftModel, data: Dataset, pad_id: int, settings: TrainSettings, folder: Path, *, resume: bool, progress: Progress | None
 ) -> TrainLog:
@@ -70,7 +54,7 @@ def fit(
         TrainingError: The loss or a trained weight is not finite, memory runs out, or the machine cannot train with these settings.
     """
     steps = settings.total_steps(len(data))
-    order = schedule(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
+    order = shuffled(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
     trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder)
     watch = _Watch(trainer, progress, len(order) / len(data))
     trainer.add_callback(watch)
@@ -130,7 +114,7 @@ class AdapterTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches in the order of the examples, which `schedule` has shuffled."""
+        """Batches in the order of the examples, which `shuffled` has shuffled."""
         loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
