@@ -51,7 +51,7 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "gain_estimate",
             "Gain estimate",
-            "How much adapting this layer alone should help, from the step probe and centrality together. "
+            "Share of what all layers together could correct that this layer alone covers: step probes weighted by coupling. "
             "Higher is better; layers whose bands overlap are equally good.",
         ),
         Measure(
