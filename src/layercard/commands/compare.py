@@ -48,6 +48,7 @@ def compare(
     report_to: opt.ReportTo = "none",
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
+    trust_remote_code: opt.TrustRemoteCode = False,
     seed: opt.Seed = 0,
     resume: opt.Resume = False,
     force: opt.Force = False,
@@ -79,7 +80,7 @@ def compare(
     from layercard.models import load_model
 
     with Display() as display:
-        base = load_model(model, device=device, dtype=dtype, progress=display)
+        base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         found = resolve(base, wanted, card, seed)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length)

@@ -28,6 +28,7 @@ def evaluate(
     max_length: opt.MaxLength = 1024,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
+    trust_remote_code: opt.TrustRemoteCode = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure a model, with or without an adapter, on held-out records.
@@ -44,7 +45,7 @@ def evaluate(
     from layercard.models import load_model
 
     with Display() as display:
-        base = load_model(model, device=device, dtype=dtype, progress=display)
+        base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         with loaded(base, adapter) if adapter else nullcontext(base.model) as measured:
             result = measure(

@@ -25,6 +25,7 @@ ValidRecords = Annotated[int | None, typer.Option("--valid-records", min=1, meta
 MaxLength = Annotated[int, typer.Option("--max-length", min=2, metavar="N", help="Cut longer records to N tokens.")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float32, bfloat16, float16 or auto (as stored).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything that is drawn at random.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists at the output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -36,6 +36,7 @@ def profile(
     ] = True,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
+    trust_remote_code: opt.TrustRemoteCode = False,
     seed: opt.Seed = 0,
     force: opt.Force = False,
     as_json: opt.AsJson = False,
@@ -55,7 +56,7 @@ def profile(
     settings = ProfileSettings(rank=rank, ridge=ridge, batch_size=batch_size, label_samples=label_samples, step_probe=step_probe, seed=seed)
     started = time.perf_counter()
     with Display() as display:
-        base = load_model(model, device=device, dtype=dtype, progress=display)
+        base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         card = make_card(base, dataset, settings, progress=display)
     card.save(output, force=force)

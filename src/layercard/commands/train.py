@@ -35,6 +35,7 @@ def train(
     report_to: opt.ReportTo = "none",
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
+    trust_remote_code: opt.TrustRemoteCode = False,
     seed: opt.Seed = 0,
     resume: opt.Resume = False,
     force: opt.Force = False,
@@ -64,7 +65,7 @@ def train(
     from layercard.training import train as run
 
     with Display() as display:
-        base = load_model(model, device=device, dtype=dtype, progress=display)
+        base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length) if valid else None
         record = run(base, chosen, dataset, output, settings, valid=held_out, resume=resume, force=force, progress=display)
