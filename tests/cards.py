@@ -40,7 +40,7 @@ def fake_card(depth: int = 30, seed: int = 0, **changes: Any) -> dict[str, Any]:
         "descent": [0.5] * depth,
         "curvature": [0.4] * depth,
         "stability": {"gain_estimate": 0.94, "step_probe": 0.93, "centrality": 0.96},
-        "units": {"gain_estimate": "share of what all layers together cover, 0 to 1", "resnorm": "sqrt(nats) per labelled token"},
+        "units": {"gain_estimate": "nats per labelled token, relative scale", "resnorm": "sqrt(nats) per labelled token"},
         "warnings": ["massive activations in layers 11 and 28: the down projection's input has 1,000 times its neighbours' energy"],
     }
     return {**card, **changes}

@@ -13,7 +13,7 @@ from layercard.card import LayerCard
 from layercard.errors import PlacementError, SelectionError
 from layercard.selection import Placement, check_layers, select, strategy_layers
 from layercard.selection.solver import greedy_exchange, solve
-from layercard.statistics.coverage import coverage, demand, gain_estimate, similarity
+from layercard.statistics.coverage import coverage, demand, gain_estimate, similarity, smoothed
 
 
 def made_card(depth: int, seed: int = 0) -> LayerCard:
@@ -154,11 +154,13 @@ def test_a_placement_survives_the_disk(tmp_path) -> None:  # type: ignore[no-unt
         Placement.load(path)
 
 
-def test_the_gain_estimate_is_the_coverage_of_one_layer() -> None:
+def test_the_gain_estimate_is_gain_times_the_coverage_of_one_layer() -> None:
     rng = np.random.default_rng(0)
-    similar, weights = similarity(np.corrcoef(rng.normal(size=(6, 5)))), demand(rng.uniform(size=6))
-    for layer, estimate in enumerate(gain_estimate(similar, weights)):
-        assert estimate == pytest.approx(coverage(similar, weights, [layer]) / coverage(similar, weights, range(6)))
+    similar, gains = similarity(np.corrcoef(rng.normal(size=(6, 5)))), rng.uniform(size=6)
+    weights = demand(gains)
+    for layer, estimate in enumerate(gain_estimate(similar, gains)):
+        share = coverage(similar, weights, [layer]) / coverage(similar, weights, range(6))
+        assert estimate == pytest.approx(smoothed(gains)[layer] * share)
     assert demand([0.0, -1.0]).tolist() == [1.0, 1.0]
     assert coverage(similar, weights, []) == 0.0
 
@@ -173,3 +175,10 @@ def test_coverage_is_monotone_and_submodular(seed: int, cut: int) -> None:
     gain_small = coverage(similar, weights, [*small, extra]) - coverage(similar, weights, small)
     gain_large = coverage(similar, weights, [*large, extra]) - coverage(similar, weights, large)
     assert gain_small >= gain_large - 1e-12 >= -2e-12
+
+
+def test_smoothing_keeps_a_level_and_damps_a_spike() -> None:
+    assert smoothed(np.full(30, 0.7)) == pytest.approx(np.full(30, 0.7))
+    spike = smoothed(np.eye(30)[15])
+    assert spike.argmax() == 15 and 0.15 < spike[15] < 0.25 and spike.sum() == pytest.approx(1.0, abs=0.01)
+    assert smoothed([1.0, 2.0, 3.0]) == pytest.approx([1.0, 2.0, 3.0], abs=1e-4)  # three layers are not neighbours

@@ -13,7 +13,7 @@ from layercard.models import BaseModel, describe
 from layercard.probe import StepProbe
 from layercard.signals import Fit, HeldOut
 from layercard.statistics.coupling import centrality, correlation, curvature, descent, single_gain
-from layercard.statistics.coverage import demand, gain_estimate, similarity
+from layercard.statistics.coverage import gain_estimate, similarity
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
 
 UNITS = {
@@ -29,7 +29,7 @@ UNITS = {
     "centrality": "layers",
     "step_probe": "nats per labelled token",
     "training_probe": "nats per labelled token",
-    "gain_estimate": "share of what all layers together cover, 0 to 1",
+    "gain_estimate": "nats per labelled token, relative scale",
     "coupling": "correlation, -1 to 1",
     "forward_seconds": "s",
     "backward_seconds": "s",
@@ -112,8 +112,8 @@ class Assembly:
         found = {"predicted_gain": single_gain(b, k), "centrality": centrality(rho)}
         if self.probe is not None:
             found["step_probe"] = self.probe.gain(weights_n)
-        weights = demand(found.get("step_probe", found["predicted_gain"]).numpy())
-        found["gain_estimate"] = torch.from_numpy(gain_estimate(similarity(rho.numpy()), weights))
+        gains = found.get("step_probe", found["predicted_gain"]).numpy()
+        found["gain_estimate"] = torch.from_numpy(gain_estimate(similarity(rho.numpy()), gains))
         return found
 
     def _bootstrapped(self) -> dict[str, _Profile]:

@@ -51,7 +51,7 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "gain_estimate",
             "Gain estimate",
-            "Share of what all layers together could correct that this layer alone covers: step probes weighted by coupling. "
+            "What steps at this depth gain, times the share of all layers' work that this layer can do. Its order counts, not its size. "
             "Higher is better; layers whose bands overlap are equally good.",
         ),
         Measure(

@@ -1,7 +1,7 @@
 """What a set of layers can correct: how much of every layer's own gain it covers.
 
-Let `s_j` be what a step in layer j alone gains (the step probe) and `ρ_ji` the coupling of layers j and i. Lengths add where
-squares are gains, so layer j asks for `w_j = √s_j`, and layer i meets the share `|ρ_ji|` of it. A set S covers
+Let `s_j` be what a step in layer j alone gains (the step probe, smoothed over depth) and `ρ_ji` the coupling of layers j and i.
+Lengths add where squares are gains, so layer j asks for `w_j = √s_j`, and layer i meets the share `|ρ_ji|` of it. A set S covers
 
     f(S) = Σ_j w_j max_{i ∈ S} |ρ_ji|,
 
@@ -20,9 +20,20 @@ def similarity(coupling: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
     return np.abs(np.asarray(coupling, dtype=float))
 
 
+def smoothed(gains: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Gains averaged over neighbours by a Gaussian whose standard deviation is a fifteenth of the depth, `[L]`.
+
+    Whether one step succeeds is a matter of one layer and a few records; what training gains varies smoothly with depth.
+    """
+    profile = np.asarray(gains, dtype=float)
+    index = np.arange(len(profile))
+    kernel = np.exp(-0.5 * (15 * (index[:, None] - index) / len(profile)) ** 2)
+    return kernel @ profile / kernel.sum(axis=1)
+
+
 def demand(gains: Sequence[float] | np.ndarray) -> np.ndarray:
     """`w_j = √s_j`, `[L]`, from the gain of each layer's own step in nats; all ones where no layer gains."""
-    roots = np.sqrt(np.clip(np.asarray(gains, dtype=float), 0.0, None))
+    roots = np.sqrt(np.clip(smoothed(gains), 0.0, None))
     return roots if roots.any() else np.ones_like(roots)
 
 
@@ -33,9 +44,18 @@ def coverage(similar: np.ndarray, weights: np.ndarray, layers: Sequence[int]) ->
     return float(weights @ similar[:, list(layers)].max(axis=1))
 
 
-def gain_estimate(similar: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`f({ℓ}) / f(all): [L]`, the share of all layers' coverage that one layer alone has, 0 to 1."""
-    return weights @ similar / weights.sum()
+def gain_estimate(similar: np.ndarray, gains: Sequence[float] | np.ndarray) -> np.ndarray:
+    """`s_ℓ · f({ℓ}) / f(all): [L]`, in the unit of the gains.
+
+    What steps at this depth achieve, times the share of what all layers ask for that this layer can meet. Its order is what counts:
+    training for many steps gains several times as much.
+
+    Args:
+        similar: `|ρ|: [L, L]`.
+        gains: The step probe, `[L]`.
+    """
+    weights = demand(gains)
+    return smoothed(gains) * (weights @ similar) / weights.sum()
 
 
 def covered_by(similar: np.ndarray, layers: Sequence[int]) -> np.ndarray:
