@@ -168,3 +168,12 @@ def test_nothing_but_the_documented_phases_is_reported() -> None:
     assert set(seen) == {"fit pass", "steps", "held-out pass", "entries", "step probe"}
     assert all(done == total for done, total in seen.values())
     assert profile_module.__doc__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_gets_nearly_the_same_card(card: LayerCard, dtype: torch.dtype) -> None:
+    base = wrap_model(build_tiny("llama").to(dtype), tiny_tokenizer())
+    half = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3))
+    assert half.settings["dtype"] == str(dtype).removeprefix("torch.")
+    for measure in ("resnorm", "gradient_norm", "activation_energy", "effective_rank"):
+        assert half.values(measure) == pytest.approx(card.values(measure), rel=0.05)
