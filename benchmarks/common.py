@@ -20,7 +20,7 @@ def task_file(task: str, split: str) -> str:
     path = SHARED_DATA / task / f"{split}.jsonl"
     if not path.exists():
         sys.exit(f"skipped: {path} is absent; this benchmark needs the {task} sample")
-    return str(path)
+    return os.path.relpath(path)
 
 
 def machine() -> dict[str, Any]:

@@ -1,22 +1,28 @@
 """Write the result tables of README.md and docs/ from the JSON files in benchmarks/results/.
 
 A page asks for a table by its file's name: `<!-- table:NAME -->` opens the place, `<!-- /table -->` closes it, and what stands
-between them is replaced. A result file is a JSON object with `title`, `command`, `machine`, `columns` (names) and `rows` (lists
-of values, as long as `columns`).
+between them is replaced. In the same way `<!-- card:NAME -->` to `<!-- /card -->` holds the terminal view of
+`benchmarks/results/cards/NAME.json`. A result file is a JSON object with `title`, `command`, `machine`, `columns` (names) and `rows`
+(lists of values, as long as `columns`).
 
     python benchmarks/tables.py            write the tables
     python benchmarks/tables.py --check    change nothing; exit 1 if a page differs from its result files
 """
 
 import argparse
+import io
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from layercard.report.terminal import card_view
+
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n.*?<!-- /table -->", re.DOTALL)
+MARK = re.compile(r"<!-- (?P<kind>table|card):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind) -->", re.DOTALL)
 
 
 def cell(value: Any) -> str:
@@ -51,15 +57,24 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{result['title']}. Made with `{result['command']}` on {result['machine']}."])
 
 
+def card_text(card: dict[str, Any]) -> str:
+    """A card as `layercard show` prints it on a terminal of 100 columns."""
+    console = Console(file=io.StringIO(), width=100, force_terminal=False, color_system=None)
+    console.print(card_view(card, console))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
+
+
 def filled(text: str, results: Path) -> str:
     """`text` with every marked place filled from `results`."""
 
     def replace(match: re.Match[str]) -> str:
-        name = match["name"]
-        path = results / f"{name}.json"
+        kind, name = match["kind"], match["name"]
+        path = (results / "cards" if kind == "card" else results) / f"{name}.json"
         if not path.exists():
-            raise FileNotFoundError(f"no {path.name} in {results} for the mark <!-- table:{name} -->")
-        return f"<!-- table:{name} -->\n\n{table(json.loads(path.read_text(encoding='utf-8')))}\n\n<!-- /table -->"
+            raise FileNotFoundError(f"no {path.name} in {path.parent} for the mark <!-- {kind}:{name} -->")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return f"<!-- {kind}:{name} -->\n\n{card_text(value) if kind == 'card' else table(value)}\n\n<!-- /{kind} -->"
 
     return MARK.sub(replace, text)
 

@@ -34,7 +34,7 @@ class ProfileSettings:
     ridge: float = 1.0
     batch_size: int = 8
     fit_share: float = 0.6
-    label_samples: int = 4
+    label_samples: int = 3
     step_probe: bool = True
     probe_records: int = 16
     seed: int = 0

@@ -37,7 +37,7 @@ class TrainSettings:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 4

@@ -30,7 +30,7 @@ def profile(
         typer.Option(
             "--label-samples", min=1, metavar="N", help="Samples of labels from the model for the coupling; each is one more backward pass."
         ),
-    ] = 4,
+    ] = 3,
     step_probe: Annotated[
         bool, typer.Option("--step-probe/--no-step-probe", help="Measure each layer's own step on held-out records.")
     ] = True,

@@ -25,7 +25,7 @@ def train(
     rank: opt.Rank = 8,
     alpha: opt.Alpha = 16.0,
     dropout: opt.Dropout = 0.0,
-    learning_rate: opt.LearningRate = 1e-3,
+    learning_rate: opt.LearningRate = 2e-3,
     steps: opt.Steps = None,
     epochs: opt.Epochs = None,
     batch_size: opt.BatchSize = 4,

@@ -1,0 +1,28 @@
+"""The gain estimate against gains that were really trained: the runs and cards in `benchmarks/results/`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layercard.card import LayerCard
+from layercard.statistics.coverage import gain_estimate, similarity
+from layercard.statistics.intervals import spearman
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("task", ["e2e", "gsm8k"])
+def test_gain_estimate_ranks_layers_as_training_does(task: str) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "single_layer").glob(f"{task}-layer*-seed0.json"))]
+    layers, gains = [run["layer"] for run in runs], np.array([run["gain"] for run in runs])
+    assert len(layers) >= 12
+    card = LayerCard.load(RESULTS / "cards" / f"{task}-64.json")
+    assert {run["model"]["fingerprint"] for run in runs} == {card.model.fingerprint}
+    estimate = gain_estimate(similarity(card.coupling), card.values("step_probe"))
+    assert estimate == pytest.approx(np.array(card.values("gain_estimate")), rel=1e-6)  # what the card says is what the code computes
+    found = spearman(estimate[layers], gains)
+    assert found >= 0.85
+    for other in ("resnorm", "gradient_norm", "predicted_gain"):
+        assert found > spearman(np.array(card.values(other))[layers], gains)
