@@ -13,7 +13,7 @@ MODEL = "smollm2-135m"
 DATA, VALID = "synthetic", "synthetic:valid"
 RECORDS = 64
 LAYERS = 5
-STEPS = 40
+STEPS = 80
 BATCH_SIZE = 4
 VALID_RECORDS = 64
 
