@@ -336,14 +336,20 @@ def test_a_placement_of_another_model_is_one_line(layercard: Layercard, tiny_fol
 
 
 def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
-    script = "import sys, time; from layercard import cli; from layercard.commands import show\n"
+    script = "import signal, sys, time; from layercard import cli; from layercard.commands import show\n"
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent in the background may have it ignored
     script += "import layercard.card as card\ncard.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
     script += "sys.exit(cli.run(['show', 'card.json']))"
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert (process.returncode, err.strip()) == (130, "interrupted")
 
 
