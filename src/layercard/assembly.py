@@ -119,11 +119,7 @@ class Assembly:
     def _bootstrapped(self) -> dict[str, _Profile]:
         values = self._profiles(torch.ones(self.records, dtype=torch.float64))
         resampled = [self._profiles(weights) for weights in self.weights]
-        found = {}
-        for name, value in values.items():
-            low, high = interval(torch.stack([one[name] for one in resampled]))
-            found[name] = (value.tolist(), torch.minimum(low, value).tolist(), torch.maximum(high, value).tolist())
-        return found
+        return {name: _with_interval(value, torch.stack([one[name] for one in resampled])) for name, value in values.items()}
 
     def _stability(self) -> dict[str, float]:
         names = self._profiles(torch.ones(self.records, dtype=torch.float64)).keys()

@@ -1,7 +1,7 @@
 """Measured performance of single layers: the step probe (no training) and the training probe."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,9 +9,7 @@ import torch
 
 from layercard.capture import entries, frozen, replayed, stepped
 from layercard.data import Batch, Example, batches, shuffled
-from layercard.models import BaseModel, labelled_losses
-
-Progress = Callable[[str, int, int], None]
+from layercard.models import BaseModel, Progress, labelled_losses
 
 
 @dataclass(frozen=True)

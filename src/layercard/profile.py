@@ -9,8 +9,8 @@ from layercard.assembly import Assembly
 from layercard.card import LayerCard
 from layercard.data import Dataset, Example
 from layercard.errors import DataError
-from layercard.models import BaseModel
-from layercard.probe import Progress, ReplayedSet, StepProbe, step_probe
+from layercard.models import BaseModel, Progress
+from layercard.probe import ReplayedSet, StepProbe, step_probe
 from layercard.signals import Fit, HeldOut, fit_pass, held_out_pass
 from layercard.statistics.coupling import curvature, descent
 

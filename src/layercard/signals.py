@@ -16,12 +16,11 @@ from layercard.capture import Capture, capturing
 from layercard.data import Example, batches
 from layercard.errors import DataError
 from layercard.layers import Block, Projection
-from layercard.models import BaseModel, labelled_logits
+from layercard.models import BaseModel, Progress, labelled_logits
 from layercard.probe import Step
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual, ridge_scale
 
-Progress = Callable[[str, int, int], None]
 _PROBES = 8
 
 
