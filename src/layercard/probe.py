@@ -1,28 +1,37 @@
 """Measured performance of single layers: the step probe (no training) and the training probe."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from layercard.capture import entries, frozen, replayed, stepped
 from layercard.data import Batch, Example, batches, shuffled
-from layercard.models import BaseModel, Progress, labelled_losses
+from layercard.models import BaseModel, Progress, labelled_logits, labelled_losses
 
 
 @dataclass(frozen=True)
 class RecordLosses:
-    """Summed loss (nats) and number of labelled tokens of each record: `[records]` each, in the order of the examples."""
+    """Summed loss (nats), labelled tokens, and how many of these were ranked first: `[records]` each, in the order of the examples."""
 
     nats: torch.Tensor
     tokens: torch.Tensor
+    right: torch.Tensor
 
     @property
     def mean(self) -> float:
         """Loss in nats per labelled token."""
         return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the labelled tokens that the model ranks first, 0 to 1."""
+        return float(self.right.sum() / self.tokens.sum())
 
 
 class ReplayedSet:
@@ -62,19 +71,24 @@ class ReplayedSet:
 
     def losses(self, layer: int) -> RecordLosses:
         """Loss of each record, with the blocks from `layer` on as they are now; no gradient."""
-        nats, tokens = torch.zeros(self.records, dtype=torch.float64), torch.zeros(self.records, dtype=torch.float64)
+        nats, tokens, right = (torch.zeros(self.records, dtype=torch.float64) for _ in range(3))
         with torch.no_grad():
             for at, batch in enumerate(self.batches):
-                losses, rows = self.forward(at, layer)
+                with self._entered(at, layer):
+                    logits, targets, rows = labelled_logits(self.base.model, batch)
                 index = torch.tensor(batch.rows)[rows.cpu()]
-                nats.index_add_(0, index, losses.double().cpu())
+                nats.index_add_(0, index, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
                 tokens.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
-        return RecordLosses(nats, tokens)
+                right.index_add_(0, index, (logits.argmax(dim=1) == targets).double().cpu())
+        return RecordLosses(nats, tokens, right)
 
     def forward(self, at: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of batch `at` and the row in the batch of each; see `labelled_losses`."""
-        with replayed(self.base.blocks, layer, self.entries[at][layer]):
+        with self._entered(at, layer):
             return labelled_losses(self.base.model, self.batches[at])
+
+    def _entered(self, at: int, layer: int) -> AbstractContextManager[None]:
+        return replayed(self.base.blocks, layer, self.entries[at][layer])
 
 
 Step = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -176,25 +190,30 @@ class ProbeTraining:
         return [examples[row] for row in shuffled(len(examples), self.steps * self.batch_size, self.seed)]
 
 
-def training_probe(
-    base: BaseModel, layer: int, train: ReplayedSet, held_out: ReplayedSet, settings: ProbeTraining, progress: Progress | None = None
-) -> RecordLosses:
-    """Adapt one layer for a few steps and give the held-out loss of each record.
+@contextmanager
+def trained(
+    base: BaseModel, layers: Sequence[int], train: ReplayedSet, settings: ProbeTraining, progress: Progress | None = None
+) -> Iterator[Any]:
+    """The model with adapters in some layers, trained; the base model is as before when the `with` block ends.
 
-    Only the blocks from `layer` on run: their input was kept by `train` and `held_out`. The gradients are those of stock
-    PEFT on the whole model, to rounding. The base model is as before afterwards.
+    Only the blocks from the lowest of the layers on run: their input was kept by `train`. The gradients are those of stock
+    PEFT on the whole model, to rounding.
 
     Args:
         base: The model.
-        layer: Index of the block to adapt.
-        train: Batches in the order of training (`by_length=False`), with entries for `layer`.
-        held_out: Records to measure on, with entries for `layer`.
+        layers: Indices of the blocks to adapt.
+        train: Batches in the order of training (`by_length=False`), with entries for the lowest of the layers.
         settings: Rank, learning rate and so on.
         progress: Told of each step.
+
+    Yields:
+        The PEFT model around `base.model`.
     """
     from peft import LoraConfig, get_peft_model
 
-    paths = [projection.path for projection in base.blocks[layer].projections]
+    lowest = min(layers)
+    paths = [projection.path for layer in layers for projection in base.blocks[layer].projections]
+    name = f"train layer {lowest}" if len(layers) == 1 else f"train {len(layers)} layers"
     with frozen(base.model), torch.enable_grad():
         torch.manual_seed(settings.seed)
         adapted = get_peft_model(base.model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths))
@@ -204,13 +223,30 @@ def training_probe(
             for step in range(settings.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * settings.schedule(step)
-                losses, _ = train.forward(step, layer)
+                losses, _ = train.forward(step, lowest)
                 losses.mean().backward()
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 if progress:
-                    progress(f"train layer {layer}", step + 1, settings.steps)
-            return held_out.losses(layer)
+                    progress(name, step + 1, settings.steps)
+            yield adapted
         finally:
             adapted.unload()
+
+
+def training_probe(
+    base: BaseModel, layer: int, train: ReplayedSet, held_out: ReplayedSet, settings: ProbeTraining, progress: Progress | None = None
+) -> RecordLosses:
+    """Adapt one layer for a few steps (`trained`) and give the held-out loss of each record.
+
+    Args:
+        base: The model.
+        layer: Index of the block to adapt.
+        train: Batches in the order of training (`by_length=False`), with entries for `layer`.
+        held_out: Records to measure on, with entries for `layer`.
+        settings: Rank, learning rate and so on.
+        progress: Told of each step.
+    """
+    with trained(base, [layer], train, settings, progress):
+        return held_out.losses(layer)
