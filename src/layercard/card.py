@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from layercard.cost import CostModel
 from layercard.errors import CardError
 from layercard.files import read_json, write_json
 
@@ -91,6 +92,7 @@ class LayerCard(_Part):
         stability: For each measure the median Spearman correlation of its profile between halves of the records.
         units: Unit of each measure.
         warnings: What a reader must know before trusting the card, in words.
+        cost: What placements cost on the machine that made the card; `None` was not measured (`cost_of` estimates it).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -107,6 +109,7 @@ class LayerCard(_Part):
     stability: dict[str, FiniteFloat]
     units: dict[str, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    cost: CostModel | None = None
 
     @model_validator(mode="after")
     def _shapes(self) -> "LayerCard":
@@ -117,6 +120,8 @@ class LayerCard(_Part):
             raise ValueError(f"coupling must be {depth} by {depth}")
         if len(self.descent) != depth or len(self.curvature) != depth:
             raise ValueError(f"descent and curvature must have {depth} numbers")
+        if self.cost is not None and len(self.cost.layers) != depth:
+            raise ValueError(f"cost must have {depth} layers, found {len(self.cost.layers)}")
         return self
 
     def values(self, measure: str) -> list[float]:
@@ -160,6 +165,22 @@ class LayerCard(_Part):
     def load(cls, path: str | Path) -> "LayerCard":
         """Read a card from a file."""
         return cls.from_json(read_json(path, CardError, "card"), str(path))
+
+
+def cost_of(card: LayerCard) -> CostModel:
+    """The card's measured cost or, where it has none, relative costs from the shapes of its modules and the length of its records."""
+    if card.cost is not None:
+        return card.cost
+    shapes = [[(module.in_features, module.out_features) for module in layer.modules] for layer in card.layers]
+    records, size = card.data.records, 4
+    return CostModel.from_shapes(
+        shapes,
+        model=card.model.name,
+        batch_size=size,
+        length=max(1, round(card.data.tokens / records)),
+        labelled=max(1, round(size * card.data.labelled_tokens / records)),
+        rank=int(card.settings.get("rank", 8)),
+    )
 
 
 def check_model(card: LayerCard, model: dict[str, Any]) -> None:
