@@ -1,7 +1,7 @@
 """Measured performance of single layers: the step probe (no training) and the training probe."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +68,17 @@ class ReplayedSet:
                 self.entries.append(entries(partial(labelled_losses, base.model, batch), base.blocks, layers))
                 if progress:
                     progress("entries", at + 1, len(found))
+
+    def move(self, layer: int) -> None:
+        """Keep the entries of `layer` alone, from the nearest kept ones at or below it: only the blocks in between run."""
+        with torch.no_grad(), frozen(self.base.model):
+            for at, (batch, kept) in enumerate(zip(self.batches, self.entries, strict=True)):
+                nearest = max(known for known in kept if known <= layer)
+                if nearest == layer:
+                    self.entries[at] = {layer: kept[layer]}
+                    continue
+                with replayed(self.base.blocks, nearest, kept[nearest]):
+                    self.entries[at] = entries(partial(labelled_losses, self.base.model, batch), self.base.blocks, [layer])
 
     def losses(self, layer: int) -> RecordLosses:
         """Loss of each record, with the blocks from `layer` on as they are now; no gradient."""
@@ -190,6 +201,84 @@ class ProbeTraining:
         return [examples[row] for row in shuffled(len(examples), self.steps * self.batch_size, self.seed)]
 
 
+class Adaptation:
+    """Adapters in a few layers on their way through `settings.steps` steps; training can stop after any step and go on later.
+
+    Attributes:
+        model: The PEFT model around the base model.
+        lowest: The lowest adapted layer; only the blocks from there on run.
+        step: Steps taken so far.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[int], settings: ProbeTraining) -> None:
+        self.model, self.lowest, self.settings, self.step = model, min(layers), settings, 0
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(self._named.values(), lr=settings.learning_rate, weight_decay=0.0)
+
+    def advance(self, train: ReplayedSet, until: int, progress: Callable[[int], None] | None = None) -> None:
+        """Train to step `until`.
+
+        Args:
+            train: The batches of the steps from `step` on, in the order of training (`by_length=False`), with entries for `lowest`.
+            until: Step to stop after, at most `settings.steps`.
+            progress: Told of the number of each step.
+        """
+        first, parameters = self.step, list(self._named.values())
+        for step in range(first, until):
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * self.settings.schedule(step)
+            losses, _ = train.forward(step - first, self.lowest)
+            losses.mean().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self.step = step + 1
+            if progress:
+                progress(self.step)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Weights and AdamW's two moments by name, on the CPU; with `step` all that training needs to go on."""
+        found = {}
+        for name, parameter in self._named.items():
+            kept = self._optimizer.state[parameter]
+            for kind, tensor in (("weight", parameter), ("mean", kept["exp_avg"]), ("square", kept["exp_avg_sq"])):
+                found[f"{kind}.{name}"] = tensor.detach().cpu().clone().contiguous()
+        return found
+
+    def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Go on from a `state` that was taken after `step` steps (at least 1)."""
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(state[f"weight.{name}"])
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": state[f"mean.{name}"].to(parameter.device, copy=True),
+                    "exp_avg_sq": state[f"square.{name}"].to(parameter.device, copy=True),
+                }
+        self.step = step
+
+
+@contextmanager
+def adapting(base: BaseModel, layers: Sequence[int], settings: ProbeTraining) -> Iterator[Adaptation]:
+    """The model with new adapters in some layers; the base model is as before when the `with` block ends.
+
+    Args:
+        base: The model.
+        layers: Indices of the blocks to adapt.
+        settings: Rank, learning rate and so on.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    paths = [projection.path for layer in layers for projection in base.blocks[layer].projections]
+    with frozen(base.model), torch.enable_grad():
+        torch.manual_seed(settings.seed)
+        adapted = get_peft_model(base.model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths))
+        try:
+            yield Adaptation(adapted, layers, settings)
+        finally:
+            adapted.unload()
+
+
 @contextmanager
 def trained(
     base: BaseModel, layers: Sequence[int], train: ReplayedSet, settings: ProbeTraining, progress: Progress | None = None
@@ -209,30 +298,10 @@ def trained(
     Yields:
         The PEFT model around `base.model`.
     """
-    from peft import LoraConfig, get_peft_model
-
-    lowest = min(layers)
-    paths = [projection.path for layer in layers for projection in base.blocks[layer].projections]
-    name = f"train layer {lowest}" if len(layers) == 1 else f"train {len(layers)} layers"
-    with frozen(base.model), torch.enable_grad():
-        torch.manual_seed(settings.seed)
-        adapted = get_peft_model(base.model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths))
-        try:
-            parameters = [p for p in adapted.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-            for step in range(settings.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * settings.schedule(step)
-                losses, _ = train.forward(step, lowest)
-                losses.mean().backward()
-                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                if progress:
-                    progress(name, step + 1, settings.steps)
-            yield adapted
-        finally:
-            adapted.unload()
+    name = f"train layer {layers[0]}" if len(layers) == 1 else f"train {len(layers)} layers"
+    with adapting(base, layers, settings) as adaptation:
+        adaptation.advance(train, settings.steps, (lambda step: progress(name, step, settings.steps)) if progress else None)
+        yield adaptation.model
 
 
 def training_probe(
