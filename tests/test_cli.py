@@ -308,7 +308,7 @@ def test_a_page_shows_one_model_only(layercard: Layercard, card: Path, tmp_path:
 
 
 def test_profile_without_step_probe(layercard: Layercard, tiny_folder: Path, tiny_file: Path) -> None:
-    status, out, err = layercard("profile", tiny_folder, "--data", tiny_file, "--no-step-probe", "-o", "card.json")
+    status, out, err = layercard("profile", tiny_folder, "--data", tiny_file, "--probe", "none", "-o", "card.json")
     assert (status, err) == (0, "")
     assert "next: layercard show card.json" in out
     assert json.loads(Path("card.json").read_text(encoding="utf-8"))["layers"][0]["step_probe"] is None

@@ -33,7 +33,7 @@ ROWS = (
     ),
     ("capture",),
     ("statistics",),
-    ("probe", "signals", "cost"),
+    ("probe", "signals", "cost", "halving"),
     ("card",),
     ("assembly", "profile"),
     ("selection",),

@@ -115,7 +115,7 @@ def test_the_split_is_seeded_and_disjoint() -> None:
 
 
 def test_without_step_probe_the_card_says_so() -> None:
-    card = profile(base_of(), dataset(), ProfileSettings(rank=2, step_probe=False))
+    card = profile(base_of(), dataset(), ProfileSettings(rank=2, probe="none"))
     assert all(layer.step_probe is None for layer in card.layers)
     with pytest.raises(CardError, match="no step_probe; it has activation_energy"):
         card.values("step_probe")

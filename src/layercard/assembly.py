@@ -9,6 +9,7 @@ import torch
 
 from layercard.card import DataInfo, LayerCard, LayerEntry, ModelInfo, ModuleCard, Sampled
 from layercard.data import Dataset
+from layercard.halving import TrainingProbe
 from layercard.models import BaseModel, describe
 from layercard.probe import StepProbe
 from layercard.signals import Fit, HeldOut
@@ -56,10 +57,11 @@ class Assembly:
         fit: Fit,
         held_out: HeldOut,
         probe: StepProbe | None,
+        trained: TrainingProbe | None,
         fit_records: int,
     ) -> None:
         self.base, self.dataset, self.settings = base, dataset, settings
-        self.fit, self.held_out, self.probe, self.fit_records = fit, held_out, probe, fit_records
+        self.fit, self.held_out, self.probe, self.trained, self.fit_records = fit, held_out, probe, trained, fit_records
         self.records = len(held_out.labelled)
         self.weights = bootstrap_weights(self.records, settings["seed"])
         self.shrink = math.sqrt(self.records / fit_records)
@@ -96,7 +98,8 @@ class Assembly:
         sampled: dict[str, Any] = {
             name: Sampled(value=value[layer], low=low[layer], high=high[layer]) for name, (value, low, high) in measures.items()
         }
-        return LayerEntry(index=layer, modules=self._modules(layer), **sampled)
+        steps = self.trained.steps[layer] if self.trained is not None else None
+        return LayerEntry(index=layer, modules=self._modules(layer), training_probe_steps=steps, **sampled)
 
     def _settings(self) -> dict[str, Any]:
         parameter = next(self.base.model.parameters())
@@ -112,6 +115,8 @@ class Assembly:
         found = {"predicted_gain": single_gain(b, k), "centrality": centrality(rho)}
         if self.probe is not None:
             found["step_probe"] = self.probe.gain(weights_n)
+        if self.trained is not None:
+            found["training_probe"] = self.trained.gain(weights_n)
         gains = found.get("step_probe", found["predicted_gain"]).numpy()
         found["gain_estimate"] = torch.from_numpy(gain_estimate(similarity(rho.numpy()), gains))
         return found
@@ -122,10 +127,10 @@ class Assembly:
         return {name: _with_interval(value, torch.stack([one[name] for one in resampled])) for name, value in values.items()}
 
     def _stability(self) -> dict[str, float]:
-        names = self._profiles(torch.ones(self.records, dtype=torch.float64)).keys()
+        names = self._profiles(torch.ones(self.records, dtype=torch.float64)).keys() - {"training_probe"}  # layers differ in steps there
         return {
             name: split_half_spearman(lambda weights, name=name: self._profiles(weights)[name], self.records, self.settings["seed"])  # type: ignore[misc]
-            for name in names
+            for name in sorted(names)
         }
 
     # --- measures of the fit pass: moved by the influence that held-out records would have had -------------------------------

@@ -74,6 +74,7 @@ class LayerEntry(_Part):
     centrality: Sampled
     step_probe: Sampled | None = None
     training_probe: Sampled | None = None
+    training_probe_steps: int | None = None
     gain_estimate: Sampled
     forward_seconds: FiniteFloat | None = None
     backward_seconds: FiniteFloat | None = None

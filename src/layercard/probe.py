@@ -147,10 +147,10 @@ def step_probe(
         held_out: Records that had no part in making the steps, with entries for every layer.
         progress: Told of each layer.
     """
-    before = held_out.losses(len(steps) - 1)
     after = torch.zeros(len(steps), 2, held_out.records, dtype=torch.float64)
     alphas = torch.ones(len(steps), 2, dtype=torch.float64)
     with frozen(base.model):
+        before = held_out.losses(len(steps) - 1)
         for layer, step in enumerate(steps):
             modules = {p.module: step[p.path] for p in base.blocks[layer].projections if p.path in step}
             for at in range(2):

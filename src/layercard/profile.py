@@ -1,18 +1,23 @@
 """From a model and records to a Layer Card."""
 
+import difflib
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from layercard.assembly import Assembly
 from layercard.card import LayerCard
 from layercard.data import Dataset, Example
-from layercard.errors import DataError
+from layercard.errors import DataError, TrainingError
+from layercard.halving import TrainingProbe, training_probes
 from layercard.models import BaseModel, Progress
-from layercard.probe import ReplayedSet, StepProbe, step_probe
+from layercard.probe import ProbeTraining, ReplayedSet, StepProbe, step_probe
 from layercard.signals import Fit, HeldOut, fit_pass, held_out_pass
 from layercard.statistics.coupling import curvature, descent
+
+PROBES = ("none", "step", "train")
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class ProfileSettings:
         batch_size: Records in a batch.
         fit_share: Share of the records that make the steps; the others measure them.
         label_samples: How often labels are drawn from the model for the coupling.
-        step_probe: Whether to run the step probe.
+        probe: `none`, `step` (the step probe) or `train` (the step probe, then the training probe).
+        probe_steps: Training steps of the training probe; layers that it prunes take fewer.
         probe_records: How many of the held-out records the step probe measures on; it takes two forward passes for each layer.
         seed: Of the split, the drawn labels and the bootstrap.
     """
@@ -35,12 +41,32 @@ class ProfileSettings:
     batch_size: int = 8
     fit_share: float = 0.6
     label_samples: int = 3
-    step_probe: bool = True
+    probe: str = "step"
+    probe_steps: int = 48
     probe_records: int = 16
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.probe not in PROBES:
+            near = difflib.get_close_matches(self.probe, PROBES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PROBES)}"
+            raise TrainingError(f"probe {self.probe!r} is unknown; {hint}")
+        if self.probe_steps < 1:
+            raise TrainingError(f"{self.probe_steps} steps of the training probe train nothing; give 1 or more")
 
-def profile(base: BaseModel, dataset: Dataset, settings: ProfileSettings | None = None, progress: Progress | None = None) -> LayerCard:
+    def training(self) -> ProbeTraining:
+        """How the training probe trains: adapters of the card's rank, with twice the rank as alpha."""
+        return ProbeTraining(steps=self.probe_steps, rank=self.rank, alpha=2.0 * self.rank, seed=self.seed)
+
+
+def profile(
+    base: BaseModel,
+    dataset: Dataset,
+    settings: ProfileSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    state: Path | None = None,
+) -> LayerCard:
     """Make the Layer Card of a model on a reference data set.
 
     The model is bit for bit the same afterwards: weights, hooks, `requires_grad`, `.grad`, modes and random state.
@@ -50,9 +76,11 @@ def profile(base: BaseModel, dataset: Dataset, settings: ProfileSettings | None 
         dataset: Reference records, at least 4.
         settings: How.
         progress: Told of each phase.
+        state: Folder where the training probe keeps how far it is; what an interrupted call left there is used.
 
     Raises:
         DataError: Fewer than 4 records, or a loss that is not finite.
+        TrainingError: A loss of the training probe is not finite.
     """
     settings = settings or ProfileSettings()
     fit_examples, held_examples = split_records(dataset, settings)
@@ -66,8 +94,10 @@ def profile(base: BaseModel, dataset: Dataset, settings: ProfileSettings | None 
         batch_size=settings.batch_size,
         progress=progress,
     )
-    probe = _step_probe(base, held_examples, fit, held_out, settings, progress) if settings.step_probe else None
-    return Assembly(base, dataset, asdict(settings), fit, held_out, probe, len(fit_examples)).card()
+    probe = _step_probe(base, held_examples, fit, held_out, settings, progress) if settings.probe != "none" else None
+    trained = _training_probe(base, fit_examples, held_examples, dataset, settings, state, progress) if settings.probe == "train" else None
+    made_with = asdict(settings) | ({"training_probe": asdict(settings.training())} if trained is not None else {})
+    return Assembly(base, dataset, made_with, fit, held_out, probe, trained, len(fit_examples)).card()
 
 
 def split_records(dataset: Dataset, settings: ProfileSettings) -> tuple[list[Example], list[Example]]:
@@ -96,3 +126,25 @@ def _step_probe(
     entered = ReplayedSet(base, probed, range(len(base.blocks)), settings.batch_size, progress=progress)
     slopes = (descent(held_out.slopes, held_out.labelled) * torch.tensor(lengths)).tolist()
     return step_probe(base, scaled, slopes, entered, progress)
+
+
+def _training_probe(
+    base: BaseModel,
+    fit_examples: list[Example],
+    held_examples: list[Example],
+    dataset: Dataset,
+    settings: ProfileSettings,
+    state: Path | None,
+    progress: Progress | None,
+) -> TrainingProbe:
+    key = f"{dataset.fingerprint} {len(dataset)} {settings.fit_share} {settings.seed}"
+    return training_probes(
+        base,
+        fit_examples,
+        held_examples,
+        settings.training(),
+        key=key,
+        batch_size=settings.batch_size,
+        folder=state,
+        progress=progress,
+    )

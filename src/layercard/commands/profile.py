@@ -31,9 +31,18 @@ def profile(
             "--label-samples", min=1, metavar="N", help="Samples of labels from the model for the coupling; each is one more backward pass."
         ),
     ] = 3,
-    step_probe: Annotated[
-        bool, typer.Option("--step-probe/--no-step-probe", help="Measure each layer's own step on held-out records.")
-    ] = True,
+    probe: Annotated[
+        str,
+        typer.Option(
+            "--probe",
+            metavar="NAME",
+            help="What is measured on held-out records: step (each layer's own step, without training), train (that, then a few training "
+            "steps of each layer alone, the worse half stopped at each rung; resumes after an interrupt) or none.",
+        ),
+    ] = "step",
+    probe_steps: Annotated[
+        int, typer.Option("--probe-steps", min=1, metavar="N", help="Training steps of --probe train for the best layers.")
+    ] = 48,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -49,17 +58,25 @@ def profile(
     refuse_existing(output, force)
     opt.check_data(data)
     from layercard.data import load_data
+    from layercard.halving import check_folder, discard
     from layercard.models import load_model
     from layercard.profile import ProfileSettings
     from layercard.profile import profile as make_card
 
-    settings = ProfileSettings(rank=rank, ridge=ridge, batch_size=batch_size, label_samples=label_samples, step_probe=step_probe, seed=seed)
+    settings = ProfileSettings(
+        rank=rank, ridge=ridge, batch_size=batch_size, label_samples=label_samples, probe=probe, probe_steps=probe_steps, seed=seed
+    )
+    state = output.with_name(f"{output.name}.probe")
+    if settings.probe == "train":
+        check_folder(state)
     started = time.perf_counter()
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
-        card = make_card(base, dataset, settings, progress=display)
+        card = make_card(base, dataset, settings, progress=display, state=state)
     card.save(output, force=force)
+    if settings.probe == "train":
+        discard(state)
     if as_json:
         emit_json(card.to_json())
         return

@@ -28,7 +28,8 @@ def _source(data: Mapping[str, Any]) -> str:
 def _profile(card: Mapping[str, Any]) -> list[str]:
     settings, data = card["settings"], card["data"]
     found = _options(settings, ("rank", "ridge", "batch_size", "label_samples", "device", "dtype", "seed"))
-    probe = [] if settings.get("step_probe", True) else ["--no-step-probe"]
+    kind = settings.get("probe") or ("step" if settings.get("step_probe", True) else "none")  # earlier cards have a yes or no
+    probe = {"step": [], "none": ["--probe", "none"], "train": ["--probe", "train", *_options(settings, ("probe_steps",))]}[kind]
     return [
         "profile",
         str(card["model"]["name"]),

@@ -1,0 +1,240 @@
+"""The training probe of all layers: halving takes no step twice, changes nothing, and goes on after a kill."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layercard import halving
+from layercard.card import LayerCard
+from layercard.cli import run
+from layercard.errors import OutputError, TrainingError
+from layercard.halving import TrainingProbe, better_half, rungs, training_probes
+from layercard.models import BaseModel, wrap_model
+from layercard.probe import ProbeTraining, ReplayedSet, adapting, training_probe
+from layercard.profile import ProfileSettings, profile
+from test_capture import assert_same, examples, state
+from test_profile import dataset
+from tiny import build_tiny, tiny_tokenizer
+
+LENGTHS = (9, 6, 12, 7, 5, 11, 8, 10)
+SETTINGS = ProbeTraining(steps=8, batch_size=2, rank=2, alpha=4.0, learning_rate=0.05, seed=3)
+DEPTH = 6
+
+
+def base_of(family: str = "llama", depth: int = DEPTH, seed: int = 0) -> BaseModel:
+    depths = {"n_layer": depth} if family == "gpt2" else {"num_hidden_layers": depth}
+    return wrap_model(build_tiny(family, seed, **depths), tiny_tokenizer())
+
+
+def probe_of(base: BaseModel, settings: ProbeTraining = SETTINGS, **changes: Any) -> TrainingProbe:
+    return training_probes(base, examples(LENGTHS, seed=1), examples(LENGTHS, seed=2), settings, batch_size=3, **changes)
+
+
+def assert_equal(one: TrainingProbe, other: TrainingProbe) -> None:
+    assert one.steps == other.steps
+    for name in ("before", "after", "tokens"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_layer_reaches_what_training_it_alone_reaches(family: str) -> None:
+    base = base_of(family)
+    base.model.train()
+    before = state(base.model)
+    probe = probe_of(base)
+    assert_same(before, state(base.model))
+    assert sorted(probe.steps) == [1, 1, 1, 2, 4, 8]
+
+    base.model.eval()
+    held_out = ReplayedSet(base, examples(LENGTHS, seed=2), range(DEPTH), 3)
+    train = ReplayedSet(base, SETTINGS.batches(examples(LENGTHS, seed=1)), range(DEPTH), 2, by_length=False)
+    for layer, steps in enumerate(probe.steps):
+        with adapting(base, [layer], SETTINGS) as adaptation:
+            adaptation.advance(train, steps)
+            alone = held_out.losses(layer)
+        torch.testing.assert_close(probe.after[layer], alone.nats, rtol=1e-6, atol=1e-6)
+    best = probe.steps.index(8)
+    stock = training_probe(base, best, train, held_out, SETTINGS)
+    torch.testing.assert_close(probe.after[best], stock.nats, rtol=1e-6, atol=1e-6)
+    gains = probe.gain(torch.ones(len(LENGTHS)))
+    assert float(gains[best]) == pytest.approx(held_out.losses(0).mean - stock.mean, rel=1e-5)
+    assert float(gains[best]) > 0
+
+
+def test_the_worse_half_stops_at_each_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[int, float]] = []
+
+    def watched(gains: dict[int, float]) -> list[int]:
+        asked.append(gains)
+        return better_half(gains)
+
+    monkeypatch.setattr(halving, "better_half", watched)
+    probe = probe_of(base_of())
+    assert [len(gains) for gains in asked] == [6, 3, 2, 1]
+    for at, (gains, higher) in enumerate(itertools.pairwise(asked)):
+        assert min(gains[layer] for layer in higher) >= max(gains[layer] for layer in gains if layer not in higher)
+        assert all(probe.steps[layer] == rungs(8)[at] for layer in gains if layer not in higher)
+
+
+def test_halves_and_rungs() -> None:
+    assert rungs(48) == (6, 12, 24, 48)
+    assert rungs(1) == (1,)
+    assert better_half({4: 1.0, 2: 1.0, 7: 0.5}) == [2, 4]
+    assert better_half({4: 1.0, 2: 1.0, 7: 1.0, 9: 1.0}) == [2, 4]
+    assert better_half({3: -1.0}) == [3]
+
+
+def test_adapters_stop_and_go_on_as_if_they_had_not_stopped() -> None:
+    base = base_of()
+    train = ReplayedSet(base, SETTINGS.batches(examples(LENGTHS, seed=1)), [2], 2, by_length=False)
+    rest = ReplayedSet(base, SETTINGS.batches(examples(LENGTHS, seed=1))[6:], [1], 2, by_length=False)
+    rest.move(2)
+    with adapting(base, [2, 4], SETTINGS) as through:
+        through.advance(train, 8)
+        wanted = through.state()
+    with adapting(base, [2, 4], SETTINGS) as first:
+        first.advance(train, 3)
+        kept = first.state()
+    with adapting(base, [2, 4], SETTINGS) as second:
+        second.restore(kept, 3)
+        second.advance(rest, 8)
+        found = second.state()
+    assert second.step == 8
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8)
+        assert bool((kept[name] != tensor).any())
+
+
+def interrupted(after: int) -> Callable[[str, int, int], None]:
+    """A progress callback that raises after that many steps of the training probe."""
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "training probe" and done >= after:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_probe_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    base, folder, whole = base_of(), tmp_path / "card.json.probe", probe_of(base_of())
+    before = state(base.model)
+    counts = []
+    for after in (3, 6, 9, 12, 15):  # 6 layers · 1 step, 3 · 1, 2 · 2 and 1 · 4: 17 steps
+        with pytest.raises(KeyboardInterrupt):
+            probe_of(base, folder=folder, progress=interrupted(after))
+        assert_same(before, state(base.model))
+        counts.append(len(list(folder.glob("layer-*.json"))))
+    assert counts == sorted(set(counts)), "each call gets further"
+    seen: list[tuple[int, int]] = []
+    assert_equal(probe_of(base, folder=folder, progress=lambda phase, done, total: seen.append((done, total))), whole)
+    assert seen[-1] == (17, 17)
+    assert len(list(folder.glob("*.safetensors"))) == DEPTH
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_whole_state_is_read_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, folder = base_of(), tmp_path / "state"
+    found = probe_of(base, folder=folder)
+    monkeypatch.setattr(halving, "adapting", None)
+    assert_equal(probe_of(base, folder=folder), found)
+
+
+@pytest.mark.parametrize("other", ["model", "data", "settings"])
+def test_a_state_of_something_else_is_not_used(tmp_path: Path, other: str) -> None:
+    folder = tmp_path / "state"
+    probe_of(base_of(), folder=folder, key="data")
+    base = base_of(seed=1 if other == "model" else 0)
+    settings = ProbeTraining(**{**SETTINGS.__dict__, "seed": 4}) if other == "settings" else SETTINGS
+    found = probe_of(base, settings, folder=folder, key="more data" if other == "data" else "data")
+    assert_equal(found, probe_of(base, settings))
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for use in (lambda: probe_of(base_of(), folder=folder), lambda: halving.discard(folder)):
+        with pytest.raises(OutputError, match="move it away"):
+            use()
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    base = base_of()
+    with torch.no_grad():
+        base.blocks[3].projections[0].module.weight.fill_(float("nan"))  # type: ignore[operator,union-attr]
+    with pytest.raises(TrainingError, match="layer 0 is nan after 1 steps"):
+        probe_of(base)
+
+
+def test_the_card_carries_the_training_probe() -> None:
+    settings = ProfileSettings(rank=2, batch_size=3, probe="train", probe_steps=4)
+    base = base_of(depth=3)
+    before = state(base.model)
+    card = profile(base, dataset(), settings)
+    assert_same(before, state(base.model))
+    assert sorted(layer.training_probe_steps or 0 for layer in card.layers) == [1, 2, 4]
+    for layer in card.layers:
+        assert layer.training_probe is not None
+        assert layer.training_probe.low < layer.training_probe.value < layer.training_probe.high
+    assert card.settings["probe"] == "train"
+    assert card.settings["training_probe"]["steps"] == 4
+    assert "training_probe" not in card.stability
+    without = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3))
+    assert without.values("gain_estimate") == card.values("gain_estimate")
+    assert without.layers[0].training_probe_steps is None
+
+
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train"), ("everything", "choose one of none, step, train")])
+def test_an_unknown_probe_is_one_line(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, hint: str) -> None:
+    status = run(["profile", "nowhere", "--data", str(tiny_file), "--probe", name, "-o", str(tmp_path / "card.json")])
+    err = capsys.readouterr().err
+    assert status == 2
+    assert hint in err
+    assert err.count("\n") == 1
+
+
+def test_training_through_the_command_line(tiny_folder: Path, tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "card.json"
+    arguments = ["profile", str(tiny_folder), "--data", str(tiny_file), "--rank", "2", "--probe", "train", "--probe-steps", "4"]
+    (tmp_path / "card.json.probe").write_text("in the way")
+    assert run([*arguments, "-o", str(output)]) == 2
+    assert re.fullmatch(r"error: .*card\.json\.probe exists.*\n", capsys.readouterr().err)
+    (tmp_path / "card.json.probe").unlink()
+    assert run([*arguments, "-o", str(output)]) == 0
+    card = LayerCard.load(output)
+    assert sorted(layer.training_probe_steps or 0 for layer in card.layers) == [1, 2, 4]
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(("card", ".card"))} == {"card.json"}
+
+
+@pytest.mark.timeout(240)
+def test_killed_and_started_again_gives_the_same_card(tiny_folder: Path, tiny_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "card.json"
+    arguments = ["profile", str(tiny_folder), "--data", str(tiny_file), "--rank", "2", "--probe", "train", "--probe-steps", "32"]
+    whole = tmp_path / "whole.json"
+    assert run([*arguments, "-o", str(whole)]) == 0
+    command = [sys.executable, "-m", "layercard.cli", *arguments, "-o", str(output)]
+    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state_folder = tmp_path / "card.json.probe"
+    while child.poll() is None and len(list(state_folder.glob("layer-*.json"))) < 2:
+        time.sleep(0.005)
+    assert child.poll() is None, "the probe was over before it could be killed"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not output.exists()
+    assert len(list(state_folder.glob("layer-*.json"))) >= 2
+    assert run([*arguments, "-o", str(output)]) == 0
+    assert not state_folder.exists()
+    assert json.loads(output.read_text()) == json.loads(whole.read_text())
