@@ -33,7 +33,7 @@ ROWS = (
     ),
     ("capture",),
     ("statistics",),
-    ("probe", "signals", "cost", "halving"),
+    ("probe", "signals", "cost", "halving", "stamps", "timing"),
     ("card",),
     ("assembly", "profile"),
     ("selection",),

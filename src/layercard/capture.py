@@ -211,3 +211,48 @@ def stepped(steps: Mapping[nn.Module, tuple[torch.Tensor, torch.Tensor]], alpha:
         for module, (down, up) in steps.items():
             stack.callback(module.register_forward_hook(adder(down, up)).remove)
         yield
+
+
+@contextmanager
+def stamped(blocks: Sequence[Block], stamp: Callable[[str, int], object]) -> Iterator[None]:
+    """Call `stamp` whenever a pass crosses the border of a block; nothing of the pass is changed.
+
+    `stamp("enter", i)` and `stamp("leave", i)` in forward; in backward `stamp("back", i)` once the gradient of what block i − 1 hands
+    to block i is complete, so that block i is done, and i = number of blocks once the head is done. Where the graph does not reach that
+    far down, there is no such call.
+    """
+
+    def watch(hidden: torch.Tensor, index: int) -> None:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: stamp("back", index))  # type: ignore[no-untyped-call]
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watch(_entering(args, kwargs)[0], index)
+            stamp("enter", index)
+
+        return hook
+
+    def leave(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            stamp("leave", index)
+            if index == len(blocks) - 1:
+                watch(output[0] if isinstance(output, tuple) else output, len(blocks))
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.module.register_forward_pre_hook(enter(block.index), with_kwargs=True).remove)
+            stack.callback(block.module.register_forward_hook(leave(block.index)).remove)
+        yield
+
+
+@contextmanager
+def opened(blocks: Sequence[Block]) -> Iterator[None]:
+    """Let gradients start at the input of block 0, so that backward goes through every block although no weight asks for it."""
+    handle = blocks[0].module.register_forward_pre_hook(_require_input_gradient, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
