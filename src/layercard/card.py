@@ -138,6 +138,15 @@ class LayerCard(_Part):
             raise CardError(f"the card has no {measure}; it has {', '.join(known)}")
         return values
 
+    def with_cost(self, cost: CostModel) -> "LayerCard":
+        """The same card with a cost model, and its times and bytes at each layer."""
+        names = ("forward_seconds", "backward_seconds", "adapter_seconds", "saved_bytes")
+        layers = tuple(
+            layer.model_copy(update={name: getattr(found, name) for name in names})
+            for layer, found in zip(self.layers, cost.layers, strict=True)
+        )
+        return self.model_copy(update={"layers": layers, "cost": cost})
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard/1`."""
         return self.model_dump(mode="json", by_alias=True)

@@ -9,13 +9,16 @@ import torch
 
 from layercard.assembly import Assembly
 from layercard.card import LayerCard
+from layercard.cost import CostModel
 from layercard.data import Dataset, Example
 from layercard.errors import DataError, TrainingError
 from layercard.halving import TrainingProbe, training_probes
 from layercard.models import BaseModel, Progress
 from layercard.probe import ProbeTraining, ReplayedSet, StepProbe, step_probe
+from layercard.settings import TrainSettings
 from layercard.signals import Fit, HeldOut, fit_pass, held_out_pass
 from layercard.statistics.coupling import curvature, descent
+from layercard.timing import measure_cost, usual_batch
 
 PROBES = ("none", "step", "train")
 
@@ -33,6 +36,8 @@ class ProfileSettings:
         probe: `none`, `step` (the step probe) or `train` (the step probe, then the training probe).
         probe_steps: Training steps of the training probe; layers that it prunes take fewer.
         probe_records: How many of the held-out records the step probe measures on; it takes two forward passes for each layer.
+        cost: Whether to time a few training steps (`timing.measure_cost`). Readings of a clock differ from call to call, so a card that
+            must come out the same again does without.
         seed: Of the split, the drawn labels and the bootstrap.
     """
 
@@ -44,6 +49,7 @@ class ProfileSettings:
     probe: str = "step"
     probe_steps: int = 48
     probe_records: int = 16
+    cost: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,7 +103,8 @@ def profile(
     probe = _step_probe(base, held_examples, fit, held_out, settings, progress) if settings.probe != "none" else None
     trained = _training_probe(base, fit_examples, held_examples, dataset, settings, state, progress) if settings.probe == "train" else None
     made_with = asdict(settings) | ({"training_probe": asdict(settings.training())} if trained is not None else {})
-    return Assembly(base, dataset, made_with, fit, held_out, probe, trained, len(fit_examples)).card()
+    card = Assembly(base, dataset, made_with, fit, held_out, probe, trained, len(fit_examples)).card()
+    return card.with_cost(_cost(base, dataset, settings, progress)) if settings.cost else card
 
 
 def split_records(dataset: Dataset, settings: ProfileSettings) -> tuple[list[Example], list[Example]]:
@@ -148,3 +155,9 @@ def _training_probe(
         folder=state,
         progress=progress,
     )
+
+
+def _cost(base: BaseModel, dataset: Dataset, settings: ProfileSettings, progress: Progress | None) -> CostModel:
+    """Cost of a training step on a batch as training takes them by default."""
+    batch = usual_batch(dataset.examples, TrainSettings().batch_size, base.pad_id, settings.seed)
+    return measure_cost(base, batch, rank=settings.rank, repeats=1, progress=progress)

@@ -43,6 +43,9 @@ def profile(
     probe_steps: Annotated[
         int, typer.Option("--probe-steps", min=1, metavar="N", help="Training steps of --probe train for the best layers.")
     ] = 48,
+    cost: Annotated[
+        bool, typer.Option("--cost/--no-cost", help="Time a few training steps on this machine, for what placements cost.")
+    ] = True,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -64,7 +67,14 @@ def profile(
     from layercard.profile import profile as make_card
 
     settings = ProfileSettings(
-        rank=rank, ridge=ridge, batch_size=batch_size, label_samples=label_samples, probe=probe, probe_steps=probe_steps, seed=seed
+        rank=rank,
+        ridge=ridge,
+        batch_size=batch_size,
+        label_samples=label_samples,
+        probe=probe,
+        probe_steps=probe_steps,
+        cost=cost,
+        seed=seed,
     )
     state = output.with_name(f"{output.name}.probe")
     if settings.probe == "train":
