@@ -18,7 +18,7 @@ from layercard.data import load_data
 from layercard.models import BaseModel, load_model
 from layercard.probe import ProbeTraining
 from layercard.profile import ProfileSettings, profile
-from layercard.statistics.intervals import spearman
+from layercard.statistics.ranks import spearman
 from single_layer import BATCH, MAX_LENGTH, arguments, measure, run_file
 
 MEASURES = ("gain_estimate", "centrality", "step_probe", "predicted_gain", "resnorm", "gradient_norm", "activation_energy", "middle")

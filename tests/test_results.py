@@ -8,7 +8,7 @@ import pytest
 
 from layercard.card import LayerCard
 from layercard.statistics.coverage import gain_estimate, similarity
-from layercard.statistics.intervals import spearman
+from layercard.statistics.ranks import spearman
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 

@@ -10,7 +10,7 @@ from layercard.data import load_data
 from layercard.models import fingerprint, load_model
 from layercard.profile import ProfileSettings, profile
 from layercard.selection import select
-from layercard.statistics.intervals import spearman
+from layercard.statistics.ranks import spearman
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercard.statistics.coupling import centrality, correlation, curvature, descent, set_gain, single_gain
-from layercard.statistics.intervals import bootstrap_weights, interval, spearman, split_half_spearman
+from layercard.statistics.intervals import bootstrap_weights, interval, split_half_spearman
 from layercard.statistics.moments import GradientMoments, InputMoments
+from layercard.statistics.ranks import spearman
 from layercard.statistics.residual import ProjectedResidual, Whitening, projected_residual, ridge_scale, top_eigenvectors
 from reference import linear
 

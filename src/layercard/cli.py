@@ -18,6 +18,7 @@ from layercard.commands.profile import profile
 from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.train import train
+from layercard.commands.transfer import transfer
 from layercard.errors import LayercardError
 
 MENDABLE = 2
@@ -33,6 +34,7 @@ for _name, _command in (
     ("train", train),
     ("eval", evaluate),
     ("compare", compare),
+    ("transfer", transfer),
     ("demo", demo),
 ):
     app.command(_name)(_command)

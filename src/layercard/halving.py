@@ -62,7 +62,7 @@ def rungs(steps: int) -> tuple[int, ...]:
     """Steps after which the worse half stops: each rung doubles the one before it, and the last is `steps`.
 
     >>> rungs(48), rungs(3)
-    ((6, 12, 24, 48), (1, 2, 3))
+    ((6, 12, 24, 48), (1, 3))
     """
     return tuple(sorted({max(1, steps // 2**at) for at in range(RUNGS)}))
 

@@ -25,10 +25,14 @@ def smoothed(gains: Sequence[float] | np.ndarray) -> np.ndarray:
 
     Whether one step succeeds is a matter of one layer and a few records; what training gains varies smoothly with depth.
     """
-    profile = np.asarray(gains, dtype=float)
-    index = np.arange(len(profile))
-    kernel = np.exp(-0.5 * (15 * (index[:, None] - index) / len(profile)) ** 2)
-    return kernel @ profile / kernel.sum(axis=1)
+    return smoothing_kernel(len(gains)) @ np.asarray(gains, dtype=float)
+
+
+def smoothing_kernel(depth: int) -> np.ndarray:
+    """The weights of `smoothed`, `[L, L]`; rows sum to 1."""
+    index = np.arange(depth)
+    kernel = np.exp(-0.5 * (15 * (index[:, None] - index) / depth) ** 2)
+    return kernel / kernel.sum(axis=1, keepdims=True)
 
 
 def demand(gains: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
+
+from layercard.statistics.ranks import spearman
 
 REPEATS = 300
 LEVEL = 0.95
@@ -28,14 +29,6 @@ def ratio_deviation(numerator_ln: torch.Tensor, denominator_n: torch.Tensor, wei
     """`Σ w x / Σ w y` in each resample less its value on all records, `[repeats, L]`."""
     resampled = (weights_bn @ numerator_ln.T) / (weights_bn @ denominator_n).unsqueeze(1)
     return resampled - numerator_ln.sum(dim=1) / denominator_n.sum()
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation (ties share their mean rank); 0 where one side is constant."""
-    a, b = rankdata(x), rankdata(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / norm if norm > 0 else 0.0
 
 
 def split_half_spearman(profile: Callable[[torch.Tensor], torch.Tensor], records: int, seed: int, repeats: int = 20) -> float:
