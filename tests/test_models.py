@@ -363,8 +363,8 @@ class TestRefusals:
     def test_the_automatic_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-        assert models._device("auto") == torch.device("cpu")
+        assert models.find_device("auto") == torch.device("cpu")
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-        assert models._device("auto") == torch.device("mps")
+        assert models.find_device("auto") == torch.device("mps")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert models._device("auto") == torch.device("cuda")
+        assert models.find_device("auto") == torch.device("cuda")

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from layercard.commands.compare import compare
+from layercard.commands.cost import cost
 from layercard.commands.demo import demo
 from layercard.commands.evaluate import evaluate
 from layercard.commands.profile import profile
@@ -34,6 +35,7 @@ for _name, _command in (
     ("train", train),
     ("eval", evaluate),
     ("compare", compare),
+    ("cost", cost),
     ("transfer", transfer),
     ("demo", demo),
 ):

@@ -72,7 +72,7 @@ def load_model(
         ModelError: The model cannot be found, read or understood, or the device is not there.
     """
     name = os.fspath(name)
-    target, kind = _device(device), _dtype(dtype)
+    target, kind = find_device(device), _dtype(dtype)
     with quiet_libraries():
         place = locate(name, progress)
         if progress is not None:
@@ -146,7 +146,12 @@ def _keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that a name stands for (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`).
+
+    Raises:
+        ModelError: The name is unknown, or there is no such device.
+    """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")

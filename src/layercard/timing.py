@@ -15,6 +15,7 @@ step of each kind in which every tensor is counted (`layercard.memory.LiveTensor
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,9 @@ def adapted_layers(base: BaseModel, layers: Sequence[int], rank: int) -> Iterato
     )
     own = set(vars(base.model))
     with frozen(base.model), torch.enable_grad():
-        adapted = get_peft_model(base.model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers say to each other
+            adapted = get_peft_model(base.model, config)
         try:
             adapted.train()
             trained = [weight for weight in adapted.parameters() if weight.requires_grad]
@@ -202,7 +205,7 @@ def _assembled(base: BaseModel, batch: Batch, rank: int, steps: Steps) -> CostMo
         labelled_tokens=int((batch.labels[:, 1:] != IGNORED).sum()),
         rank=rank,
         dtype=str(base.model.dtype).removeprefix("torch."),
-        device=_device_name(base.device),
+        device=device_name(base.device),
         threads=torch.get_num_threads() if base.device.type == "cpu" else 0,
         embedding_seconds=statistics.median(s.embedding for s in (*steps.last, *steps.through, *steps.all)),
         head_forward_seconds=statistics.median(forward for forward, _ in heads),
@@ -336,7 +339,8 @@ def _kinds(blocks: Sequence[Block]) -> list[int]:
     return [shapes.index(shape) for shape in shapes]
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device in words: the GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
