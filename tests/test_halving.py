@@ -208,7 +208,8 @@ def test_an_unknown_probe_is_one_line(tiny_file: Path, tmp_path: Path, capsys: p
 
 def test_training_through_the_command_line(tiny_folder: Path, tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "card.json"
-    arguments = ["profile", str(tiny_folder), "--data", str(tiny_file), "--rank", "2", "--probe", "train", "--probe-steps", "4"]
+    arguments = ["profile", str(tiny_folder), "--data", str(tiny_file), "--rank", "2", "--no-cost"]
+    arguments += ["--probe", "train", "--probe-steps", "4"]
     (tmp_path / "card.json.probe").write_text("in the way")
     assert run([*arguments, "-o", str(output)]) == 2
     assert re.fullmatch(r"error: .*card\.json\.probe exists.*\n", capsys.readouterr().err)
@@ -222,7 +223,8 @@ def test_training_through_the_command_line(tiny_folder: Path, tiny_file: Path, t
 @pytest.mark.timeout(240)
 def test_killed_and_started_again_gives_the_same_card(tiny_folder: Path, tiny_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "card.json"
-    arguments = ["profile", str(tiny_folder), "--data", str(tiny_file), "--rank", "2", "--probe", "train", "--probe-steps", "32"]
+    arguments = ["profile", str(tiny_folder), "--data", str(tiny_file), "--rank", "2", "--no-cost"]
+    arguments += ["--probe", "train", "--probe-steps", "32"]
     whole = tmp_path / "whole.json"
     assert run([*arguments, "-o", str(whole)]) == 0
     command = [sys.executable, "-m", "layercard.cli", *arguments, "-o", str(output)]

@@ -329,9 +329,10 @@ def verdict(ranks: Agreement, swaps: Sequence[Swap], stability: dict[str, float 
         doubts.append(f"{agree} may be zero")
     if ranks.p > SURE:
         doubts.append(f"profiles as smooth as these agree as well by chance (p = {ranks.p:.2f})")
-    risky = [found for found in swaps if found.lost.high > TOLERANCE]
     doubts.extend(
-        f"{found.source}'s layers may lose more than {TOLERANCE:g} points on {found.target} ({_points(found.lost)})" for found in risky
+        f"{found.source}'s layers may lose over {TOLERANCE:g} points on {found.target}: {_points(found.lost)}"
+        for found in swaps
+        if found.lost.high > TOLERANCE
     )
     if doubts:
         return UNKNOWN, "; ".join(doubts)

@@ -80,7 +80,7 @@ def noise_scale(
     """
     pairs = 200
     one, two = (math.sqrt(2) * noise(deviations, pairs, rng, kernel) for _ in range(2))
-    for factor in np.linspace(1, 0, 21).tolist():
+    for factor in np.geomspace(1, 0.01, 30).tolist():
         if np.median(spearman_rows(profile + factor * one, profile + factor * two)) >= halves:
             return float(factor)
     return 0.0
