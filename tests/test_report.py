@@ -78,6 +78,19 @@ def test_a_card_without_step_probe_is_shown() -> None:
     assert "Step probe" not in render(card)
 
 
+def test_the_training_probe_is_shown_where_it_was_run() -> None:
+    card = fake_card()
+    assert "Trained" not in "\n".join(printed(card, 160))
+    assert "Training probe" not in render(card)
+    for layer in card["layers"]:
+        layer["training_probe"] = {"value": 0.7 + layer["index"] / 1000, "low": 0.5, "high": 0.9}
+    for width in (80, 160):
+        lines = printed(card, width)
+        assert "Trained" in "\n".join(lines)
+        assert all(f"{0.7 + at / 1000:.3f}" in row for at, row in enumerate(table_rows(lines)))
+    assert "Training probe" in render(card)
+
+
 def test_placement_view_says_why() -> None:
     console = Console(width=100)
     with console.capture() as capture:

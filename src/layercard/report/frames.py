@@ -63,7 +63,7 @@ MEASURES: dict[str, Measure] = {
         Measure(
             "training_probe",
             "Training probe",
-            "Loss reduction on held-out records after a few training steps of this layer alone. "
+            "Loss reduction on held-out records after a few training steps of this layer alone, fewer for layers that were pruned early. "
             "It is the most direct measurement of performance and the most expensive.",
         ),
         Measure(

@@ -46,6 +46,7 @@ class _Column:
 _COLUMNS = (
     _Column("gain_estimate", "Gain est.", strip=13),
     _Column("resnorm", "Resnorm", bar=8),
+    _Column("training_probe", "Trained"),
     _Column("step_probe", "Step probe"),
     _Column("centrality", "Central."),
     _Column("activation_energy", "Act. energy", bar=6),
