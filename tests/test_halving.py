@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from cards import fake_card
 from layercard import halving
 from layercard.card import LayerCard
 from layercard.cli import run
+from layercard.commands.reproduce import command_lines
 from layercard.errors import OutputError, TrainingError
 from layercard.halving import TrainingProbe, better_half, rungs, training_probes
 from layercard.models import BaseModel, wrap_model
@@ -240,3 +242,21 @@ def test_killed_and_started_again_gives_the_same_card(tiny_folder: Path, tiny_fi
     assert run([*arguments, "-o", str(output)]) == 0
     assert not state_folder.exists()
     assert json.loads(output.read_text()) == json.loads(whole.read_text())
+
+
+@pytest.mark.parametrize(
+    ("made_with", "options"),
+    [
+        ({"probe": "train", "probe_steps": 12}, "--probe train --probe-steps 12"),
+        ({"probe": "none", "probe_steps": 48}, "--probe none"),
+        ({"probe": "step", "probe_steps": 48}, ""),
+        ({"step_probe": False}, "--probe none"),
+        ({"step_probe": True}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_card_says_with_which_probe_it_is_made_again(made_with: dict[str, Any], options: str) -> None:
+    card = fake_card()
+    card["settings"].update(made_with)
+    line = command_lines(card, None, None)[0]
+    assert " ".join(re.findall(r"--probe(?:-steps)? \S+", line)) == options
