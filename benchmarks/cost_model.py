@@ -1,8 +1,9 @@
 """Predicted against measured step time and peak memory of placements: random ones and the fixed strategies.
 
-The cost model is measured once (`layercard.timing.measure_cost`). Then the placements take turns: stock PEFT adapters, train mode, one
-warm-up step and two timed ones as the trainer runs them, on the same batch. Time is the median over all timed steps of a placement;
-memory is what the trainer counts: adapters, state of the optimiser, and the most that is alive within a step.
+In each round the cost model is measured (`layercard.timing.measure_cost`), then the placements take turns in random order: stock PEFT
+adapters, train mode, one warm-up step and two timed ones as the trainer runs them, on the same batch. Measured time is the median over
+all timed steps of a placement, predicted time the median over the rounds' cost models. Memory is what the trainer counts: adapters,
+state of the optimiser, and the most that is alive within a step.
 
     python benchmarks/cost_model.py
 """
@@ -22,7 +23,7 @@ from layercard.data import Batch, load_data
 from layercard.memory import PeakMemory
 from layercard.models import BaseModel, load_model
 from layercard.selection import strategy_layers
-from layercard.stamps import MAX_GRAD_NORM, training_step
+from layercard.stamps import training_step
 from layercard.timing import measure_cost, usual_batch
 
 STRATEGIES = ("first", "middle", "last", "uniform")
@@ -62,20 +63,21 @@ def steps(base: BaseModel, batch: Batch, layers: tuple[int, ...], rank: int, *, 
     return seconds, peak.bytes + held
 
 
-def rows(cost: CostModel, plan: dict[str, tuple[int, ...]], seconds: dict[str, float], memory: dict[str, int]) -> list[list[Any]]:
+def rows(costs: list[CostModel], plan: dict[str, tuple[int, ...]], seconds: dict[str, float], memory: dict[str, int]) -> list[list[Any]]:
     """One row a placement: times in seconds and as % of all, memory in MiB, errors in % of what was measured."""
     found: list[list[Any]] = []
+    predicted = {name: statistics.median(cost.step_time(layers) for cost in costs) for name, layers in plan.items()}
     for name, layers in plan.items():
-        time_predicted, memory_predicted = cost.step_time(layers), cost.peak_memory(layers)
+        memory_predicted = costs[0].peak_memory(layers)
         found.append(
             [
                 name,
-                " ".join(map(str, layers)) if len(layers) < len(cost.layers) else f"0–{len(layers) - 1}",
+                " ".join(map(str, layers)) if name != "all" else f"0–{layers[-1]}",
                 seconds[name],
-                time_predicted,
-                100 * (time_predicted / seconds[name] - 1),
+                predicted[name],
+                100 * (predicted[name] / seconds[name] - 1),
                 100 * seconds[name] / seconds["all"],
-                100 * time_predicted / cost.step_time(plan["all"]),
+                100 * predicted[name] / predicted["all"],
                 memory[name] / MIB,
                 memory_predicted / MIB,
                 100 * (memory_predicted / memory[name] - 1),
@@ -94,36 +96,37 @@ def errors(table: list[list[Any]], column: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure the cost model, then the placements, and compare."""
+    """Measure, round after round, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--placements", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3, help="repeats of the cost model's own steps")
+    parser.add_argument("--repeats", type=int, default=1, help="repeats within each cost model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     base = load_model(options.model)
     dataset = load_data(task_file("e2e", "train"), base.tokenizer, records=64, max_length=256)
     batch = usual_batch(dataset.examples, options.batch_size, base.pad_id).to(base.device)
-    started = time.perf_counter()
-    cost = measure_cost(base, batch, rank=options.rank, repeats=options.repeats)
-    spent = time.perf_counter() - started
     plan = placements(len(base.blocks), options.placements, options.seed)
     seconds: dict[str, list[float]] = {name: [] for name in plan}
     memory: dict[str, int] = {}
+    costs: list[CostModel] = []
     for at in range(options.rounds):
+        started = time.perf_counter()
+        costs.append(measure_cost(base, batch, rank=options.rank, repeats=options.repeats))
+        print(f"round {at + 1}: cost model in {time.perf_counter() - started:.1f} s, {costs[-1].step_time(plan['all']):.2f} s", flush=True)
         for name in random.Random(at).sample(list(plan), len(plan)):
             found, counted = steps(base, batch, plan[name], options.rank, count_bytes=at == 0)
             seconds[name] += found
             memory |= {} if counted is None else {name: counted}
             print(f"round {at + 1} {name}: {found[0]:.2f} {found[1]:.2f} s", flush=True)
-    table = rows(cost, plan, {name: statistics.median(found) for name, found in seconds.items()}, memory)
+    table = rows(costs, plan, {name: statistics.median(found) for name, found in seconds.items()}, memory)
     of_time, of_memory = errors(table, 4), errors(table, 9)
     report(
         "cost_model",
-        f"Predicted and measured cost of a training step: {options.batch_size} E2E records padded to {cost.tokens} tokens, rank "
+        f"Predicted and measured cost of a training step: {options.batch_size} E2E records padded to {costs[0].tokens} tokens, rank "
         f"{options.rank}. Errors of the random placements, median and worst: time {of_time['median']:.1f} and {of_time['worst']:.1f} %, "
         f"memory {of_memory['median']:.1f} and {of_memory['worst']:.1f} %",
         COLUMNS,
@@ -132,9 +135,7 @@ def main() -> None:
         memory_error=of_memory,
         seconds=seconds,
         layers={name: list(layers) for name, layers in plan.items()},
-        cost=cost.to_json(),
-        cost_seconds=spent,
-        max_grad_norm=MAX_GRAD_NORM,
+        costs=[cost.to_json() for cost in costs],
     )
 
 

@@ -98,8 +98,6 @@ class Steps:
     last: list[Stamps] = field(default_factory=list)
     through: list[Stamps] = field(default_factory=list)
     all: list[Stamps] = field(default_factory=list)
-    update_last: list[float] = field(default_factory=list)
-    update_all: list[float] = field(default_factory=list)
     token_plain: list[Stamps] = field(default_factory=list)
     token_adapted: list[Stamps] = field(default_factory=list)
     through_bytes: ByteCount | None = None
@@ -110,14 +108,14 @@ class Steps:
 def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int = 3, progress: Progress | None = None) -> CostModel:
     """Measure what training adapters of this model costs here, part by part.
 
-    Takes `6 · repeats + 4` training steps on the batch and a few forward passes of one token. The model is the same afterwards:
+    Takes `9 · repeats + 4` training steps on the batch and a few forward passes of one token. The model is the same afterwards:
     weights, hooks, `requires_grad`, modes, random state.
 
     Args:
         base: The model.
         batch: A batch as training would see it (`usual_batch`, `random_batch`).
         rank: Rank of each adapter.
-        repeats: How often each kind of step is set up; each time two steps are timed.
+        repeats: How often each kind of step is set up; each time two steps are timed after one to warm up.
         progress: Told of the phase `cost`.
 
     Returns:
@@ -143,31 +141,31 @@ def _run(base: BaseModel, batch: Batch, rank: int, repeats: int, progress: Progr
             if at == 0:
                 steps.last_bytes = _counted(base, model, batch, optimizer)
             else:
-                steps.last += [_timed(base, model, batch, optimizer) for _ in range(2)]
-                steps.update_last.append(steps.last[-1].update)
+                steps.last += _timed(base, model, batch, optimizer)
         with through_all(base) as model:
             if at == 0:
                 steps.through_bytes = _counted(base, model, batch, None)
             else:
-                steps.through += [_timed(base, model, batch, None) for _ in range(2)]
+                steps.through += _timed(base, model, batch, None)
                 steps.token_plain.append(_token(base, model, token))
         with adapted_layers(base, range(depth), rank) as (model, optimizer):
             if at == 0:
-                _timed(base, model, batch, optimizer)
+                training_step(model, batch, optimizer, lambda _: None)  # makes the optimiser's state, which is not to be counted
                 steps.all_bytes = _counted(base, model, batch, optimizer)
             else:
-                steps.all += [_timed(base, model, batch, optimizer) for _ in range(2)]
-                steps.update_all.append(steps.all[-1].update)
+                steps.all += _timed(base, model, batch, optimizer)
                 steps.token_adapted.append(_token(base, model, token))
     progress("cost", repeats + 1, repeats + 1)
     return steps
 
 
-def _timed(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> Stamps:
-    stamps = Stamps(base.device, len(base.blocks))
-    with stamped(base.blocks, stamps):
-        training_step(model, batch, optimizer, stamps)
-    return stamps
+def _timed(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> list[Stamps]:
+    """Two steps, after one that makes the optimiser's state and warms up."""
+    found = [Stamps(base.device, len(base.blocks)) for _ in range(3)]
+    for stamps in found:
+        with stamped(base.blocks, stamps):
+            training_step(model, batch, optimizer, stamps)
+    return found[1:]
 
 
 def _counted(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> ByteCount:
@@ -222,7 +220,7 @@ def _assembled(base: BaseModel, batch: Batch, rank: int, steps: Steps) -> CostMo
 
 def _update(steps: Steps, parameters: Sequence[int]) -> tuple[float, float]:
     """Seconds of an update that do not grow with the adapters, and seconds for each trained weight."""
-    of_all, of_last = statistics.median(steps.update_all), statistics.median(steps.update_last)
+    of_all, of_last = (statistics.median(s.update for s in found) for found in (steps.all, steps.last))
     more = sum(parameters) - parameters[-1]
     each = max(0.0, of_all - of_last) / more if more else 0.0
     return max(0.0, of_last - each * parameters[-1]), each
