@@ -98,7 +98,7 @@ def test_placement_view_says_why() -> None:
     text = capture.get()
     assert "2 of 30 layers" in text
     assert "··■······■" in text
-    assert "performance kept 0.960 (0.930–0.990)" in text
+    assert "96% (93–99) of the performance of all layers" in text
     assert text.count("covers its neighbours") == 2
 
 

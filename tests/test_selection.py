@@ -1,6 +1,9 @@
-"""Selection against enumeration, and its plain strategies."""
+"""Objectives and budgets against enumeration, plain strategies, ranks and set models."""
 
-from itertools import combinations
+import json
+import re
+from collections.abc import Iterator
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,21 @@ from hypothesis import strategies as st
 from cards import fake_card
 from layercard.card import LayerCard
 from layercard.errors import PlacementError, SelectionError
-from layercard.selection import Placement, check_layers, select, strategy_layers
-from layercard.selection.solver import greedy_exchange, solve
+from layercard.selection import (
+    SET_MODELS,
+    Budgets,
+    Placement,
+    allocate_ranks,
+    check_layers,
+    cost_of,
+    performance_kept,
+    select,
+    strategy_layers,
+    top_layers,
+)
+from layercard.selection.calibration import coverage_share
+from layercard.selection.greedy import greedy_set
+from layercard.selection.ranks import shared_ranks
 from layercard.statistics.coverage import coverage, demand, gain_estimate, similarity, smoothed
 
 
@@ -20,54 +36,228 @@ def made_card(depth: int, seed: int = 0) -> LayerCard:
     return LayerCard.from_json(fake_card(depth, seed))
 
 
-@given(seed=st.integers(0, 10_000), depth=st.integers(2, 9), data=st.data())
-@settings(max_examples=30, deadline=None)
-def test_the_solver_finds_what_enumeration_finds(seed: int, depth: int, data: st.DataObject) -> None:
-    k = data.draw(st.integers(1, depth))
-    lowest = data.draw(st.integers(0, depth - k))
-    rng = np.random.default_rng(seed)
-    similar, weights = similarity(np.corrcoef(rng.normal(size=(depth, 6)))), rng.uniform(size=depth)
-    best = max(coverage(similar, weights, layers) for layers in combinations(range(lowest, depth), k))
-    found = solve(similar, weights, k, lowest)
-    assert found.value == pytest.approx(best, rel=1e-9) and found.status in ("optimal", "greedy")
-    assert found.value == pytest.approx(coverage(similar, weights, found.layers))
-    assert len(found.layers) == k and min(found.layers) >= lowest
-    greedy = greedy_exchange(similar, weights, k, lowest)
-    assert best * (1 - 1 / np.e) <= greedy.value <= best * (1 + 1e-9)
-    if k < depth - lowest:
-        assert solve(similar, weights, k + 1, lowest).value >= best * (1 - 1e-9)  # more is never worse
+def kept(placement: Placement) -> float:
+    return float(placement.predicted["performance_kept"]["value"])
 
 
-@given(seed=st.integers(0, 10_000), k=st.integers(1, 4))
-@settings(max_examples=15, deadline=None)
-def test_permuting_layers_permutes_the_answer(seed: int, k: int) -> None:
-    rng = np.random.default_rng(seed)
-    similar, weights = similarity(np.corrcoef(rng.normal(size=(7, 5)))), rng.uniform(0.5, 1.5, size=7)
-    order = rng.permutation(7)
-    moved = solve(similar[np.ix_(order, order)], weights[order], k)
-    assert sorted(order[list(moved.layers)].tolist()) == list(solve(similar, weights, k).layers)
+def time(placement: Placement) -> float:
+    return float(placement.predicted["step_time"]["share"])
 
 
-def test_objectives_order_by_depth_and_by_coverage() -> None:
+def feasible(card: LayerCard, kept_at_least: float, k: int | None = None) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """Step time and layers of every placement that keeps so much, by enumeration."""
+    cost, gain = cost_of(card), SET_MODELS["coverage"](card)
+    depth = card.model.layers
+    for size in range(1, depth + 1) if k is None else [k]:
+        for layers in combinations(range(depth), size):
+            if performance_kept(gain(layers) / gain(range(depth)))[0] >= kept_at_least - 1e-9:
+                yield cost.step_time(layers), layers
+
+
+def test_objectives_order_by_depth_and_by_performance() -> None:
     card = made_card(12)
     performance, balanced, cost = (select(card, k=3, objective=o) for o in ("performance", "balanced", "cost"))
     assert cost.layers == (9, 10, 11)
-    assert min(performance.layers) <= min(balanced.layers) <= min(cost.layers)
-    assert performance.predicted["coverage"] >= balanced.predicted["coverage"] >= 0.95 * performance.predicted["coverage"]
+    assert time(performance) >= time(balanced) >= time(cost)
+    assert kept(performance) >= kept(balanced) >= 0.95
     assert cost.predicted["layers_in_backward"] == "3/12"
     assert performance.paths[0] == f"model.layers.{performance.layers[0]}.self_attn.q_proj" and len(performance.paths) == 3 * 7
     for placement in (performance, balanced, cost):
         assert set(placement.reasons) == {str(layer) for layer in placement.layers}
         assert "gain estimate" in placement.reasons[str(placement.layers[0])]
+        assert placement.predicted["solver"]["status"] == "optimal"
 
 
-def test_no_placement_nearer_to_the_output_would_do_for_balanced() -> None:
+@pytest.mark.parametrize("k", [None, 2, 4])
+@pytest.mark.parametrize("wanted", [None, "90%", 97])
+def test_balanced_is_the_cheapest_that_keeps_the_wanted_performance(k: int | None, wanted: str | int | None) -> None:
     card = made_card(10, seed=3)
-    best = select(card, k=3, objective="performance").predicted["coverage"]
-    lowest = min(select(card, k=3, objective="balanced").layers)
-    similar, weights = similarity(card.coupling), demand(card.values("step_probe"))
-    for layers in combinations(range(lowest + 1, 10), 3):
-        assert coverage(similar, weights, layers) / weights.sum() < 0.95 * best
+    at_least = 0.95 if wanted is None else float(str(wanted).rstrip("%")) / 100
+    cheapest = min(feasible(card, at_least, k), default=None)
+    if cheapest is None:
+        with pytest.raises(SelectionError, match="the best keeps"):
+            select(card, k=k, budgets=Budgets(min_performance=wanted))
+        return
+    found = select(card, k=k, budgets=Budgets(min_performance=wanted))
+    assert kept(found) >= at_least - 1e-9
+    assert cost_of(card).step_time(found.layers) == pytest.approx(cheapest[0], rel=2e-4)
+
+
+def test_performance_takes_five_layers_unless_a_number_or_budget_says_otherwise() -> None:
+    card = made_card(20)
+    assert len(select(card, objective="performance").layers) == len(select(card, objective="cost").layers) == 5
+    assert len(select(made_card(3), objective="performance").layers) == 3
+    loose = select(card, objective="performance", budgets=Budgets(max_time="100%"))
+    assert len(loose.layers) > 15  # within 0.01 % of the best, the cheapest
+
+
+@pytest.mark.parametrize("name", ["max_time", "max_memory", "max_params", "max_latency"])
+def test_more_budget_is_never_worse_and_budgets_hold(name: str) -> None:
+    card = made_card(14)
+    what, of = {
+        "max_time": ("time", "step_time"),
+        "max_memory": ("memory", "peak_memory"),
+        "max_params": ("params", "parameters"),
+        "max_latency": ("latency", "latency"),
+    }[name]
+    form = cost_of(card).linear(what)  # type: ignore[arg-type]
+    before = 0.0
+    for share in (65, 75, 85, 100):
+        found = select(card, objective="performance", budgets=Budgets(**{name: f"{share}%"}))
+        assert form.of(found.layers) <= share / 100 * form.of(range(14)) * (1 + 1e-9)
+        assert kept(found) >= before - 1e-4
+        assert 0 < found.predicted[of]["share"] <= 1
+        before = kept(found)
+
+
+def test_a_looser_demand_is_never_dearer() -> None:
+    card = made_card(16)
+    times = [time(select(card, budgets=Budgets(min_performance=share))) for share in (60, 80, 90, 95, 99)]
+    assert all(a <= b * (1 + 2e-4) for a, b in pairwise(times))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"budgets": Budgets(max_time="5%")}, ["--max-time", "the least step time that would do is", "layers 11"]),
+        ({"budgets": Budgets(max_time="55%", min_performance=99)}, ["the best keeps", "the least step time that would do is", "99%"]),
+        ({"objective": "performance", "k": 6, "budgets": Budgets(max_params="20%")}, ["of 6 layers", "adapter weights", "50.0%"]),
+        ({"objective": "cost", "k": 1, "budgets": Budgets(min_performance=99)}, ["of 1 layer ", "the best keeps", "layers would reach it"]),
+        ({"budgets": Budgets(max_time="60%", max_memory="1%")}, ["--max-time", "--max-memory", "the least peak memory"]),
+        ({"budgets": Budgets(max_time="12s")}, ["--max-time 12s", "no measured cost", "60%", "--cost"]),
+        ({"budgets": Budgets(max_latency="5ms")}, ["--max-latency 5ms", "no measured cost"]),
+        ({"budgets": Budgets(max_time="0%")}, ["--max-time 0%", "leaves nothing"]),
+        ({"budgets": Budgets(max_time="-3s")}, ["--max-time -3s"]),
+        ({"budgets": Budgets(max_memory="2 apples")}, ["--max-memory '2 apples'", "2GB"]),
+        ({"budgets": Budgets(max_params="many")}, ["--max-params 'many'", "300000"]),
+        ({"budgets": Budgets(max_time="nan%")}, ["--max-time 'nan%'"]),
+        ({"budgets": Budgets(min_performance=0.95)}, ["did you mean 95%"]),
+        ({"budgets": Budgets(min_performance="101%")}, ["at most 100%"]),
+        ({"budgets": Budgets(min_performance="most")}, ["'most'", "95%"]),
+    ],
+)
+def test_budgets_that_cannot_be_met_name_what_comes_nearest(arguments: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(SelectionError) as caught:
+        select(made_card(12), **arguments)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_the_named_least_time_would_do() -> None:
+    card = made_card(12)
+    with pytest.raises(SelectionError) as caught:
+        select(card, budgets=Budgets(max_time="55%", min_performance=97))
+    least = float(re.findall(r"would do is ([\d.]+)%", str(caught.value))[0])
+    assert kept(select(card, budgets=Budgets(max_time=f"{least + 0.1}%", min_performance=97))) >= 0.97
+    with pytest.raises(SelectionError):
+        select(card, budgets=Budgets(max_time=f"{least - 0.1}%", min_performance=97))
+
+
+def test_absolute_budgets_need_a_measured_cost_and_then_mean_what_they_say() -> None:
+    card = made_card(8)
+    measured = cost_of(card).model_copy(update={"source": "measured"})
+    card = card.model_copy(update={"cost": measured})
+    whole = measured.step_time(range(8))
+    by_seconds = select(card, objective="performance", budgets=Budgets(max_time=f"{600 * whole}ms"))
+    by_share = select(card, objective="performance", budgets=Budgets(max_time="60%"))
+    assert by_seconds.layers == by_share.layers
+    assert by_seconds.predicted["step_time"]["seconds"] == pytest.approx(measured.step_time(by_seconds.layers))
+    assert select(made_card(8)).predicted["step_time"]["seconds"] is None
+    memory = measured.linear("memory").of(range(8))
+    for text in (f"{0.7 * memory}", f"{0.7 * memory / 2**20}MiB", f"{0.7 * memory / 1e6} MB", "70%"):
+        assert Budgets(max_memory=text).resolve(measured)[0].limit == pytest.approx(0.7 * memory)
+    assert Budgets(max_params="2M").resolve(measured)[0].limit == 2e6
+    assert Budgets(max_latency="5ms").resolve(measured)[0].limit == pytest.approx(0.005)
+
+
+def test_what_k_layers_cannot_reach_by_default_is_remarked_and_not_refused() -> None:
+    found = select(made_card(12), k=1)
+    assert len(found.layers) == 1 and "1 layer keeps" in found.predicted["remark"]
+    assert kept(found) < 0.95
+    assert "remark" not in select(made_card(12)).predicted
+
+
+def test_a_plain_placement_that_is_as_good_is_named() -> None:
+    card = made_card(12)
+    notes = 0
+    for objective in ("performance", "balanced"):
+        for k in range(1, 8):
+            found = select(card, k=k, objective=objective)
+            plain = found.predicted["baseline"]
+            if plain is None:
+                for name in ("last", "middle", "uniform"):
+                    other = select(card, k=k, strategy=name)
+                    dearer, worse = time(other) > time(found), kept(other) < found.predicted["performance_kept"]["low"]
+                    assert dearer or worse or found.layers in [select(card, k=k, strategy=n).layers for n in ("last", "middle", "uniform")]
+                continue
+            notes += 1
+            assert plain["performance_kept"]["value"] >= found.predicted["performance_kept"]["low"]
+            assert plain["step_time"]["share"] <= time(found) * (1 + 1e-9)
+            assert f"{plain['strategy']}-{k}" in plain["note"] and len(plain["layers"]) == k
+    assert notes
+
+
+def test_ranks_are_shared_out_exactly() -> None:
+    card = made_card(12)
+    placement = select(card, k=4, objective="performance")
+    for rank in (1, 2, 8):
+        found = allocate_ranks(card, placement, rank, alpha=3.0 * rank)
+        per_layer = {path.split(".")[2]: r for path, r in found.rank_pattern.items()}
+        assert sum(per_layer.values()) == 4 * rank and min(per_layer.values()) >= 1
+        assert set(found.rank_pattern) == set(found.alpha_pattern) == set(placement.paths)
+        assert all(found.alpha_pattern[path] / r == pytest.approx(3.0) for path, r in found.rank_pattern.items())
+        assert Placement.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert shared_ranks(np.eye(3), np.array([100.0, 1.0, 1.0]), [0, 1, 2], 4) == {0: 8, 1: 2, 2: 2}  # 9 to share 10:1:1, 7.5 + 0.75 + 0.75
+    assert len(set(per_layer.values())) > 1
+    with pytest.raises(SelectionError, match="rank = 0"):
+        allocate_ranks(card, placement, 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "alphas", "word"),
+    [({"a": 1}, {}, "every path"), ({"a": 0}, {"a": 1.0}, "rank_pattern has 0"), ({"a": 2}, {"a": -1.0}, "alpha_pattern has -1.0")],
+)
+def test_patterns_that_say_nothing_whole_are_refused(ranks: dict[str, int], alphas: dict[str, float], word: str) -> None:
+    with pytest.raises(PlacementError, match=word):
+        Placement({"name": "m", "fingerprint": "f", "layers": 2}, (1,), ("a",), "given", rank_pattern=ranks, alpha_pattern=alphas)
+
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_performance_kept_is_monotone_and_has_an_inverse(one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert performance_kept(low)[0] <= performance_kept(high)[0]
+    value, below, above = performance_kept(one)
+    assert 0 <= below <= value <= above <= 1
+    assert performance_kept(coverage_share(other))[0] == pytest.approx(other, abs=1e-9)
+    assert coverage_share(1.01) == float("inf")
+
+
+def test_every_set_model_grows_with_the_set_where_it_should_and_knows_single_layers() -> None:
+    card = made_card(9)
+    for name, make in SET_MODELS.items():
+        value = make(card)
+        assert value([2, 6]) == pytest.approx(value([6, 2])), name
+        assert value(range(9)) >= value([4]) > 0, name
+    quadratic = SET_MODELS["quadratic"](card)
+    assert quadratic([3]) == pytest.approx(0.5 * card.descent[3] ** 2 / card.curvature[3])
+    assert SET_MODELS["sum of step probes"](card)([1, 3]) == pytest.approx(card.values("step_probe")[1] + card.values("step_probe")[3])
+
+
+def test_greedy_set_optimises_any_set_model() -> None:
+    card = made_card(8)
+    for name in ("coverage", "quadratic from step probes", "sum of step probes"):
+        value = SET_MODELS[name](card)
+        best = max(combinations(range(8), 3), key=value)
+        found = greedy_set(value, lambda layers: 0 not in layers, 8, 3)
+        assert len(found) == 3 and 0 not in found
+        assert (1 - 1 / np.e) * value(best) * 0.8 <= value(found) <= value(best) * (1 + 1e-9)
+
+
+def test_top_layers_takes_the_largest_scores_and_the_lower_of_equals() -> None:
+    assert top_layers([0.1, 0.9, 0.5, 0.9, 0.5], 3) == [1, 2, 3]
+    with pytest.raises(SelectionError, match="k = 6"):
+        top_layers([0.1] * 5, 6)
 
 
 @pytest.mark.parametrize(

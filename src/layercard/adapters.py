@@ -54,7 +54,8 @@ def apply(model: PreTrainedModel, placement: Placement, *, rank: int = 8, alpha:
     Args:
         model: The model itself, without adapters.
         placement: Where the adapters go.
-        rank: Rank r of each adapter's update `(alpha / r) B A`, A `[r, in]`, B `[out, r]`.
+        rank: Rank r of each adapter's update `(alpha / r) B A`, A `[r, in]`, B `[out, r]`; where the placement has ranks and alphas of
+            its own, both are taken from there, module by module.
         alpha: Scale of the update.
         dropout: Probability of dropping an input of an adapter during training.
 
@@ -67,6 +68,8 @@ def apply(model: PreTrainedModel, placement: Placement, *, rank: int = 8, alpha:
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # an integer where it can be: other tools read it as one
+        rank_pattern=dict(placement.rank_pattern),
+        alpha_pattern=dict(placement.alpha_pattern),
         lora_dropout=dropout,
         target_modules=list(targets),
         exclude_modules=extra or None,

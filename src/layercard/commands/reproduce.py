@@ -47,7 +47,12 @@ def _profile(card: Mapping[str, Any]) -> list[str]:
 def _select(placement: Mapping[str, Any]) -> list[str]:
     objective = str(placement["objective"])
     how = "--objective" if objective in ("performance", "cost", "balanced") else "--strategy"
-    return ["select", "card.json", "--k", str(len(placement["layers"])), how, objective, "-o", "placement.json"]
+    asked = placement.get("asked") or {}
+    budgets = ("max_time", "max_memory", "max_params", "max_latency", "min_performance", "seed")
+    count = asked.get("k") if asked else len(placement["layers"])
+    ranks = ["--allocate-ranks", *_options(asked, ("rank", "alpha"))] if "rank" in asked else []
+    given = [*(["--k", str(count)] if count is not None else []), how, objective, *_options(asked, budgets), *ranks]
+    return ["select", "card.json", *given, "-o", "placement.json"]
 
 
 def _compare(comparison: Mapping[str, Any], placement: Mapping[str, Any] | None) -> list[str]:

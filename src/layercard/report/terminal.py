@@ -23,6 +23,7 @@ from layercard.report.frames import (
     short,
     stability_words,
 )
+from layercard.report.predictions import predicted_rows
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -190,13 +191,7 @@ def placement_view(placement: Json) -> RenderableType:
         "Layers": " ".join(map(str, layers)),
         "Depth": depth_strip(layers, depth) + "  input left, output right",
     }
-    for key, raw in (placement.get("predicted") or {}).items():
-        found = number(raw)
-        if isinstance(raw, str):
-            rows["Predicted"] = rows.get("Predicted", "") + f"{key.replace('_', ' ')} {raw}  "
-        if found is not None:
-            between = f" ({interval(found)})" if interval(found) else ""
-            rows["Predicted"] = rows.get("Predicted", "") + f"{key.replace('_', ' ')} {short(found.value)}{between}  "
+    rows |= predicted_rows(placement.get("predicted") or {})
     reasons = placement.get("reasons") or {}
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("Layer", justify="right")
@@ -222,4 +217,15 @@ def comparison_table(comparison: Json) -> Table:
         table.add_column(name.replace(" ", "\n"), justify="right" if at else "left", overflow="fold")
     for row in comparison_rows(comparison):
         table.add_row(*(Text(text) for text, _ in run_cells(row)))
+    return table
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Columns and rows of a result as they are, numbers to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for at, column in enumerate(columns):
+        numeric = all(isinstance(row[at], int | float | None) for row in rows)
+        table.add_column(Text(column), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(Text("–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)) for value in row))
     return table

@@ -1,5 +1,6 @@
 """A placement: which layers get adapters, as exact module paths, and why."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ class Placement:
         objective: What the layers were chosen for ("performance", "middle", …).
         predicted: What the card predicts: `performance_kept` and so on; empty where nothing is known.
         reasons: For each layer a sentence that says why it was taken.
+        asked: The number of layers and the budgets that it was chosen for, as far as they were given.
+        rank_pattern: The rank of each path's adapter; empty where all have the rank of the training settings.
+        alpha_pattern: The alpha of each path's adapter; there is one exactly where there is a rank.
     """
 
     model: dict[str, Any]
@@ -30,6 +34,9 @@ class Placement:
     objective: str
     predicted: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checked = check_layers(self.layers, int(self.model["layers"]))
@@ -37,6 +44,19 @@ class Placement:
         object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
         if not self.paths:
             raise PlacementError("a placement without module paths adapts nothing; select again from a card that lists its modules")
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
+        if not self.rank_pattern and not self.alpha_pattern:
+            return
+        if set(self.rank_pattern) != set(self.paths) or set(self.alpha_pattern) != set(self.paths):
+            raise PlacementError("rank_pattern and alpha_pattern must name every path of the placement and no other; select again")
+        for path, rank in self.rank_pattern.items():
+            alpha = self.alpha_pattern[path]
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise PlacementError(f"rank_pattern has {rank!r} for {path}; ranks are whole numbers of at least 1, so select again")
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+                raise PlacementError(f"alpha_pattern has {alpha!r} for {path}; alphas are numbers above 0, so select again")
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard-placement/1`."""
@@ -48,6 +68,7 @@ class Placement:
             "objective": self.objective,
             "predicted": dict(self.predicted),
             "reasons": dict(self.reasons),
+            **{name: dict(part) for name in ("asked", "rank_pattern", "alpha_pattern") if (part := getattr(self, name))},
         }
 
     @classmethod
@@ -63,6 +84,9 @@ class Placement:
                 objective=str(value["objective"]),
                 predicted=dict(value.get("predicted") or {}),
                 reasons={str(k): str(v) for k, v in (value.get("reasons") or {}).items()},
+                asked=dict(value.get("asked") or {}),
+                rank_pattern=dict(value.get("rank_pattern") or {}),
+                alpha_pattern=dict(value.get("alpha_pattern") or {}),
             )
         except (KeyError, TypeError, ValueError) as problem:
             raise PlacementError(f"{source}: not a whole placement ({problem}); make it with `layercard select`") from None

@@ -1,125 +1,178 @@
 """From a Layer Card to a placement."""
 
 import difflib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from layercard.card import LayerCard
+from layercard.card import LayerCard, cost_of
+from layercard.cost import CostModel
 from layercard.errors import SelectionError
+from layercard.selection.budgets import Budgets
+from layercard.selection.calibration import performance_kept
+from layercard.selection.models import coverage_of, layer_weights
+from layercard.selection.objectives import LAYERS, answer, listed, question
 from layercard.selection.placement import Placement
-from layercard.selection.solver import Solution, solve
-from layercard.selection.strategies import check_k, strategy_layers
-from layercard.statistics.coverage import coverage, covered_by, demand, similarity
+from layercard.selection.ranks import shared_ranks
+from layercard.selection.strategies import strategy_layers
+from layercard.statistics.coverage import covered_by, similarity
 
 OBJECTIVES = ("performance", "cost", "balanced")
 WHY = {
     "performance": "best coverage",
     "cost": "cheapest to train",
-    "balanced": "near the best coverage and as near to the output as may be",
+    "balanced": "cheapest placement that keeps the wanted performance",
 }
 """What each objective takes a layer for."""
-SHARE = 0.95
-"""Share of the best coverage that `balanced` keeps."""
+BASELINES = ("last", "middle", "uniform")
+"""Plain placements that a choice is compared with."""
 
 
-def select(card: LayerCard, *, k: int = 5, objective: str = "balanced", strategy: str | None = None, seed: int = 0) -> Placement:
-    """Choose k layers.
+def select(
+    card: LayerCard,
+    *,
+    k: int | None = None,
+    objective: str = "balanced",
+    strategy: str | None = None,
+    budgets: Budgets | None = None,
+    seed: int = 0,
+) -> Placement:
+    """Choose layers.
 
     Args:
         card: The Layer Card.
-        k: How many layers.
-        objective: `performance`: the k layers that cover most of what all layers can correct. `cost`: the k layers that are
-            cheapest to train, next to the output. `balanced`: the k layers that lie as near to the output as possible while
-            covering at least 95 % of what the best k cover, since backward stops below the lowest of them.
-        strategy: A plain placement instead (`strategy_layers`); `objective` is not used then.
+        k: How many layers. When not given: as many as the budgets and the objective make best, and 5 where nothing else decides
+            (`performance` without budgets, `cost`, and a strategy).
+        objective: `performance`: the best predicted performance within the budgets. `cost`: the least step time. `balanced`: the least
+            step time among the placements whose predicted performance kept reaches `budgets.min_performance`, 95 % unless given; where k is
+            given and cannot reach these 95 %, those that reach 95 % of the coverage of the best k.
+        strategy: A plain placement instead (`strategy_layers`); objective and budgets are not used then.
+        budgets: Limits on step time, memory, adapter weights and latency, and the least performance.
         seed: Of the random strategy.
 
+    Returns:
+        The placement. `predicted` has `performance_kept` (value, low, high; 1 is all layers), `step_time`, `peak_memory`, `parameters`
+        and `latency` with their `share` of all layers (times in seconds only where the card's cost is measured), the `solver`'s status
+        and gap, and `baseline`: a plain placement that is as good within the interval and not dearer, if there is one.
+
     Raises:
-        SelectionError: Unknown objective or strategy, or k outside 1 to the number of layers.
+        SelectionError: Unknown objective or strategy, k outside 1 to the number of layers, a budget that cannot be read, or budgets that
+            no placement meets; the message names what comes nearest.
     """
     depth = card.model.layers
     if strategy is not None:
-        return _placement(card, strategy_layers(strategy, depth, k, seed), strategy, None)
+        layers = strategy_layers(strategy, depth, min(LAYERS, depth) if k is None else k, seed)
+        return _placement(card, layers, strategy, {}, {"k": k, **({"seed": seed} if strategy == "random" else {})})
     if objective not in OBJECTIVES:
         near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(OBJECTIVES)}"
         raise SelectionError(f"objective {objective!r} is unknown; {hint}")
-    check_k(k, depth)
-    if objective == "cost":
-        return _placement(card, strategy_layers("last", depth, k), objective, None)
-    solution = best_cover(card, k) if objective == "performance" else _balanced(card, k)
-    return _placement(card, solution.layers, objective, solution)
+    budgets = budgets or Budgets()
+    solution, remark = answer(question(card, objective, k, budgets))
+    gap = None if solution.gap is None else float(f"{solution.gap:.3g}")
+    notes: dict[str, Any] = {"solver": {"status": solution.status, "gap": gap}}
+    if remark is not None:
+        notes["remark"] = remark
+    placement = _placement(card, solution.layers, objective, notes, {"k": k, **budgets.given()})
+    return replace(placement, predicted={**placement.predicted, "baseline": as_good(card, placement)})
 
 
-def layer_weights(card: LayerCard) -> np.ndarray:
-    """Weight `w_j` of each layer in the coverage, from the step probe or, where it was not run, from the quadratic gains."""
-    probed = card.layers[0].step_probe is not None
-    return demand(card.values("step_probe" if probed else "predicted_gain"))
-
-
-def best_cover(card: LayerCard, k: int, lowest: int = 0) -> Solution:
-    """The k layers of greatest coverage, none below `lowest`."""
-    return solve(similarity(card.coupling), layer_weights(card), k, lowest)
-
-
-def _balanced(card: LayerCard, k: int) -> Solution:
-    """Raise the lowest layer as long as the best set above it keeps `SHARE` of the coverage."""
-    best = found = best_cover(card, k)
-    for lowest in range(found.layers[0] + 1, card.model.layers - k + 1):
-        tried = best_cover(card, k, lowest)
-        if tried.value < SHARE * best.value:
-            break
-        found = tried
-    return found
-
-
-def _placement(card: LayerCard, layers: Any, objective: str, solution: Solution | None) -> Placement:
-    layers = tuple(layers)
-    depth = card.model.layers
-    similar, weights = similarity(card.coupling), layer_weights(card)
-    predicted: dict[str, Any] = {
-        "coverage": coverage(similar, weights, layers) / float(weights.sum()),
+def predict(card: LayerCard, layers: Sequence[int]) -> dict[str, Any]:
+    """What the card says of a set of layers: performance kept, step time, memory, parameters and latency, each with its share of all."""
+    depth, gain, cost = card.model.layers, coverage_of(card), cost_of(card)
+    share = gain(layers) / gain(range(depth))
+    kept, low, high = performance_kept(share)
+    return {
+        "coverage": share,
         "layers_in_backward": f"{depth - min(layers)}/{depth}",
-        "performance_kept": None,
-        "step_time": None,
-        "peak_memory": None,
+        "performance_kept": {"value": kept, "low": low, "high": high},
+        **_costs(cost, layers),
     }
-    if solution is not None:
-        predicted["solver"] = {"status": solution.status, "gap": solution.gap}
+
+
+def as_good(card: LayerCard, placement: Placement) -> dict[str, Any] | None:
+    """A plain placement of as many layers that is as good within the interval and not dearer; the best such, or `None`.
+
+    A placement that is one of them itself has none to be compared with.
+    """
+    chosen, found = placement.predicted, []
+    for name in BASELINES:
+        layers = strategy_layers(name, card.model.layers, len(placement.layers))
+        if tuple(layers) == placement.layers:
+            return None
+        plain = predict(card, layers)
+        as_performing = plain["performance_kept"]["value"] >= chosen["performance_kept"]["low"]
+        if as_performing and plain["step_time"]["share"] <= chosen["step_time"]["share"] * (1 + 1e-9):
+            found.append((plain["performance_kept"]["value"], -plain["step_time"]["share"], name, layers, plain))
+    if not found:
+        return None
+    kept, _, name, layers, plain = max(found, key=lambda entry: entry[:2])
+    time = plain["step_time"]["share"]
+    note = (
+        f"{name}-{len(layers)} (layers {listed(layers)}) needs no card and is predicted as good within the interval: "
+        f"{100 * kept:.0f}% of the performance at {100 * time:.0f}% of the step time"
+    )
+    return {
+        "strategy": name,
+        "layers": layers,
+        "performance_kept": plain["performance_kept"],
+        "step_time": plain["step_time"],
+        "note": note,
+    }
+
+
+def allocate_ranks(card: LayerCard, placement: Placement, rank: int = 8, alpha: float = 16.0) -> Placement:
+    """The placement with its total rank shared out by what each layer covers (`shared_ranks`), and alpha / rank the same everywhere."""
+    ranks = shared_ranks(similarity(card.coupling), layer_weights(card), placement.layers, rank)
+    pattern = {module.path: ranks[layer] for layer in placement.layers for module in card.layers[layer].modules}
+    scale = alpha / rank
+    return replace(
+        placement,
+        asked={**placement.asked, "rank": rank, "alpha": alpha},
+        rank_pattern=pattern,
+        alpha_pattern={path: scale * found for path, found in pattern.items()},
+    )
+
+
+def _costs(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
+    every = range(len(cost.layers))
+
+    def part(of: float, whole: float, absolute: bool, unit: str) -> dict[str, Any]:
+        return {unit: of if absolute else None, "share": of / whole if whole > 0 else 0.0}
+
+    memory, params = cost.peak_memory(layers), cost.linear("params")
+    return {
+        "step_time": part(cost.step_time(layers), cost.step_time(every), cost.absolute, "seconds"),
+        "peak_memory": part(memory, cost.peak_memory(every), True, "bytes"),
+        "parameters": part(round(params.of(layers)), params.of(every), True, "count"),
+        "latency": part(cost.inference_latency(layers), cost.inference_latency(every), cost.absolute, "seconds"),
+        "cost_source": cost.source,
+    }
+
+
+def _placement(card: LayerCard, layers: Sequence[int], objective: str, notes: dict[str, Any], asked: dict[str, Any]) -> Placement:
+    layers = tuple(layers)
     return Placement(
         model=card.model.model_dump(),
         layers=layers,
         paths=tuple(module.path for layer in layers for module in card.layers[layer].modules),
         objective=objective,
-        predicted=predicted,
-        reasons=_reasons(card, layers, similar, WHY.get(objective, f"strategy {objective}")),
+        predicted={**predict(card, layers), **notes},
+        reasons=_reasons(card, layers, WHY.get(objective, f"strategy {objective}")),
+        asked=asked,
     )
 
 
-def _reasons(card: LayerCard, layers: tuple[int, ...], similar: np.ndarray, why: str) -> dict[str, str]:
-    gains = np.array(card.values("gain_estimate"))
+def _reasons(card: LayerCard, layers: tuple[int, ...], why: str) -> dict[str, str]:
+    gains, similar = np.array(card.values("gain_estimate")), similarity(card.coupling)
     ranks = gains.size - gains.argsort().argsort()
     covering = covered_by(similar, layers)
     reasons = {}
     for layer in layers:
         stands_for = [j for j in np.flatnonzero(covering == layer).tolist() if j != layer]
         mean = float(similar[stands_for, layer].mean()) if stands_for else 0.0
-        covers = f"stands in for layers {ranges(stands_for)} (mean coupling {mean:.2f})" if stands_for else "stands in for no other layer"
+        covers = f"stands in for layers {listed(stands_for)} (mean coupling {mean:.2f})" if stands_for else "stands in for no other layer"
         reasons[str(layer)] = f"{why}: {covers}; gain estimate {gains[layer]:.2f}, rank {ranks[layer]} of {gains.size}"
     return reasons
-
-
-def ranges(layers: list[int]) -> str:
-    """Ascending indices in short form.
-
-    >>> ranges([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -2,7 +2,7 @@
 
 import difflib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from layercard.errors import SelectionError
 
@@ -71,6 +71,19 @@ def strategy_layers(name: str, depth: int, k: int, seed: int = 0) -> list[int]:
     if name == "random":
         return sorted(random.Random(seed).sample(range(depth), k))
     return STRATEGIES[name](depth, k)
+
+
+def top_layers(scores: Sequence[float], k: int) -> list[int]:
+    """The k layers of largest score, as most tools choose them; of equal scores the lower layer.
+
+    >>> top_layers([1.0, 3.0, 2.0, 3.0], 2)
+    [1, 3]
+
+    Raises:
+        SelectionError: k is outside 1 to the number of scores.
+    """
+    check_k(k, len(scores))
+    return sorted(sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))[:k])
 
 
 def check_k(k: int, depth: int) -> None:
