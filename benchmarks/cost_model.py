@@ -104,8 +104,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1, help="repeats within each cost model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     base = load_model(options.model)
     dataset = load_data(task_file("e2e", "train"), base.tokenizer, records=64, max_length=256)
     batch = usual_batch(dataset.examples, options.batch_size, base.pad_id).to(base.device)
@@ -127,8 +129,8 @@ def main() -> None:
     report(
         "cost_model",
         f"Predicted and measured cost of a training step: {options.batch_size} E2E records padded to {costs[0].tokens} tokens, rank "
-        f"{options.rank}. Errors of the random placements, median and worst: time {of_time['median']:.1f} and {of_time['worst']:.1f} %, "
-        f"memory {of_memory['median']:.1f} and {of_memory['worst']:.1f} %",
+        f"{options.rank}, threads: {options.threads}. Errors of the random placements, median and worst: "
+        f"time {of_time['median']:.1f} and {of_time['worst']:.1f} %, memory {of_memory['median']:.1f} and {of_memory['worst']:.1f} %",
         COLUMNS,
         table,
         time_error=of_time,

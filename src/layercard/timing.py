@@ -147,14 +147,14 @@ def _run(base: BaseModel, batch: Batch, rank: int, repeats: int, progress: Progr
                 steps.through_bytes = _counted(base, model, batch, None)
             else:
                 steps.through += _timed(base, model, batch, None)
-                steps.token_plain.append(_token(base, model, token))
+                steps.token_plain += _token(base, model, token)
         with adapted_layers(base, range(depth), rank) as (model, optimizer):
             if at == 0:
                 training_step(model, batch, optimizer, lambda _: None)  # makes the optimiser's state, which is not to be counted
                 steps.all_bytes = _counted(base, model, batch, optimizer)
             else:
                 steps.all += _timed(base, model, batch, optimizer)
-                steps.token_adapted.append(_token(base, model, token))
+                steps.token_adapted += _token(base, model, token)
     progress("cost", repeats + 1, repeats + 1)
     return steps
 
@@ -176,17 +176,17 @@ def _counted(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.o
     return count
 
 
-def _token(base: BaseModel, model: nn.Module, token: Batch) -> Stamps:
-    """One forward pass of one token, as in generation; the second of two."""
+def _token(base: BaseModel, model: nn.Module, token: Batch) -> list[Stamps]:
+    """Four forward passes of one token, as in generation, after one to warm up."""
     training = model.training
     model.eval()
+    found = [Stamps(base.device, len(base.blocks)) for _ in range(5)]
     with torch.no_grad():
-        for _ in range(2):
-            stamps = Stamps(base.device, len(base.blocks))
+        for stamps in found:
             with stamped(base.blocks, stamps):
                 model(input_ids=token.input_ids, attention_mask=token.attention_mask, use_cache=False)
     model.train(training)
-    return stamps
+    return found[1:]
 
 
 def _assembled(base: BaseModel, batch: Batch, rank: int, steps: Steps) -> CostModel:
