@@ -138,6 +138,7 @@ def test_costs_from_rates_grow_with_the_work(shapes: list[tuple[int, int]]) -> N
         ({"flops": -1.0}, r"flops is -1.0; give a number above 0"),
         ({"bandwidth": float("inf")}, "bandwidth is inf"),
         ({"length": 0}, "length is 0"),
+        ({"labelled": 0}, "labelled is 0"),
         ({"dtype": "int3"}, "dtype 'int3' has no known size"),
         ({"shapes": []}, "a layer has no linear maps"),
         ({"shapes": [[(8, 8)], []]}, "a layer has no linear maps"),

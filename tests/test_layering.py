@@ -33,7 +33,7 @@ ROWS = (
     ),
     ("capture",),
     ("statistics",),
-    ("probe", "signals", "cost", "halving", "stamps", "timing", "meta"),
+    ("probe", "signals", "cost", "halving", "rates", "stamps", "timing", "meta"),
     ("card",),
     ("assembly", "profile"),
     ("selection",),
