@@ -76,6 +76,26 @@ def test_adapted_equals_planned_in_every_family(family: str) -> None:
             assert all("lora_" in name for name in trainable)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_module_gets_its_own_rank_at_the_same_scale(family: str, tmp_path: Path) -> None:
+    base = base_of(family, num_hidden_layers=12)
+    placement = place(base, [1, 2, 11])
+    ranks = {path: {"1": 1, "2": 5, "11": 3}[next(part for part in path.split(".") if part.isdecimal())] for path in placement.paths}
+    placement = replace(placement, rank_pattern=ranks, alpha_pattern={path: 1.5 * rank for path, rank in ranks.items()})
+    with adapted(base, placement, rank=8, alpha=4.0) as model:
+        inner = model.get_base_model()
+        for path, rank in ranks.items():
+            module = inner.get_submodule(path)
+            assert module.r["default"] == rank and module.scaling["default"] == pytest.approx(1.5)
+            assert module.lora_A["default"].weight.shape[0] == module.lora_B["default"].weight.shape[1] == rank
+        model.save_pretrained(tmp_path)
+    placement.save(tmp_path / "placement.json")
+    with loaded(base, tmp_path) as model:
+        inner = model.get_base_model()
+        assert {path: inner.get_submodule(path).r["default"] for path in ranks} == ranks
+        assert {inner.get_submodule(path).scaling["default"] for path in ranks} == {1.5}
+
+
 def test_layer_1_is_not_layer_11() -> None:
     base = base_of(num_hidden_layers=12)
     for layers in ([1], [11], [1, 2, 3], list(range(12))):  # from 20 modules on, PEFT shortens the list to suffixes

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,19 @@ def test_a_wrong_command_line_is_one_line(layercard: Layercard, card: Path, argu
         (["--objective", "ballanced"], ["ballanced", "balanced"]),
         (["--strategy", "midle"], ["midle", "middle"]),
         (["--strategy", "all", "--objective", "cost"], ["--objective cost", "--strategy all"]),
+        (["--strategy", "all", "--max-time", "60%"], ["--max-time", "--strategy all"]),
+        (["--max-time", "0%"], ["--max-time 0%"]),
+        (["--max-time", "12s"], ["--max-time 12s", "no measured cost"]),
+        (["--max-time", "soon"], ["--max-time 'soon'", "60%"]),
+        (["--max-time", "3%"], ["the least step time that would do is"]),
+        (["--max-memory", "1KiB"], ["--max-memory", "the least peak memory"]),
+        (["--max-params", "10"], ["--max-params 10", "adapter weights"]),
+        (["--max-latency", "1%"], ["--max-latency", "added latency"]),
+        (["--min-performance", "0.9"], ["did you mean 90%"]),
+        (["--min-performance", "120%"], ["at most 100%"]),
+        (["--objective", "cost", "--k", "1", "--min-performance", "99%"], ["of 1 layer", "the best keeps"]),
+        (["--allocate-ranks", "--alpha", "0"], ["--alpha 0"]),
+        (["--allocate-ranks", "--rank", "0"], ["--rank"]),
     ],
 )
 def test_a_choice_that_cannot_be_met_is_one_line(layercard: Layercard, card: Path, arguments: list[str], words: list[str]) -> None:
@@ -165,6 +179,53 @@ def test_select_writes_a_placement_with_reasons(layercard: Layercard, card: Path
     assert_one_line(layercard("select", card, "-o", "placement.json"), "exists already", "--force")
     printed = json.loads(layercard("select", card, "--k", 3, "-o", "placement.json", "--force", "--json")[1])
     assert printed == value
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--objective", "performance"],
+        ["--objective", "performance", "--max-time", "60%"],
+        ["--objective", "performance", "--max-memory", "5GB", "--k", "4"],
+        ["--objective", "cost", "--min-performance", "90"],
+        ["--max-params", "40%", "--min-performance", "92%"],
+        ["--max-latency", "50%"],
+        ["--strategy", "random", "--k", "3", "--seed", "4"],
+        ["--k", "4", "--allocate-ranks", "--rank", "4", "--alpha", "8"],
+    ],
+)
+def test_a_placement_says_how_it_was_asked_for(layercard: Layercard, card: Path, arguments: list[str]) -> None:
+    from layercard.commands.reproduce import command_lines
+
+    status, out, err = layercard("select", card, *arguments, "-o", "placement.json")
+    assert (status, err) == (0, "")
+    assert "of the performance of all layers" in out and "Costs" in out
+    value = json.loads(Path("placement.json").read_text(encoding="utf-8"))
+    line = shlex.split(command_lines(fake_card(), value, None)[1])
+    assert line[:3] == ["layercard", "select", "card.json"]
+    assert layercard(*line[1:-1], "again.json")[0] == 0
+    assert json.loads(Path("again.json").read_text(encoding="utf-8")) == value
+
+
+def test_select_says_where_a_plain_placement_is_as_good(layercard: Layercard, card: Path) -> None:
+    out = layercard("select", card, "--objective", "performance", "--k", 8, "-o", "placement.json")[1]
+    value = json.loads(Path("placement.json").read_text(encoding="utf-8"))
+    assert value["predicted"]["baseline"] is not None
+    assert value["predicted"]["baseline"]["note"] in " ".join(out.split())
+
+
+def test_pareto_prints_and_keeps_the_front(layercard: Layercard, card: Path) -> None:
+    status, out, err = layercard("pareto", card, "-o", "front.json")
+    assert (status, err) == (0, "")
+    assert "Least step time" in out and "uniform-5" in out and "wrote front.json" in out
+    value = json.loads(Path("front.json").read_text(encoding="utf-8"))
+    assert json.loads(layercard("pareto", card, "--json")[1]) == value
+    assert_one_line(layercard("pareto", card, "-o", "front.json"), "exists already", "--force")
+    assert layercard("pareto", card, "-o", "front.json", "--force")[0] == 0
+    assert layercard("pareto", card, "-o", "front.html")[0] == 0
+    assert "performance kept, %" in Path("front.html").read_text(encoding="utf-8")
+    assert_one_line(layercard("pareto", card, "-o", "front.png"), "front.png", ".html")
+    assert_one_line(layercard("pareto", "missing.json"), "missing.json")
 
 
 def test_bottom_is_the_output_side(layercard: Layercard, card: Path) -> None:
@@ -282,6 +343,14 @@ def test_demo_goes_the_whole_way_and_uses_finished_parts_again(layercard: Layerc
     assert Path("demo/card.json").stat().st_mtime_ns != before[0]
 
 
+def without_clock(path: str) -> dict[str, Any]:
+    """A card without what was timed."""
+    value: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    timed = ("forward_seconds", "backward_seconds", "adapter_seconds", "saved_bytes")
+    layers = [{key: found for key, found in layer.items() if key not in timed} for layer in value["layers"]]
+    return {**value, "cost": None, "layers": layers}
+
+
 def test_the_page_says_how_it_is_made_again(layercard: Layercard, tiny_folder: Path) -> None:
     assert layercard("demo", "--model", tiny_folder, "--records", 8, "--steps", 2, "--k", 1, "--output", ".")[0] == 0
     page = html.unescape(Path("card.html").read_text(encoding="utf-8"))
@@ -293,6 +362,9 @@ def test_the_page_says_how_it_is_made_again(layercard: Layercard, tiny_folder: P
         words = [re.sub(r"^(card.json|placement.json|compare$)", r"again/\1", word) for word in shlex.split(line)[1:]]
         words[0] = words[0].removeprefix("again/")
         assert layercard(*words)[0] == 0, line
+        if words[0] == "profile":
+            assert without_clock("again/card.json") == without_clock("card.json")
+            shutil.copy("card.json", "again/card.json")  # readings of the clock differ, and with them what is cheapest
     assert {name: Path("again", name).read_text(encoding="utf-8") for name in before} == before
     losses = [[row["loss_reduction"] for row in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]] for path in COMPARED]
     assert losses[0] == losses[1]

@@ -15,6 +15,7 @@ from layercard.commands.compare import compare
 from layercard.commands.cost import cost
 from layercard.commands.demo import demo
 from layercard.commands.evaluate import evaluate
+from layercard.commands.pareto import pareto
 from layercard.commands.profile import profile
 from layercard.commands.select import select
 from layercard.commands.show import show
@@ -32,6 +33,7 @@ for _name, _command in (
     ("profile", profile),
     ("show", show),
     ("select", select),
+    ("pareto", pareto),
     ("train", train),
     ("eval", evaluate),
     ("compare", compare),
