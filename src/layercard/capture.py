@@ -1,9 +1,10 @@
 """The only file that installs hooks: what goes into and comes back from each linear map of each block.
 
-Two things are captured, both without touching a weight:
+Three things are captured, all without touching a weight:
 
 - *signals*: the input `a_t: [in]` of every adapted map and the gradient `δ_t: [out]` with respect to its output;
-- *entries*: the hidden states that enter a block, so that the blocks below need not run again (`replayed`).
+- *entries*: the hidden states that enter a block, so that the blocks below need not run again (`replayed`);
+- *borders*: when a pass goes from block to block, for the clock and the count of bytes (`stamped`).
 
 Hooks, `requires_grad`, train/eval mode and the random state are the same before and after, also when the forward raises.
 """
