@@ -226,6 +226,21 @@ def test_a_batch_without_labels_is_refused() -> None:
         measure_cost(base_of(), dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORED)))
 
 
+def test_a_batch_that_is_too_long_or_too_large_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("gpt2")
+    before = everything(base)
+    with pytest.raises(DataError, match="rows of 600 tokens are longer than the 512 positions of tiny gpt2"):
+        measure_cost(base, random_batch(VOCAB, 2, 600))
+
+    def full(*arguments: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(timing, "_timed", full)
+    with pytest.raises(ModelError, match="memory ran out training all layers of tiny gpt2 on 2 records of 12 tokens"):
+        measure_cost(base, random_batch(VOCAB, 2, 12))
+    assert_same(before, everything(base))
+
+
 def test_batches_to_measure_on() -> None:
     batch = random_batch(VOCAB, 3, 16)
     assert batch.input_ids.shape == (3, 16) and batch.attention_mask.sum(dim=1).tolist() == [16, 16, 12]

@@ -8,7 +8,7 @@ Three kinds of step alternate, all on the same batch and in train mode, as a tra
 
 *last* and *all* are whole training steps of stock PEFT, so the model is exact, to noise, at both ends of what can be placed, and what
 lies between follows from the borders. Each figure is the median over the repeats. Blocks of equal shape differ by noise more than by
-their work, so each is moved to the mean of its kind as far as the repeats disagree about it (`_settled`). Bytes come from one further
+their work, so each is moved to the mean of its kind as far as the repeats disagree about it (`settled`). Bytes come from one further
 step of each kind in which every tensor is counted (`layercard.memory.LiveTensors`).
 """
 
@@ -28,13 +28,11 @@ from torch import nn
 from layercard.capture import frozen, opened, stamped
 from layercard.cost import CostModel, LayerCost, ModuleCost
 from layercard.data import IGNORED, Batch, Example, batches, shuffled
-from layercard.errors import DataError
+from layercard.errors import DataError, ModelError
 from layercard.layers import Block
 from layercard.memory import LiveTensors
 from layercard.models import BaseModel, Progress
 from layercard.stamps import ByteCount, Stamps, synchronize, training_step
-
-MAX_GRAD_NORM = 1.0
 
 
 @contextmanager
@@ -122,12 +120,22 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
         The cost model of this batch size, length, rank and machine.
 
     Raises:
-        DataError: The batch has no labelled token.
+        DataError: The batch has no labelled token, or is longer than the model's positions.
+        ModelError: Memory runs out.
     """
     if not bool((batch.labels[:, 1:] != IGNORED).any()):
         raise DataError("the batch has no labelled token, so there is no loss to time; give longer records")
+    length, limit = batch.input_ids.shape[1], getattr(base.model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise DataError(f"rows of {length} tokens are longer than the {limit} positions of {base.name}; choose a smaller length")
     batch = batch.to(base.device)
-    steps = _run(base, batch, rank, repeats, progress or (lambda *_: None))
+    try:
+        steps = _run(base, batch, rank, repeats, progress or (lambda *_: None))
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
+            size = f"{batch.input_ids.shape[0]} records of {length} tokens"
+            raise ModelError(f"memory ran out training all layers of {base.name} on {size}; choose a smaller batch or length") from error
+        raise
     return _assembled(base, batch, rank, steps)
 
 
