@@ -23,6 +23,13 @@ def task_file(task: str, split: str) -> str:
     return os.path.relpath(path)
 
 
+def data_folder() -> str:
+    """The folder of all tasks; ends the program with a clear word where it is absent."""
+    if not SHARED_DATA.is_dir():
+        sys.exit(f"skipped: {SHARED_DATA} is absent; this benchmark needs the task samples")
+    return os.path.relpath(SHARED_DATA)
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     names = ("layercard", "torch", "transformers", "peft", "numpy")

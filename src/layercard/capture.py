@@ -157,6 +157,24 @@ def entries(run: Callable[[], object], blocks: Sequence[Block], wanted: Sequence
     return found
 
 
+def passages(run: Callable[[], object], blocks: Sequence[Block]) -> list[torch.Tensor]:
+    """The hidden states `[B, T, width]` that enter block 0 and those that leave each block during `run()`: one more than blocks."""
+    found: list[torch.Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(_entering(args, kwargs)[0].detach())
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    with ExitStack() as stack:
+        stack.callback(blocks[0].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for block in blocks:
+            stack.callback(block.module.register_forward_hook(leave).remove)
+        run()
+    return found
+
+
 @contextmanager
 def replayed(blocks: Sequence[Block], start: int, entry: torch.Tensor) -> Iterator[None]:
     """Run a forward pass from block `start` on: the blocks below are skipped and `entry` enters block `start`.

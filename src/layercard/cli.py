@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from layercard.commands.bench import bench
 from layercard.commands.compare import compare
 from layercard.commands.cost import cost
 from layercard.commands.demo import demo
@@ -42,6 +43,7 @@ for _name, _command in (
     ("demo", demo),
 ):
     app.command(_name)(_command)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,7 +8,8 @@ LayercardError
 ├── PlacementError   a placement file, or layers that a model does not have
 ├── SelectionError   an objective or budget that no placement meets
 ├── OutputError      an output that exists or cannot be written
-└── TrainingError    a training run that cannot start, resume or be trusted
+├── TrainingError    a training run that cannot start, resume or be trusted
+└── BenchmarkError   a benchmark whose tasks, strategies or folder cannot be used
 ```
 
 The message of each is one line: what was wrong, what was found, how to mend it. The command line prints it and exits with 2.
@@ -45,3 +46,7 @@ class OutputError(LayercardError):
 
 class TrainingError(LayercardError):
     """A training run cannot start, resume or be trusted."""
+
+
+class BenchmarkError(LayercardError):
+    """A benchmark cannot start: an unknown task or strategy, or a folder that holds another benchmark."""

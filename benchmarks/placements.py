@@ -1,0 +1,80 @@
+"""The placement tables: every experiment of `experiments/`, run as `layercard bench placements` runs it.
+
+Runs, cards, learning rates and step times lie in `results/placements/`, one JSON each, and are never made twice; the tables in
+`results/*.json` are written from them. With `--tables` nothing is trained: cells whose runs are missing end the program.
+
+    python benchmarks/placements.py --workers 2
+    python benchmarks/placements.py --tables
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from common import RESULTS, data_folder, report
+from layercard.benchmark.placements import Grid, bench_placements, choices
+from layercard.benchmark.runs import BenchSettings
+from layercard.benchmark.summary import Measured, measured, reduction_table, trade_off_table
+from layercard.benchmark.workers import Workers
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+FOLDER = RESULTS / "placements"
+TRADE_OFF = ("all", "last", "first", "middle", "uniform", "balanced", "performance")
+"""Rows of the trade-off table."""
+
+
+def grid_of(name: str) -> Grid:
+    """The cells of an experiment."""
+    config = json.loads((EXPERIMENTS / name / "config.json").read_text())
+    return Grid(**{key: tuple(config[key]) for key in ("tasks", "strategies", "ks", "seeds", "budgets")})
+
+
+def tell(phase: str, done: int, total: int) -> None:
+    """One line for each finished part."""
+    if not phase.startswith(("train", "entries")):
+        print(f"{phase}: {done} of {total}", flush=True)
+
+
+def write_tables(name: str, results: list[Measured]) -> None:
+    """The result files of an experiment."""
+    tasks = sorted({one.cell.task for one in results})
+    seeds = len({one.cell.seed for one in results})
+    common = f"SmolLM2-135M, {', '.join(tasks)}, mean over {seeds} seeds ± half of the 95 % t interval"
+    runs = {"runs": len(results)}
+    if name == "placements":
+        columns, rows = reduction_table(results)
+        report("placement_table", f"Loss reduction of five layers: {common}", columns, rows, **runs)
+        wanted = [one for name in TRADE_OFF for one in results if one.cell.strategy == name]
+        for task in ("", *tasks):
+            chosen = [one for one in wanted if task in ("", one.cell.task)]
+            columns, rows = trade_off_table(chosen)
+            report(
+                f"trade_off{'_' + task if task else ''}", f"Cost and performance, {task or 'all tasks'}: {common}", columns, rows, **runs
+            )
+    else:
+        columns, rows = reduction_table(results)
+        report(f"{name}_table", f"Other numbers of layers and step-time budgets: {common}", columns, rows, **runs)
+
+
+def main() -> None:
+    """Run and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--experiments", nargs="+", default=["placements", "budgets"])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tables", action="store_true", help="only write tables from the runs that are there")
+    parser.add_argument("--no-times", action="store_true", help="leave out the step times, which need an otherwise idle machine")
+    options = parser.parse_args()
+    settings = BenchSettings(options.model, data_folder())
+    for name in options.experiments:
+        grid = grid_of(name)
+        cells = (
+            choices(FOLDER, grid, settings.rank)
+            if options.tables
+            else bench_placements(settings, FOLDER, grid, Workers(options.workers), tell, times=not options.no_times)
+        )
+        write_tables(name, measured(FOLDER, cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Does a card carry over? The verdict of `layercard transfer` for every pair of tasks, against trained outcomes.
+
+Layers are chosen from the card of one task and trained on another; what that loses against the other task's own choice is set beside
+what the cards predict. Runs lie in `results/placements/` and are shared with `placements.py`.
+
+    python benchmarks/transfer.py --seeds 0 1 2
+"""
+
+import argparse
+
+import numpy as np
+
+from common import RESULTS, data_folder, report
+from layercard.benchmark.choices import Choice, Chooser
+from layercard.benchmark.placements import bench_items, keep_settings, prepare, record_of
+from layercard.benchmark.runs import BenchSettings
+from layercard.benchmark.summary import Mean
+from layercard.benchmark.workers import Workers
+from layercard.transfer import Swap, transfer
+
+FOLDER = RESULTS / "placements"
+K = 5
+
+
+def swapped(task: str, layers: tuple[int, ...], seed: int, rank: int) -> Choice:
+    """A cell: given layers trained on a task."""
+    return Choice(task, "performance", K, None, seed, layers, rank)
+
+
+def reduction(cell: Choice) -> float:
+    """Measured loss reduction, nats per labelled token."""
+    return float(record_of(FOLDER, cell)["train_info"]["metrics"]["loss_reduction"])
+
+
+def trained_loss(swap: Swap, seeds: list[int], rank: int, depth: int) -> tuple[Mean, Mean]:
+    """What both placements keep in training, in % of all layers: the foreign one's loss against the own one, and the own one's."""
+    whole = [reduction(Choice(swap.target, "all", depth, None, seed, tuple(range(depth)), rank)) for seed in seeds]
+    foreign, own = (
+        np.array([reduction(swapped(swap.target, layers, seed, rank)) for seed in seeds]) / np.array(whole) * 100
+        for layers in (swap.layers, swap.own)
+    )
+    return Mean.of(list(own - foreign)), Mean.of(list(own))
+
+
+def main() -> None:
+    """Train what is missing, print the matrix and the swaps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tasks", nargs="+", default=["e2e", "webnlg", "gsm8k"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    settings = BenchSettings(options.model, data_folder())
+    keep_settings(settings, FOLDER)
+    for task in options.tasks:
+        prepare(settings, str(FOLDER), task)
+    cards = [(task, Chooser(FOLDER, task, settings.rank).card) for task in options.tasks]
+    depth = cards[0][1].model.layers
+    found = transfer(cards, k=K)
+    swaps = [(pair, swap) for pair in found.pairs for swap in pair.swaps]
+    cells = [Choice(task, "all", depth, None, seed, tuple(range(depth)), settings.rank) for task in options.tasks for seed in options.seeds]
+    cells += [
+        swapped(swap.target, layers, seed, settings.rank)
+        for _, swap in swaps
+        for layers in (swap.layers, swap.own)
+        for seed in options.seeds
+    ]
+    bench_items(settings, FOLDER, cells, Workers())
+    write(cards, found, swaps, options.seeds, settings.rank)
+
+
+def write(cards, found, swaps, seeds, rank) -> None:  # type: ignore[no-untyped-def]
+    """The two result tables."""
+    names = [name for name, _ in cards]
+    depth = cards[0][1].model.layers
+    pairs = {(pair.a, pair.b): pair for pair in found.pairs}
+    rows: list[list[object]] = []
+    for a in names:
+        row: list[object] = [a]
+        for b in names:
+            pair = pairs.get((a, b)) or pairs.get((b, a))
+            rank_of = pair.measures[found.measure] if pair else None
+            row.append("1" if rank_of is None else f"{rank_of.value:.2f} [{rank_of.low:.2f}, {rank_of.high:.2f}], p {rank_of.p:.3f}")
+        rows.append(row)
+    report("transfer_matrix", f"Spearman's rank correlation of the cards' {found.measure}", ["card", *names], rows)
+    columns = ["layers from", "trained on", "layers", "verdict", "predicted loss, points", "trained loss, points", "own choice keeps %"]
+    body = []
+    for pair, swap in swaps:
+        lost, own = trained_loss(swap, seeds, rank, depth)
+        predicted = f"{swap.lost.value:.1f} [{swap.lost.low:.1f}, {swap.lost.high:.1f}]"
+        body.append([swap.source, swap.target, " ".join(map(str, swap.layers)), pair.word, predicted, lost.text(1), own.text(1)])
+    report(
+        "transfer_swaps",
+        f"Layers chosen from another task's card, k = {K}, mean over {len(seeds)} seeds ± half of the 95 % t interval",
+        columns,
+        body,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Step time of stock training: the whole model forward, PEFT's adapters, nothing kept, placements alternating."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercard.benchmark.runs import BenchSettings, base_model, compact, task_data
+from layercard.data import Batch
+from layercard.files import write_json
+from layercard.models import BaseModel, Progress
+from layercard.timing import adapted_layers, training_step, usual_batch
+
+ROUNDS = 5
+"""Timed steps of each placement; the first, which allocates the optimiser's state, comes on top."""
+
+Sized = tuple[tuple[int, ...], int]
+"""Layers, and rank of their adapters."""
+
+
+def time_file(folder: Path, task: str, layers: Sequence[int], rank: int) -> Path:
+    """Where the step time of a placement lies."""
+    return folder / "times" / f"{task}-r{rank}-l{compact(layers)}.json"
+
+
+def measure_times(settings: BenchSettings, folder: str, task: str, placements: Sequence[Sized], tell: Progress) -> None:
+    """Time the placements that were not timed yet, each next to all layers; medians over rounds, and of the ratios."""
+    missing = [(layers, rank) for layers, rank in placements if not time_file(Path(folder), task, layers, rank).exists()]
+    if not missing:
+        return
+    base = base_model(settings)
+    data = task_data(base, settings, task)
+    batch = usual_batch(data.train.examples[: 16 * data.batch_size], data.batch_size, base.pad_id).to(base.device)
+    every = (tuple(range(len(base.blocks))), settings.rank)
+    step_seconds(base, batch, *every)
+    for at, (layers, rank) in enumerate(missing):
+        pairs = [(step_seconds(base, batch, layers, rank), step_seconds(base, batch, *every)) for _ in range(ROUNDS)]
+        value: dict[str, Any] = {"task": task, "layers": list(layers), "rank": rank, "tokens": int(batch.attention_mask.sum())}
+        value |= {"step_seconds": statistics.median(own for own, _ in pairs), "all_layers_seconds": statistics.median(a for _, a in pairs)}
+        value |= {"share_of_all": statistics.median(own / a for own, a in pairs), "rounds": ROUNDS, "threads": torch.get_num_threads()}
+        write_json(time_file(Path(folder), task, layers, rank), value)
+        tell(f"step times {task}", at + 1, len(missing))
+
+
+def step_seconds(base: BaseModel, batch: Batch, layers: Sequence[int], rank: int) -> float:
+    """Seconds of one step of stock training with adapters in `layers`, after one that is not counted."""
+    with adapted_layers(base, layers, rank) as (adapted, optimizer):
+        training_step(adapted, batch, optimizer, lambda name: None)
+        started = time.perf_counter()
+        training_step(adapted, batch, optimizer, lambda name: None)
+        if base.device.type == "cuda":
+            torch.cuda.synchronize(base.device)
+        return time.perf_counter() - started

@@ -1,0 +1,402 @@
+"""The placement benchmark: fair, resumable at any point, the same table however it was run."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layercard.benchmark import placements as stage
+from layercard.benchmark.choices import KNOWN, STRATEGIES, Choice, Chooser, check_strategies
+from layercard.benchmark.peers import linear_cka, peer_scores, weight_snr
+from layercard.benchmark.placements import Grid, bench_placements
+from layercard.benchmark.rates import climb, find_rate
+from layercard.benchmark.runs import BenchSettings, Group, Item, base_model, compact, run_file, run_items
+from layercard.benchmark.summary import Mean, measured, regrets, summarise
+from layercard.benchmark.tasks import general_examples, known_tasks, training_order, up_to
+from layercard.benchmark.workers import Workers
+from layercard.cli import run
+from layercard.data import load_data
+from layercard.errors import BenchmarkError
+from layercard.models import BaseModel, fingerprint
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
+
+STRATEGIES_HERE = ("random", "uniform", "last", "performance", "balanced", "snr")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> BenchSettings:
+    """A benchmark of a tiny model of 6 layers on one tiny task, two steps a run."""
+    model = tmp_path / "model"
+    build_tiny("llama", num_hidden_layers=6).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    task = tmp_path / "data" / "tiny"
+    task.mkdir(parents=True)
+    for at, split in enumerate(("train", "valid", "test")):
+        write_records(task / f"{split}.jsonl", tiny_records(12, start=100 * at))
+    return BenchSettings(
+        model=str(model),
+        data=str(tmp_path / "data"),
+        dtype="float32",
+        device="cpu",
+        steps=2,
+        batch_tokens=100,
+        valid_tokens=60,
+        test_tokens=120,
+        card_records=8,
+        rank=2,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_aletheia(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer's package is an extra; its score has a test of its own."""
+    monkeypatch.setattr("layercard.benchmark.peers.aletheia_scores", lambda base, examples: [1.0] * len(base.blocks))
+
+
+GRID = Grid(("tiny",), STRATEGIES_HERE, ks=(2,), seeds=(0, 1))
+
+
+def whole(settings: BenchSettings, folder: Path, **more: Any) -> dict[str, Any]:
+    """The summary of a finished grid."""
+    return summarise(folder, bench_placements(settings, folder, GRID, times=False, **more))
+
+
+def outcome(summary: dict[str, Any]) -> str:
+    return json.dumps(summary, sort_keys=True)
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+def test_killed_twice_and_resumed_gives_the_same_table(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = whole(settings, tmp_path / "a")
+    real, calls = Group.run, 0
+
+    def run_until(limit: int) -> Any:
+        def run(self: Group, item: Item, folder: Path, progress: Any = None) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == limit:
+                raise Killed
+            real(self, item, folder, progress)
+
+        return run
+
+    for limit in (2, 6):
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Group, "run", run_until(limit))
+            with pytest.raises(Killed):
+                whole(settings, tmp_path / "b")
+    assert outcome(whole(settings, tmp_path / "b")) == outcome(undisturbed)
+
+
+def test_a_run_is_never_made_twice(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = whole(settings, tmp_path)
+    monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(stage, "profile", lambda *_: pytest.fail("profiled again"))
+    assert outcome(whole(settings, tmp_path)) == outcome(before)
+
+
+def test_two_processes_give_the_same_table(settings: BenchSettings, tmp_path: Path) -> None:
+    alone = whole(settings, tmp_path / "a")
+    for part in ("cards", "scores"):  # made here, since the other processes do not see the patch of the peer's package
+        shutil.copytree(tmp_path / "a" / part, tmp_path / "b" / part)
+    assert outcome(whole(settings, tmp_path / "b", workers=Workers(2))) == outcome(alone)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_table(settings: BenchSettings, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    alone = whole(settings, tmp_path / "a")
+    for part in ("cards", "scores"):
+        shutil.copytree(tmp_path / "a" / part, tmp_path / "b" / part)
+    assert outcome(whole(settings, tmp_path / "b", workers=Workers(1, "local"))) == outcome(alone)
+
+
+def test_a_folder_belongs_to_one_benchmark(settings: BenchSettings, tmp_path: Path) -> None:
+    stage.keep_settings(settings, tmp_path)
+    stage.keep_settings(settings, tmp_path)
+    with pytest.raises(BenchmarkError, match="steps = 2, now it is 3"):
+        stage.keep_settings(BenchSettings(**{**vars(settings), "steps": 3}), tmp_path)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------------
+
+
+def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
+    """The same training by stock PEFT on the whole model, no kept prefix: held-out loss before and after."""
+    from peft import LoraConfig, get_peft_model
+
+    from layercard.benchmark.runs import task_data
+    from layercard.data import batches
+    from layercard.models import labelled_losses
+    from layercard.probe import ProbeTraining
+
+    base = base_model(settings)
+    data = task_data(base, settings, item.task)
+    how = ProbeTraining(steps=settings.steps, rank=item.rank, alpha=2.0 * item.rank, learning_rate=item.learning_rate, seed=item.seed)
+
+    def held_out(model: Any) -> float:
+        total = count = 0.0
+        for batch in batches(data.test, 4, base.pad_id):
+            losses, _ = labelled_losses(model, batch)
+            total, count = total + losses.double().sum().item(), count + len(losses)
+        return total / count
+
+    for weight in base.model.parameters():
+        weight.requires_grad_(False)
+    with torch.no_grad():
+        before = held_out(base.model)
+    torch.manual_seed(item.seed)
+    paths = [p.path for layer in item.layers for p in base.blocks[layer].projections]
+    model = get_peft_model(base.model, LoraConfig(r=item.rank, lora_alpha=2 * item.rank, target_modules=paths))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=item.learning_rate, weight_decay=0.0)
+    order = training_order(data.train.examples, data.batch_size, settings.steps, item.seed)
+    for step, batch in enumerate(batches(order, data.batch_size, base.pad_id)):
+        for group in optimizer.param_groups:
+            group["lr"] = item.learning_rate * how.schedule(step)
+        labelled_losses(model, batch)[0].mean().backward()
+        torch.nn.utils.clip_grad_norm_(weights, how.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        after = held_out(model)
+    model.unload()
+    return before, after
+
+
+@pytest.mark.parametrize("layers", [(1, 4), (0, 1, 2, 3, 4, 5), (5,)])
+def test_a_run_equals_stock_training(settings: BenchSettings, tmp_path: Path, layers: tuple[int, ...]) -> None:
+    item = Item("tiny", layers, 3, 2, 0.02)
+    run_items(settings, str(tmp_path), [item])
+    found = json.loads(run_file(tmp_path, item).read_text())["train_info"]["metrics"]
+    before, after = stock_reduction(settings, item)
+    assert found["loss_before"] == pytest.approx(before, abs=1e-5)
+    assert found["loss_after"] == pytest.approx(after, abs=1e-5)
+    assert abs(found["loss_reduction"]) > 1e-3
+
+
+def test_a_run_leaves_the_model_alone_and_has_the_shape_of_method_comparison(settings: BenchSettings, tmp_path: Path) -> None:
+    base = base_model(settings)
+    before, modules = fingerprint(base.model), [name for name, _ in base.model.named_modules()]
+    item = Item("tiny", (2, 5), 0, 2, 0.02)
+    run_items(settings, str(tmp_path), [item])
+    assert fingerprint(base.model) == before
+    assert [name for name, _ in base.model.named_modules()] == modules
+    record = json.loads(run_file(tmp_path, item).read_text())
+    assert {"run_info", "train_info", "meta_info"} <= set(record)
+    assert {"train_time", "num_trainable_params", "file_size", "forgetting", "peak_memory_bytes"} <= set(record["train_info"])
+    assert record["run_info"]["layers"] == [2, 5]
+    expected = 2 * sum(p.in_features + p.out_features for layer in (2, 5) for p in base.blocks[layer].projections)
+    assert record["train_info"]["num_trainable_params"] == expected
+
+
+def test_placements_see_the_same_batches_and_seeds_do_not(settings: BenchSettings, tmp_path: Path) -> None:
+    examples = load_data(Path(str(settings.data)) / "tiny" / "train.jsonl", base_model(settings).tokenizer).examples
+    first = training_order(examples, 2, 5, seed=0)
+    assert len(first) == 10
+    assert training_order(examples, 2, 5, seed=0) == first
+    assert training_order(examples, 2, 5, seed=1) != first
+    assert sorted(e.input_ids for e in training_order(examples, 2, 6, seed=4)) == sorted(e.input_ids for e in examples)
+
+
+def test_learning_rate_is_the_best_on_validation(settings: BenchSettings, tmp_path: Path) -> None:
+    found = find_rate(settings, str(tmp_path), "tiny", 2, 2)
+    kept = json.loads(next((tmp_path / "rates").iterdir()).read_text())
+    losses = {row["learning_rate"]: row["loss"] for row in kept["tried"]}
+    assert found == kept["learning_rate"] == min(losses, key=losses.__getitem__)
+    assert all("-valid-" in path.name for path in (tmp_path / "runs").iterdir())
+
+
+def test_climb_stops() -> None:
+    assert climb(lambda rate: -rate, 1.0) == 2.0**5
+    assert climb(lambda rate: math.inf if rate > 1 else 1 / rate, 4.0) == 1.0
+
+
+# --- choices --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_strategy_chooses_k_layers(settings: BenchSettings, tmp_path: Path) -> None:
+    stage.prepare(settings, str(tmp_path), "tiny")
+    chooser = Chooser(tmp_path, "tiny", 2)
+    for strategy in KNOWN:
+        choice = chooser.choose(strategy, 2, seed=0)
+        assert set(choice.layers) <= set(range(6))
+        if strategy not in ("all", "balanced"):
+            assert len(choice.layers) == 2, strategy
+    assert chooser.choose("performance_equal_parameters", 2, 0).rank == 6
+    assert chooser.choose("random", 2, 0).layers != chooser.choose("random", 2, 1).layers
+    budgeted = [chooser.choose(name, 0, 0, 80.0) for name in ("performance", "uniform_above")]
+    assert len(budgeted[0].layers) == len(budgeted[1].layers)
+
+
+def test_names_of_the_paper_are_understood_and_typing_errors_are_not() -> None:
+    assert check_strategies(["bottom", "top", "last"]) == ("last", "first")
+    with pytest.raises(BenchmarkError, match="did you mean uniform"):
+        check_strategies(["unifrom"])
+
+
+def test_synthetic_task_is_always_there(tmp_path: Path) -> None:
+    assert known_tasks(None) == ["synthetic"]
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train.jsonl").touch()
+    assert known_tasks(str(tmp_path)) == ["synthetic"]
+
+
+# --- peers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_cka_is_one_for_rotations_and_small_for_noise() -> None:
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
+    assert linear_cka(x, 3 * x @ rotation + 1) == pytest.approx(1, abs=1e-6)
+    assert linear_cka(x, torch.randn(400, 6, generator=torch.Generator().manual_seed(2))) < 0.1
+
+
+def test_cka_equals_its_kernel_form() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(20, 4, generator=generator).double(), torch.randn(20, 7, generator=generator).double()
+    centre = torch.eye(20, dtype=torch.float64) - 1 / 20
+    k, m = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    assert linear_cka(x, y) == pytest.approx(float((k * m).sum() / (k.norm() * m.norm())))
+
+
+def test_snr_sees_a_planted_signal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, 40, generator=generator)
+    direction = torch.randn(60, 1, generator=generator) @ torch.randn(1, 40, generator=generator)
+    assert weight_snr(noise + direction) != pytest.approx(weight_snr(noise), rel=0.1)
+
+
+def test_peer_scores_have_a_number_a_layer(tiny_base: BaseModel, tiny_file: Path) -> None:
+    before = fingerprint(tiny_base.model)
+    scores = peer_scores(tiny_base, load_data(tiny_file, tiny_base.tokenizer).examples)
+    assert set(scores) == {"gradient_norm", "activation_norm", "one_minus_cka", "snr"}
+    assert all(len(values) == 3 and all(math.isfinite(value) for value in values) for values in scores.values())
+    assert fingerprint(tiny_base.model) == before
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in tiny_base.model.modules())
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_summary_kept_regret_and_intervals(settings: BenchSettings, tmp_path: Path) -> None:
+    cells = bench_placements(settings, tmp_path, GRID, times=False)
+    results = measured(tmp_path, cells)
+    for one in results:
+        reference = next(r for r in results if r.cell.strategy == "all" and r.cell.seed == one.cell.seed)
+        assert one.kept == pytest.approx(100 * one.reduction / reference.reduction)
+    found = regrets(results)
+    assert ("all", 6, None) not in found
+    assert min(mean.value for mean in found.values()) == pytest.approx(0, abs=1e-9)
+    columns, rows = (summarise(tmp_path, cells)["tables"]["reduction"][part] for part in ("columns", "rows"))
+    assert all(len(row) == len(columns) for row in rows)
+
+
+def test_interval_is_students() -> None:
+    assert Mean.of([3.0]).half is None
+    assert Mean.of([1.0, 2.0, 3.0]).half == pytest.approx(2.4841, abs=1e-3)
+
+
+def test_step_times_are_measured_once(settings: BenchSettings, tmp_path: Path) -> None:
+    small = Grid(("tiny",), ("last",), ks=(2,), seeds=(0,))
+    bench_placements(settings, tmp_path, small)
+    files = {path: path.read_text() for path in (tmp_path / "times").iterdir()}
+    assert len(files) == 2
+    table = summarise(tmp_path, bench_placements(settings, tmp_path, small))["tables"]["trade_off"]
+    assert {path: path.read_text() for path in (tmp_path / "times").iterdir()} == files
+    assert all(row[table["columns"].index("step time % of all")] is not None for row in table["rows"])
+
+
+# --- command line ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "tinny"], "did you mean tiny?"),
+        (["--tasks", ""], "--tasks is empty"),
+        (["--tasks", "tiny", "--strategies", "balnced"], "did you mean balanced?"),
+        (["--tasks", "tiny", "--k", "five"], "'five' is no whole number"),
+        (["--tasks", "tiny", "--budgets", "140"], "'140' is no whole number"),
+        (["--tasks", "tiny", "--k", "9"], "k = 9"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    settings: BenchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    common = ["--data", str(settings.data), "--model", settings.model, "-o", str(tmp_path / "out"), "--steps", "2", "--card-records", "8"]
+    assert run(["bench", "placements", *common, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_command_prints_tables_and_json(settings: BenchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "bench",
+        "placements",
+        "--model",
+        settings.model,
+        "--data",
+        str(settings.data),
+        "--tasks",
+        "tiny",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    arguments += [
+        "--strategies",
+        "last,performance",
+        "--k",
+        "2",
+        "--seeds",
+        "0",
+        "--steps",
+        "2",
+        "--card-records",
+        "8",
+        "--dtype",
+        "float32",
+    ]
+    arguments += ["--batch-tokens", "100", "--test-tokens", "120", "--valid-tokens", "60", "--no-times", "--rank", "2"]
+    assert run(arguments) == 0
+    assert "ours (performance)" in capsys.readouterr().out
+    assert run([*arguments, "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert {one["strategy"] for one in value["runs"]} == {"all", "last", "performance"}
+
+
+def test_small_helpers() -> None:
+    assert compact([7]) == "7"
+    assert compact(range(30)) == "0-29"
+    assert up_to([], 5) == ()
+    assert STRATEGIES[-1] == "resnorm"
+
+
+def test_general_text_has_labels_on_all_but_the_first_token(tiny_base: BaseModel) -> None:
+    examples = general_examples(tiny_base, 64)
+    assert len(examples) == 8
+    assert all(example.labelled == len(example.input_ids) - 1 for example in examples)
+
+
+def test_choice_takes_the_learning_rate_of_the_nearest_number() -> None:
+    assert Choice("t", "performance", 5, None, 0, (1, 2, 3, 4), 8).rate_count == 5
+    assert Choice("t", "all", 30, None, 0, tuple(range(30)), 8).rate_count == 30
+
+
+def test_help_is_light() -> None:
+    code = "import sys, layercard.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
