@@ -97,7 +97,8 @@ class Relaxation:
 
 def _fractional(rewards: np.ndarray, price: np.ndarray, limit: float) -> tuple[float, np.ndarray, np.ndarray]:
     """The fractional knapsack: its value, what each item gains at the break item's rate, and the part of each that is taken."""
-    order = np.argsort(-rewards / np.maximum(price, 1e-300), kind="stable")
+    free = price <= 0
+    order = np.argsort(np.where(free, -np.inf, -rewards / np.where(free, 1.0, price)), kind="stable")
     spent = np.cumsum(price[order])
     full = int(np.searchsorted(spent, limit, side="right"))
     taken = np.zeros(len(rewards))

@@ -99,7 +99,7 @@ def _best(asked: Question) -> Solution:
         raise SelectionError(_why_not(asked, best))
     tolerance = min(resolution(asked.problem.depth), 1e-4)
     level = max(best.value * (1 - tolerance), asked.problem.needed)
-    cheaper = least_cost(replace(asked.problem, needed=level), asked.time, seconds=1.0)
+    cheaper = least_cost(replace(asked.problem, needed=level), asked.time, seconds=0.5)
     if cheaper is None or cheaper.cost is None or cheaper.cost >= asked.time.of(best.layers) * (1 - 1e-9):
         return best
     highest = best.value * (1 + (best.gap or 0.0))
@@ -130,7 +130,7 @@ def _nearest(asked: Question, problem: Problem) -> str | None:
     found: list[tuple[float, str]] = []
     for budget in problem.budgets:
         others = tuple(other for other in problem.budgets if other is not budget)
-        cheapest = least_cost(replace(problem, budgets=others), budget.form, seconds=3.0)
+        cheapest = least_cost(replace(problem, budgets=others), budget.form)
         if cheapest is not None and cheapest.cost is not None:
             words = f"the least {label(budget.name)} that would do is {amount(kind(budget.name), cheapest.cost, asked.cost)}"
             found.append((cheapest.cost / budget.limit, f"{words}, with layers {listed(cheapest.layers)}"))

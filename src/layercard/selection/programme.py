@@ -39,7 +39,7 @@ class Programme:
     """
 
     def __init__(self, problem: Problem, m: int, bound: Bound, known: float) -> None:
-        self.problem, self.m, self.known = problem, m, known
+        self.problem, self.m, self.known, self.bound = problem, m, known, bound.value
         self.fewest = max(problem.least, Relaxation(problem).fewest(m, bound.prices, known))
         spare = max(bound.value - known, 0.0) * (1 + SLACK) + SLACK * abs(known)
         self.candidates = np.flatnonzero(bound.margin <= spare)
@@ -130,7 +130,7 @@ class Programme:
 
     def most_coverage(self, tolerance: float, seconds: float) -> Found:
         """The set of largest coverage, to a relative `tolerance` of coverage."""
-        relative = tolerance * self.known / max(self.known - self.sure, tolerance * self.known, 1e-300)
+        relative = 0.9 * tolerance * self.known / max(self.bound - self.sure, tolerance * self.known, 1e-300)
         better = LinearConstraint(self.gains[None, :], self.known * (1 + tolerance / 2) - self.sure, np.inf)
         return self._solve(-self.gains, [better], min(relative, 0.5), seconds, -1.0, self.sure)
 

@@ -17,7 +17,7 @@ from layercard.selection.greedy import greedy_cost, greedy_coverage
 from layercard.selection.problem import Budget, Problem, Solution
 from layercard.selection.programme import Found, Programme
 
-SECONDS = 10.0
+SECONDS = 2.0
 """Time after which the best set so far is given, with its gap."""
 FIRST_SLICE = 0.3
 """Seconds of the first try of one lowest layer; each further try gets four times as many."""
