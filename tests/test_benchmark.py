@@ -240,6 +240,7 @@ def test_every_strategy_chooses_k_layers(settings: BenchSettings, tmp_path: Path
     assert chooser.choose("random", 2, 0).layers != chooser.choose("random", 2, 1).layers
     budgeted = [chooser.choose(name, 0, 0, 80.0) for name in ("performance", "uniform_above")]
     assert len(budgeted[0].layers) == len(budgeted[1].layers)
+    assert not chooser.fits(1.0)
 
 
 def test_names_of_the_paper_are_understood_and_typing_errors_are_not() -> None:

@@ -243,7 +243,7 @@ def stamped(blocks: Sequence[Block], stamp: Callable[[str, int], object]) -> Ite
 
     def watch(hidden: torch.Tensor, index: int) -> None:
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: stamp("back", index))  # type: ignore[no-untyped-call]
+            hidden.register_hook(lambda _: stamp("back", index))
 
     def enter(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

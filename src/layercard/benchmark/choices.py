@@ -10,7 +10,7 @@ from layercard.benchmark.rates import RATE_COUNTS, nearest_count
 from layercard.card import LayerCard
 from layercard.errors import BenchmarkError
 from layercard.files import read_json
-from layercard.selection import ALIASES, Budgets, cost_of, select, strategy_layers, top_layers
+from layercard.selection import ALIASES, Budgets, cost_of, predict, select, strategy_layers, top_layers
 
 FIXED = ("random", "uniform", "last", "middle", "first", "all")
 OURS = ("performance", "balanced")
@@ -48,6 +48,7 @@ class Choice:
         seed: Of the data order, the adapters' start, and the random strategy.
         layers: What was chosen.
         rank: Rank of each adapter.
+        predicted: Performance kept as the task's card predicts it, % of all layers.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Choice:
     seed: int
     layers: tuple[int, ...]
     rank: int
+    predicted: float | None = None
 
     @property
     def rate_count(self) -> int:
@@ -92,7 +94,8 @@ class Chooser:
         """The layers that a strategy takes."""
         rank = max(1, round(self.rank * self.depth / k)) if strategy == EQUAL_PARAMETERS else self.rank
         layers = self._budgeted(strategy, k, budget) if budget is not None else self._layers(strategy, k, seed)
-        return Choice(self.task, strategy, k, budget, seed, tuple(layers), rank)
+        predicted = 100 * predict(self.card, layers)["performance_kept"]["value"]
+        return Choice(self.task, strategy, k, budget, seed, tuple(layers), rank, predicted)
 
     def _layers(self, strategy: str, k: int, seed: int) -> Sequence[int]:
         if strategy in FIXED:
@@ -104,6 +107,12 @@ class Chooser:
         if strategy == "balanced":
             return select(self.card, objective="balanced").layers
         return top_layers(self.scores[strategy], k)
+
+    def fits(self, budget: float) -> bool:
+        """Whether any placement keeps a step-time budget, in % of all layers."""
+        time = cost_of(self.card).linear("time")
+        least = min(time.of([layer]) for layer in range(self.depth))
+        return least <= budget / 100 * time.of(range(self.depth))
 
     def _budgeted(self, strategy: str, k: int, budget: float) -> Sequence[int]:
         ours = select(self.card, objective="performance", budgets=Budgets(max_time=f"{budget:g}%")).layers

@@ -120,7 +120,10 @@ def _prepared(folder: Path, task: str) -> bool:
 
 
 def choices(folder: Path, grid: Grid, rank: int) -> list[Choice]:
-    """The cells of a grid: what each strategy chooses, from the cards and scores in the folder."""
+    """The cells of a grid: what each strategy chooses, from the cards and scores in the folder.
+
+    A budget that no placement of a task keeps (the forward pass alone may be dearer) gives no cell.
+    """
     cells: list[Choice] = []
     for task in grid.tasks:
         chooser = Chooser(folder, task, rank)
@@ -128,7 +131,7 @@ def choices(folder: Path, grid: Grid, rank: int) -> list[Choice]:
             cells.append(chooser.choose("all", chooser.depth, seed))
             for k in grid.ks:
                 cells += [chooser.choose(name, k, seed) for name in grid.strategies if name != "all"]
-            for budget in grid.budgets:
+            for budget in filter(chooser.fits, grid.budgets):
                 cells += [chooser.choose(name, 0, seed, budget) for name in ("performance", "uniform_above")]
     return cells
 

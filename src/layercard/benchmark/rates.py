@@ -13,7 +13,7 @@ from layercard.selection import strategy_layers
 
 MOST = 6
 """Learning rates tried at most."""
-RATE_COUNTS = (1, 2, 3, 5, 8, 13, 21)
+RATE_COUNTS = (1, 3, 5, 8, 13, 21)
 """Numbers of layers for which a learning rate is searched, besides all layers; others take that of the nearest."""
 
 

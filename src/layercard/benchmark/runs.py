@@ -246,11 +246,24 @@ class Group:
         }
 
 
+_KEPT: dict[tuple[BenchSettings, str, int, str, frozenset[int]], Group] = {}
+
+
+def _group(settings: BenchSettings, items: Sequence[Item], progress: Progress | None) -> Group:
+    """The group of some runs; that of the runs before where it serves them too, as in a search for a learning rate."""
+    first = items[0]
+    key = (settings, first.task, first.seed, first.split, frozenset(min(item.layers) for item in items))
+    if key not in _KEPT:
+        _KEPT.clear()
+        _KEPT[key] = Group(settings, items, progress)
+    return _KEPT[key]
+
+
 def run_items(settings: BenchSettings, folder: str, items: Sequence[Item], progress: Progress | None = None) -> int:
     """Make the runs of one task, seed and split that are missing; gives their number."""
     missing = [item for item in items if not run_file(Path(folder), item).exists()]
     if missing:
-        group = Group(settings, missing, progress)
+        group = _group(settings, missing, progress)
         for at, item in enumerate(missing):
             group.run(item, Path(folder), progress)
             if progress:

@@ -191,7 +191,8 @@ def reduction_table(results: Sequence[Measured]) -> tuple[list[str], list[list[A
 
 def trade_off_table(results: Sequence[Measured]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of *strategy × step time, speed-up %, performance drop %, ratio* over all tasks."""
-    columns = ["strategy", "layers", "step time % of all", "speed-up %", "performance kept %", "drop %", "speed-up / drop", "peak MiB"]
+    columns = ["strategy", "layers", "step time % of all", "speed-up %", "performance kept %", "predicted %", "drop %", "speed-up / drop"]
+    columns += ["peak MiB"]
     body: list[list[Any]] = []
     rows = by_row(results)
     several = len({(k, budget) for strategy, k, budget in rows if strategy not in ("all", "balanced")}) > 1
@@ -200,6 +201,8 @@ def trade_off_table(results: Sequence[Measured]) -> tuple[list[str], list[list[A
         shares = [one.time_share for one in cells if one.time_share is not None]
         share = float(np.mean(shares)) if len(shares) == len(cells) else None
         drop = 100 - kept.value
+        known = [one.cell.predicted for one in cells if one.cell.predicted is not None]
+        predicted = float(np.mean(known)) if len(known) == len(cells) else None
         saved = None if share is None else 100 - share
         counts = sorted({len(one.cell.layers) for one in cells})
         body.append(
@@ -209,6 +212,7 @@ def trade_off_table(results: Sequence[Measured]) -> tuple[list[str], list[list[A
                 None if share is None else round(share, 1),
                 None if saved is None else round(saved, 1),
                 kept.text(1),
+                None if predicted is None else round(predicted, 1),
                 round(drop, 1),
                 None if saved is None or drop < 0.05 else round(saved / drop, 1),
                 round(float(np.mean([one.memory for one in cells])) / 2**20),
@@ -236,6 +240,7 @@ def summarise(folder: str | Path, cells: Iterable[Choice]) -> dict[str, Any]:
             "learning_rate": one.learning_rate,
             "loss_reduction": one.reduction,
             "performance_kept": one.kept,
+            "predicted_kept": one.cell.predicted,
             "step_time_share": one.time_share,
             "forgetting": one.forgetting,
             "generated": one.generated,
