@@ -396,7 +396,7 @@ def test_defaults_are_those_of_the_library() -> None:
 
     for command, settings in ((profile, ProfileSettings()), (train, TrainSettings())):
         for name, parameter in inspect.signature(command).parameters.items():
-            if hasattr(settings, name):
+            if hasattr(settings, name) and name != "cost":  # the library does not time the machine unless asked, so that cards repeat
                 assert parameter.default == getattr(settings, name), name
 
 

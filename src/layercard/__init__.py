@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from layercard.models import load_model as load_model
     from layercard.profile import ProfileSettings as ProfileSettings
     from layercard.selection import Placement as Placement
-    from layercard.selection import select as select
+    from layercard.selection.select import select as select
     from layercard.settings import TrainSettings as TrainSettings
 
 _HOMES = {
