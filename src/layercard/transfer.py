@@ -14,7 +14,7 @@ import numpy as np
 
 from layercard.card import LayerCard, Sampled
 from layercard.errors import CardError
-from layercard.selection import select
+from layercard.selection import performance_kept, select
 from layercard.statistics.coverage import coverage, demand, similarity, smoothing_kernel
 from layercard.statistics.ranks import noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows, stretches
 
@@ -277,15 +277,11 @@ def swap(source: str, target: str, card: LayerCard, layers: tuple[int, ...], own
 
     def kept(values: np.ndarray, chosen: tuple[int, ...]) -> float:
         weights = demand(values)
-        return _performance(coverage(similar, weights, chosen) / float(weights.sum()))
+        return 100 * performance_kept(coverage(similar, weights, chosen) / float(weights.sum()))[0]
 
     value, value_own = kept(gains, layers), kept(gains, own)
     lost = np.array([kept(row, own) - kept(row, layers) for row in moved])
     return Swap(source, target, layers, own, value, value_own, Estimate(*_with_interval(value_own - value, lost)))
-
-
-def _performance(share: float) -> float:
-    return 100 * share
 
 
 def _pair(a: tuple[str, LayerCard], b: tuple[str, LayerCard], chosen: dict[str, tuple[int, ...]], k: int, measure: str, seed: int) -> Pair:
