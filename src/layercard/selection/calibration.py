@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 
 
+CEILING = 1.05
+"""Performance at which the interval would close: a little over that of all layers, which some placements surpass."""
+
+
 @cache
 def _curve() -> tuple[np.ndarray, np.ndarray, float]:
     found = json.loads(Path(__file__).with_name("calibration.json").read_text(encoding="utf-8"))
     knots = np.array(found["knots"], dtype=float)
-    return knots[:, 0], np.maximum.accumulate(knots[:, 1]) / 100, float(found["half_width"]) / 100
+    return knots[:, 0], np.maximum.accumulate(knots[:, 1]) / 100, float(found["spread"])
 
 
 def performance_kept(share: float) -> tuple[float, float, float]:
@@ -24,8 +28,9 @@ def performance_kept(share: float) -> tuple[float, float, float]:
     >>> performance_kept(1.0)[0], performance_kept(0.0)[0]
     (1.0, 0.0)
     """
-    shares, kept, half = _curve()
+    shares, kept, spread = _curve()
     value = float(np.interp(share, shares, kept))
+    half = spread * (CEILING - value)
     return value, max(0.0, value - half) if share < 1 else value, min(max(1.0, value), value + half)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from layercard.card import LayerCard
-from layercard.statistics.coverage import coverage, demand, similarity
+from layercard.statistics.coverage import coverage, demand, shrunk, similarity
 
 SetGain = Callable[[Sequence[int]], float]
 RIDGE = 0.05
@@ -26,9 +26,14 @@ def layer_weights(card: LayerCard) -> np.ndarray:
     return demand(probe_of(card))
 
 
-def coverage_of(card: LayerCard, power: float = 1.0, weighted: bool = True) -> SetGain:
-    """`Σ_j w_j max_{i ∈ S} |ρ_ji|^p`, with `w = √s` smoothed over depth or 1."""
-    similar = similarity(card.coupling) ** power
+def set_similarity(card: LayerCard) -> np.ndarray:
+    """How far layer i stands in for layer j, `[L, L]`: the coupling with its noise reduced (`shrunk`)."""
+    return shrunk(similarity(card.coupling))
+
+
+def coverage_of(card: LayerCard, power: float = 1.0, weighted: bool = True, noisy: bool = False) -> SetGain:
+    """`Σ_j w_j max_{i ∈ S} C_ji^p`, with `w = √s` smoothed over depth or 1, and `C = set_similarity` or, if `noisy`, `|ρ|` itself."""
+    similar = (similarity(card.coupling) if noisy else set_similarity(card)) ** power
     weights = layer_weights(card) if weighted else np.ones(card.model.layers)
     return lambda layers: coverage(similar, weights, list(layers))
 
@@ -61,6 +66,7 @@ def _quadratic(matrix: np.ndarray, vector: np.ndarray, layers: list[int]) -> flo
 
 SET_MODELS: dict[str, Callable[[LayerCard], SetGain]] = {
     "coverage": coverage_of,
+    "coverage, coupling as measured": lambda card: coverage_of(card, noisy=True),
     "coverage, squared coupling": lambda card: coverage_of(card, power=2.0),
     "coverage, equal weights": lambda card: coverage_of(card, weighted=False),
     "coverage, equal weights, squared coupling": lambda card: coverage_of(card, power=2.0, weighted=False),

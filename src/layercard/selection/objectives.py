@@ -8,11 +8,10 @@ from layercard.cost import CostModel, Linear
 from layercard.errors import SelectionError
 from layercard.selection.budgets import Budgets, amount, kind, label, option
 from layercard.selection.calibration import coverage_share, performance_kept
-from layercard.selection.models import layer_weights
+from layercard.selection.models import layer_weights, set_similarity
 from layercard.selection.problem import Problem, Solution
 from layercard.selection.solver import least_cost, most_coverage, resolution
 from layercard.selection.strategies import check_k
-from layercard.statistics.coverage import similarity
 
 LAYERS = 5
 """Number of layers where neither a number nor a budget says how many."""
@@ -61,7 +60,7 @@ def question(card: LayerCard, objective: str, k: int | None, budgets: Budgets) -
         k = min(LAYERS, depth)
     if k is not None:
         check_k(k, depth)
-    similar, weights = similarity(card.coupling), layer_weights(card)
+    similar, weights = set_similarity(card), layer_weights(card)
     problem = Problem(similar, weights, 1 if k is None else k, k, limits)
     whole = problem.coverage(range(depth))
     needed = 0.0 if kept is None else coverage_share(kept) * whole

@@ -12,7 +12,7 @@ from layercard.cost import CostModel
 from layercard.errors import SelectionError
 from layercard.selection.budgets import Budgets
 from layercard.selection.calibration import performance_kept
-from layercard.selection.models import coverage_of, layer_weights
+from layercard.selection.models import coverage_of, layer_weights, set_similarity
 from layercard.selection.objectives import LAYERS, answer, listed, question
 from layercard.selection.placement import Placement
 from layercard.selection.ranks import shared_ranks
@@ -125,7 +125,7 @@ def as_good(card: LayerCard, placement: Placement) -> dict[str, Any] | None:
 
 def allocate_ranks(card: LayerCard, placement: Placement, rank: int = 8, alpha: float = 16.0) -> Placement:
     """The placement with its total rank shared out by what each layer covers (`shared_ranks`), and alpha / rank the same everywhere."""
-    ranks = shared_ranks(similarity(card.coupling), layer_weights(card), placement.layers, rank)
+    ranks = shared_ranks(set_similarity(card), layer_weights(card), placement.layers, rank)
     pattern = {module.path: ranks[layer] for layer in placement.layers for module in card.layers[layer].modules}
     scale = alpha / rank
     return replace(
@@ -168,7 +168,7 @@ def _placement(card: LayerCard, layers: Sequence[int], objective: str, notes: di
 def _reasons(card: LayerCard, layers: tuple[int, ...], why: str) -> dict[str, str]:
     gains, similar = np.array(card.values("gain_estimate")), similarity(card.coupling)
     ranks = gains.size - gains.argsort().argsort()
-    covering = covered_by(similar, layers)
+    covering = covered_by(set_similarity(card), layers)
     reasons = {}
     for layer in layers:
         stands_for = [j for j in np.flatnonzero(covering == layer).tolist() if j != layer]

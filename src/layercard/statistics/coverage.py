@@ -41,6 +41,23 @@ def demand(gains: Sequence[float] | np.ndarray) -> np.ndarray:
     return roots if roots.any() else np.ones_like(roots)
 
 
+def shrunk(similar: np.ndarray, share: float = 0.5) -> np.ndarray:
+    """Each `|ρ_ji|` moved half-way to the mean over all pairs as far apart in depth, `[L, L]`.
+
+    An entry of the coupling comes from a few dozen records and is noisy; the best of all sets would be one that noise flatters. The
+    mean over pairs is steadier, and coupling depends above all on the distance. The means fall with the distance, as they would
+    without noise; the diagonal stays 1.
+
+    Args:
+        similar: `|ρ|: [L, L]`.
+        share: How far to move, 0 to 1.
+    """
+    index = np.arange(len(similar))
+    apart = np.abs(index[:, None] - index)
+    means = np.minimum.accumulate([similar[apart == distance].mean() for distance in index])
+    return (1 - share) * similar + share * means[apart]
+
+
 def coverage(similar: np.ndarray, weights: np.ndarray, layers: Sequence[int]) -> float:
     """`f(S)` for the layers of S; 0 for none."""
     if not len(layers):
