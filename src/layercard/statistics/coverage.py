@@ -41,8 +41,8 @@ def demand(gains: Sequence[float] | np.ndarray) -> np.ndarray:
     return roots if roots.any() else np.ones_like(roots)
 
 
-def shrunk(similar: np.ndarray, share: float = 0.5) -> np.ndarray:
-    """Each `|ρ_ji|` moved half-way to the mean over all pairs as far apart in depth, `[L, L]`.
+def shrunk(similar: np.ndarray, share: float = 0.75) -> np.ndarray:
+    """Each `|ρ_ji|` moved three quarters of the way to the mean over all pairs as far apart in depth, `[L, L]`.
 
     An entry of the coupling comes from a few dozen records and is noisy; the best of all sets would be one that noise flatters. The
     mean over pairs is steadier, and coupling depends above all on the distance. The means fall with the distance, as they would
