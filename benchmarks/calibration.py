@@ -2,7 +2,8 @@
 
 Every run of a set of layers gives a point: its share of the coverage, from the task's card, and the performance that it kept, in % of
 all layers with the same seed. Tasks count alike. The curve is the isotonic regression through these points, thinned to a few knots
-(`selection/calibration.json`); its interval, wider where less is kept, holds 95 % of the points. As a check, the curve is fitted without one task and predicts it.
+(`selection/calibration.json`); its interval, wider where less is kept, holds 95 % of the points. As a check, the curve is fitted without
+one task and predicts it.
 
     python benchmarks/calibration.py            print, and write the curve
     python benchmarks/calibration.py --check    print only

@@ -19,6 +19,11 @@ from layercard.benchmark.workers import Workers
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 FOLDER = RESULTS / "placements"
+TITLES = {
+    "placements": "Loss reduction with five layers",
+    "equal_parameters": "As many parameters as all layers",
+    "budgets": "Other numbers of layers, and step-time budgets in % of all layers",
+}
 TRADE_OFF = ("all", "last", "first", "middle", "uniform", "balanced", "performance")
 """Rows of the trade-off table."""
 
@@ -36,31 +41,27 @@ def tell(phase: str, done: int, total: int) -> None:
 
 
 def write_tables(name: str, results: list[Measured]) -> None:
-    """The result files of an experiment."""
-    tasks = sorted({one.cell.task for one in results})
+    """The result files of an experiment: `NAME_table`, and for the placements the trade-off of each task and of all."""
+    tasks = list(dict.fromkeys(one.cell.task for one in results))
     seeds = len({one.cell.seed for one in results})
-    common = f"SmolLM2-135M, {', '.join(tasks)}, mean over {seeds} seeds ± half of the 95 % t interval"
-    runs = {"runs": len(results)}
-    if name == "placements":
-        columns, rows = reduction_table(results)
-        report("placement_table", f"Loss reduction of five layers: {common}", columns, rows, **runs)
-        wanted = [one for name in TRADE_OFF for one in results if one.cell.strategy == name]
-        for task in ("", *tasks):
-            chosen = [one for one in wanted if task in ("", one.cell.task)]
-            columns, rows = trade_off_table(chosen)
-            report(
-                f"trade_off{'_' + task if task else ''}", f"Cost and performance, {task or 'all tasks'}: {common}", columns, rows, **runs
-            )
-    else:
-        columns, rows = reduction_table(results)
-        report(f"{name}_table", f"Other numbers of layers and step-time budgets: {common}", columns, rows, **runs)
+    about = f"SmolLM2-135M, {', '.join(tasks)}, mean over {seeds} seeds ± half of the 95 % t interval"
+    columns, rows = reduction_table(results)
+    report(f"{name}_table", f"{TITLES[name]}: {about}", columns, rows, runs=len(results))
+    if name != "placements":
+        return
+    wanted = [one for strategy in TRADE_OFF for one in results if one.cell.strategy == strategy]
+    for task in ("all", *tasks):
+        chosen = [one for one in wanted if task in ("all", one.cell.task)]
+        columns, rows = trade_off_table(chosen)
+        where = "mean of the tasks" if task == "all" else task
+        report(f"trade_off_{task}", f"Cost and performance, {where}: {about}", columns, rows, runs=len(chosen))
 
 
 def main() -> None:
     """Run and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--experiments", nargs="+", default=["placements", "budgets"])
+    parser.add_argument("--experiments", nargs="+", default=list(TITLES))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only write tables from the runs that are there")
     parser.add_argument("--no-times", action="store_true", help="leave out the step times, which need an otherwise idle machine")
