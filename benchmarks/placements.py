@@ -15,6 +15,7 @@ from common import RESULTS, data_folder, report
 from layercard.benchmark.placements import Grid, bench_placements, choices
 from layercard.benchmark.runs import BenchSettings
 from layercard.benchmark.summary import Measured, measured, reduction_table, trade_off_table
+from layercard.benchmark.times import measure_times
 from layercard.benchmark.workers import Workers
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -69,11 +70,14 @@ def main() -> None:
     settings = BenchSettings(options.model, data_folder())
     for name in options.experiments:
         grid = grid_of(name)
-        cells = (
-            choices(FOLDER, grid, settings.rank)
-            if options.tables
-            else bench_placements(settings, FOLDER, grid, Workers(options.workers), tell, times=not options.no_times)
-        )
+        if options.tables:
+            cells = choices(FOLDER, grid, settings.rank)
+        else:
+            cells = bench_placements(settings, FOLDER, grid, Workers(options.workers), tell, times=False)
+        if name == "placements" and not (options.tables or options.no_times):
+            for task in grid.tasks:
+                shown = {(cell.layers, cell.rank) for cell in cells if cell.task == task and cell.strategy in TRADE_OFF}
+                measure_times(settings, str(FOLDER), task, sorted(shown), tell)
         write_tables(name, measured(FOLDER, cells))
 
 

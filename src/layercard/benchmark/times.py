@@ -27,7 +27,7 @@ def time_file(folder: Path, task: str, layers: Sequence[int], rank: int) -> Path
 
 
 def measure_times(settings: BenchSettings, folder: str, task: str, placements: Sequence[Sized], tell: Progress) -> None:
-    """Time the placements that were not timed yet, each next to all layers; medians over rounds, and of the ratios."""
+    """Time the placements that were not timed yet, in turn and beside all layers; medians over rounds, and of the ratios in a round."""
     missing = [(layers, rank) for layers, rank in placements if not time_file(Path(folder), task, layers, rank).exists()]
     if not missing:
         return
@@ -36,13 +36,17 @@ def measure_times(settings: BenchSettings, folder: str, task: str, placements: S
     batch = usual_batch(data.train.examples[: 16 * data.batch_size], data.batch_size, base.pad_id).to(base.device)
     every = (tuple(range(len(base.blocks))), settings.rank)
     step_seconds(base, batch, *every)
-    for at, (layers, rank) in enumerate(missing):
-        pairs = [(step_seconds(base, batch, layers, rank), step_seconds(base, batch, *every)) for _ in range(ROUNDS)]
+    rounds: list[tuple[float, list[float]]] = []
+    for at in range(ROUNDS):
+        rounds.append((step_seconds(base, batch, *every), [step_seconds(base, batch, *placement) for placement in missing]))
+        tell(f"step times {task}", at + 1, ROUNDS)
+    whole = statistics.median(seconds for seconds, _ in rounds)
+    for column, (layers, rank) in enumerate(missing):
         value: dict[str, Any] = {"task": task, "layers": list(layers), "rank": rank, "tokens": int(batch.attention_mask.sum())}
-        value |= {"step_seconds": statistics.median(own for own, _ in pairs), "all_layers_seconds": statistics.median(a for _, a in pairs)}
-        value |= {"share_of_all": statistics.median(own / a for own, a in pairs), "rounds": ROUNDS, "threads": torch.get_num_threads()}
+        value |= {"step_seconds": statistics.median(own[column] for _, own in rounds), "all_layers_seconds": whole}
+        value |= {"share_of_all": statistics.median(own[column] / seconds for seconds, own in rounds), "rounds": ROUNDS}
+        value["threads"] = torch.get_num_threads()
         write_json(time_file(Path(folder), task, layers, rank), value)
-        tell(f"step times {task}", at + 1, len(missing))
 
 
 def step_seconds(base: BaseModel, batch: Batch, layers: Sequence[int], rank: int) -> float:
