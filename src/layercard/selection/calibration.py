@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-
 CEILING = 1.05
 """Performance at which the interval would close: a little over that of all layers, which some placements surpass."""
 
