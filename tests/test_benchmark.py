@@ -67,6 +67,12 @@ def whole(settings: BenchSettings, folder: Path, **more: Any) -> dict[str, Any]:
     return summarise(folder, bench_placements(settings, folder, GRID, times=False, **more))
 
 
+def share_cards(tmp_path: Path) -> None:
+    """Cards hold step times that were measured, and other processes do not see the patch of the peer's package."""
+    for part in ("cards", "scores"):
+        shutil.copytree(tmp_path / "a" / part, tmp_path / "b" / part)
+
+
 def outcome(summary: dict[str, Any]) -> str:
     return json.dumps(summary, sort_keys=True)
 
@@ -80,6 +86,7 @@ class Killed(BaseException):
 
 def test_killed_twice_and_resumed_gives_the_same_table(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = whole(settings, tmp_path / "a")
+    share_cards(tmp_path)
     real, calls = Group.run, 0
 
     def run_until(limit: int) -> Any:
@@ -110,8 +117,7 @@ def test_a_run_is_never_made_twice(settings: BenchSettings, tmp_path: Path, monk
 
 def test_two_processes_give_the_same_table(settings: BenchSettings, tmp_path: Path) -> None:
     alone = whole(settings, tmp_path / "a")
-    for part in ("cards", "scores"):  # made here, since the other processes do not see the patch of the peer's package
-        shutil.copytree(tmp_path / "a" / part, tmp_path / "b" / part)
+    share_cards(tmp_path)
     assert outcome(whole(settings, tmp_path / "b", workers=Workers(2))) == outcome(alone)
 
 
@@ -119,8 +125,7 @@ def test_two_processes_give_the_same_table(settings: BenchSettings, tmp_path: Pa
 def test_ray_gives_the_same_table(settings: BenchSettings, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     alone = whole(settings, tmp_path / "a")
-    for part in ("cards", "scores"):
-        shutil.copytree(tmp_path / "a" / part, tmp_path / "b" / part)
+    share_cards(tmp_path)
     assert outcome(whole(settings, tmp_path / "b", workers=Workers(1, "local"))) == outcome(alone)
 
 

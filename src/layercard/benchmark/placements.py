@@ -102,7 +102,7 @@ def keep_settings(settings: BenchSettings, folder: Path) -> None:
         )
 
 
-def prepare(settings: BenchSettings, folder: str, task: str) -> None:
+def prepare(settings: BenchSettings, folder: str, task: str, progress: Progress | None = None) -> None:
     """Make the card and the peers' scores of a task, from the same records."""
     base = base_model(settings)
     records = load_data(
@@ -110,7 +110,7 @@ def prepare(settings: BenchSettings, folder: str, task: str) -> None:
     )
     card, scores = card_file(Path(folder), task), scores_file(Path(folder), task)
     if not card.exists():
-        profile(base, records, ProfileSettings(rank=settings.rank)).save(card)
+        profile(base, records, ProfileSettings(rank=settings.rank, cost=True), progress).save(card)
     if not scores.exists():
         write_json(scores, {"task": task, "records": len(records), "scores": peer_scores(base, records.examples)})
 
@@ -162,5 +162,5 @@ def _jobs(settings: BenchSettings, folder: str, items: Iterable[Item], workers: 
 
 
 def _finish(workers: Workers, jobs: Sequence[Job], phase: str, tell: Progress) -> None:
-    for at, _ in enumerate(workers.run(jobs)):
+    for at, _ in enumerate(workers.run(jobs, tell)):
         tell(phase, at + 1, len(jobs))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from layercard.errors import BenchmarkError
+from layercard.models import Progress
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
-"""A function that can be pickled by name, and its arguments."""
+"""A function that can be pickled by name, and its arguments; it takes the progress callback as one more argument."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Workers:
     count: int = 1
     ray: str | None = None
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Any]:
+    def run(self, jobs: Sequence[Job], progress: Progress) -> Iterator[Any]:
         """Results of the jobs as they come in. An error in a job is raised here; what other jobs wrote stays.
+
+        Jobs in this process tell `progress` what they do; those elsewhere are only counted as they end.
 
         Raises:
             BenchmarkError: Ray is asked for and not installed, or its cluster cannot be reached.
@@ -34,7 +37,7 @@ class Workers:
         if self.ray is not None:
             yield from _on_ray(jobs, self.ray, self.count)
         elif self.count == 1 or len(jobs) < 2:
-            yield from (function(*arguments) for function, arguments in jobs)
+            yield from (function(*arguments, progress) for function, arguments in jobs)
         else:
             yield from _in_processes(jobs, self.count)
 
