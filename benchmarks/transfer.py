@@ -16,7 +16,8 @@ from layercard.benchmark.placements import bench_items, keep_settings, prepare, 
 from layercard.benchmark.runs import BenchSettings
 from layercard.benchmark.summary import Mean
 from layercard.benchmark.workers import Workers
-from layercard.transfer import Swap, transfer
+from layercard.card import LayerCard
+from layercard.transfer import Pair, Swap, Transfer, transfer
 
 FOLDER = RESULTS / "placements"
 K = 5
@@ -68,7 +69,7 @@ def main() -> None:
     write(cards, found, swaps, options.seeds, settings.rank)
 
 
-def write(cards, found, swaps, seeds, rank) -> None:  # type: ignore[no-untyped-def]
+def write(cards: list[tuple[str, LayerCard]], found: Transfer, swaps: list[tuple[Pair, Swap]], seeds: list[int], rank: int) -> None:
     """The two result tables."""
     names = [name for name, _ in cards]
     depth = cards[0][1].model.layers
