@@ -1,10 +1,10 @@
 """Which set model predicts how much a *set* of layers gains?
 
 Trains LoRA in random sets of 1 to 10 layers (resumable, one JSON a run, as `layercard bench placements` makes them), and prints for
-every set model Spearman's rank correlation of its value, from the card alone, with the measured loss reduction. The interval is a
-bootstrap over sets.
+every set model Spearman's rank correlation of its value, from the card alone, with the measured loss reduction, mean over seeds. The
+interval is a bootstrap over sets.
 
-    python benchmarks/set_gain.py --tasks e2e gsm8k
+    python benchmarks/set_gain.py --tasks e2e gsm8k --seeds 0 1
 """
 
 import argparse
@@ -36,12 +36,12 @@ def random_sets(depth: int) -> list[tuple[int, ...]]:
     return [tuple(sorted(draw.sample(range(depth), size))) for size in SIZES for _ in range(EACH)]
 
 
-def items(task: str, depth: int, settings: BenchSettings) -> list[Item]:
-    """The runs of a task; a learning rate that is not known yet is searched."""
+def items(task: str, seed: int, depth: int, settings: BenchSettings) -> list[Item]:
+    """The runs of a task and seed; a learning rate that is not known yet is searched."""
     found = []
     for layers in random_sets(depth):
         rate = find_rate(settings, str(FOLDER), task, nearest_count(len(layers), RATE_COUNTS), settings.rank)
-        found.append(Item(task, layers, 0, settings.rank, rate))
+        found.append(Item(task, layers, seed, settings.rank, rate))
     return found
 
 
@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tasks", nargs="+", default=["e2e", "gsm8k"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
     settings = BenchSettings(options.model, data_folder())
     keep_settings(settings, FOLDER)
@@ -76,12 +77,15 @@ def main() -> None:
     for task in options.tasks:
         prepare(settings, str(FOLDER), task)
         card = Chooser(FOLDER, task, settings.rank).card
-        runs = items(task, card.model.layers, settings)
-        run_items(settings, str(FOLDER), runs)
-        columns[task] = agreement(card, [item.layers for item in runs], reductions(runs))
+        runs = [items(task, seed, card.model.layers, settings) for seed in options.seeds]
+        for group in runs:
+            run_items(settings, str(FOLDER), group)
+        measured = np.mean([reductions(group) for group in runs], axis=0)
+        columns[task] = agreement(card, random_sets(card.model.layers), measured)
     rows = [[name, *(rounded(*columns[task][name]) for task in options.tasks)] for name in SET_MODELS]
     count = len(SIZES) * EACH
     title = f"Spearman's rank correlation of predicted and measured loss reduction, {count} random sets of {SIZES[0]} to {SIZES[-1]} layers"
+    title += f", {len(options.seeds)} seed(s)"
     report("set_gain", title, ["set model", *options.tasks], rows, steps=settings.steps)
 
 
