@@ -14,7 +14,7 @@ from layercard.files import write_json
 from layercard.models import BaseModel, Progress
 from layercard.timing import adapted_layers, training_step, usual_batch
 
-ROUNDS = 5
+ROUNDS = 3
 """Timed steps of each placement; the first, which allocates the optimiser's state, comes on top."""
 
 Sized = tuple[tuple[int, ...], int]
