@@ -225,7 +225,7 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for at, column in enumerate(columns):
         numeric = all(isinstance(row[at], int | float | None) for row in rows)
-        table.add_column(Text(column), justify="right" if numeric else "left")
+        table.add_column(Text(column), justify="right" if numeric else "left", no_wrap=at == 0)
     for row in rows:
         table.add_row(*(Text("–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)) for value in row))
     return table
