@@ -20,29 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from aletheia_lora import gradient_probe
-from torch.utils.data import Dataset as TorchDataset
-
 from common import report, task_file
-from layercard.data import Dataset, Example, batches, load_data
+from layercard.benchmark.peers import aletheia_scores
+from layercard.data import Dataset, batches, load_data
 from layercard.models import BaseModel, labelled_losses, load_model
 from layercard.profile import ProfileSettings, split_records
 from layercard.signals import fit_pass, held_out_pass
-
-
-class Records(TorchDataset):
-    """Records one by one, the form that aletheia-lora's loader takes."""
-
-    def __init__(self, examples: tuple[Example, ...]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
-        ids = torch.tensor(self.examples[at].input_ids)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def plain(base: BaseModel, dataset: Dataset, size: int) -> None:
@@ -66,8 +49,7 @@ def signals(base: BaseModel, dataset: Dataset, size: int) -> None:
 
 def aletheia(base: BaseModel, dataset: Dataset, size: int) -> None:
     """aletheia-lora's probe on every record."""
-    gradient_probe(base.model, Records(dataset.examples), len(base.blocks), probe_batches=len(dataset))
-    base.model.eval()
+    aletheia_scores(base, dataset.examples, len(dataset))
 
 
 def measured(run: Callable[[], None]) -> tuple[float, float]:

@@ -127,7 +127,11 @@ def shuffled(records: int, rows: int, seed: int) -> list[int]:
     >>> sorted(shuffled(3, 6, seed=0))
     [0, 0, 1, 1, 2, 2]
     """
-    generator = torch.Generator().manual_seed(seed)
+    return drawn(records, rows, torch.Generator().manual_seed(seed))
+
+
+def drawn(records: int, rows: int, generator: torch.Generator) -> list[int]:
+    """The places of `shuffled`, from a generator that draws more afterwards."""
     order: list[int] = []
     while len(order) < rows:
         order += torch.randperm(records, generator=generator).tolist()

@@ -15,7 +15,8 @@ import numpy as np
 from layercard.card import LayerCard, Sampled
 from layercard.errors import CardError
 from layercard.selection import performance_kept, select
-from layercard.statistics.coverage import coverage, demand, shrunk, similarity, smoothing_kernel
+from layercard.selection.models import probe_measure, set_similarity
+from layercard.statistics.coverage import coverage, demand, smoothing_kernel
 from layercard.statistics.ranks import noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows, stretches
 
 SCHEMA = "layercard-transfer/1"
@@ -270,8 +271,7 @@ def swap(source: str, target: str, card: LayerCard, layers: tuple[int, ...], own
 
     The interval of what is lost comes from the sampling error of the step probe; the coupling is taken as it is in the card.
     """
-    similar = shrunk(similarity(card.coupling))
-    probe = "step_probe" if card.layers[0].step_probe is not None else "predicted_gain"
+    similar, probe = set_similarity(card), probe_measure(card)
     gains = np.array(card.values(probe))
     moved = gains + noise(_deviations(card, probe), REPEATS, np.random.default_rng(seed))
 

@@ -75,15 +75,15 @@ def snr_scores(base: BaseModel) -> list[float]:
     return [sum(column) / len(column) for column in zip(*shares, strict=True)]
 
 
-def aletheia_scores(base: BaseModel, examples: Sequence[Example]) -> list[float]:
-    """The probe of the aletheia-lora package, as it is: batch size 1, loss on all tokens, train mode, weights in float32."""
+def aletheia_scores(base: BaseModel, examples: Sequence[Example], probe_batches: int = ALETHEIA_BATCHES) -> list[float]:
+    """The probe of the aletheia-lora package, as it is: batch size 1, loss on all tokens, train mode, in the model's own dtype."""
     try:
         from aletheia_lora import gradient_probe
     except ImportError:
         raise BenchmarkError("the gradient_norm strategy runs aletheia-lora's own probe; pip install 'layercard[bench]'") from None
     with frozen(base.model):
         try:
-            found = gradient_probe(base.model, _Records(examples), len(base.blocks), probe_batches=min(ALETHEIA_BATCHES, len(examples)))
+            found = gradient_probe(base.model, _Records(examples), len(base.blocks), probe_batches=min(probe_batches, len(examples)))
         finally:
             base.model.zero_grad(set_to_none=True)
     return [float(found[layer]) for layer in range(len(base.blocks))]

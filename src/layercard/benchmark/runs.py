@@ -20,6 +20,7 @@ from layercard.benchmark.tasks import TaskData, general_examples, load_task, tra
 from layercard.data import Example
 from layercard.evaluation import generate, score_texts
 from layercard.files import write_json
+from layercard.indices import stretches
 from layercard.memory import PeakMemory
 from layercard.models import BaseModel, Progress, describe, load_model
 from layercard.probe import ProbeTraining, RecordLosses, ReplayedSet, trained
@@ -89,12 +90,7 @@ def compact(layers: Sequence[int]) -> str:
     >>> compact((0, 1, 2, 9, 14, 15))
     '0-2.9.14.15'
     """
-    parts: list[list[int]] = []
-    for layer in sorted(layers):
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
+    parts = stretches(sorted(layers))
     words = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ".".join(map(str, part)) for part in parts]
     return ".".join(words)
 

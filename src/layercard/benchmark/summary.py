@@ -17,8 +17,7 @@ from layercard.benchmark.placements import record_of
 from layercard.benchmark.times import time_file
 from layercard.errors import BenchmarkError
 from layercard.files import read_json
-
-LEVEL = 0.95
+from layercard.statistics.intervals import LEVEL
 
 
 @dataclass(frozen=True)

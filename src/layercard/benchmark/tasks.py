@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from layercard.data import Dataset, Example, load_data
+from layercard.data import Dataset, Example, drawn, load_data
 from layercard.errors import BenchmarkError
 from layercard.models import BaseModel
 
@@ -108,10 +108,7 @@ def training_order(examples: Sequence[Example], batch_size: int, steps: int, see
     The order depends on the seed alone, so every placement sees the same batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows: list[int] = []
-    while len(rows) < steps * batch_size:
-        rows += torch.randperm(len(examples), generator=generator).tolist()
-    rows = rows[: steps * batch_size]
+    rows = drawn(len(examples), steps * batch_size, generator)
     ordered: list[Example] = []
     for start in range(0, len(rows), group * batch_size):
         chunk = sorted(rows[start : start + group * batch_size], key=lambda row: len(examples[row].input_ids))

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from layercard.files import write_text
+from layercard.indices import listed
 from layercard.report.figures import BLUE, ORANGE
 from layercard.report.frames import Json, number
-from layercard.report.predictions import listed, percent
+from layercard.report.predictions import percent
 
 GREY = "#8a929c"
 TITLES = {"time": ("step_time", "step time"), "memory": ("peak_memory", "peak memory")}
@@ -62,7 +63,7 @@ def row_of(point: Json) -> list[str]:
         f"{100 * time:.0f}%",
         f"{100 * memory:.0f}%",
         str(len(point["layers"])),
-        listed(point["layers"]),
+        listed(point["layers"], " "),
     ]
 
 
@@ -91,7 +92,7 @@ def front_figure(front: Json, name: str) -> go.Figure:
         mode="lines+markers",
         line={"color": BLUE, "width": 2},
         marker={"size": 7, "color": BLUE},
-        hovertext=[f"layers {listed(point['layers'])}: {percent(found)}" for point, found in known],
+        hovertext=[f"layers {listed(point['layers'], ' ')}: {percent(found)}" for point, found in known],
         hoverinfo="text",
     )
     plain = [(point, number(point["performance_kept"])) for point in front["baselines"]]

@@ -1,6 +1,6 @@
 """What a placement is predicted to keep and to cost, in words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from layercard.report.frames import Json, Number, number, short
@@ -32,21 +32,6 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
     for at, note in enumerate(note for note in notes if note):
         rows["Note" if at == 0 else f"Note {at + 1}"] = str(note)
     return rows
-
-
-def listed(layers: Sequence[int]) -> str:
-    """Ascending indices in short form.
-
-    >>> listed([0, 1, 2, 5, 7, 8])
-    '0-2 5 7-8'
-    """
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return " ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def percent(kept: Number) -> str:

@@ -16,9 +16,14 @@ RIDGE = 0.05
 """Added to the diagonal of ρ, so that layers that are nearly alike do not blow up the inverse."""
 
 
+def probe_measure(card: LayerCard) -> str:
+    """Name of the measure that `probe_of` gives."""
+    return "step_probe" if card.layers[0].step_probe is not None else "predicted_gain"
+
+
 def probe_of(card: LayerCard) -> list[float]:
     """The gain of each layer's own step: the step probe or, where it was not run, the quadratic model's."""
-    return card.values("step_probe" if card.layers[0].step_probe is not None else "predicted_gain")
+    return card.values(probe_measure(card))
 
 
 def layer_weights(card: LayerCard) -> np.ndarray:

@@ -1,11 +1,11 @@
 """The three objectives as problems for the solver, and what to say where nothing meets them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layercard.card import LayerCard, cost_of
 from layercard.cost import CostModel, Linear
 from layercard.errors import SelectionError
+from layercard.indices import listed
 from layercard.selection.budgets import Budgets, amount, kind, label, option
 from layercard.selection.calibration import coverage_share, performance_kept
 from layercard.selection.models import layer_weights, set_similarity
@@ -134,18 +134,3 @@ def _nearest(asked: Question, problem: Problem) -> str | None:
             words = f"the least {label(budget.name)} that would do is {amount(kind(budget.name), cheapest.cost, asked.cost)}"
             found.append((cheapest.cost / budget.limit, f"{words}, with layers {listed(cheapest.layers)}"))
     return min(found)[1] if found else None
-
-
-def listed(layers: Sequence[int]) -> str:
-    """Ascending indices in short form.
-
-    >>> listed([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -10,10 +10,11 @@ import numpy as np
 from layercard.card import LayerCard, cost_of
 from layercard.cost import CostModel
 from layercard.errors import SelectionError
+from layercard.indices import listed
 from layercard.selection.budgets import Budgets
 from layercard.selection.calibration import performance_kept
 from layercard.selection.models import coverage_of, layer_weights, set_similarity
-from layercard.selection.objectives import LAYERS, answer, listed, question
+from layercard.selection.objectives import LAYERS, answer, question
 from layercard.selection.placement import Placement
 from layercard.selection.ranks import shared_ranks
 from layercard.selection.strategies import strategy_layers
