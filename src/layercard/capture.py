@@ -188,18 +188,18 @@ def replayed(blocks: Sequence[Block], start: int, entry: torch.Tensor) -> Iterat
 
     with ExitStack() as stack:
         for block in blocks[:start]:
-            stack.enter_context(_skipped(block.module))
+            stack.enter_context(replaced(block.module, skip))
         stack.callback(blocks[start].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
-def _skipped(module: nn.Module) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` stand in for the module's own for the length of a `with` block; replacements nest, the innermost is called first.
+
+    `forward` gets what the module's own would get. To run the module's own, keep `module.forward` from before.
+    """
     own = module.__dict__.get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return _entering(args, kwargs)[0]
-
     module.forward = forward
     try:
         yield
@@ -208,6 +208,11 @@ def _skipped(module: nn.Module) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """A block's forward that hands on what enters it."""
+    return _entering(args, kwargs)[0]
 
 
 @contextmanager
