@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from layercard.errors import TrainingError
 from layercard.layers import Block, find_blocks
@@ -29,6 +29,11 @@ class Anatomy:
     blocks: tuple[Block, ...]
     lowest: int
     below: tuple[str, ...]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of the decoder."""
+        return self.decoder.config if isinstance(self.decoder, PreTrainedModel) else self.causal.config
 
     @property
     def final_norm(self) -> nn.Module | None:
