@@ -72,16 +72,23 @@ def read_json(path: str | Path, error: type[LayercardError], what: str) -> dict[
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file; name an existing {what}") from None
     except IsADirectoryError:
         raise error(f"{path} is a folder; name the {what} file in it") from None
     except OSError as problem:
         raise error(f"{path}: {problem.strerror or problem}; name a readable {what}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
+    return parse_json(data, str(path), error, what)
+
+
+def parse_json(data: bytes, source: str, error: type[LayercardError], what: str) -> dict[str, Any]:
+    """The JSON object in `data`, UTF-8; `source` names it in messages, the rest is as in `read_json`."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as problem:  # not UTF-8, no JSON, a number of thousands of digits, or nested too deeply
         detail = f"line {problem.lineno}: {problem.msg}" if isinstance(problem, json.JSONDecodeError) else type(problem).__name__
-        raise error(f"{path} is no whole {what} ({detail}); it may be truncated, so make it again") from None
+        raise error(f"{source} is no whole {what} ({detail}); it may be truncated, so make it again") from None
     if not isinstance(value, dict):
-        raise error(f"{path} is no {what}: expected a JSON object, found {type(value).__name__}")
+        raise error(f"{source} is no {what}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -8,7 +8,7 @@ from typing import Any
 def command_lines(card: Mapping[str, Any], placement: Mapping[str, Any] | None, comparison: Mapping[str, Any] | None) -> list[str]:
     """One command line for each file that is given, in the order in which they are run."""
     lines = [_profile(card)]
-    if placement is not None:
+    if placement is not None and placement["objective"] != "given":  # what was named by hand has no rule behind it
         lines.append(_select(placement))
     if comparison is not None:
         lines.append(_compare(comparison, placement))

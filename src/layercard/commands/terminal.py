@@ -1,6 +1,7 @@
 """What commands share at the terminal: progress on stderr, results on stdout."""
 
 import json
+import os
 import sys
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,10 @@ def emit_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+PROGRESS = "LAYERCARD_PROGRESS"
+"""Environment variable; with the value `lines` progress is written for programs: a tab-separated line `progress PHASE DONE TOTAL`."""
+
+
 class Display:
     """Progress bars on stderr, one for each phase; it is itself the callback that the library calls.
 
@@ -26,6 +31,7 @@ class Display:
     """
 
     def __init__(self) -> None:
+        self._lines = os.environ.get(PROGRESS) == "lines"
         columns = (TextColumn("{task.description:<16}"), BarColumn(30), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -40,6 +46,9 @@ class Display:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a phase are behind us."""
+        if self._lines:
+            sys.stderr.write(f"progress\t{phase}\t{done}\t{total}\n")
+            sys.stderr.flush()
         task, before = self._tasks.get(phase, (None, 0))
         if task is None or done < before:
             task = self._bars.add_task(phase, total=total)

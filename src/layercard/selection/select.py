@@ -1,7 +1,7 @@
 """From a Layer Card to a placement."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from layercard.selection.budgets import Budgets
 from layercard.selection.calibration import performance_kept
 from layercard.selection.models import coverage_of, layer_weights, set_similarity
 from layercard.selection.objectives import LAYERS, answer, question
-from layercard.selection.placement import Placement
+from layercard.selection.placement import Placement, check_layers
 from layercard.selection.ranks import shared_ranks
+from layercard.selection.solver import SECONDS
 from layercard.selection.strategies import strategy_layers
 from layercard.statistics.coverage import covered_by, similarity
 
@@ -25,6 +26,7 @@ WHY = {
     "performance": "best coverage",
     "cost": "cheapest to train",
     "balanced": "cheapest placement that keeps the wanted performance",
+    "given": "named by hand",
 }
 """What each objective takes a layer for."""
 BASELINES = ("last", "middle", "uniform")
@@ -39,6 +41,7 @@ def select(
     strategy: str | None = None,
     budgets: Budgets | None = None,
     seed: int = 0,
+    seconds: float = SECONDS,
 ) -> Placement:
     """Choose layers.
 
@@ -52,6 +55,7 @@ def select(
         strategy: A plain placement instead (`strategy_layers`); objective and budgets are not used then.
         budgets: Limits on step time, memory, adapter weights and latency, and the least performance.
         seed: Of the random strategy.
+        seconds: Time limit of each search; where it is reached, the solver's status says so, with the gap to the proven bound.
 
     Returns:
         The placement. `predicted` has `performance_kept` (value, low, high; 1 is all layers), `step_time`, `peak_memory`, `parameters`
@@ -71,13 +75,22 @@ def select(
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(OBJECTIVES)}"
         raise SelectionError(f"objective {objective!r} is unknown; {hint}")
     budgets = budgets or Budgets()
-    solution, remark = answer(question(card, objective, k, budgets))
+    solution, remark = answer(question(card, objective, k, budgets), seconds)
     gap = None if solution.gap is None else float(f"{solution.gap:.3g}")
     notes: dict[str, Any] = {"solver": {"status": solution.status, "gap": gap}}
     if remark is not None:
         notes["remark"] = remark
     placement = _placement(card, solution.layers, objective, notes, {"k": k, **budgets.given()})
     return replace(placement, predicted={**placement.predicted, "baseline": as_good(card, placement)})
+
+
+def given(card: LayerCard, layers: Iterable[Any]) -> Placement:
+    """The placement of the layers that are named, with what the card predicts of them.
+
+    Raises:
+        PlacementError: Empty, repeated, or not in the model.
+    """
+    return _placement(card, check_layers(layers, card.model.layers), "given", {}, {})
 
 
 def predict(card: LayerCard, layers: Sequence[int]) -> dict[str, Any]:
