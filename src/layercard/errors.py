@@ -9,7 +9,8 @@ LayercardError
 ├── SelectionError   an objective or budget that no placement meets
 ├── OutputError      an output that exists or cannot be written
 ├── TrainingError    a training run that cannot start, resume or be trusted
-└── BenchmarkError   a benchmark whose tasks, strategies or folder cannot be used
+├── BenchmarkError   a benchmark whose tasks, strategies or folder cannot be used
+└── ReportError      files that make no report, or figures that the calculator cannot use
 ```
 
 The message of each is one line: what was wrong, what was found, how to mend it. The command line prints it and exits with 2.
@@ -50,3 +51,7 @@ class TrainingError(LayercardError):
 
 class BenchmarkError(LayercardError):
     """A benchmark cannot start: an unknown task or strategy, or a folder that holds another benchmark."""
+
+
+class ReportError(LayercardError):
+    """Files do not make a report together, or a figure for the calculator is out of range."""
