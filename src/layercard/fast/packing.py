@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from layercard.capture import replaced
 from layercard.fast.anatomy import Anatomy, anatomy
+from layercard.fast.positions import needed, needing
 
 NAME = "layercard_records"
 """The attention implementation by which transformers finds `attention` and `mask`."""
@@ -174,9 +175,11 @@ class _Packing:
         positions = kwargs.get("position_ids")
         columns = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
         packed = {"input_ids": ids[seen][None], "attention_mask": None, "position_ids": columns.expand_as(ids)[seen][None]}
+        wanted = needed()
         token = _packed.set(Records.of(seen))
         try:
-            output = self.run(**{**kwargs, **packed, "use_cache": False})
+            with needing(None if wanted is None else wanted[seen][None]):
+                output = self.run(**{**kwargs, **packed, "use_cache": False})
         finally:
             _packed.reset(token)
         self.done.tokens += packed["input_ids"].numel()
