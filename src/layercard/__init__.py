@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from layercard.card import LayerCard as LayerCard
     from layercard.data import load_data as load_data
     from layercard.errors import LayercardError as LayercardError
+    from layercard.fast.callbacks import CutBackward as CutBackward
+    from layercard.fast.cut import cut_backward as cut_backward
     from layercard.models import load_model as load_model
     from layercard.profile import ProfileSettings as ProfileSettings
     from layercard.selection import Placement as Placement
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
     from layercard.settings import TrainSettings as TrainSettings
 
 _HOMES = {
+    "CutBackward": "layercard.fast.callbacks",
     "LayerCard": "layercard.card",
     "LayercardError": "layercard.errors",
     "Placement": "layercard.selection",
     "ProfileSettings": "layercard.profile",
     "TrainSettings": "layercard.settings",
+    "cut_backward": "layercard.fast.cut",
     "load_data": "layercard.data",
     "load_model": "layercard.models",
     "select": "layercard.selection",

@@ -128,6 +128,12 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tens
     return kwargs["hidden_states"], lambda hidden: (args, {**kwargs, "hidden_states": hidden})
 
 
+def detach_entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """A block's arguments `(args, kwargs)` with the hidden states that enter it cut off from what made them."""
+    hidden, put = _entering(args, kwargs)
+    return put(hidden.detach())
+
+
 class _AllRecorded(Exception):
     """The last wanted block was reached; what lies above need not run."""
 

@@ -1,0 +1,197 @@
+"""The backward cut: nothing below the lowest trained block takes part in backward, and nothing below it is recomputed.
+
+A frozen block needs no backward pass unless something below it trains. Stock libraries run one all the same with gradient checkpointing
+on: `gradient_checkpointing_enable`, PEFT and TRL hook the input embedding so that its output requires a gradient, and from there on
+every block is in the graph and computed a second time. Here, with s the lowest block that holds a trainable weight:
+
+- blocks below s run under `torch.no_grad()`, without checkpointing;
+- what enters block s is detached, so no hook on the embedding can put the blocks below back into the graph;
+- blocks from s on keep the checkpointing that was asked for, always the non-reentrant kind: the reentrant kind loses the gradients of a
+  block whose input requires none.
+
+Losses and gradients of the trained weights are those of stock training, bit for bit but for the order of sums.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from layercard.capture import detach_entry, replaced
+from layercard.errors import TrainingError
+from layercard.fast.anatomy import Anatomy, anatomy
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where backward stops.
+
+    Attributes:
+        lowest: Index of the lowest block that takes part in backward; `layers` where only the head trains.
+        layers: Number of blocks.
+    """
+
+    lowest: int
+    layers: int
+
+    @property
+    def layers_in_backward(self) -> str:
+        """Blocks in backward, of all: `5/30`."""
+        return f"{self.layers - self.lowest}/{self.layers}"
+
+    def __str__(self) -> str:
+        return f"layers in backward: {self.layers_in_backward}"
+
+
+@contextmanager
+def cut_backward(model: nn.Module) -> Iterator[Cut]:
+    """Stop backward at the lowest trained block, for any training loop inside the `with` block.
+
+    ```python
+    with cut_backward(peft_model) as cut:
+        print(cut)  # layers in backward: 5/30
+        trainer.train()
+    ```
+
+    Checkpointing may be switched on before or inside the block, in either kind. What changes lasts for one forward pass of the
+    decoder at a time, so flags and functions of checkpointing read as the user set them. The embedding's input-gradient hooks are taken
+    off and come back at the end, also when the block raises. Adapters must be in place, and weights frozen, before the block begins.
+
+    Args:
+        model: A transformers model, or a PEFT, DistributedDataParallel or FSDP model around one.
+
+    Yields:
+        The `Cut`: where it is, and a line that says so.
+
+    Raises:
+        TrainingError: Nothing trains; something below the blocks trains (a prompt, a prefix, an embedding, also through a tied head), so
+            that its gradient must pass through every block; or, at a forward pass inside, a block below the cut has become trainable.
+        ModelError: The model has no decoder blocks.
+    """
+    parts = anatomy(model)
+    _check(model, parts)
+    with ExitStack() as stack:
+        take_off = stack.enter_context(_no_input_gradients(parts.causal))
+        stack.enter_context(replaced(parts.decoder, _decoder_forward(parts, take_off)))
+        for block in parts.blocks[: parts.lowest]:
+            stack.enter_context(replaced(block.module, _without_graph(block.module.forward)))
+        for block in parts.blocks[parts.lowest : parts.lowest + 1]:
+            stack.enter_context(replaced(block.module, _from_detached(block.module.forward)))
+        yield Cut(parts.lowest, len(parts.blocks))
+
+
+def _check(model: nn.Module, parts: Anatomy) -> None:
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise TrainingError("no weight of the model requires a gradient; add adapters first (get_peft_model), then cut the backward pass")
+    if parts.below:
+        more = f" and {len(parts.below) - 1} more" if len(parts.below) > 1 else ""
+        raise TrainingError(
+            f"backward cannot be cut: {parts.below[0]}{more} trains below the blocks, so its gradient passes through all of them; "
+            "freeze it (no prompt or prefix tuning, no trainable or tied embedding), or train without the cut"
+        )
+
+
+def _without_graph(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A frozen block below the cut."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return own(*args, **kwargs)
+
+    return forward
+
+
+def _from_detached(own: Callable[..., Any]) -> Callable[..., Any]:
+    """The block at the cut."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = detach_entry(args, kwargs)
+        return own(*args, **kwargs)
+
+    return forward
+
+
+def _decoder_forward(parts: Anatomy, take_off: Callable[[], None]) -> Callable[..., Any]:
+    """The decoder's forward with checkpointing where backward goes, and with a look at what trains."""
+    own = parts.decoder.forward
+    frozen = [weight for block in parts.blocks[: parts.lowest] for weight in block.module.parameters()]
+    below = [layer for block in parts.blocks[: parts.lowest] for layer in _checkpointing(block.module)]
+    above = [layer for block in parts.blocks[parts.lowest :] for layer in _checkpointing(block.module)]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if any(weight.requires_grad for weight in frozen):
+            raise TrainingError(
+                f"a weight below block {parts.lowest} has become trainable since the backward pass was cut there; "
+                "leave the cut, or enter it after the weights are chosen"
+            )
+        take_off()
+        with _checkpointed(parts.decoder, below, above):
+            return own(*args, **kwargs)
+
+    return forward
+
+
+def _checkpointing(block: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers of a block that checkpoint themselves: in transformers 5 the block itself."""
+    return [module for module in block.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _checkpointed(decoder: nn.Module, below: list[GradientCheckpointingLayer], above: list[GradientCheckpointingLayer]) -> Iterator[None]:
+    """No checkpointing in `below`, non-reentrant checkpointing in `above` where it is on.
+
+    Models from the hub written for transformers 4 checkpoint in the decoder's forward, by a function of the decoder's. Non-reentrant
+    it does no harm below the cut: a block without a graph is not computed again.
+    """
+    with ExitStack() as stack:
+        for layer in below:
+            if layer.gradient_checkpointing:
+                stack.enter_context(_holding(layer, "gradient_checkpointing", False))
+        for layer in (*above, decoder):
+            if vars(layer).get("gradient_checkpointing"):
+                asked = vars(layer)["_gradient_checkpointing_func"]
+                stack.enter_context(_holding(layer, "_gradient_checkpointing_func", partial(asked, use_reentrant=False)))
+        yield
+
+
+@contextmanager
+def _holding(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute of a module's own have another value for the length of a `with` block."""
+    before = vars(module)[name]
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        vars(module)[name] = before
+
+
+@contextmanager
+def _no_input_gradients(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
+    """Take the input-gradient hooks off the embedding; whoever put them on, before or meanwhile, has them back afterwards.
+
+    Yields:
+        A function that takes them off again, for those that were put on meanwhile.
+    """
+    removed = False
+
+    def take_off() -> None:
+        nonlocal removed
+        removed = removed or _hooked(model)
+        model.disable_input_require_grads()
+
+    take_off()
+    try:
+        yield take_off
+    finally:
+        if removed and not _hooked(model):
+            model.enable_input_require_grads()
+
+
+def _hooked(model: PreTrainedModel) -> bool:
+    return bool(vars(model).get("_require_grads_hooks"))
