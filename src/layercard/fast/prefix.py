@@ -1,0 +1,156 @@
+"""The frozen-prefix cache: what enters the lowest trained block is computed once a record, and read in every later pass.
+
+Below the lowest trained block s nothing changes during training, so the hidden states that enter it are a function of a record's tokens
+and positions alone (`rows`). They are kept in memory or on disk (`store`) when a record is first seen; there is no separate pass to fill
+the cache. When all or some records of a batch are known, the frozen blocks run on the others only, or not at all, and block s goes on
+from the known hidden states. Masks, positions and all blocks from s on are the model's own work as ever.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layercard.capture import replaced
+from layercard.errors import OutputError, TrainingError
+from layercard.fast.anatomy import anatomy
+from layercard.fast.calls import Wrapped
+from layercard.fast.frozen import Frozen, layerdrop, obstacle, randomness, sharded
+from layercard.fast.prefix_cache import PASSES, PrefixCache
+from layercard.fast.store import room
+
+__all__ = ["PrefixCache", "frozen_prefix"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What hidden states may be kept in, beside the type they are computed in."""
+
+
+@contextmanager
+def frozen_prefix(
+    model: nn.Module,
+    cache: str | Path | None = None,
+    *,
+    max_bytes: int | None = None,
+    dtype: str | None = None,
+    dropout: str = "refuse",
+    passes: float = PASSES,
+    tokens: int | None = None,
+    tokenizer: Any = None,
+    always: bool = False,
+    strict: bool = True,
+) -> Iterator[PrefixCache]:
+    """Compute the frozen blocks below the lowest trained one once a record, for any training loop inside the `with` block.
+
+    ```python
+    with frozen_prefix(peft_model, cache="hidden-states", tokenizer=tokenizer, passes=3) as prefix:
+        trainer.train()
+    print(prefix)  # frozen prefix of 25/30 blocks: 1648 of 2472 records read from the cache; …
+    ```
+
+    Records are known by their tokens and positions, so order, batch size and padding do not matter; the first epoch fills the cache, and
+    later epochs, evaluations and, with a folder, other processes and later runs read it. Losses and gradients are those without it, up to
+    rounding. What cannot be kept record by record runs as ever and is counted in `untouched`: generation, batches with holes in the mask
+    or with four-dimensional masks, embeddings given instead of tokens, hidden states or attention weights asked for, and batches with
+    labels on padding. (Loss that is computed outside the model must not look at padded positions: they hold zeros.) Where a training step
+    does not say whether it wants a cache of keys and values, it gets none.
+
+    Enter it before `unpadded` and after `cut_backward`.
+
+    Args:
+        model: A transformers model, or a PEFT or DistributedDataParallel model around one, with its adapters in place.
+        cache: A folder for the hidden states, which runs may share: below it each set of frozen weights, tokenizer, dtype, depth and
+            library versions has its own, so a mismatch is never read. Without a folder they are kept in memory.
+        max_bytes: What this cache may take; half of the free disk, or a quarter of the free memory where it is not given.
+        dtype: `bfloat16` or `float16` keep hidden states in two bytes each. Rounding float32 hidden states to bfloat16 changes each
+            number by up to 0.4 %, in the first epoch as in later ones, so the adapter is trained on slightly other inputs than those it
+            will see: losses then agree to about three digits. Not given, the type that the model computes in is kept, exactly.
+        dropout: `refuse` models that draw random numbers below block s in training, or `off`: run embeddings and frozen blocks in
+            evaluation mode, which is another training run than with dropout there, and says so in `notes`.
+        passes: Passes over the data that are expected, evaluations included.
+        tokens: Real tokens of the data set, for the forecast of what the cache takes; not given, it is filled up to its limit.
+        tokenizer: Becomes part of the folder's fingerprint.
+        always: Keep the cache on where the forecast says that it loses.
+        strict: Raise where the cache cannot be used; otherwise it is yielded switched off, with the reason.
+
+    Yields:
+        A `PrefixCache`: counts that go on, `active`, `reason`, and one line as its `str`.
+
+    Raises:
+        TrainingError: Something below block s trains or draws random numbers, nothing is frozen there, blocks hand each other more than
+            hidden states, or the model is spread over processes; or, at a forward pass inside, a frozen weight has become trainable.
+        OutputError: The folder cannot be made.
+        ModelError: The model has no decoder blocks.
+    """
+    found = _prepare(model, cache, max_bytes, dtype, dropout, passes, tokens, tokenizer, always)
+    if found.reason and strict and not found.forecast:
+        raise TrainingError(f"the frozen prefix cannot be kept: {found.reason}")
+    if not found.active:
+        yield found
+        return
+    parts = found.frozen.parts
+    wrapped = Wrapped(found, parts.decoder.forward, tuple(inspect.signature(type(parts.decoder).forward).parameters)[1:])
+    with ExitStack() as stack:
+        stack.enter_context(replaced(parts.causal, wrapped.outer(parts.causal.forward, type(parts.causal))))
+        stack.enter_context(replaced(parts.decoder, wrapped.decoder()))
+        for block in parts.blocks[: parts.lowest]:
+            stack.enter_context(replaced(block.module, wrapped.block(block.index, block.module.forward)))
+        stack.callback(found.flush)
+        yield found
+
+
+def _prepare(
+    model: nn.Module,
+    cache: str | Path | None,
+    max_bytes: int | None,
+    dtype: str | None,
+    dropout: str,
+    passes: float,
+    tokens: int | None,
+    tokenizer: Any,
+    always: bool,
+) -> PrefixCache:
+    """The cache before the first batch; switched off, with the reason, where it cannot or should not be used."""
+    if dropout not in ("refuse", "off"):
+        raise TrainingError(f"dropout {dropout!r} is unknown; choose 'refuse' or 'off'")
+    if dtype is not None and dtype not in DTYPES:
+        raise TrainingError(f"dtype {dtype!r} is unknown; choose {', '.join(DTYPES)}, or leave it out for the model's own")
+    parts = anatomy(model)
+    folder = None if cache is None else Path(cache)
+    frozen = Frozen(parts, parts.lowest)
+    found = PrefixCache(frozen, folder, 0, DTYPES[dtype] if dtype else None, tokenizer, dropout == "off", always, passes, tokens)
+    reason = sharded(model) or obstacle(frozen) or _random(frozen, found)
+    if reason:
+        found.turn_off(reason)
+        return found
+    if folder is not None:
+        _make(folder)
+        found.measure_disk()
+    found.limit = room(folder) if max_bytes is None else max_bytes
+    found.watch_weights()
+    found.judge(parts.config.hidden_size, (found.dtype or parts.causal.dtype).itemsize, filled=False)
+    return found
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the cache folder {folder}: {error.strerror or error}; name another") from error
+
+
+def _random(frozen: Frozen, found: PrefixCache) -> str:
+    """Why random numbers forbid the cache; what is done about them goes into its notes."""
+    if layerdrop(frozen):
+        return f"layerdrop {layerdrop(frozen):g} leaves out whole blocks by chance; set it to 0"
+    drawn = randomness(frozen)
+    if not drawn:
+        return ""
+    few = ", ".join(drawn[:2]) + (f" and {len(drawn) - 2} more" if len(drawn) > 2 else "")
+    if not found.evaluate:
+        return f"random numbers are drawn below block {frozen.depth} ({few}); set them to 0 in the config, or pass dropout='off'"
+    found.notes.append(f"dropout is off below block {frozen.depth} ({few})")
+    return ""
