@@ -1,9 +1,11 @@
 """The command line: `layercard COMMAND`. Results go to stdout, progress and errors to stderr.
 
-What a user can mend ends in one line, `error: …`, and exit status 2; an interrupt in status 130.
+What a user can mend ends in one line, `error: …`, and exit status 2; an interrupt in status 130, SIGTERM in 143. Of several processes
+(`torchrun`, `accelerate launch`) the first one speaks; another one only where it failed by itself.
 """
 
 import io
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,10 +24,12 @@ from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.train import train
 from layercard.commands.transfer import transfer
-from layercard.errors import LayercardError
+from layercard.errors import LayercardError, ProcessError
+from layercard.processes import is_first
 
 MENDABLE = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 _ClickError: type[Exception] = typer.BadParameter.__mro__[2]  # typer has no public name for it
 
@@ -65,6 +69,10 @@ def layercard(
     """
 
 
+class _Terminated(BaseException):
+    """SIGTERM came; no `except Exception` on the way may hold it up."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command and give its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -72,11 +80,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(args=list(arguments) or ["--help"], prog_name="layercard", standalone_mode=False)
     except LayercardError as error:
-        return _fail(str(error))
+        return _fail(str(error), speaks=is_first() or isinstance(error, ProcessError))
     except _ClickError as error:
-        return _fail(_usage(error))
+        return _fail(_usage(error), speaks=is_first())
+    except _Terminated:
+        return _say("terminated", TERMINATED)
     if status == INTERRUPTED:
-        sys.stderr.write("interrupted\n")
+        return _say("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 
@@ -86,13 +96,26 @@ def _usage(error: Any) -> str:
     return f"{error.format_message().rstrip('.')}; see {command} --help"
 
 
-def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+def _fail(message: str, *, speaks: bool) -> int:
+    if speaks:
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return MENDABLE
+
+
+def _say(word: str, status: int) -> int:
+    if is_first():
+        sys.stderr.write(f"{word}\n")
+    return status
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    raise _Terminated
 
 
 def main() -> None:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 
 

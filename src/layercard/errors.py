@@ -9,6 +9,7 @@ LayercardError
 ├── SelectionError   an objective or budget that no placement meets
 ├── OutputError      an output that exists or cannot be written
 ├── TrainingError    a training run that cannot start, resume or be trusted
+│   └── ProcessError one process of several failed by itself
 ├── BenchmarkError   a benchmark whose tasks, strategies or folder cannot be used
 └── ReportError      files that make no report, or figures that the calculator cannot use
 ```
@@ -47,6 +48,10 @@ class OutputError(LayercardError):
 
 class TrainingError(LayercardError):
     """A training run cannot start, resume or be trusted."""
+
+
+class ProcessError(TrainingError):
+    """One process of a run in several failed by itself; the others do not know why."""
 
 
 class BenchmarkError(LayercardError):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from layercard import processes
 from layercard.data import IGNORED, Batch
 from layercard.errors import ModelError
 from layercard.layers import Block, find_blocks
@@ -123,7 +124,7 @@ def labelled_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
     rows, before = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     targets = batch.labels[rows, before + 1]
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if rows.numel() > 0 and _keeps_logits(model):
+    if rows.numel() > 0 and keeps_logits(model):
         keep, column = torch.unique(before, return_inverse=True)
         logits = model(**inputs, logits_to_keep=keep).logits
     else:
@@ -141,20 +142,23 @@ def labelled_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
     return cross_entropy(logits.float(), targets, reduction="none"), rows
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model's head can be asked to run on some positions only (`logits_to_keep`)."""
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a name stands for (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`).
+    """The device that a name stands for (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`); `cuda` is this process's GPU where there are several.
 
     Raises:
         ModelError: The name is unknown, or there is no such device.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and processes.count() > 1:
+        name = f"cuda:{processes.local_rank()}"
     family = name.partition(":")[0]
     if family not in ("cpu", "cuda", "mps"):
         raise ModelError(f"device {name!r} is unknown; choose auto, cpu, cuda or mps")

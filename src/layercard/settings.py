@@ -22,7 +22,7 @@ class TrainSettings:
         learning_rate: Peak learning rate of AdamW.
         steps: Number of updates; or give `epochs`. One epoch when neither is given.
         epochs: Passes over the data, rounded up to whole steps.
-        batch_size: Records that go through the model at once.
+        batch_size: Records that go through the model at once, in all processes together: each of W processes takes `batch_size / W`.
         accumulation: Batches in one update.
         warmup_ratio: Share of the steps in which the learning rate rises.
         scheduler: One of `SCHEDULERS`.

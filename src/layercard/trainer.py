@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
+from layercard import processes
 from layercard.data import IGNORED, Batch, Dataset, Example, collate, shuffled
-from layercard.errors import TrainingError
+from layercard.errors import ProcessError, TrainingError
 from layercard.files import read_json, write_json
 from layercard.memory import PeakMemory
 from layercard.models import Progress, labelled_losses
@@ -28,7 +29,7 @@ LOG_FILE = "log.json"
 
 @dataclass
 class TrainLog:
-    """What training did so far.
+    """What training did so far, in all processes together but for the time.
 
     Attributes:
         losses: Training loss of each step, in nats per labelled token, before that step's update.
@@ -36,7 +37,7 @@ class TrainLog:
             counted takes about a tenth longer for it.
         tokens: Tokens gone through, padding not counted.
         peak_bytes: Memory that training takes at its peak above the frozen model: adapters and optimiser state, and the growth during
-            the step with the largest batch (activations, gradients, logits).
+            the step with the largest batch (activations, gradients, logits); of the first process, where there are several.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -64,11 +65,7 @@ def fit(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
-            raise TrainingError(
-                f"memory ran out with {settings.batch_size} records in a batch; lower the batch size (and raise accumulation), "
-                "or adapt fewer layers, nearer to the output"
-            ) from error
+        _explain(error, settings)
         raise
     finally:
         watch.peak.stop()
@@ -76,6 +73,19 @@ def fit(
     if broken:
         raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.learning_rate:g})")
     return trainer.history
+
+
+def _explain(error: RuntimeError, settings: TrainSettings) -> None:
+    """Raise a `TrainingError` in place of an error whose cause is known."""
+    alone = processes.count() == 1
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
+        kind, who = (TrainingError, "") if alone else (ProcessError, f"process {processes.rank()}: ")
+        raise kind(
+            f"{who}memory ran out with {settings.batch_size} records in a batch; lower the batch size (and raise accumulation), "
+            "or adapt fewer layers, nearer to the output"
+        ) from error
+    if not alone and "onnection" in str(error):
+        raise TrainingError("another process of this run has ended; mend what it says, then pass --resume") from error
 
 
 def heaviest_step(examples: Sequence[Example], batch_size: int, accumulation: int) -> int:
@@ -110,11 +120,13 @@ class AdapterTrainer(Trainer):
         self.history = TrainLog()
         self.step_loss = 0.0
         self.step_tokens = 0
+        if processes.count() > 1:
+            torch.manual_seed(settings.seed + processes.rank())  # dropout differs between processes
 
     loss_is_scaled_for_ga = True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches in the order of the examples, which `shuffled` has shuffled."""
+        """Batches in the order of the examples, which `shuffled` has shuffled; of several processes each gets every so many-th."""
         loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
@@ -124,26 +136,42 @@ class AdapterTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], torch.Tensor]:
-        """The batches of one step and the number of their labelled tokens."""
+        """This process's batches of one step, and the number of labelled tokens in those of all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        labelled = sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples)
-        self.step_loss, self.step_tokens = 0.0, sum(int(sample["attention_mask"].sum()) for sample in samples)
-        return samples, torch.tensor(max(labelled, 1), device=device)
+        own = [
+            sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples),
+            sum(int(sample["attention_mask"].sum()) for sample in samples),
+        ]
+        labelled, tokens = processes.total(own, self.args.device)
+        self.step_loss, self.step_tokens = 0.0, int(tokens)
+        return samples, torch.tensor(max(int(labelled), 1), device=device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """This batch's share of the step's loss, in nats per labelled token."""
+        """This batch's share of the step's loss, in nats per labelled token.
+
+        The gradients of several processes are averaged, so that each multiplies its share by their number.
+        """
         batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], tuple(range(len(inputs["input_ids"]))))
         losses, _ = labelled_losses(model, batch)
         loss = losses.sum() / num_items_in_batch
         self.step_loss += loss.item()
-        if not math.isfinite(self.step_loss):
-            raise TrainingError(
-                f"the loss is {self.step_loss} at step {self.state.global_step + 1}; lower the learning rate ({self.learning_rate:g})"
-                " or use float32"
-            )
-        return loss
+        if processes.count() == 1:
+            self.check_loss(self.step_loss, self.state.global_step + 1)
+        return loss * processes.count()
+
+    def end_step(self) -> None:
+        """Keep the loss of the step that was taken, of all processes together."""
+        (loss,) = processes.total([self.step_loss], self.args.device)
+        self.check_loss(loss, self.state.global_step)
+        self.history.losses.append(loss)
+        self.history.tokens += self.step_tokens
+
+    def check_loss(self, loss: float, step: int) -> None:
+        """Raise `TrainingError` if the loss is not finite."""
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}; lower the learning rate ({self.learning_rate:g}) or use float32")
 
     def held_bytes(self) -> int:
         """Memory that the adapters and the optimiser's state hold between steps."""
@@ -157,7 +185,8 @@ class AdapterTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only the adapter, as safetensors, and without asking the hub for the base model's vocabulary."""
-        self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
 
 
 class _Watch(TrainerCallback):
@@ -165,9 +194,8 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: AdapterTrainer, progress: Progress | None, epochs: float) -> None:
         self.trainer, self.progress, self.epochs = trainer, progress, epochs
-        self.heaviest = heaviest_step(
-            trainer.train_dataset, trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-        )
+        batches = trainer.args.gradient_accumulation_steps * processes.count()
+        self.heaviest = heaviest_step(trainer.train_dataset, trainer.args.per_device_train_batch_size, batches)
         self.peak = PeakMemory(trainer.args.device)
         self.start = 0.0
 
@@ -181,8 +209,7 @@ class _Watch(TrainerCallback):
             torch.cuda.synchronize(args.device)
         history = self.trainer.history
         history.seconds += time.perf_counter() - self.start
-        history.losses.append(self.trainer.step_loss)
-        history.tokens += self.trainer.step_tokens
+        self.trainer.end_step()
         if state.global_step == self.heaviest + 1:
             self.peak.stop()
             history.peak_bytes = self.peak.bytes + self.trainer.held_bytes()
@@ -191,22 +218,26 @@ class _Watch(TrainerCallback):
             self.progress("train", state.global_step, state.max_steps)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOG_FILE, asdict(self.trainer.history), force=True)
+        processes.wait()  # each has written the state of its own random numbers
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOG_FILE, asdict(self.trainer.history), force=True)
 
 
 def training_arguments(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
-    """Settings as transformers names them, for one device and without output of its own.
+    """Settings as transformers names them, for one device a process and without output of its own.
 
     Raises:
-        TrainingError: The device is not the one that `Trainer` would take or cannot compute in bfloat16, or there is no such place
-            to log to.
+        TrainingError: The processes cannot share a batch evenly, the device is not the one that `Trainer` would take or cannot compute
+            in bfloat16, or there is no such place to log to.
     """
-    reporters = _reporters(settings)
+    reporters, several = _reporters(settings), processes.count()
+    if settings.batch_size % several:
+        raise TrainingError(f"{several} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {several}")
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=settings.batch_size // several,
             gradient_accumulation_steps=settings.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.scheduler,
@@ -226,6 +257,7 @@ def training_arguments(settings: TrainSettings, steps: int, folder: Path, device
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
         )
     except ValueError as error:
         raise TrainingError(f"cannot train with these settings: {' '.join(str(error).split())}; try without bf16") from error

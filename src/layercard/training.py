@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
+from layercard import processes
 from layercard.adapters import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model, no_deprecations
 from layercard.data import Dataset
 from layercard.errors import OutputError, TrainingError
@@ -54,6 +55,10 @@ def train(
     last of all, `run.json`; checkpoints lie in `output/checkpoints`. `base` is bit for bit as before when this returns or raises,
     and so are the global random states.
 
+    Started by `torchrun` or `accelerate launch`, the processes share every batch: each takes its part of the rows, the loss is that of the
+    whole batch, and losses and adapter are those of one process, to rounding (dropout draws differ). `output` must be a folder that all
+    of them see; the first one writes it.
+
     Args:
         base: The frozen base model.
         placement: Which modules get adapters; it must be for these weights.
@@ -83,10 +88,25 @@ def train(
     if data.labelled_tokens == 0:
         raise TrainingError(f"{data.source} has no labelled token to learn from; give records with completions")
     plan = _plan(base, placement, data, valid, settings)
-    finished = _open_folder(output, plan, resume, force)
-    if finished is not None:
-        return finished
-    placement.save(output / PLACEMENT_FILE, force=True)
+    with processes.joined(base.device):
+        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force), base.device)
+        if finished is not None:
+            return finished
+        return _run(base, placement, data, output, settings, valid, before, resume, progress if processes.is_first() else None)
+
+
+def _run(
+    base: BaseModel,
+    placement: Placement,
+    data: Dataset,
+    output: Path,
+    settings: TrainSettings,
+    valid: Dataset | None,
+    before: HeldOut | None,
+    resume: bool,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Train in an open folder, and write adapter and record."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if valid is not None and before is None:
         before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
@@ -94,7 +114,7 @@ def train(
         log = fit(model, data, base.pad_id, settings, output / CHECKPOINTS, resume=resume, progress=progress)
         after = None if valid is None else held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
-        _save_adapter(model, output)
+        processes.by_first(lambda: _save_adapter(model, output), base.device)
     record = {
         "schema": SCHEMA,
         "started": started,
@@ -106,10 +126,10 @@ def train(
         **_cost(base, placement, log),
         "trainable_parameters": sum(weight.numel() for weight in trainable),
         "adapter_bytes": (output / WEIGHTS_FILE).stat().st_size,
+        "processes": processes.count(),
         "versions": versions(),
     }
-    write_json(output / RUN_FILE, record, force=True)
-    return record
+    return processes.by_first(lambda: _save_record(record, output), base.device) or record
 
 
 def versions() -> dict[str, str]:
@@ -160,23 +180,27 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
         "data": data.fingerprint,
         "valid": None if valid is None else valid.fingerprint,
         **settings.deciding(),
+        "processes": processes.count() if settings.dropout else 1,  # without dropout their number decides nothing
     }
 
 
-def _open_folder(output: Path, plan: dict[str, Any], resume: bool, force: bool) -> dict[str, Any] | None:
+def _open_folder(output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool) -> dict[str, Any] | None:
     """Make `output` ready for a run; or give the record of the finished run that `resume` finds there."""
     if resume and force:
         raise OutputError("resume goes on with a run and force replaces it; give one of them")
     try:
         occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
         if occupied and resume:
-            return _finished(output, plan)
-        if occupied:
+            finished = _finished(output, plan)
+            if finished is not None:
+                return finished
+        elif occupied:
             _clear(output, force)
         (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write the folder {output}: {error.strerror or error}; choose another output") from error
     write_json(output / CHECKPOINTS / PLAN_FILE, plan, force=True)
+    placement.save(output / PLACEMENT_FILE, force=True)
     return None
 
 
@@ -185,7 +209,7 @@ def _finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     plan_path = output / CHECKPOINTS / PLAN_FILE
     if not plan_path.exists():
         raise OutputError(f"{output} holds no run to resume; name the folder of an unfinished run, or pass --force to start one there")
-    found = read_json(plan_path, TrainingError, "plan")
+    found = {"processes": 1} | read_json(plan_path, TrainingError, "plan")
     different = [name for name in plan if found.get(name) != plan[name]]
     if different:
         name = different[0]
@@ -220,6 +244,11 @@ def _save_adapter(model: PeftModel, output: Path) -> None:
                 (Path(part) / name).replace(output / name)
     except OSError as error:
         raise OutputError(f"cannot write the adapter to {output}: {error.strerror or error}; make room, then pass --resume") from error
+
+
+def _save_record(record: dict[str, Any], output: Path) -> dict[str, Any]:
+    write_json(output / RUN_FILE, record, force=True)
+    return record
 
 
 @contextmanager

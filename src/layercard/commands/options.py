@@ -40,7 +40,9 @@ Steps = Annotated[
     int | None, typer.Option("--steps", min=1, metavar="N", help="Number of updates; or give --epochs. One epoch when neither is given.")
 ]
 Epochs = Annotated[float | None, typer.Option("--epochs", metavar="X", help="Passes over the data.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Records that go through the model at once.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, metavar="N", help="Records that go through the model at once, in all processes together.")
+]
 Accumulation = Annotated[int, typer.Option("--accumulation", min=1, metavar="N", help="Batches in one update.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where it is safe; adapters stay float32.")]
 ReportTo = Annotated[str, typer.Option("--report-to", metavar="NAMES", help="Where the trainer logs to: none, tensorboard, wandb, …")]

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from layercard.processes import is_first
+
 
 def out() -> Console:
     """Where results are printed; text is shown as it is, never read as markup."""
@@ -27,14 +29,15 @@ PROGRESS = "LAYERCARD_PROGRESS"
 class Display:
     """Progress bars on stderr, one for each phase; it is itself the callback that the library calls.
 
-    A phase that starts over (its count falls) gets a new bar. Where stderr is no terminal, nothing is drawn.
+    A phase that starts over (its count falls) gets a new bar. Where stderr is no terminal, nothing is drawn, and of
+    several processes only the first draws.
     """
 
     def __init__(self) -> None:
         self._lines = os.environ.get(PROGRESS) == "lines"
         columns = (TextColumn("{task.description:<16}"), BarColumn(30), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bars = Progress(*columns, console=console, disable=not (console.is_terminal and is_first()))
         self._tasks: dict[str, tuple[TaskID, int]] = {}
 
     def __enter__(self) -> "Display":

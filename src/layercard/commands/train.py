@@ -7,6 +7,7 @@ import typer
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, emit_json, out
+from layercard.processes import is_first
 from layercard.settings import TrainSettings
 
 
@@ -41,8 +42,12 @@ def train(
     force: opt.Force = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Train LoRA adapters in the layers of a placement. The folder loads with plain PEFT."""
-    opt.check_folder(output, resume=resume, force=force)
+    """Train LoRA adapters in the layers of a placement. The folder loads with plain PEFT.
+
+    Under `torchrun` or `accelerate launch` all processes share every batch: losses and adapter are those of one process.
+    """
+    if is_first():
+        opt.check_folder(output, resume=resume, force=force)
     opt.check_data(data, valid)
     settings = TrainSettings(
         rank=rank,
@@ -69,6 +74,8 @@ def train(
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length) if valid else None
         record = run(base, chosen, dataset, output, settings, valid=held_out, resume=resume, force=force, progress=display)
+    if not is_first():
+        return
     if as_json:
         emit_json(record)
         return
