@@ -8,6 +8,7 @@ again in backward instead (`torch.utils.checkpoint`).
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from layercard.data import IGNORED
 from layercard.fast.anatomy import Anatomy, anatomy
 from layercard.fast.positions import needed, needing
 
-CHUNK_BYTES = 2**26
-"""Float32 logits held at once."""
+CHUNK_BYTES = {"cpu": 24 * 2**20}
+"""Float32 logits held at once, by kind of device. On a CPU more than the C library keeps for itself (32 MiB) is fetched from the
+system anew each time, which took twice as long as the arithmetic (256 rows of 49,152 logits against 128)."""
+OTHER_CHUNK_BYTES = 512 * 2**20
 FULL = ("output_hidden_states", "output_attentions", "output_router_logits", "fused_lm_head", "logits_to_keep", "shift_labels")
 """What a caller may ask for that needs the whole output."""
 
@@ -57,7 +60,7 @@ class LabelsOnly:
 
 
 @contextmanager
-def labels_only(model: nn.Module, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[LabelsOnly]:
+def labels_only(model: nn.Module, *, chunk_bytes: int | None = None) -> Iterator[LabelsOnly]:
     """Let the head of `model` see labelled positions only, in training forwards with `labels`, for the length of a `with` block.
 
     `model(**batch)` returns the loss that it would return anyway, and no logits (`None`). In eval mode, without labels, and where more
@@ -65,7 +68,7 @@ def labels_only(model: nn.Module, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator
 
     Args:
         model: A causal language model, or a PEFT or DistributedDataParallel model around one.
-        chunk_bytes: Float32 logits to hold at once.
+        chunk_bytes: Float32 logits to hold at once; by default 24 MiB on a CPU, 512 MiB elsewhere.
     """
     parts = anatomy(model)
     done = LabelsOnly(*_possible(parts))
@@ -89,7 +92,7 @@ class _Labelled:
     parts: Anatomy
     run: Callable[..., Any]
     names: tuple[str, ...]
-    chunk_bytes: int
+    chunk_bytes: int | None
     done: LabelsOnly
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,12 +112,18 @@ class _Labelled:
             hidden, output = self.body({name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")})
         targets = labels[:, 1:][before[:, :-1]].to(hidden.device)
         head = partial(self.head, output)
-        rows = max(1, self.chunk_bytes // (4 * self.parts.config.vocab_size))
+        rows = self.rows(len(targets), hidden.device.type)
         trains = any(weight.requires_grad for weight in self._head_weights())
         total = (_rerun if trains else _frozen)(hidden[before.to(hidden.device)], targets, head, rows)
         self.done.labelled += len(targets)
         self.done.spared += labels.numel() - len(targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
+
+    def rows(self, labelled: int, device: str) -> int:
+        """Rows of a chunk, so that chunks are alike and none is larger than allowed."""
+        limit = CHUNK_BYTES.get(device, OTHER_CHUNK_BYTES) if self.chunk_bytes is None else self.chunk_bytes
+        most = max(1, limit // (4 * self.parts.config.vocab_size))
+        return max(1, math.ceil(labelled / math.ceil(max(labelled, 1) / most)))
 
     def body(self, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
         """Hidden states `[B, T, width]` that the head would get, and an output of the decoder to put others in."""
