@@ -227,17 +227,15 @@ def training_arguments(settings: TrainSettings, steps: int, folder: Path, device
     """Settings as transformers names them, for one device a process and without output of its own.
 
     Raises:
-        TrainingError: The processes cannot share a batch evenly, the device is not the one that `Trainer` would take or cannot compute
-            in bfloat16, or there is no such place to log to.
+        TrainingError: The device is not the one that `Trainer` would take or cannot compute in bfloat16, or there is no such place
+            to log to.
     """
-    reporters, several = _reporters(settings), processes.count()
-    if settings.batch_size % several:
-        raise TrainingError(f"{several} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {several}")
+    reporters = _reporters(settings)
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=settings.batch_size // several,
+            per_device_train_batch_size=settings.batch_size // processes.count(),
             gradient_accumulation_steps=settings.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.scheduler,

@@ -80,13 +80,18 @@ def train(
     Raises:
         PlacementError: The placement is not for this model.
         OutputError: `output` holds a run already, or cannot be written.
-        TrainingError: There is nothing to train on, a resumed run has other settings, memory runs out, or the loss is not finite.
+        TrainingError: There is nothing to train on, the processes cannot share a batch evenly, a resumed run has other settings, memory
+            runs out, or the loss is not finite.
         DataError, ModelError: As `held_out_losses`.
     """
     settings, output = settings or TrainSettings(), Path(output)
     check_model(base, placement)
     if data.labelled_tokens == 0:
         raise TrainingError(f"{data.source} has no labelled token to learn from; give records with completions")
+    if settings.batch_size % processes.count():
+        raise TrainingError(
+            f"{processes.count()} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {processes.count()}"
+        )
     plan = _plan(base, placement, data, valid, settings)
     with processes.joined(base.device):
         finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force), base.device)

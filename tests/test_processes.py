@@ -1,0 +1,236 @@
+"""Several processes train what one trains: `layercard train` and `cut_backward` under torchrun, DistributedDataParallel and FSDP."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layercard import processes
+from layercard.adapters import place
+from layercard.data import load_data
+from layercard.errors import TrainingError
+from layercard.models import find_device, wrap_model
+from layercard.settings import TrainSettings
+from layercard.training import train
+from several import SETTINGS
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
+
+TESTS = Path(__file__).parent
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes found (`several.py`), and the folder."""
+    folder = tmp_path_factory.mktemp("several")
+    command = [sys.executable, *TORCHRUN, str(TESTS / "several.py"), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((folder / f"results{rank}.json").read_text()) for rank in (0, 1))
+    return {"folder": folder, "first": first, "second": second}
+
+
+def test_two_processes_give_losses_and_adapter_of_one(results: dict[str, Any], tmp_path: Path) -> None:
+    folder, record = results["folder"], results["first"]["trained"]["record"]
+    base = wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny")
+    data, valid = (load_data(str(folder / f"{name}.jsonl"), base.tokenizer) for name in ("train", "valid"))
+    alone = train(base, place(base, [1, 2]), data, tmp_path / "alone", SETTINGS, valid=valid)
+    assert record["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert record["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-4)
+    assert alone["losses"][0] > 1.05 * alone["losses"][-1]
+    assert record["tokens_seen"] == alone["tokens_seen"]
+    assert (record["processes"], alone["processes"]) == (2, 1)
+    assert record["peak_memory_bytes"] < 0.8 * alone["peak_memory_bytes"]  # half the rows each
+    one, two = load_file(tmp_path / "alone" / "adapter_model.safetensors"), load_file(folder / "whole" / "adapter_model.safetensors")
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
+    again = train(base, place(base, [1, 2]), data, folder / "whole", SETTINGS, valid=valid, resume=True)
+    assert again == record  # a run of two processes is the same run in one
+
+
+def test_two_processes_resume_to_the_same_adapter(results: dict[str, Any]) -> None:
+    assert results["first"]["trained"]["resumed"] == results["first"]["trained"]["record"]["losses"]
+    whole, cut = (load_file(results["folder"] / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_the_first_process_speaks_and_all_know(results: dict[str, Any]) -> None:
+    first, second = results["first"]["trained"], results["second"]["trained"]
+    assert first["heard"].count("train") == 5
+    assert second["heard"] == []
+    assert first["record"] == second["record"]
+    assert first["uneven"] == "TrainingError: 2 processes cannot share a batch of 3 evenly; give a multiple of 2"
+    assert "holds a finished run" in first["exists"]
+    assert "lower the learning rate" in first["diverged"]
+    assert all(first[name] == second[name] for name in ("uneven", "exists", "diverged"))
+    assert not (results["folder"] / "uneven").exists()
+
+
+@pytest.mark.parametrize("kind", ["off", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("wrap", ["distributed", "sharded"])
+def test_the_cut_under_data_parallel_wrappers(results: dict[str, Any], wrap: str, kind: str) -> None:
+    found = results["first"][f"{wrap} {kind}"]
+    stock, ours = found["stock"], found["ours"]
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5)
+    assert ours["sum"] == pytest.approx(stock["sum"], rel=1e-5)
+    assert ours["losses"][0] != pytest.approx(ours["losses"][-1])
+    assert ours["forwards"] == [3, 3, 3 if kind == "off" else 6]
+
+
+@pytest.fixture
+def inputs(tiny_folder: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Arguments of `layercard train` for a tiny run."""
+    from layercard.models import load_model
+
+    data = write_records(tmp_path / "train.jsonl", tiny_records(10))
+    placement = place(load_model(str(tiny_folder), device="cpu"), [2]).save(tmp_path / "placement.json")
+    return ("train", str(tiny_folder), "--data", str(data), "--placement", str(placement), "--rank", "2", "--device", "cpu")
+
+
+def test_torchrun_prints_once(inputs: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, *TORCHRUN, "-m", "layercard.cli", *inputs, "--steps", "2", "-o", str(tmp_path / "a")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps") == 1
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["processes"] == 2
+
+
+FAILING = """
+import sys
+import torch
+from layercard import cli, processes, trainer
+own = trainer.labelled_losses
+def losses(*args):
+    if processes.rank() == 1:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    return own(*args)
+trainer.labelled_losses = losses
+sys.argv[0] = "layercard"
+cli.main()
+"""
+
+
+def test_a_process_that_fails_by_itself_says_so(inputs: tuple[str, ...], tmp_path: Path) -> None:
+    """Each ends in one line: the one that failed with the reason, the other with whom to ask."""
+    common = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    command = [sys.executable, "-c", FAILING, *inputs, "--steps", "2", "-o", str(tmp_path / "a")]
+    started = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [2, 2]
+    assert errors[1].startswith("error: process 1: memory ran out")
+    assert "error: another process of this run has ended" in errors[0]
+    assert not (tmp_path / "a" / "run.json").exists()
+
+
+# --- one process: interrupts -------------------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import os, signal, sys
+from functools import partial
+from layercard import cli
+from layercard.commands import terminal, train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
+train.TrainSettings = partial(train.TrainSettings, save_steps=2)
+def heard(self, phase, done, total):
+    if (phase, done) == ("train", 5):
+        os.kill(os.getpid(), {number})
+terminal.Display.__call__ = heard
+sys.argv[0] = "layercard"
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n"), (signal.SIGKILL, -9, "")],
+)
+def test_resume_after_an_interrupt(number: int, status: int, word: str, inputs: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = (*inputs, "--steps", "7", "--dropout", "0.2")
+    stopped = [sys.executable, "-c", INTERRUPTED.format(number=int(number)), *arguments, "-o", str(tmp_path / "a")]
+    done = subprocess.run(stopped, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", word)
+    assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (tmp_path / "a" / "run.json").exists()
+    from layercard.cli import run
+
+    assert run([*arguments, "-o", str(tmp_path / "a"), "--resume"]) == 0
+    assert run([*arguments, "-o", str(tmp_path / "undisturbed")]) == 0
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "undisturbed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("a", "undisturbed")]
+    assert records[0]["losses"] == records[1]["losses"]
+    assert len(records[0]["losses"]) == 7
+
+
+def test_sigterm_where_nothing_trains(tmp_path: Path) -> None:
+    script = "import sys, time; import layercard.card as card; from layercard import cli\n"
+    script += "card.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
+    script += "sys.argv[1:] = ['show', 'card.json']; cli.main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (143, "terminated\n")
+
+
+# --- one process: numbers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some clusters set it without having started several
+    monkeypatch.delenv("RANK", raising=False)
+    assert (processes.rank(), processes.count(), processes.local_rank(), processes.is_first()) == (0, 1, 0, True)
+    assert processes.total([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
+    assert processes.by_first(lambda: {"a": 1}, torch.device("cpu")) == {"a": 1}
+
+
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert (processes.rank(), processes.count(), processes.is_first()) == (5, 8, False)
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda:1")
+    assert find_device("cuda:3") == torch.device("cuda:3")
+    assert find_device("cpu") == torch.device("cpu")
+
+
+def test_with_dropout_the_number_of_processes_belongs_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = wrap_model(build_tiny("llama"), tiny_tokenizer())
+    data = load_data(str(write_records(tmp_path / "train.jsonl", tiny_records(4))), base.tokenizer)
+    settings = TrainSettings(rank=2, steps=1, dropout=0.1)
+    train(base, place(base, [2]), data, tmp_path / "a", settings)
+    train(base, place(base, [2]), data, tmp_path / "b", replace(settings, dropout=0.0))
+    plan = json.loads((tmp_path / "a" / "checkpoints" / "plan.json").read_text())
+    (tmp_path / "a" / "checkpoints" / "plan.json").write_text(json.dumps({**plan, "processes": 2}))
+    with pytest.raises(TrainingError, match="processes 2, not 1"):
+        train(base, place(base, [2]), data, tmp_path / "a", settings, resume=True)
+    del plan["processes"]  # as written before there were several
+    (tmp_path / "a" / "checkpoints" / "plan.json").write_text(json.dumps(plan))
+    train(base, place(base, [2]), data, tmp_path / "a", settings, resume=True)
