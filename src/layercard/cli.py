@@ -18,6 +18,7 @@ from layercard.commands.compare import compare
 from layercard.commands.cost import cost
 from layercard.commands.demo import demo
 from layercard.commands.evaluate import evaluate
+from layercard.commands.latency import latency
 from layercard.commands.pareto import pareto
 from layercard.commands.profile import profile
 from layercard.commands.select import select
@@ -43,6 +44,7 @@ for _name, _command in (
     ("eval", evaluate),
     ("compare", compare),
     ("cost", cost),
+    ("latency", latency),
     ("transfer", transfer),
     ("demo", demo),
 ):

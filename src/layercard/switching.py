@@ -45,8 +45,8 @@ class Adapter:
         return sum(weight.nbytes for module in self.modules.values() for name, weight in module.named_parameters() if not _of_base(name))
 
 
-def load_adapter(base: BaseModel, folder: str | Path) -> Adapter:
-    """The LoRA adapter that `layercard train` or PEFT saved in `folder`; `base` stays as it is.
+def load_adapter(base: BaseModel, folder: str | Path, *, name: str = "") -> Adapter:
+    """The LoRA adapter that `layercard train` or PEFT saved in `folder`, called by `name` or the folder; `base` stays as it is.
 
     Raises:
         PlacementError: There is no adapter in the folder, it was trained for another model, or it is none that can be put on and taken
@@ -55,7 +55,7 @@ def load_adapter(base: BaseModel, folder: str | Path) -> Adapter:
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         _check(folder, read_json(folder / CONFIG_FILE, PlacementError, "adapter"))
-    take = taker(base, str(folder))
+    take = taker(base, name or str(folder))
     with loaded(base, folder):
         return take()
 
