@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from layercard import CutBackward, cut_backward
+from layercard import CutBackward, FrozenPrefix, cut_backward
 from layercard.errors import TrainingError
 from layercard.fast.anatomy import anatomy
 from layercard.layers import find_blocks
@@ -422,25 +422,53 @@ def test_trainer_with_the_callback(kind: str, tmp_path: Path, capfd: pytest.Capt
     assert cut_counts.backward == {2}
 
 
+class Failing(TrainerCallback):
+    """Raises at the end of the first step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+
 def test_a_training_that_raised_is_closed_by_the_next(tmp_path: Path) -> None:
-    class Failing(TrainerCallback):
-        fails = True
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.fails:
-                raise ZeroDivisionError
-
-    failing, model = Failing(), peft_model("llama", (2,))
+    model = peft_model("llama", (2,))
     before = everything(model)
     arguments = TrainingArguments(output_dir=str(tmp_path), **ARGUMENTS)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[CutBackward(), failing])
+    failing = Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[CutBackward(), FrozenPrefix(), Failing()])
     with pytest.raises(ZeroDivisionError):
-        trainer.train()
+        failing.train()
     assert everything(model)["own"] != before["own"]
-    failing.fails = False
-    trainer.train()
+    with pytest.raises(ZeroDivisionError):
+        failing.train()
+    other, counting = peft_model("llama", (2,)), Counting()
+    Trainer(model=other, args=arguments, train_dataset=rows(), callbacks=[CutBackward()]).train()
+    assert everything(model)["own"] != before["own"]  # another model's training has nothing to do with it
+    Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[CutBackward(), counting]).train()
+    assert counting.forwards == {0: 6, 1: 6, 2: 6}
     after = everything(model)
     assert all(after[key] == before[key] for key in ("own", "hooks", "requires_grad"))
+
+
+def test_callbacks_leave_in_the_order_of_with(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`Trainer` ends callbacks first to last; forwards put in place of others must go last to first."""
+    model = peft_model("llama", (2,))
+    before = everything(model)
+    stock, _ = trained_by_trainer(tmp_path, [], max_steps=9)
+    capfd.readouterr()
+    ours, counts = trained_by_trainer(tmp_path, [CutBackward(), FrozenPrefix(passes=3, always=True)], max_steps=9)
+    assert_equal_runs(ours, stock)
+    assert counts.forwards == {0: 6, 1: 6, 2: 18}  # three epochs of six batches, the first of which fills the cache
+    said = capfd.readouterr().err
+    assert said.count("layers in backward: 1/3\n") == 1
+    assert "24 of 36 records read" in said
+    arguments = TrainingArguments(output_dir=str(tmp_path), **ARGUMENTS)
+    Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[CutBackward(), FrozenPrefix(always=True)]).train()
+    after = everything(model)
+    assert all(after[key] == before[key] for key in ("own", "hooks", "requires_grad"))
+
+
+def test_a_callback_without_a_model() -> None:
+    with pytest.raises(TrainingError, match="CutBackward was called without a model"):
+        CutBackward().on_train_begin(None, None, None)
 
 
 def trained_by_trl(tmp_path: Path, callbacks: list[TrainerCallback], **changes: Any) -> tuple[Any, Counting]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from layercard.data import load_data as load_data
     from layercard.errors import LayercardError as LayercardError
     from layercard.fast.callbacks import CutBackward as CutBackward
+    from layercard.fast.callbacks import FrozenPrefix as FrozenPrefix
     from layercard.fast.cut import cut_backward as cut_backward
     from layercard.models import load_model as load_model
     from layercard.profile import ProfileSettings as ProfileSettings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CutBackward": "layercard.fast.callbacks",
+    "FrozenPrefix": "layercard.fast.callbacks",
     "LayerCard": "layercard.card",
     "LayercardError": "layercard.errors",
     "Placement": "layercard.selection",

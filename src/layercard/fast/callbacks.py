@@ -1,34 +1,53 @@
 """Callbacks for transformers' `Trainer` and TRL's trainers: the context managers of this package, held open while a training runs.
 
 ```python
-trainer = SFTTrainer(model, args=args, train_dataset=data, peft_config=config, callbacks=[CutBackward()])
+trainer = SFTTrainer(model, args=args, train_dataset=data, peft_config=config, callbacks=[CutBackward(), FrozenPrefix(passes=3)])
 trainer.train()
 ```
 
-A `Trainer` tells its callbacks when training begins and when it has ended, and tells them nothing when it raises: after an exception a
-callback holds on until the next training begins. A `with` block around `trainer.train()` always lets go:
+Name them in the order in which `with` would enter them. A `Trainer` tells its callbacks when training begins and when it has ended, and
+tells them nothing when it raises: after an exception they hold on until the model trains again. A `with` block always lets go:
 
 ```python
-with cut_backward(trainer.model):
+with cut_backward(trainer.model), frozen_prefix(trainer.model, passes=3):
     trainer.train()
 ```
 """
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layercard.errors import TrainingError
 from layercard.fast.cut import cut_backward
+from layercard.fast.prefix import frozen_prefix
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A context manager that a callback holds open, and for which training of which model."""
+
+    holder: "WhileTraining"
+    manager: AbstractContextManager[object]
+    model: nn.Module
+    training: TrainerState
+
+
+_held: list[_Held] = []
+"""All that is open, in the order of entering: whatever is left takes with it what was entered after it."""
 
 
 class WhileTraining(TrainerCallback):
     """Holds a context manager over the model open from the beginning of training to its end.
 
-    What the context manager yields is written to stderr as one line, by the first process only.
+    What it yields is written to stderr as one line, at the beginning and, where the line has changed, at the end; by the first process
+    only.
 
     Args:
         enter: Makes the context manager from the model that trains.
@@ -36,21 +55,41 @@ class WhileTraining(TrainerCallback):
 
     def __init__(self, enter: Callable[[nn.Module], AbstractContextManager[object]]) -> None:
         self._enter = enter
-        self._open = ExitStack()
+        self._entered: object = None
+        self._said = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Enter; what a training that raised left open is closed first."""
-        self._open.close()
-        assert model is not None  # Trainer always names it
-        entered = self._open.enter_context(self._enter(model))
-        if state.is_world_process_zero:
-            sys.stderr.write(f"{entered}\n")
+        """Enter; what a training of this model that raised left open is left first.
+
+        Raises:
+            TrainingError: There is no model, or whatever the context manager refuses.
+        """
+        if model is None:
+            raise TrainingError(f"{type(self).__name__} was called without a model; give it to a Trainer as a callback")
+        _leave(next((one for one in _held if one.model is model and one.training is not state), None))
+        manager = self._enter(model)
+        self._entered, self._said = manager.__enter__(), ""
+        _held.append(_Held(self, manager, model, state))
+        self._say(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave."""
-        self._open.close()
+        """Leave, together with what was entered later: `Trainer` ends its callbacks in the order in which it began them."""
+        self._say(state)
+        _leave(next((one for one in _held if one.holder is self), None))
+
+    def _say(self, state: TrainerState) -> None:
+        line = str(self._entered)
+        if state.is_world_process_zero and line != self._said:
+            sys.stderr.write(f"{line}\n")
+        self._said = line
+
+
+def _leave(wanted: _Held | None) -> None:
+    """Leave one context manager and all that were entered after it, the last one first."""
+    while wanted in _held:
+        _held.pop().manager.__exit__(None, None, None)
 
 
 class CutBackward(WhileTraining):
@@ -58,3 +97,10 @@ class CutBackward(WhileTraining):
 
     def __init__(self) -> None:
         super().__init__(cut_backward)
+
+
+class FrozenPrefix(WhileTraining):
+    """`frozen_prefix` while a `Trainer` trains; takes its options, of which `passes` should be the number of epochs."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(partial(frozen_prefix, **options))
