@@ -1,0 +1,209 @@
+"""Profiling from the app: `layercard profile` in a process of its own, with its progress, and ended whole or not at all.
+
+The card is written to a folder that goes away with the job, and moved into the folder of cards when the process has ended well.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layercard.errors import LayercardError, OutputError
+from layercard.files import replacing
+
+PATIENCE = 5.0
+"""Seconds that a process gets to end after it was asked to."""
+RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is.
+
+    Attributes:
+        state: `running`, `done`, `failed` or `cancelled`.
+        phase: What it does at the moment.
+        done: Parts of the phase that are behind it.
+        total: Parts of the phase; 0 where that is not known.
+        finished: Phases that are behind it, in order.
+        message: What a failed job said, or where the card of a finished one lies.
+    """
+
+    state: str
+    phase: str = "start"
+    done: int = 0
+    total: int = 0
+    finished: tuple[str, ...] = ()
+    message: str = ""
+
+    @property
+    def share(self) -> float:
+        """Part of the phase that is done, 0 to 1."""
+        return min(1.0, self.done / self.total) if self.total > 0 else 0.0
+
+
+def profile_command(model: Path, data: str, output: Path, records: int, probe: str = "step") -> list[str]:
+    """The command of a job; nothing of it is read by a shell."""
+    return [
+        *(sys.executable, "-m", "layercard.cli", "profile", str(model), "--data", data),
+        *("--records", str(int(records)), "--probe", probe, "-o", str(output)),
+    ]
+
+
+def card_name(model: str, data: str) -> str:
+    """What the new card is called: the names of model and data, letters, digits, dots and dashes only.
+
+    >>> card_name("models/SmolLM2 135M", "e2e/train.jsonl")
+    'SmolLM2-135M-train.card.json'
+    """
+    parts = [Path(model.rstrip("/")).name.removesuffix(".gguf"), Path(data).stem]
+    clean = [re.sub(r"[^\w.-]+", "-", part).strip(".-")[:40] for part in parts]
+    return f"{'-'.join(part for part in clean if part) or 'model'}.card.json"
+
+
+class Job:
+    """A command in a process of its own whose result is one file.
+
+    Args:
+        command: What is run; it writes `made`.
+        made: The file that it writes, in a folder of its own that is removed at the end.
+        target: Where the file goes when the process ends well; a number is added to the name of a file that is there.
+    """
+
+    def __init__(self, command: Sequence[str], made: Path, target: Path) -> None:
+        self._made, self._target = made, target
+        self._lock, self._cancelled = threading.Lock(), False
+        self._progress = Progress(RUNNING)
+        environment = {**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._follow, daemon=True)
+        self._reader.start()
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return self._progress
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._progress.state == RUNNING
+
+    def wait(self, seconds: float | None = None) -> Progress:
+        """How far it is when it has ended, or after so many seconds."""
+        self._reader.join(seconds)
+        return self._progress
+
+    def cancel(self) -> Progress:
+        """End the process and all that it started; nothing of the card stays."""
+        with self._lock:
+            self._cancelled = True
+        for sign in (signal.SIGINT, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, sign)
+            self._reader.join(PATIENCE)
+            if not self._reader.is_alive():
+                break
+        return self._progress
+
+    def _follow(self) -> None:
+        last = ""
+        try:
+            assert self._process.stderr is not None
+            for line in self._process.stderr:
+                last = line.strip() or last
+                self._progress = follow(self._progress, line)
+            status = self._process.wait()
+            self._progress = self._end(status, last)
+        finally:
+            shutil.rmtree(self._made.parent, ignore_errors=True)
+
+    def _end(self, status: int, last: str) -> Progress:
+        with self._lock:
+            if self._cancelled:
+                return Progress(CANCELLED, message="cancelled; no card was written")
+            if status != 0 or not self._made.is_file():
+                return Progress(FAILED, message=last.removeprefix("error: ")[:400] or f"the process ended with status {status}")
+            try:
+                path = _moved(self._made, self._target)
+            except (LayercardError, OSError) as error:
+                return Progress(FAILED, message=str(error))
+        return Progress(DONE, "done", 1, 1, self._progress.finished, str(path))
+
+
+def follow(before: Progress, line: str) -> Progress:
+    """The progress after one more line of the process; lines that tell none change nothing.
+
+    >>> follow(Progress("running", "load", 1, 1), "progress\\tfit\\t2\\t5").phase
+    'fit'
+    """
+    mark, *rest = line.rstrip("\n").split("\t")
+    if mark != "progress" or len(rest) != 3 or not all(part.isdigit() for part in rest[1:]):
+        return before
+    phase, done, total = rest[0][:60], int(rest[1]), int(rest[2])
+    finished = before.finished
+    if phase != before.phase and before.phase != "start" and before.phase not in finished:
+        finished = (*finished, before.phase)
+    return Progress(RUNNING, phase, done, total, finished)
+
+
+class Jobs:
+    """The one job that may run at a time.
+
+    Args:
+        folder: Where cards go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self.job: Job | None = None
+
+    def start(self, model: Path, data: str, records: int, probe: str = "step") -> Job:
+        """Profile a model.
+
+        Raises:
+            OutputError: One is running already, or the folder of cards cannot be written.
+        """
+        with self._lock:
+            if self.job is not None and self.job.running:
+                raise OutputError("a profile is running already; wait for it or cancel it")
+            if not os.access(self._folder, os.W_OK):
+                raise OutputError(f"{self._folder} cannot be written; start the app with --cards on a folder of yours")
+            made = Path(tempfile.mkdtemp(prefix="layercard-profile-")) / "card.json"
+            self.job = Job(profile_command(model, data, made, records, probe), made, self._folder / card_name(str(model), data))
+            return self.job
+
+    def cancel(self) -> Progress | None:
+        """End the running job, if there is one."""
+        return self.job.cancel() if self.job is not None and self.job.running else None
+
+
+def _moved(made: Path, target: Path) -> Path:
+    """Put a whole file at `target`, or beside it where there is one already."""
+    stem = target.name.removesuffix(".card.json")
+    path, at = target, 1
+    while path.exists():
+        at += 1
+        path = target.with_name(f"{stem}-{at}.card.json")
+    with replacing(path) as part:
+        shutil.copyfile(made, part)
+    return path
