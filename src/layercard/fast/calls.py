@@ -50,7 +50,7 @@ class Wrapped:
     def decoder(self) -> Callable[..., Any]:
         """The forward of the decoder: sees what it is given, and puts the frozen part in evaluation mode where that was asked for."""
 
-        @functools.wraps(self.own)
+        @functools.wraps(type(self.cache.frozen.parts.decoder).forward.__get__(self.cache.frozen.parts.decoder))
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._decode({**dict(zip(self.names, args, strict=False)), **kwargs})
 
@@ -108,7 +108,9 @@ def unlike_training(kwargs: Mapping[str, Any], frozen: Frozen) -> str:
         return "a cache of keys and values"
     if ids.ndim != 2 or (mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
         return "a mask that is not two-dimensional"
-    asked = [name for name in _FLAGS if kwargs.get(name) or (kwargs.get(name) is None and config.to_dict().get(name))]
+    if mask is None and kwargs.get("use_cache") is None and config.use_cache and _restarts(kwargs.get("position_ids")):
+        return "packed records that see each other, for want of use_cache=False"
+    asked = [name for name in _FLAGS if kwargs.get(name) or (kwargs.get(name) is None and getattr(config, name, False))]
     if asked:
         return asked[0]
     strange = [name for name, value in kwargs.items() if name not in _KNOWN and value is not None and value is not False]
@@ -117,6 +119,11 @@ def unlike_training(kwargs: Mapping[str, Any], frozen: Frozen) -> str:
     if frozen.longest is not None and ids.shape[1] >= frozen.longest:
         return "a batch that changes the rotary frequencies"
     return ""
+
+
+def _restarts(positions: torch.Tensor | None) -> bool:
+    """Whether positions start anew within a row."""
+    return positions is not None and bool((positions.diff(dim=-1) != 1).any())
 
 
 def labels_on_padding(kwargs: Mapping[str, Any]) -> bool:

@@ -1,10 +1,12 @@
 """One forward pass through the frozen blocks, with a cache of what they make: which records are known, which are run, what goes on."""
 
+import functools
 import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -252,8 +254,7 @@ class Passage:
 
     def _prove(self, hidden: torch.Tensor, rows: Mapping[bytes, torch.Tensor]) -> None:
         """Compare what was read from disk with what was computed; once in a process."""
-        cache = self.cache
-        cache.proven = True
+        self.cache.proven = True
         for record in self.records:
             if record.key not in rows:
                 continue
@@ -261,14 +262,15 @@ class Passage:
             apart = (rows[record.key].float() - fresh).norm(dim=-1)
             if not bool((apart <= TOLERANCE[self.store.dtype] * fresh.norm(dim=-1)).all()):
                 reason = "hidden states read from disk differ from computed ones; name another cache folder, or delete this one"
-                warnings.warn(f"the cache {cache.folder} is not used: {reason}", CacheWarning, stacklevel=2)
-                cache.turn_off(reason)
+                warnings.warn(f"the cache {self.cache.folder} is not used: {reason}", CacheWarning, stacklevel=2)
+                self.cache.turn_off(reason)
+                self.known = {}
                 return
 
     def _attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The mask that block 0 is given."""
-        names = inspect.signature(type(self.cache.frozen.parts.blocks[0].module).forward).parameters
-        return {**dict(zip(list(names)[1:], args, strict=False)), **kwargs}.get("attention_mask")
+        names = _parameters(type(self.cache.frozen.parts.blocks[0].module))
+        return {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
 
     def _records(self, hidden: torch.Tensor, attention: Any, positions: torch.Tensor | None) -> tuple[Record, ...]:
         """The records of the batch.
@@ -293,6 +295,12 @@ class Passage:
             starts=starts,
             relative=frozen.relative,
         )
+
+
+@functools.cache
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what a kind of block is given."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _apart(attention: Any, implementation: str, shape: tuple[int, ...]) -> Apart:

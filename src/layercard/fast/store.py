@@ -33,6 +33,8 @@ from layercard.meta import free_bytes
 FORMAT = "layercard-prefix/1"
 SHARD_BYTES = 64 * 2**20
 """A shard is written when so much waits for it."""
+ABANDONED = 3600.0
+"""A file half written for so many seconds is that of a process that was killed, and is removed."""
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
@@ -151,7 +153,7 @@ class Store:
 
     def refresh(self) -> None:
         """Take note of shards that other processes have written since."""
-        if self.folder is None:
+        if self.folder is None or self.broken:
             return
         try:
             changed = self.folder.stat().st_mtime_ns
@@ -178,6 +180,9 @@ class Store:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.folder.glob(".*.part"):
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the cache folder {self.folder}: {error.strerror or error}; name another") from error
 
