@@ -106,3 +106,45 @@ class TrainSettings:
 
 def _up_to(high: float) -> str:
     return "" if high == math.inf else f" to {high:g}"
+
+
+@dataclass(frozen=True)
+class FastSettings:
+    """Which work training spares itself; none of it changes a loss or a gradient beyond rounding.
+
+    Attributes:
+        cut: Nothing below the lowest adapted layer takes part in backward, also under gradient checkpointing.
+        prefix_cache: Hidden states that enter the lowest adapted layer are computed once a record and kept.
+        unpadded: Padding goes through no block.
+        labels_only: Final norm, head and loss run on labelled positions only.
+        fused_lora: A frozen map and its adapter are computed as one function.
+        cache_folder: Where the hidden states are kept, for later runs too; in memory where it is not given.
+        cache_bytes: What they may take; a share of the free memory or disk where it is not given.
+    """
+
+    cut: bool = True
+    prefix_cache: bool = True
+    unpadded: bool = True
+    labels_only: bool = True
+    fused_lora: bool = True
+    cache_folder: str | None = None
+    cache_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise TrainingError(f"cache_bytes is {self.cache_bytes}; give a number of at least 1, or turn the prefix cache off")
+        if not self.prefix_cache and (self.cache_folder is not None or self.cache_bytes is not None):
+            raise TrainingError("the prefix cache is off, but a folder or size is given for it; leave one of them out")
+
+    @classmethod
+    def stock(cls) -> "FastSettings":
+        """Nothing spared: what the libraries do by themselves.
+
+        >>> FastSettings.stock().cut
+        False
+        """
+        return cls(cut=False, prefix_cache=False, unpadded=False, labels_only=False, fused_lora=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)

@@ -47,16 +47,26 @@ class TrainLog:
 
 
 def fit(
-    model: PeftModel, data: Dataset, pad_id: int, settings: TrainSettings, folder: Path, *, resume: bool, progress: Progress | None
+    model: PeftModel,
+    data: Dataset,
+    pad_id: int,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    labels_only: bool = False,
+    resume: bool,
+    progress: Progress | None,
 ) -> TrainLog:
     """Train the adapters of `model`, with checkpoints in `folder`; with `resume` go on from the last whole one there.
+
+    `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`).
 
     Raises:
         TrainingError: The loss or a trained weight is not finite, memory runs out, or the machine cannot train with these settings.
     """
     steps = settings.total_steps(len(data))
     order = shuffled(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
-    trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder)
+    trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder, labels_only)
     watch = _Watch(trainer, progress, len(order) / len(data))
     trainer.add_callback(watch)
     checkpoint = last_checkpoint(folder) if resume else None
@@ -106,7 +116,14 @@ class AdapterTrainer(Trainer):
     """`Trainer` whose loss is the sum over labelled tokens divided by their number in the whole accumulated batch."""
 
     def __init__(
-        self, model: PeftModel, examples: Sequence[Example], pad_id: int, settings: TrainSettings, steps: int, folder: Path
+        self,
+        model: PeftModel,
+        examples: Sequence[Example],
+        pad_id: int,
+        settings: TrainSettings,
+        steps: int,
+        folder: Path,
+        labels_only: bool = False,
     ) -> None:
         super().__init__(
             model=model,
@@ -117,6 +134,7 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided over the accumulated batch
         self.learning_rate = settings.learning_rate
+        self.labels_only = labels_only
         self.history = TrainLog()
         self.step_loss = 0.0
         self.step_tokens = 0
@@ -153,9 +171,11 @@ class AdapterTrainer(Trainer):
 
         The gradients of several processes are averaged, so that each multiplies its share by their number.
         """
-        batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], tuple(range(len(inputs["input_ids"]))))
-        losses, _ = labelled_losses(model, batch)
-        loss = losses.sum() / num_items_in_batch
+        if self.labels_only:
+            loss = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
+        else:
+            batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], tuple(range(len(inputs["input_ids"]))))
+            loss = labelled_losses(model, batch)[0].sum() / num_items_in_batch
         self.step_loss += loss.item()
         if processes.count() == 1:
             self.check_loss(self.step_loss, self.state.global_step + 1)

@@ -21,10 +21,11 @@ from layercard.adapters import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapte
 from layercard.data import Dataset
 from layercard.errors import OutputError, TrainingError
 from layercard.evaluation import HeldOut, describe_data, held_out_losses, reduction_interval
+from layercard.fast.together import fast
 from layercard.files import read_json, write_json
 from layercard.models import BaseModel, Progress, describe, quiet_libraries
 from layercard.selection import Placement
-from layercard.settings import TrainSettings
+from layercard.settings import FastSettings, TrainSettings
 from layercard.trainer import TrainLog, fit
 
 __all__ = ["RUN_FILE", "SCHEMA", "TrainSettings", "train"]
@@ -44,6 +45,7 @@ def train(
     settings: TrainSettings | None = None,
     *,
     valid: Dataset | None = None,
+    spare: FastSettings | None = None,
     before: HeldOut | None = None,
     resume: bool = False,
     force: bool = False,
@@ -66,6 +68,8 @@ def train(
         output: The folder to write.
         settings: How to train; the defaults of `TrainSettings` when not given.
         valid: Held-out records: gives the losses before and after.
+        spare: Which work to spare (`layercard.fast`); all that is exact when not given. It decides about time and memory, not about the
+            result, so a run may be resumed with other ones.
         before: Losses of `base` on `valid` where they are known already, so that several runs need not measure them again.
         resume: Go on with an unfinished run of the same settings in `output`, from its last whole checkpoint, to the same adapter that
             an undisturbed run gives. A finished one is returned as it is; where there is none, a new one starts.
@@ -97,7 +101,18 @@ def train(
         finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force), base.device)
         if finished is not None:
             return finished
-        return _run(base, placement, data, output, settings, valid, before, resume, progress if processes.is_first() else None)
+        return _run(
+            base,
+            placement,
+            data,
+            output,
+            settings,
+            spare or FastSettings(),
+            valid,
+            before,
+            resume,
+            progress if processes.is_first() else None,
+        )
 
 
 def _run(
@@ -106,6 +121,7 @@ def _run(
     data: Dataset,
     output: Path,
     settings: TrainSettings,
+    spare: FastSettings,
     valid: Dataset | None,
     before: HeldOut | None,
     resume: bool,
@@ -116,7 +132,18 @@ def _run(
     if valid is not None and before is None:
         before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
     with _seeded(settings.seed), quiet_libraries(), no_deprecations(), adapted(base, placement, **_lora(settings)) as model:
-        log = fit(model, data, base.pad_id, settings, output / CHECKPOINTS, resume=resume, progress=progress)
+        passes = settings.total_steps(len(data)) * settings.batch_size * settings.accumulation / len(data)
+        with fast(model, spare, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
+            log = fit(
+                model,
+                data,
+                base.pad_id,
+                settings,
+                output / CHECKPOINTS,
+                labels_only=speed.labels_only,
+                resume=resume,
+                progress=progress,
+            )
         after = None if valid is None else held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
         processes.by_first(lambda: _save_adapter(model, output), base.device)
@@ -129,6 +156,7 @@ def _run(
         "data": describe_data(data),
         **_measured(valid, before, after),
         **_cost(base, placement, log),
+        "fast": spare.to_json() | {"did": speed.to_json()},
         "trainable_parameters": sum(weight.numel() for weight in trainable),
         "adapter_bytes": (output / WEIGHTS_FILE).stat().st_size,
         "processes": processes.count(),

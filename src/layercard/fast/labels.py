@@ -76,7 +76,7 @@ def labels_only(model: nn.Module, *, chunk_bytes: int | None = None) -> Iterator
         yield done
         return
     forward, norm = parts.causal.forward, parts.final_norm
-    names = tuple(inspect.signature(forward).parameters)
+    names = tuple(inspect.signature(type(parts.causal).forward).parameters)[1:]
     with replaced(parts.causal, _Labelled(parts, forward, names, chunk_bytes, done)):
         if norm is None:
             yield done

@@ -148,7 +148,7 @@ def unpadded(model: nn.Module) -> Iterator[Unpadded]:
         yield done
         return
     config, run = parts.config, parts.decoder.forward
-    names = tuple(inspect.signature(run).parameters)
+    names = tuple(inspect.signature(type(parts.decoder).forward).parameters)[1:]
     before = config._attn_implementation_internal
     config._attn_implementation_internal = NAME
     try:
