@@ -36,7 +36,7 @@ def test_variants_take_turns_and_are_compared_within_the_round(monkeypatch: pyte
     rounds = iter([1.0, 2.0, 4.0])
     pace = {"now": 1.0}
 
-    def fake(model: Any, ids: torch.Tensor, count: int, *, device: torch.device) -> Reading:
+    def fake(model: Any, ids: torch.Tensor, count: int, *, device: torch.device, clock: Any) -> Reading:
         """The whole machine is slower in every round; an adapter costs 50 %."""
         assert (ids.shape, count) == ((2, 8), 4)
         wrapped = {block.index for block in base.blocks for p in block.projections if model.get_submodule(p.path) is not p.module}
@@ -86,14 +86,15 @@ def test_writes_what_generate_writes(family: str, monkeypatch: pytest.MonkeyPatc
 
     def argmax(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         found = own(self, *args, **kwargs)
-        chosen.append(int(found))
+        chosen.extend(found.reshape(-1).tolist())
         return found
 
     monkeypatch.setattr(torch.Tensor, "argmax", argmax)
+    shown = iter([5.0, 7.0, 10.0])  # at the start, with the first token, at the end
     with torch.no_grad():
-        reading = write(base.model, torch.tensor([prompt]), 10, device=base.device)
-    assert len(chosen) == 10 and chosen[: len(tokens)] == tokens
-    assert reading.first_token > 0 and reading.rate > 0
+        reading = write(base.model, torch.tensor([prompt, prompt]), 10, device=base.device, clock=lambda: next(shown))
+    assert len(chosen) == 20 and chosen[: 2 * len(tokens) : 2] == tokens
+    assert reading == Reading(first_token=2.0, rate=2 * 9 / 3.0)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ ROWS = (
     ("selection",),
     ("transfer",),
     ("fast",),
-    ("adapters", "metrics", "evaluation", "trainer", "training", "compare", "switching", "serving"),
+    ("adapters", "metrics", "evaluation", "trainer", "training", "compare", "switching", "shared_cache", "serving"),
     ("latency", "benchmark", "export"),
     ("report",),
     ("commands",),

@@ -19,7 +19,8 @@ from layercard.capture import replaced
 from layercard.errors import DataError, ModelError, PlacementError
 from layercard.files import read_json, write_json
 from layercard.models import BaseModel, wrap_model
-from layercard.serving import SharedPrefix, _shared
+from layercard.serving import SharedPrefix
+from layercard.shared_cache import shared
 from layercard.switching import Adapter, load_adapter, merged, random_adapter, switched_on
 from test_adapters import assert_same, state_of
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
@@ -186,18 +187,18 @@ def test_a_shared_layer_gives_what_the_stock_layer_gives_and_is_never_written_to
     torch.manual_seed(0)
     prompt = torch.randn(1, 2, length, 4)
     stock.update(prompt, -prompt)
-    shared = [_shared(stock), _shared(stock)]
+    both = [shared(stock), shared(stock)]
     assert stock.keys is not None
     kept = stock.keys.clone()
     for at in range(30):
         new = torch.randn(1, 2, 1 + at % 3, 4)
-        assert all(layer.get_mask_sizes(new.shape[2]) == stock.get_mask_sizes(new.shape[2]) for layer in shared)
-        assert all(layer.is_sliding == stock.is_sliding for layer in shared)
+        assert all(layer.get_mask_sizes(new.shape[2]) == stock.get_mask_sizes(new.shape[2]) for layer in both)
+        assert all(layer.is_sliding == stock.is_sliding for layer in both)
         expected = stock.update(new, -new)
-        for layer in shared:
+        for layer in both:
             assert all(torch.equal(*pair) for pair in zip(layer.update(new, -new), expected, strict=True))
             assert layer.get_seq_length() == stock.get_seq_length()
-    assert all(torch.equal(layer.prompt_keys, kept) for layer in shared)  # type: ignore[attr-defined]
+    assert all(torch.equal(layer.prompt_keys, kept) for layer in both)  # type: ignore[attr-defined]
 
 
 def test_a_text_is_read_with_the_tokenizer(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ No token ends a text here, and no value changes a time: every variant does the s
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from layercard.switching import Adapter, merged, switched_on
 from layercard.timing import device_name
 
 SCHEMA = "layercard-latency/1"
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def measure_latency(
     batch_size: int = 1,
     repeats: int = 5,
     progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Time the base model, each adapter and each adapter merged, on random prompts.
 
@@ -102,6 +104,8 @@ def measure_latency(
         batch_size: Rows B that are written at once.
         repeats: Rounds; one more comes first to warm up and to count memory.
         progress: Told of the phase `latency`.
+        clock: Gives seconds. `time.process_time`, the CPU time of this process, is steadier where other programs run on the same cores;
+            it says nothing about a GPU.
 
     Returns:
         A JSON value of schema `layercard-latency/1`. For each variant: `first_token_seconds`, `tokens_per_second` (B rows together) and
@@ -126,7 +130,7 @@ def measure_latency(
                     if at == 0:
                         peaks[way.name] = _peak(base, ids, new_tokens)
                     else:
-                        readings[way.name].append(_timed(base, ids, new_tokens))
+                        readings[way.name].append(_timed(base, ids, new_tokens, clock))
     tell("latency", total, total)
     return _result(base, ways, readings, peaks) | {
         "prompt_tokens": prompt_tokens,
@@ -136,25 +140,25 @@ def measure_latency(
     }
 
 
-def write(model: PreTrainedModel, ids: torch.Tensor, count: int, *, device: torch.device) -> Reading:
+def write(model: PreTrainedModel, ids: torch.Tensor, count: int, *, device: torch.device, clock: Clock = time.perf_counter) -> Reading:
     """Write `count` tokens after the prompts `ids: [B, T]`, greedily and with a cache, whatever the tokens are."""
     last = {"logits_to_keep": 1} if keeps_logits(model) else {}
     synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     cache, following = None, ids
     for at in range(count):
         output = model(input_ids=following, past_key_values=cache, use_cache=True, **last)
         cache, following = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
         if at == 0:
             synchronize(device)
-            first = time.perf_counter() - started
+            first = clock() - started
     synchronize(device)
-    return Reading(first, ids.shape[0] * (count - 1) / (time.perf_counter() - started - first))
+    return Reading(first, ids.shape[0] * (count - 1) / (clock() - started - first))
 
 
-def _timed(base: BaseModel, ids: torch.Tensor, count: int) -> Reading:
+def _timed(base: BaseModel, ids: torch.Tensor, count: int, clock: Clock) -> Reading:
     try:
-        return write(base.model, ids, count, device=base.device)
+        return write(base.model, ids, count, device=base.device, clock=clock)
     except RuntimeError as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
             rows = f"{ids.shape[0]} rows of {ids.shape[1]} tokens"
@@ -167,7 +171,7 @@ def _peak(base: BaseModel, ids: torch.Tensor, count: int) -> int:
     peak = PeakMemory(base.device)
     peak.start()
     try:
-        _timed(base, ids, count)
+        _timed(base, ids, count, time.perf_counter)
     finally:
         peak.stop()
     return peak.bytes

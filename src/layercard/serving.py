@@ -22,14 +22,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from layercard.capture import entries, frozen, replayed
 from layercard.errors import DataError, ModelError, PlacementError
 from layercard.models import BaseModel, keeps_logits
+from layercard.shared_cache import held_tensors, shared
 from layercard.switching import Adapter, load_adapter, switched_on
 
 CHECK_TOKENS = 5
@@ -174,7 +174,7 @@ class SharedPrefix:
             top, below = deepest.start, [copy.copy(layer) for layer in deepest.layers]
             starts = sorted({sequence.start for sequence in sharing})
             entered = entries(lambda: self._run(ids, below), self.base.blocks, starts)
-            below = [_shared(layer) for layer in below[:top]]
+            below = [shared(layer) for layer in below[:top]]
         self._count(ids, top, len(group) * depth - sum(sequence.start for sequence in sharing if entered), len(group) * depth)
         found = []
         for sequence in group:
@@ -204,7 +204,7 @@ class SharedPrefix:
     def _weigh(self, sequences: Sequence[_Sequence]) -> None:
         """Bytes of the keys and values after the prompt, each tensor once, and once for each sequence."""
         held: dict[int, int] = {}
-        for tensor in (tensor for sequence in sequences for layer in sequence.layers for tensor in _tensors(layer)):
+        for tensor in (tensor for sequence in sequences for layer in sequence.layers for tensor in held_tensors(layer)):
             held[tensor.data_ptr()] = tensor.nbytes
             self.work.kv_bytes_separate += tensor.nbytes
         self.work.kv_bytes = sum(held.values())
@@ -271,57 +271,3 @@ class SharedPrefix:
         self.work = Work()
         if any(not torch.equal(torch.stack(sequence.logits), torch.stack(alone[0].logits)) for sequence in together):
             raise ModelError(f"the blocks of {name} hand each other more than hidden states; serve its adapters one by one")
-
-
-class _SharedLayer(DynamicLayer):
-    """A block's cache whose first tokens are another's and are only read: `keys` and `values` hold what came after them."""
-
-    def __init__(self, prompt: DynamicLayer) -> None:
-        super().__init__()
-        assert prompt.keys is not None and prompt.values is not None
-        self.prompt_keys, self.prompt_values = prompt.keys, prompt.values
-        self.lazy_initialization(prompt.keys, prompt.values)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to the own part; gives keys and values of all tokens `[1, heads, tokens, width]`."""
-        keys, values = super().update(key_states, value_states)
-        return torch.cat([self.prompt_keys, keys], dim=-2), torch.cat([self.prompt_values, values], dim=-2)
-
-    def get_seq_length(self) -> int:
-        """Tokens of the prompt and those after it."""
-        return self.prompt_keys.shape[-2] + super().get_seq_length()
-
-
-class _SharedSlidingLayer(DynamicSlidingWindowLayer):
-    """The same for a block that sees the last `sliding_window` tokens only."""
-
-    def __init__(self, prompt: DynamicSlidingWindowLayer) -> None:
-        super().__init__(prompt.sliding_window)
-        assert prompt.keys is not None and prompt.values is not None
-        self.prompt_keys, self.prompt_values = prompt.keys.contiguous(), prompt.values.contiguous()
-        self.lazy_initialization(prompt.keys, prompt.values)
-        self.cumulative_length = prompt.cumulative_length
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to the own part; gives keys and values of the window before the new tokens, and theirs."""
-        assert self.keys is not None
-        own = self.keys.shape[-2] if self.keys.numel() else 0
-        inside = max(0, self.sliding_window - 1 - own)  # tokens of the prompt that the window still reaches
-        first = max(0, self.prompt_keys.shape[-2] - inside)
-        keys, values = super().update(key_states, value_states)
-        return torch.cat([self.prompt_keys[:, :, first:], keys], dim=-2), torch.cat([self.prompt_values[:, :, first:], values], dim=-2)
-
-
-def _shared(layer: DynamicLayer) -> DynamicLayer:
-    """A layer to append to, beside others that share its tokens."""
-    if isinstance(layer, (_SharedLayer, _SharedSlidingLayer)):
-        return layer
-    return _SharedSlidingLayer(layer) if isinstance(layer, DynamicSlidingWindowLayer) else _SharedLayer(layer)
-
-
-def _tensors(layer: DynamicLayer) -> tuple[torch.Tensor, ...]:
-    """All keys and values that a layer refers to."""
-    assert layer.keys is not None and layer.values is not None
-    own = (layer.keys, layer.values)
-    shared = (layer.prompt_keys, layer.prompt_values) if isinstance(layer, (_SharedLayer, _SharedSlidingLayer)) else ()
-    return tuple(tensor for tensor in (*shared, *own) if tensor.numel() > 0)
