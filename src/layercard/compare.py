@@ -17,7 +17,7 @@ from layercard.evaluation import HeldOut, describe_data, held_out_losses, ratio_
 from layercard.files import refuse_existing, write_json
 from layercard.models import BaseModel, Progress, describe
 from layercard.selection import Placement
-from layercard.settings import TrainSettings
+from layercard.settings import FastSettings, TrainSettings
 from layercard.training import RUN_FILE, train, versions
 
 SCHEMA = "layercard-compare/1"
@@ -85,6 +85,7 @@ def compare(
     valid: Dataset,
     settings: TrainSettings | None = None,
     *,
+    spare: FastSettings | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -101,6 +102,7 @@ def compare(
         data: Records to train on.
         valid: Held-out records.
         settings: How to train each of them.
+        spare: Which work to spare (`layercard.fast`); all that is exact when not given.
         output: Folder for the adapters and `compare.json`; when not given, nothing is kept.
         resume: Keep the runs in `output` that are finished, go on with the one that was interrupted, and train the others.
         force: Replace what is in `output`.
@@ -127,6 +129,7 @@ def compare(
                 folder / _folder_name(name),
                 settings,
                 valid=valid,
+                spare=spare,
                 before=before,
                 resume=resume,
                 force=force,

@@ -45,6 +45,14 @@ def compare(
     accumulation: opt.Accumulation = 1,
     max_length: opt.MaxLength = 1024,
     bf16: opt.Bf16 = False,
+    cut: opt.Cut = True,
+    prefix_cache: opt.PrefixCache = True,
+    cache: opt.CacheFolder = None,
+    cache_gb: opt.CacheSize = None,
+    unpadded: opt.Unpadded = True,
+    labels_only: opt.LabelsOnly = True,
+    fused_lora: opt.FusedLora = True,
+    stock: opt.Stock = False,
     report_to: opt.ReportTo = "none",
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
@@ -58,6 +66,7 @@ def compare(
 
     Performance kept is the loss reduction as a share of that of `all`; have `all` in the list to see it.
     """
+    spare = opt.spared(cut, prefix_cache, cache, cache_gb, unpadded, labels_only, fused_lora, stock)
     settings = TrainSettings(
         rank=rank,
         alpha=alpha,
@@ -84,7 +93,9 @@ def compare(
         found = resolve(base, wanted, card, seed)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length)
-        result = run(base, found, dataset, held_out, settings, output=output, resume=resume, force=force, progress=display).to_json()
+        result = run(
+            base, found, dataset, held_out, settings, spare=spare, output=output, resume=resume, force=force, progress=display
+        ).to_json()
     if as_json:
         emit_json(result)
         return

@@ -33,6 +33,14 @@ def train(
     accumulation: opt.Accumulation = 1,
     max_length: opt.MaxLength = 1024,
     bf16: opt.Bf16 = False,
+    cut: opt.Cut = True,
+    prefix_cache: opt.PrefixCache = True,
+    cache: opt.CacheFolder = None,
+    cache_gb: opt.CacheSize = None,
+    unpadded: opt.Unpadded = True,
+    labels_only: opt.LabelsOnly = True,
+    fused_lora: opt.FusedLora = True,
+    stock: opt.Stock = False,
     report_to: opt.ReportTo = "none",
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
@@ -49,6 +57,7 @@ def train(
     if is_first():
         opt.check_folder(output, resume=resume, force=force)
     opt.check_data(data, valid)
+    spare = opt.spared(cut, prefix_cache, cache, cache_gb, unpadded, labels_only, fused_lora, stock)
     settings = TrainSettings(
         rank=rank,
         alpha=alpha,
@@ -73,7 +82,7 @@ def train(
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length) if valid else None
-        record = run(base, chosen, dataset, output, settings, valid=held_out, resume=resume, force=force, progress=display)
+        record = run(base, chosen, dataset, output, settings, valid=held_out, spare=spare, resume=resume, force=force, progress=display)
     if not is_first():
         return
     if as_json:
@@ -94,6 +103,8 @@ def _view(record: dict[str, Any], output: Path) -> Any:
         low, high = record["loss_reduction_interval"]
         rows["Loss"] = f"{record['loss_before']:.4f} → {record['loss_after']:.4f} nats per labelled token"
         rows["Reduction"] = f"{record['loss_reduction']:.4f} ({low:.4f} to {high:.4f})"
+    if record["fast"]["did"]:
+        rows["Spared"] = "\n".join(record["fast"]["did"].values())
     rows["Training"] = f"{record['steps']} steps in {record['train_seconds']:.1f} s · layers in backward {record['layers_in_backward']}"
     rows["Size"] = (
         f"{record['adapter_bytes'] / 2**20:.2f} MiB · peak memory {record['peak_memory_bytes'] / 2**20:,.0f} MiB above the base model"
