@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from layercard.commands.app import app as explore
 from layercard.commands.bench import bench
 from layercard.commands.compare import compare
 from layercard.commands.cost import cost
@@ -21,6 +22,8 @@ from layercard.commands.evaluate import evaluate
 from layercard.commands.latency import latency
 from layercard.commands.pareto import pareto
 from layercard.commands.profile import profile
+from layercard.commands.report import report
+from layercard.commands.roi import roi
 from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.train import train
@@ -46,6 +49,9 @@ for _name, _command in (
     ("cost", cost),
     ("latency", latency),
     ("transfer", transfer),
+    ("report", report),
+    ("roi", roi),
+    ("app", explore),
     ("demo", demo),
 ):
     app.command(_name)(_command)

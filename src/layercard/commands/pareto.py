@@ -33,9 +33,9 @@ def pareto(
         front = fronts(source, progress=display)
     value = front.to_json()
     if output is not None and output.suffix == ".html":
-        from layercard.report.front import write_front_page
+        from layercard.report.html import front_story, write_page
 
-        write_front_page(output, value, force=force)
+        write_page(output, front_story(value), force=force)
     elif output is not None:
         front.save(output, force=force)
     if as_json:

@@ -48,16 +48,24 @@ def show(
 
 
 def _write_page(html: Path, card: dict[str, Any], placement: Path | None, comparison: Path | None, force: bool) -> None:
-    from layercard.commands.reproduce import command_lines
+    from layercard.commands.report import commands_of
     from layercard.report.frames import read_comparison
-    from layercard.report.html import write_page
+    from layercard.report.html import story_of, write_page
+    from layercard.report.sources import Sources
+    from layercard.report.trials import compared, of_comparison
     from layercard.selection import Placement
 
+    sources = Sources(cards={"card": card})
     chosen = Placement.load(placement).to_json() if placement else None
-    compared = read_comparison(comparison) if comparison else None
-    for path, part in ((placement, chosen), (comparison, compared)):
+    tried = read_comparison(comparison) if comparison else None
+    for path, part in ((placement, chosen), (comparison, tried)):
         if part is not None and part["model"].get("fingerprint") != card["model"]["fingerprint"]:
             raise CardError(
                 f"{path} is of {part['model'].get('name')!r}, the card is of {card['model']['name']!r}; show one model on a page"
             )
-    write_page(html, card, placement=chosen, comparison=compared, commands=command_lines(card, chosen, compared), force=force)
+    if placement is not None and chosen is not None:
+        sources.placements[placement.stem] = chosen
+    if tried is not None:
+        sources.comparisons.append(tried)
+        sources.trials = compared(of_comparison(tried))
+    write_page(html, story_of(sources, commands=commands_of(sources)), force=force)

@@ -84,9 +84,7 @@ def _size(row: Row | None, whole: Row | None, layers: Sequence[int], cost: CostM
         return Ratio.of(row.adapter_bytes.value / whole.adapter_bytes.value, "sizes of the saved adapters")
     if cost is None:
         return NOT_MEASURED
-    return Ratio.of(
-        cost.adapter_bytes(layers) / cost.adapter_bytes(range(len(cost.layers))), "counted from the shapes of the adapted maps"
-    )
+    return Ratio.of(cost.adapter_bytes(layers) / cost.adapter_bytes(range(len(cost.layers))), "counted from the shapes of the adapted maps")
 
 
 def _adapter_mb(whole: Row | None, cost: CostModel | None) -> float | None:

@@ -231,7 +231,7 @@ def rows_of(trials: Iterable[Trial], known: Mapping[tuple[int, ...], str] | None
         groups[trial.layers, trial.rank].append(trial)
     usual = min((rank for _, rank in groups if rank is not None), default=None)
     rows = []
-    for (layers, rank), found in groups.items():
+    for (_, rank), found in groups.items():
         suffix = f", rank {rank}" if rank is not None and rank != usual else ""
         rows.append(_row(_name(found[0], known) + suffix, found))
     order = {"all": 0}
