@@ -1,5 +1,9 @@
 """The frozen-prefix cache: losses and adapters are those of stock PEFT, whatever the order, the padding and the layout of batches."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -8,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 import tiny
+from layercard import CutBackward, FrozenPrefix
 from layercard.errors import TrainingError
 from layercard.fast.cut import cut_backward
 from layercard.fast.forecast import Rates
@@ -688,3 +694,73 @@ def test_it_stays_on_where_reading_is_faster(monkeypatch: pytest.MonkeyPatch) ->
     found = train(model, epochs("right"), frozen_prefix(model, tokens=sum(LENGTHS)))
     assert found[2].active and found[2].forecast.saved == pytest.approx(sum(LENGTHS) * (2e-3 - 1e-6), abs=2e-3)
     assert found[2].seconds_saved > 0
+
+
+# Several processes and trainers
+
+
+def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+    """DistributedDataParallel over two processes: what one has computed, the other reads in the next epoch."""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "sharing.py")]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"results{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    for found in (first, second):
+        assert found["ours"][0] == pytest.approx(found["stock"][0], rel=1e-5)
+        assert found["ours"][1] == pytest.approx(found["stock"][1], rel=1e-4)
+    assert (first["found"] + second["found"], first["computed"] + second["computed"]) == (16 - 4, 8 + 4)
+    assert first["ours"][1] == second["ours"][1]
+    assert len(list(tmp_path.glob("cache/*/*.safetensors"))) == 2
+
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """By its name, what is refused."""
+
+
+def test_models_spread_by_fsdp_are_refused() -> None:
+    model = FullyShardedDataParallel()
+    model.add_module("inner", adapted("llama"))
+    with pytest.raises(TrainingError, match=r"FSDP.*train with DDP"), frozen_prefix(model):
+        pass
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["memory", "disk"])
+def test_as_a_callback_of_trainer(tmp_path: Path, folder: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Shuffled epochs with evaluation in between and accumulation, by transformers' own loop."""
+
+    def run(callbacks: list[Any], name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+        rows = [{key: value[0] for key, value in batch([row]).items()} for row in records()]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / name),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            num_train_epochs=3,
+            eval_strategy="epoch",
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        model = adapted("llama")
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=rows[:4],
+            callbacks=callbacks,
+            data_collator=lambda several: batch([row["input_ids"] for row in several]),
+        )
+        trainer.train()
+        losses = [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+        return losses, {key: weight.detach() for key, weight in model.named_parameters() if weight.requires_grad}
+
+    callback = FrozenPrefix(cache=tmp_path / "cache" if folder else None, passes=3, always=True)
+    expected, found = run([], "stock"), run([CutBackward(), callback], "ours")
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=2e-4, atol=1e-4)  # Trainer rounds its log
+    assert_same(([0.0], found[1]), ([0.0], expected[1]))
+    said = [line for line in capsys.readouterr().err.splitlines() if "frozen blocks" in line]
+    assert "computed once a record" in said[0] and "28 of 36 records read" in said[1]

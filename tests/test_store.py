@@ -140,7 +140,7 @@ def test_what_is_kept_comes_back(tmp_path: Path, on_disk: bool, width: int, dtyp
     for name, tensor in rows.items():
         kept = again.get(name)
         assert kept is not None and torch.equal(kept, tensor.to(dtype))
-        assert again.on_disk(name) == on_disk
+        assert (again.foreign(name), store.foreign(name)) == (on_disk, False)
     assert again.get(key(99)) is None
 
 
@@ -171,6 +171,17 @@ def test_shards_are_written_when_enough_waits(tmp_path: Path, monkeypatch: pytes
         store.add(key(at), states(at))
     assert len(shards(tmp_path)) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in shards(tmp_path)]
+
+
+def test_a_pause_is_used_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(WIDTH, torch.float32, tmp_path)
+    store.add(key(1), states(1))
+    store.settle()
+    assert shards(tmp_path) == []
+    monkeypatch.setattr(stores, "PAUSE", -1.0)
+    store.settle()
+    store.settle()
+    assert len(shards(tmp_path)) == 1
 
 
 def test_shards_of_others_are_found(tmp_path: Path) -> None:

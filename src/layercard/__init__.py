@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from layercard.fast.callbacks import CutBackward as CutBackward
     from layercard.fast.callbacks import FrozenPrefix as FrozenPrefix
     from layercard.fast.cut import cut_backward as cut_backward
+    from layercard.fast.prefix import frozen_prefix as frozen_prefix
     from layercard.models import load_model as load_model
     from layercard.profile import ProfileSettings as ProfileSettings
     from layercard.selection import Placement as Placement
@@ -34,6 +35,7 @@ _HOMES = {
     "ProfileSettings": "layercard.profile",
     "TrainSettings": "layercard.settings",
     "cut_backward": "layercard.fast.cut",
+    "frozen_prefix": "layercard.fast.prefix",
     "load_data": "layercard.data",
     "load_model": "layercard.models",
     "select": "layercard.selection",

@@ -117,11 +117,11 @@ def capturing(model: nn.Module, blocks: Sequence[Block]) -> Iterator[Capture]:
 
 
 def _require_input_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    hidden, put = _entering(args, kwargs)
+    hidden, put = entering(args, kwargs)
     return put(hidden.detach().requires_grad_(True))
 
 
-def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, ...]]]:
+def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, ...]]]:
     """The hidden states that enter a block, and how to put others in their place."""
     if args:
         return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
@@ -130,7 +130,7 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tens
 
 def detach_entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """A block's arguments `(args, kwargs)` with the hidden states that enter it cut off from what made them."""
-    hidden, put = _entering(args, kwargs)
+    hidden, put = entering(args, kwargs)
     return put(hidden.detach())
 
 
@@ -148,7 +148,7 @@ def entries(run: Callable[[], object], blocks: Sequence[Block], wanted: Sequence
 
     def recorder(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[index] = _entering(args, kwargs)[0].detach()
+            found[index] = entering(args, kwargs)[0].detach()
             if index == last:
                 raise _AllRecorded
 
@@ -168,7 +168,7 @@ def passages(run: Callable[[], object], blocks: Sequence[Block]) -> list[torch.T
     found: list[torch.Tensor] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(_entering(args, kwargs)[0].detach())
+        found.append(entering(args, kwargs)[0].detach())
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         found.append((output[0] if isinstance(output, tuple) else output).detach())
@@ -190,7 +190,7 @@ def replayed(blocks: Sequence[Block], start: int, entry: torch.Tensor) -> Iterat
     """
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return _entering(args, kwargs)[1](entry)
+        return entering(args, kwargs)[1](entry)
 
     with ExitStack() as stack:
         for block in blocks[:start]:
@@ -218,7 +218,7 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
     """A block's forward that hands on what enters it."""
-    return _entering(args, kwargs)[0]
+    return entering(args, kwargs)[0]
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def stamped(blocks: Sequence[Block], stamp: Callable[[str, int], object]) -> Ite
 
     def enter(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch(_entering(args, kwargs)[0], index)
+            watch(entering(args, kwargs)[0], index)
             stamp("enter", index)
 
         return hook

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from layercard.errors import TrainingError
 from layercard.fast.cut import cut_backward
-from layercard.fast.prefix import frozen_prefix
+from layercard.fast.prefix import PrefixCache, frozen_prefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +104,8 @@ class FrozenPrefix(WhileTraining):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(partial(frozen_prefix, **options))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write what waits, so that other processes find it in the next epoch."""
+        if isinstance(self._entered, PrefixCache):
+            self._entered.flush()

@@ -1,6 +1,7 @@
 """The part of a model below its lowest trained block: whether its hidden states can be kept, what decides about them, and who they are."""
 
 import hashlib
+import inspect
 import json
 import platform
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class Frozen:
     def adapters(self) -> tuple[Any, ...]:
         """How the adapters in these blocks stand: which are on, and which are merged."""
         return tuple((tuner.disable_adapters, *tuner.active_adapters, *tuner.merged_adapters) for tuner in self.tuners)
+
+    @cached_property
+    def block_parameters(self) -> tuple[str, ...]:
+        """Names of what a block's forward takes, in order."""
+        return tuple(inspect.signature(type(self.parts.blocks[0].module).forward).parameters)[1:]
 
     @cached_property
     def relative(self) -> bool:

@@ -1,19 +1,16 @@
 """One forward pass through the frozen blocks, with a cache of what they make: which records are known, which are run, what goes on."""
 
-import functools
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from layercard.capture import _entering as entering
+from layercard.capture import entering
 from layercard.fast.forecast import Rates
 from layercard.fast.packing import Records
 from layercard.fast.rows import Apart, Record, Uncacheable, take_apart
@@ -76,6 +73,8 @@ class Passage:
         if len(self.known) < len(keys):
             self.store.refresh()
             self.known = self._look_up(self.store, keys)
+        else:
+            self.store.settle()
         missing = [record for record in self.records if record.key not in self.known]
         self._choose(missing, args, kwargs)
         self.missing = {record.key for record in (self.records if self.testing else missing)}
@@ -97,7 +96,7 @@ class Passage:
         """What the frozen blocks run on: nothing, some records, or the whole batch, and from which block on."""
         cache, lower = self.cache, self.lower
         self.runs, self.below = bool(missing), {}
-        if not cache.proven and any(self.store.on_disk(key) for key in self.known):
+        if not cache.proven and any(self.store.foreign(key) for key in self.known):
             self.runs, self.testing = True, (cache.depth, self.store)
             return
         if not missing:
@@ -269,7 +268,7 @@ class Passage:
 
     def _attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The mask that block 0 is given."""
-        names = _parameters(type(self.cache.frozen.parts.blocks[0].module))
+        names = self.cache.frozen.block_parameters
         return {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
 
     def _records(self, hidden: torch.Tensor, attention: Any, positions: torch.Tensor | None) -> tuple[Record, ...]:
@@ -295,12 +294,6 @@ class Passage:
             starts=starts,
             relative=frozen.relative,
         )
-
-
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names of what a kind of block is given."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _apart(attention: Any, implementation: str, shape: tuple[int, ...]) -> Apart:

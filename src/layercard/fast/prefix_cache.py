@@ -90,8 +90,12 @@ class PrefixCache:
         if not self.active:
             return f"frozen blocks computed in every pass: {self.reason}"
         seen = self.found + self.computed
+        if not seen and not self.untouched:
+            where = f"in {self.folder}" if self.folder else "in memory"
+            return "; ".join([f"frozen blocks {self.depth}/{self.layers}: computed once a record, kept {where}", *self.notes])
         parts = [f"frozen blocks {self.depth}/{self.layers}: {self.found} of {seen} records read from the cache"]
-        parts += [f"{gigabytes(self.taken)} {'on disk' if self.folder else 'in memory'}", f"about {self.seconds_saved:.1f} s saved"]
+        parts += [f"{gigabytes(self.taken)} {'on disk' if self.folder else 'in memory'}"]
+        parts += [f"about {abs(self.seconds_saved):.1f} s {'saved' if self.seconds_saved >= 0 else 'lost'}"]
         parts += [f"{count} batches untouched ({why})" for why, count in self.untouched.items()]
         parts += ["full" for store in self._stores.values() if store.full][:1]
         return "; ".join([*parts, *self.notes])

@@ -33,6 +33,8 @@ from layercard.meta import free_bytes
 FORMAT = "layercard-prefix/1"
 SHARD_BYTES = 64 * 2**20
 """A shard is written when so much waits for it."""
+PAUSE = 10.0
+"""Seconds after which a shard is written although little waits."""
 ABANDONED = 3600.0
 """A file half written for so many seconds is that of a process that was killed, and is removed."""
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
@@ -44,12 +46,13 @@ class CacheWarning(UserWarning):
 
 @dataclass
 class _Shard:
-    """One file: the map of its hidden states, and which of its records were tested."""
+    """One file: the map of its hidden states, which of its records were tested, and whether this store has written it."""
 
     path: Path
     hidden: torch.Tensor
     checks: torch.Tensor
     tested: bytearray
+    own: bool
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Store:
     _kept: dict[bytes, tuple[_Shard, int, int, int]] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
     _changed: int = -1
+    _written: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._prepare()
@@ -108,9 +112,9 @@ class Store:
             shard.tested[at] = 1
         return rows
 
-    def on_disk(self, key: bytes) -> bool:
-        """Whether a record would be read from a file."""
-        return key not in self._fresh and key in self._kept
+    def foreign(self, key: bytes) -> bool:
+        """Whether a record would be read from a file that another process or run has written."""
+        return key not in self._fresh and key in self._kept and not self._kept[key][0].own
 
     def add(self, key: bytes, hidden: torch.Tensor) -> bool:
         """Keep the hidden states `[n, width]` of a record; returns whether they are kept now.
@@ -146,10 +150,16 @@ class Store:
         except (OSError, OutputError, SafetensorError) as error:
             self._give_up(error)
             return
+        self._written = time.monotonic()
         self._seen.add(path.name)
         self._fresh.clear()
         self._waiting = 0
-        self._open(path)
+        self._open(path, own=True)
+
+    def settle(self) -> None:
+        """Write what waits if nothing has been written for a while: called when nothing was missing, so that others can read it."""
+        if self._fresh and time.monotonic() - self._written > PAUSE:
+            self.flush()
 
     def refresh(self) -> None:
         """Take note of shards that other processes have written since."""
@@ -189,7 +199,7 @@ class Store:
     def _metadata(self) -> dict[str, str]:
         return {"format": FORMAT, "label": self.label, "dtype": str(self.dtype), "width": str(self.width)}
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path, *, own: bool = False) -> int:
         """Map a shard and note its records; returns the bytes of its hidden states, 0 where it is unusable."""
         try:
             with safe_open(path, "pt") as file:
@@ -202,7 +212,7 @@ class Store:
             warnings.warn(f"{path} is not used: {said}; its records are computed again, delete it", CacheWarning, stacklevel=2)
             return 0
         bounds = tensors["bounds"].tolist()
-        shard = _Shard(path, tensors["hidden"], tensors["checks"], bytearray(len(bounds) - 1))
+        shard = _Shard(path, tensors["hidden"], tensors["checks"], bytearray(len(bounds) - 1), own)
         raw = tensors["keys"].numpy().tobytes()
         for at in range(len(bounds) - 1):
             self._kept[raw[at * KEY_BYTES : (at + 1) * KEY_BYTES]] = (shard, at, bounds[at], bounds[at + 1])
