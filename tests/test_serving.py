@@ -121,6 +121,18 @@ def test_equal_in_every_family(family: str) -> None:
         assert one.logits is not None and torch.equal(one.logits, logits)
 
 
+def test_equal_in_bfloat16() -> None:
+    base = base_of()
+    base.model.to(torch.bfloat16)
+    adapters = adapters_of(base)
+    found = SharedPrefix(base, adapters).generate(PROMPT, NEW, with_logits=True)
+    for one, adapter in zip(found, adapters, strict=True):
+        with switched_on(base, adapter):
+            tokens, logits = alone(base.model)
+        assert list(one.token_ids) == tokens
+        assert one.logits is not None and torch.equal(one.logits, logits)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     layers=st.lists(st.sets(st.integers(0, DEPTH - 1), min_size=1, max_size=3), min_size=1, max_size=4),
