@@ -355,6 +355,19 @@ def test_two_cuts_nest() -> None:
     assert everything(model) == before
 
 
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_in_bfloat16_as_well(kind: str) -> None:
+    """The same operations in the same order: equal also where rounding is coarse."""
+    stock, ours = (peft_model("llama", (1,)) for _ in range(2))
+    enable(stock, kind)
+    enable(ours, kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = train(stock, batches(3))
+        with cut_backward(ours):
+            assert_equal_runs(train(ours, batches(3)), expected)
+    assert train(peft_model("llama", (1,)), batches(3))[0] != pytest.approx(expected[0], rel=1e-5)
+
+
 # --- Trainer and TRL -----------------------------------------------------------------------------------------------------------
 
 
