@@ -13,7 +13,9 @@ from rich.console import Console
 from cards import fake_card
 from layercard.card import LayerCard
 from layercard.errors import SelectionError
-from layercard.report.front import front_figure, front_view, render_front
+from layercard.report.figures import front_figure
+from layercard.report.front import front_view
+from layercard.report.html import front_story, render
 from layercard.selection import cost_of, predict
 from layercard.selection.pareto import LADDER, load_front, pareto
 
@@ -87,7 +89,7 @@ def test_the_table_fits_and_names_every_placement(front: dict[str, Any], width: 
 def test_the_figure_has_the_front_and_every_kind_of_plain_placement(front: dict[str, Any]) -> None:
     for name in ("time", "memory"):
         traces = front_figure(front, name).to_plotly_json()["data"]
-        assert [trace["name"] for trace in traces] == ["chosen from the card", "last", "middle", "uniform", "first", "all"]
+        assert [trace["name"] for trace in traces] == ["least cost", "last", "middle", "uniform", "first", "all"]
         assert len(traces[0]["x"]) == len(front["fronts"][name])
         assert sum(len(trace["x"]) for trace in traces[1:]) == len(front["baselines"])
 
@@ -114,10 +116,10 @@ class _Scripts(HTMLParser):
 def test_the_page_is_whole_and_text_stays_text(front: dict[str, Any]) -> None:
     name = "</script><img src=x onerror=alert(1)>"
     evil = {**front, "model": {**front["model"], "name": name}, "baselines": [{**front["baselines"][0], "name": f"last-{name}"}]}
-    page = render_front(evil)
+    page = render(front_story(evil))
     parser = _Scripts()
     parser.feed(page)
     assert "img" not in parser.tags and len(parser.figures) == 2
-    assert any(name in text for trace in parser.figures[0]["data"] for text in trace["hovertext"])
+    assert any("&lt;img" in text for trace in parser.figures[0]["data"] for text in trace["hovertext"])  # plotly reads markup
     head = page.partition("<script>")[0]
-    assert "default-src 'none'" in head and not re.search(r'(?:src|href)="(?!data:)', head)
+    assert "default-src 'none'" in head and not re.search(r'(?:src|href)="(?!data:|#)', head)

@@ -1,12 +1,9 @@
-"""Reports of a card: the terminal table at several widths, and the HTML page; all from JSON values alone."""
+"""Reports of a card: the terminal table at several widths, and its frames; all from JSON values alone."""
 
-import html
-import json
 import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cards import fake_card, fake_comparison, fake_placement
-from layercard.errors import OutputError
+from cards import fake_card, fake_placement
 from layercard.report import frames
-from layercard.report.html import render, write_page
 from layercard.report.terminal import card_view, placement_view, strip
 
 
@@ -75,20 +70,17 @@ def test_a_card_without_step_probe_is_shown() -> None:
     lines = printed(card, 100)
     assert len(table_rows(lines)) == 4
     assert "Step probe" not in " ".join(lines)
-    assert "Step probe" not in render(card)
 
 
 def test_the_training_probe_is_shown_where_it_was_run() -> None:
     card = fake_card()
     assert "Trained" not in "\n".join(printed(card, 160))
-    assert "Training probe" not in render(card)
     for layer in card["layers"]:
         layer["training_probe"] = {"value": 0.7 + layer["index"] / 1000, "low": 0.5, "high": 0.9}
     for width in (80, 160):
         lines = printed(card, width)
         assert "Trained" in "\n".join(lines)
         assert all(f"{0.7 + at / 1000:.3f}" in row for at, row in enumerate(table_rows(lines)))
-    assert "Training probe" in render(card)
 
 
 def test_placement_view_says_why() -> None:
@@ -136,74 +128,6 @@ def test_frames_hold_the_numbers_of_the_card() -> None:
     assert frame.loc[3, "resnorm_low"] == card["layers"][3]["resnorm"]["low"]
     assert "training_probe" not in frame
     assert frames.coupling_frame(card).loc[1, 2] == card["coupling"][1][2]
-
-
-class Reader(HTMLParser):
-    """What a page shows: the exact values of its table, its tags, and the JSON of its figures."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.values: list[float] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.figures: dict[str, Any] = {}
-        self._figure: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append((tag, found))
-        if "data-value" in found:
-            self.values.append(float(found["data-value"] or "nan"))
-        self._figure = found["data-plot"] if tag == "script" and found.get("class") == "figure" else None
-
-    def handle_data(self, data: str) -> None:
-        if self._figure:
-            self.figures[self._figure] = json.loads(data)
-            self._figure = None
-
-
-def test_page_holds_the_numbers_of_the_card() -> None:
-    card = fake_card()
-    placement = fake_placement(card, [2, 9, 17])
-    page = Reader(render(card, placement=placement, comparison=fake_comparison(card, {"mine": [2, 9, 17], "all": list(range(30))})))
-    columns = [measure.key for measure in frames.measured(card)]
-    assert page.values == [layer[key]["value"] for layer in card["layers"] for key in columns]
-    line = page.figures["plot-gain_estimate"]["data"][1]
-    assert line["y"] == [layer["gain_estimate"]["value"] for layer in card["layers"]]
-    assert page.figures["plot-gain_estimate"]["data"][2]["x"] == [2, 9, 17]
-    assert page.figures["plot-coupling"]["data"][0]["z"] == card["coupling"]
-    assert page.figures["plot-trade-off"]["data"][0]["text"] == ["mine", "all"]
-    plots = {attrs["id"] for tag, attrs in page.tags if tag == "div" and attrs.get("class") == "plot"}
-    assert plots == set(page.figures)
-
-
-def test_page_needs_no_network_and_is_small() -> None:
-    text = render(fake_card(depth=64))
-    assert len(text) < 6_000_000
-    for tag, attrs in Reader(text).tags:
-        assert tag != "link"
-        assert not any(name in attrs for name in ("src", "href")), (tag, attrs)
-
-
-def test_page_shows_hostile_text_as_text() -> None:
-    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
-    card = fake_card(depth=3, warnings=[evil])
-    card["model"]["name"] = card["data"]["source"] = card["settings"]["ridge"] = evil
-    card["units"]["resnorm"] = evil
-    placement = {**fake_placement(card, [1]), "objective": evil, "reasons": {"1": evil}}
-    comparison = fake_comparison(card, {evil: [1], "all": [0, 1, 2]})
-    text = render(card, placement=placement, comparison=comparison, commands=[evil])
-    assert evil not in text
-    assert html.escape(evil, quote=False)[:20] in text
-    assert not any(tag == "img" for tag, _ in Reader(text).tags)
-
-
-def test_page_is_written_whole_and_kept(tmp_path: Path) -> None:
-    page = write_page(tmp_path / "card.html", fake_card(depth=2))
-    with pytest.raises(OutputError, match="exists already"):
-        write_page(page, fake_card(depth=2))
-    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
-    assert [path.name for path in tmp_path.iterdir()] == ["card.html"]
 
 
 def test_terminal_view_loads_neither_pandas_nor_plotly() -> None:

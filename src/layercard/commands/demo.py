@@ -52,8 +52,8 @@ def demo(
         *("--placements", f"{placement},all", "--steps", str(steps), "--batch-size", str(BATCH_SIZE)),
         *("-o", str(runs), *(["--resume"] if reused else ["--force"] if runs.exists() else [])),
     )
-    compared = ("--placement", str(placement), "--comparison", str(runs / "compare.json"))
-    _run(ctx, "show", str(card), *compared, "--html", str(page), *(["--force"] if page.exists() else []))
+    files = (str(card), str(placement), str(runs / "compare.json"))
+    _run(ctx, "report", *files, "-o", str(page), *(["--force"] if page.exists() else []))
 
 
 def _fits(card: Path, placement: Path, model: str, records: int, k: int) -> bool:

@@ -80,15 +80,14 @@ def calculator(ratios: Ratios, inputs: RoiInputs | None = None) -> dict[str, Any
 
 def _field(name: str, label: str, unit: str, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     limits = RoiInputs.model_json_schema()["properties"][name]
-    measured = given[name] is None and values[name] is not None
     return {
         "name": name,
         "label": label,
         "unit": unit,
-        "value": values[name],
+        "value": given[name],
         "least": limits.get("minimum", 0),
         "whole": isinstance(given[name], int),
-        "measured": measured,
+        "measured": values[name] if given[name] is None else None,
     }
 
 

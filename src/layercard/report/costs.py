@@ -19,10 +19,10 @@ def cost_view(cost: CostModel, k: int = 5) -> RenderableType:
 
 def header(cost: CostModel) -> str:
     """Two lines: model and batch, and what the figures come from."""
-    threads = f", {cost.threads} threads" if cost.threads else ""
+    several = f", {threads(cost.threads)}" if cost.threads else ""
     return (
         f"{cost.model or 'model'}: {len(cost.layers)} layers, {cost.dtype}, rank {cost.rank}; {cost.batch_size} records of {cost.tokens} "
-        f"tokens, {cost.labelled_tokens} labelled\n{_SOURCES[cost.source]}{': ' if cost.device else ''}{cost.device}{threads}"
+        f"tokens, {cost.labelled_tokens} labelled\n{_SOURCES[cost.source]}{': ' if cost.device else ''}{cost.device}{several}"
     )
 
 
@@ -75,6 +75,20 @@ def seconds(value: float, cost: CostModel) -> str:
     if value >= 1 or value == 0:
         return f"{value:.2f} s"
     return f"{1e3 * value:.1f} ms" if value >= 1e-4 else f"{1e6 * value:.1f} µs"
+
+
+def where(cost: CostModel) -> str:
+    """The device that a cost is of, with its threads where it has some."""
+    return f"{cost.device or 'a device without a name'}{f', {threads(cost.threads)}' if cost.threads else ''}"
+
+
+def threads(count: int) -> str:
+    """A number of threads in words.
+
+    >>> threads(1), threads(2)
+    ('1 thread', '2 threads')
+    """
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def size(value: float) -> str:

@@ -6,6 +6,7 @@ are escaped, since plotly reads some markup in text.
 """
 
 import html
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ PLAIN = {
 """Plain placements: symbol and colour."""
 COSTS = {"time": ("step_time", "step time"), "memory": ("peak_memory", "peak memory")}
 """For each front where a point says its cost, and what it is called."""
+LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+FLAT = 0.05
+"""Part of the highest value below which a spread is shown as flat: a measure that is alike in all layers shall not look rugged."""
 MARGIN = {"l": 56, "r": 14, "t": 10, "b": 44}
 
 
@@ -56,8 +60,19 @@ def depth_figure(card: Json, measure: Measure, chosen: Collection[int] = ()) -> 
         figure.add_scatter(**_points(picked), mode="markers", marker=marker)
     figure.update_layout(showlegend=False, margin=MARGIN, hovermode="closest")
     figure.update_xaxes(title="layer, input to output", range=[-0.6, len(values) - 0.4], zeroline=False)
-    figure.update_yaxes(type="log" if measure.wide else "linear", zeroline=False, nticks=6)
+    figure.update_yaxes(**_scale(values, measure), zeroline=False)
     return figure
+
+
+def _scale(values: Sequence[Number | None], measure: Measure) -> dict[str, Any]:
+    """A linear axis, or a logarithmic one with a tick at each power of ten, and at 2 and 5 times these where there are few."""
+    positive = [found.value for found in values if found is not None and found.value > 0]
+    if not measure.wide or not positive:
+        return {"type": "linear", "nticks": 6}
+    steps = (1,) if max(positive) > 100 * min(positive) else (1, 2, 5)
+    powers = range(math.floor(math.log10(min(positive))) - 1, math.floor(math.log10(max(positive))) + 2)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
 
 
 def _points(known: Sequence[tuple[int, Number]]) -> dict[str, object]:
@@ -78,8 +93,8 @@ def heat_figure(card: Json, chosen: Sequence[int] = ()) -> go.Figure:
         values = profile_of(card, measure.key)
         fractions = bar_fractions(values, wide=measure.wide)
         lowest = min((shade for shade in fractions if shade is not None), default=0.0)
-        span = 1 - lowest
-        shades.append([None if shade is None else round((shade - lowest) / span, 4) if span else 0.0 for shade in fractions])
+        span = max(1 - lowest, FLAT)
+        shades.append([None if shade is None else round((shade - lowest) / span, 4) for shade in fractions])
         texts.append([_cell_text(measure.title, layer, found) for layer, found in enumerate(values)])
     figure = go.Figure()
     figure.add_heatmap(
@@ -159,14 +174,14 @@ def _stacked(
     figure, layers = go.Figure(), list(range(len(cost.layers)))
     for name, key, colour, shape in parts:
         values = [scale * getattr(layer, key) for layer in cost.layers]
-        pattern = {"shape": shape, "fgcolor": "rgba(255,255,255,0.75)", "size": 5, "solidity": 0.25}
+        pattern = {"shape": shape, "fgcolor": "rgba(255,255,255,0.75)", "size": 5, "solidity": 0.25, "fillmode": "overlay"}
         hover = [f"layer {layer}, {name}: {short(value)}" for layer, value in zip(layers, values, strict=True)]
         figure.add_bar(x=layers, y=values, name=name, marker={"color": colour, "pattern": pattern}, hovertext=hover, hoverinfo="text")
     if chosen:
         tops = [scale * sum(getattr(cost.layers[layer], key) for _, key, _, _ in parts) for layer in chosen]
         marker = {"symbol": "diamond", "size": 9, "color": ORANGE, "line": EDGE}
         figure.add_scatter(x=list(chosen), y=tops, mode="markers", name="chosen", marker=marker, hoverinfo="skip")
-    figure.update_layout(barmode="stack", bargap=0.15, margin=MARGIN, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    figure.update_layout(barmode="stack", bargap=0.15, margin=MARGIN, legend=LEGEND)
     figure.update_xaxes(title="layer, input to output", zeroline=False)
     figure.update_yaxes(title=title, zeroline=False, rangemode="tozero")
     return figure
@@ -189,7 +204,7 @@ def reach_figure(cost: CostModel) -> go.Figure:
             hovertext=hover,
             hoverinfo="text",
         )
-    figure.update_layout(margin=MARGIN, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    figure.update_layout(margin=MARGIN, legend=LEGEND)
     figure.update_xaxes(title="the one adapted layer", zeroline=False)
     figure.update_yaxes(title="% of all layers", zeroline=False, rangemode="tozero")
     return figure
@@ -204,7 +219,7 @@ def front_figure(front: Json, name: str, placements: Mapping[str, Json] | None =
         x=[100 * point[key]["share"] for point, _ in known],
         y=[100 * found.value for _, found in known],
         error_y=_error([found for _, found in known], 100),
-        name="chosen from the card",
+        name="least cost",
         mode="lines+markers",
         line={"color": BLUE, "width": 2},
         marker={"size": 7, "color": BLUE},
@@ -215,8 +230,8 @@ def front_figure(front: Json, name: str, placements: Mapping[str, Json] | None =
         some = [point for point in front["baselines"] if str(point["name"]).partition("-")[0] == strategy]
         _mark(figure, [(str(point["name"]), point) for point in some], key, strategy, symbol, colour, 9)
     own = [(label, placement["predicted"]) for label, placement in (placements or {}).items() if placement.get("predicted")]
-    _mark(figure, own, key, "placement given", "diamond", GREEN, 14)
-    figure.update_layout(margin=MARGIN | {"b": 90}, hovermode="closest", legend={"orientation": "h", "y": -0.18})
+    _mark(figure, own, key, "given", "diamond", GREEN, 14)
+    figure.update_layout(margin=MARGIN, hovermode="closest", legend=LEGEND)
     figure.update_xaxes(title=f"{title}, % of all layers", zeroline=False)
     figure.update_yaxes(title="performance kept, %", zeroline=False)
     return figure
@@ -257,9 +272,9 @@ def trade_off_figure(rows: Sequence[Row], named: Collection[str]) -> go.Figure:
     figure = go.Figure()
     known = [row for row in rows if row.kept is not None and row.time_share is not None]
     groups = (
-        ("placement given", [row for row in known if row.name in named and not _plain_of(row)], "diamond", GREEN, 14),
+        ("given", [row for row in known if row.name in named and not _plain_of(row)], "diamond", GREEN, 14),
         *((name, [row for row in known if _plain_of(row) == name], *style, 11) for name, style in PLAIN.items()),
-        ("other placements", [row for row in known if row.name not in named and not _plain_of(row)], "circle-open", BLUE, 8),
+        ("others", [row for row in known if row.name not in named and not _plain_of(row)], "circle-open", BLUE, 8),
     )
     for name, some, symbol, colour, size in groups:
         if not some:
@@ -277,7 +292,7 @@ def trade_off_figure(rows: Sequence[Row], named: Collection[str]) -> go.Figure:
             hoverinfo="text",
         )
     figure.add_hline(y=100, line={"dash": "dot", "color": GREY, "width": 1})
-    figure.update_layout(margin=MARGIN | {"b": 90}, hovermode="closest", legend={"orientation": "h", "y": -0.18})
+    figure.update_layout(margin=MARGIN, hovermode="closest", legend=LEGEND)
     figure.update_xaxes(title="training time, % of all layers", zeroline=False)
     figure.update_yaxes(title="performance kept, %", zeroline=False)
     return figure

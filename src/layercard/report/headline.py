@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from layercard.cost import CostModel
 from layercard.indices import listed
 from layercard.report.costs import seconds, size
-from layercard.report.frames import Json, Number, best_layers, interval, number, short, stability_words
+from layercard.report.frames import Json, Number, best_layers, interval, number, stability_words
 from layercard.report.roi import Ratio, Ratios
 from layercard.report.sources import Sources
 from layercard.report.story import Step, Tile
@@ -96,8 +96,8 @@ def _faster(time: Ratio) -> Tile:
         return Tile("Training speed-up", "unknown", "", "profile with --cost, or train it beside all layers")
     saved = Number(100 * (1 - time.mid), 100 * (1 - time.high), 100 * (1 - time.low))
     between = _ends(saved) if time.low < time.high else ""
-    times = f"{1 / time.mid:.2f} times as fast; " if time.mid > 0 else ""
-    return Tile("Training speed-up", f"{saved.value:.0f} % less time", between, times + time.source, time.measured)
+    times = f", {1 / time.mid:.2f} times as fast" if time.mid > 0 else ""
+    return Tile("Training speed-up", f"{saved.value:.0f} %", between, f"less time{times}; {time.source}", time.measured)
 
 
 def _cost(card: Json) -> CostModel | None:
@@ -126,4 +126,5 @@ def _latency(card: Json, chosen: Sequence[int], ratio: Ratio) -> Tile:
     if cost is None or (not ratio.measured and ratio.mid == 1):
         return Tile("Added latency", "unknown", "", "profile with --cost")
     per_token = seconds(cost.inference_latency(chosen), cost)
-    return Tile("Added latency", f"{per_token} a token", "", f"{short(100 * ratio.mid)} % of all layers; {ratio.source}", ratio.measured)
+    note = f"of what adapters in all layers add, {per_token} a token; {ratio.source}"
+    return Tile("Added latency", f"{100 * ratio.mid:.0f} %", "", note, ratio.measured)

@@ -63,7 +63,7 @@ def story_of(sources: Sources, *, inputs: RoiInputs | None = None, commands: Seq
 
 def _names(sources: Sources) -> dict[tuple[int, ...], str]:
     """Names of the placements given, by their layers."""
-    return {tuple(value["layers"]): f"{name} ({value['objective']})" for name, value in reversed(sources.placements.items())}
+    return {tuple(value["layers"]): parts.called(name, value) for name, value in sources.placements.items()}
 
 
 def _topics(sources: Sources, chosen: Sequence[int], rows: Sequence[Row]) -> list[Topic]:

@@ -6,7 +6,7 @@ from typing import Any
 from layercard.cost import CostModel
 from layercard.indices import listed
 from layercard.report import figures
-from layercard.report.costs import seconds, size
+from layercard.report.costs import seconds, size, where
 from layercard.report.frames import (
     MEASURES,
     Json,
@@ -119,7 +119,14 @@ def trained_part(rows: Sequence[Row]) -> Part:
         )
     tasks = list(dict.fromkeys(task for row in rows for task in row.reduction))
     lines = [
-        Line(row.name, [Cell(str(len(row.trials))), *(cell(row.reduction.get(task), digits=3) for task in tasks), cell(row.kept, digits=1)])
+        Line(
+            row.name,
+            [
+                Cell(str(len(row.trials)), "", len(row.trials)),
+                *(cell(row.reduction.get(task), digits=3) for task in tasks),
+                cell(row.kept, digits=1),
+            ],
+        )
         for row in rows
     ]
     lead = (
@@ -152,7 +159,11 @@ def _plain(value: Any) -> Cell:
     found = number(value)
     if value is None:
         return Cell("–")
-    return Cell(str(value)) if found is None else Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}", "", found.value)
+    return (
+        Cell(str(value), words=not str(value)[:1].isdigit())
+        if found is None
+        else Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}", "", found.value)
+    )
 
 
 def transfer_part(sources: Sources) -> Part:
@@ -204,7 +215,7 @@ def cost_part(card: Json, chosen: Sequence[int]) -> Part:
         plot("cost-reach", "What reach costs", reach, figures.reach_figure(cost)),
     ]
     source = {"measured": "Measured", "rates": "Estimated from FLOPs and bytes", "shapes": "Relative, from shapes alone"}[cost.source]
-    device = f" on {cost.device}{f', {cost.threads} threads' if cost.threads else ''}" if cost.device else ""
+    device = f" on {where(cost)}" if cost.device else ""
     lead = f"{source}{device}: {cost.batch_size} records of {cost.tokens} tokens in a step, rank {cost.rank}, {cost.dtype}."
     return Part("cost", title, lead, plots, [_cost_table(cost)])
 
@@ -272,7 +283,7 @@ def _point_cells(point: Json, layers: Sequence[int] | None = None) -> list[Cell]
         cell(kept, 0.01, 0),
         *(cell(found, 0.01, 0) for found in share),
         Cell(str(len(which)), "", len(which)),
-        Cell(listed(which, " ")),
+        Cell(listed(which, " "), words=True),
     ]
 
 
@@ -283,7 +294,7 @@ def placement_part(sources: Sources, front: Json | None) -> Part:
         why = "No placement was given. Choose layers from the card, then name the file:"
         return Part("placement", title, missing=Missing(why, "layercard select card.json -o placement.json"))
     given = [
-        Line(f"{name} ({placement['objective']})", _point_cells(placement.get("predicted") or {}, placement["layers"]), "◆")
+        Line(called(name, placement), _point_cells(placement.get("predicted") or {}, placement["layers"]), "◆")
         for name, placement in sources.placements.items()
     ]
     size_of = len(next(iter(sources.placements.values()))["layers"])
@@ -299,7 +310,7 @@ def placement_part(sources: Sources, front: Json | None) -> Part:
     why_table = Table(
         "Why each layer",
         ("Layer", "Reason"),
-        [Line(str(layer), [Cell(str(reasons[str(layer)]))]) for layer in placement["layers"] if str(layer) in reasons],
+        [Line(str(layer), [Cell(str(reasons[str(layer)]), words=True)]) for layer in placement["layers"] if str(layer) in reasons],
     )
     return Part("placement", title, tables=[table, *([why_table] if why_table.rows else [])], notes=notes)
 
@@ -345,3 +356,9 @@ def _turned(found: Number | None) -> Number | None:
     if found is None:
         return None
     return Number(100 - found.value, None if found.high is None else 100 - found.high, None if found.low is None else 100 - found.low)
+
+
+def called(name: str, placement: Json) -> str:
+    """What a placement is called: its file and what it was chosen for."""
+    objective = str(placement["objective"])
+    return name if name == objective else f"{name} ({objective})"

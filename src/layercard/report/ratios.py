@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from layercard.cost import CostModel
 from layercard.indices import listed
+from layercard.report.costs import where
 from layercard.report.frames import Json, Number
 from layercard.report.roi import NOT_MEASURED, Ratio, Ratios
 from layercard.report.trials import Row, mean
@@ -49,7 +50,7 @@ def _time(row: Row | None, layers: Sequence[int], cost: CostModel | None) -> Rat
         return NOT_MEASURED
     share = cost.step_time(layers) / cost.step_time(range(len(cost.layers)))
     if cost.source == "measured":
-        source = f"step time from the card's cost, its parts measured on {_device(cost)}; ± {100 * COST_ERROR:.1f} %"
+        source = f"step time from the card's cost, its parts measured on {where(cost)}; ± {100 * COST_ERROR:.1f} %"
         return Ratio.of(share, source, low=share * (1 - COST_ERROR), high=share * (1 + COST_ERROR))
     return Ratio.of(share, f"step time {SOURCES[cost.source]}", measured=False)
 
@@ -65,7 +66,7 @@ def _memory(row: Row | None, layers: Sequence[int], cost: CostModel | None) -> R
         return _ratio(found, 1.0, f"peaks measured, {_count(len(known), 'run')}")
     share = (frozen + cost.peak_memory(layers)) / (frozen + cost.peak_memory(every))
     if cost.source == "measured":
-        return Ratio.of(share, f"peak memory from the card's cost, its parts measured on {_device(cost)}")
+        return Ratio.of(share, f"peak memory from the card's cost, its parts measured on {where(cost)}")
     return Ratio.of(share, f"peak memory {SOURCES[cost.source]}", measured=False)
 
 
@@ -75,7 +76,7 @@ def _latency(layers: Sequence[int], cost: CostModel | None) -> Ratio:
         return NOT_MEASURED
     share = cost.inference_latency(layers) / whole
     if cost.source == "measured":
-        return Ratio.of(share, f"time that adapters, not merged, add to a token, measured on {_device(cost)}")
+        return Ratio.of(share, f"time that adapters, not merged, add to a token, measured on {where(cost)}")
     return Ratio.of(share, f"added latency {SOURCES[cost.source]}", measured=False)
 
 
@@ -102,12 +103,7 @@ def _count(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count > 1 else ', without an interval'}"
 
 
-def _device(cost: CostModel) -> str:
-    threads = f", {cost.threads} thread{'s' if cost.threads > 1 else ''}" if cost.threads else ""
-    return f"{cost.device or 'a device without a name'}{threads}"
-
-
 def _where(cost: CostModel | None, row: Row | None) -> str:
-    found = [f"{_device(cost)}, {cost.batch_size} records of {cost.tokens} tokens"] if cost and cost.source == "measured" else []
+    found = [f"{where(cost)}, {cost.batch_size} records of {cost.tokens} tokens"] if cost and cost.source == "measured" else []
     machines = dict.fromkeys(trial.machine for trial in row.trials if trial.machine) if row else {}
     return "; ".join([*found, *machines])

@@ -351,7 +351,7 @@ def _assumptions(inputs: RoiInputs, ratios: Ratios) -> Iterable[str]:
         if getattr(inputs, name) is not None:
             yield f"{name}: given by hand"
         elif getattr(ratios, name) is None:
-            yield f"{name}: not measured and not given, so it saves nothing"
+            yield f"{name}: neither measured on an accelerator nor given, so it saves nothing"
 
 
 def javascript() -> str:

@@ -21,12 +21,14 @@ class Cell:
         interval: `low–high`, shown small below.
         exact: The number itself, for whoever reads the page by machine; `None` for text.
         tint: Depth of its colour, 0 to 1.
+        words: Whether it is text, which starts at the left.
     """
 
     text: str
     interval: str = ""
     exact: float | None = None
     tint: float | None = None
+    words: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,10 @@ def cell(found: Number | None, scale: float = 1.0, digits: int | None = None) ->
     if found is None:
         return Cell("–")
     scaled = Number(*(None if end is None else end / scale for end in (found.value, found.low, found.high)))  # type: ignore[arg-type]
+    if scaled.low == scaled.high:
+        scaled = Number(scaled.value)
     if digits is None:
         return Cell(short(scaled.value), interval(scaled), found.value)
-    between = "" if scaled.low is None or scaled.high is None else f"{scaled.low:,.{digits}f}–{scaled.high:,.{digits}f}"
-    return Cell(f"{scaled.value:,.{digits}f}", between, found.value)
+    text = [None if end is None else f"{end:,.{digits}f}".replace("-", "−") for end in (scaled.value, scaled.low, scaled.high)]
+    between = "" if text[1] is None or text[2] is None else f"{text[1]}{' to ' if text[1].startswith('−') else '–'}{text[2]}"
+    return Cell(str(text[0]), between, found.value)

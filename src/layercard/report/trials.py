@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from layercard.indices import listed
+from layercard.report.costs import threads
 from layercard.report.frames import Json, Number, number
 from layercard.selection.strategies import STRATEGIES
 
@@ -109,7 +110,7 @@ def of_bench(record: Json) -> Trial | None:
         memory=_float(trained.get("peak_memory_bytes")),
         adapter_bytes=_float(trained.get("file_size")),
         parameters=_float(trained.get("num_trainable_params")),
-        machine=f"{system.get('machine', '')}, {system.get('threads', '?')} threads" if system else "",
+        machine=", ".join([str(system.get("machine", "")), *([threads(int(system["threads"]))] if system.get("threads") else [])]),
     )
 
 
@@ -234,12 +235,14 @@ def rows_of(trials: Iterable[Trial], known: Mapping[tuple[int, ...], str] | None
     for (_, rank), found in groups.items():
         suffix = f", rank {rank}" if rank is not None and rank != usual else ""
         rows.append(_row(_name(found[0], known) + suffix, found))
-    order = {"all": 0}
-    return sorted(rows, key=lambda row: (order.get(row.name, _rank_of(row, known)), -(row.kept.value if row.kept else 0.0)))
+    places = {layers: at for at, layers in enumerate(known, 1)}
+    return sorted(rows, key=lambda row: (_place(row, places), -(row.kept.value if row.kept else 0.0)))
 
 
-def _rank_of(row: Row, known: Mapping[tuple[int, ...], str]) -> int:
-    return 1 if row.layers in known else 3 if row.name.startswith("layers ") else 2
+def _place(row: Row, places: Mapping[tuple[int, ...], int]) -> int:
+    """All layers, then given placements in their order, then plain ones and those with a name, then the rest."""
+    plain = 0 if len(row.layers) == row.depth else len(places) + (2 if row.name.startswith("layers ") else 1)
+    return places.get(row.layers, plain)
 
 
 def _name(trial: Trial, known: Mapping[tuple[int, ...], str]) -> str:

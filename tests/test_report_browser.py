@@ -1,0 +1,103 @@
+"""The report in a real browser, from the disk and without network: everything is drawn, and the calculator follows what is typed.
+
+Needs the Python package `playwright` and a Chromium (`CHROMIUM`, else `/usr/bin/chromium`). With `AXE`, a path to `axe.min.js`, axe-core
+looks at the page too.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layercard.report.html import story_of, write_page
+from layercard.report.ratios import ratios_of
+from layercard.report.roi import RATIOS, Ratio, Ratios, RoiInputs, roi
+from layercard.report.trials import rows_of
+from test_report_page import full
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs a Chromium at {CHROMIUM}")]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of 64 layers and 12 runs."""
+    return write_page(tmp_path_factory.mktemp("report") / "report.html", story_of(full(64)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as machine:
+        found = machine.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_everything_is_drawn_without_a_word(browser: Any, report: Path, width: int, scheme: str) -> None:
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, bypass_csp="AXE" in os.environ
+    )
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-drawn]", timeout=60_000)
+    plots = page.locator(".plot").count()
+    assert page.locator(".plot[data-drawn] .main-svg").count() >= plots > 15
+    assert said == []
+    assert asked == [report.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if "AXE" in os.environ:
+        page.evaluate(Path(os.environ["AXE"]).read_text(encoding="utf-8"))
+        found = page.evaluate("axe.run()")["violations"]
+        assert [(one["impact"], one["id"]) for one in found if one["impact"] in ("serious", "critical")] == []
+    context.close()
+
+
+def test_the_calculator_follows_what_is_typed(browser: Any, report: Path) -> None:
+    sources, page = full(64), browser.new_page()
+    page.goto(report.as_uri())
+    page.fill("#roi-gpu_price_per_hour", "7")
+    page.fill("#roi-gpu_watts", "400")
+    ratios = ratios_of(sources.placement["layers"], sources.card, rows_of(sources.trials))
+    expected = roi(RoiInputs(gpu_price_per_hour=7, gpu_watts=400), ratios).results
+    for name in ("saved_month", "energy_saved", "payback_months"):
+        cell = page.locator(f'td[data-result="{name}"][data-end="mid"]')
+        assert float(cell.get_attribute("data-exact")) == expected[name].mid
+    page.fill("#roi-gpus", "0")
+    assert "GPUs a run" in page.inner_text("#roi-hint")
+    assert page.get_attribute("#roi-gpus", "aria-invalid") == "true"
+    page.close()
+
+
+def test_the_browser_computes_what_python_computes(browser: Any, report: Path) -> None:
+    """200 random figures and ratios, to the last bit."""
+    rng = random.Random(0)
+
+    def ratio() -> Ratio:
+        low, mid, high = sorted(rng.uniform(0, 1.3) for _ in range(3))
+        return Ratio(low=low, mid=mid, high=high, measured=rng.random() < 0.7, source="drawn")
+
+    def figures() -> RoiInputs:
+        whole = ("gpus", "adapters_served", "requests_per_month", "tokens_per_month")
+        drawn = {n: rng.randint(1, 10**6) if n in whole else 10 ** rng.uniform(-2, 4) for n in RoiInputs.model_fields if n != "currency"}
+        left_out = [n for n, f in RoiInputs.model_fields.items() if f.default is None and rng.random() < 0.3]
+        return RoiInputs(**{**drawn, **dict.fromkeys(left_out)})
+
+    cases = [(figures(), Ratios(**{name: ratio() for name in RATIOS}, adapter_mb=3.5, run_memory_gb=70)) for _ in range(200)]
+    values = [[{k: v for k, v in a.model_dump().items() if k != "currency"}, b.model_dump()] for a, b in cases]
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    done = page.evaluate("(cases) => JSON.stringify(cases.map(([a, b]) => layercardRoi(a, b)))", values)
+    for (one, two), twin in zip(cases, json.loads(done, parse_int=float), strict=True):
+        found = roi(one, two).to_json()
+        assert twin == {"results": found["results"], "with_assumptions": found["with_assumptions"]}
+    page.close()
