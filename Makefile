@@ -17,7 +17,7 @@ help:
 	@echo "make bench      every benchmark, results in benchmarks/results/, then the tables in README.md and docs/"
 	@echo "make lint       ruff, mypy, generated tables and command line page"
 	@echo "make docs       the documentation site in site/"
-	@echo "make cli-docs   write docs/cli.md from the help texts"
+	@echo "make cli-docs   write docs/cli.md from the help texts, and the roadmap of docs/index.md"
 	@echo "make clean      remove what the targets above made, but neither $(VENV) nor results"
 
 setup: $(READY)
@@ -25,7 +25,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found; name one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,docs,trl,data,ray]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[app,dev,docs,trl,data,ray]"
 	@touch $@
 
 demo: setup
@@ -52,12 +52,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_roadmap.py --check
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 cli-docs: setup
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_roadmap.py
 
 clean:
 	rm -rf site dist build $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

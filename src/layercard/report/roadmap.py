@@ -106,10 +106,8 @@ def roadmap_markdown() -> str:
     """The way of a model of which nothing is there yet, as the text of the first page of the documentation."""
     parts = []
     for at, phase in enumerate(roadmap([]).phases, 1):
-        parts.append(f"**{at}. {phase.name}.** {phase.purpose}\n")
-        for step in phase.steps:
-            title = f"{step.title} (optional)" if step.optional else step.title
-            parts.append(f"- {title}: {step.detail}\n\n  ```sh\n  {step.command}\n  ```\n")
+        lines = [f"# {step.title}{' (optional)' if step.optional else ''}: {step.detail}\n{step.command}" for step in phase.steps]
+        parts.append("\n".join([f"**{at}. {phase.name}.** {phase.purpose}\n", "```sh", *lines, "```\n"]))
     return "\n".join(parts)
 
 

@@ -93,7 +93,7 @@ def by_hand(card: LayerCard, layers: Iterable[Any]) -> Choice:
     """The placement of the layers that were picked, or what is wrong with them."""
     try:
         return Choice(given(card, [int(layer) for layer in layers]))
-    except LayercardError as error:
+    except (LayercardError, ValueError) as error:
         return Choice(None, str(error))
 
 

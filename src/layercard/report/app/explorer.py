@@ -79,6 +79,12 @@ class Explorer:
         """
         return find(self.entries(uploaded), key)
 
+    def sibling(self, uploaded: Sequence[Entry], entry: Entry) -> str | None:
+        """The key of another card to compare one with: of the same model, if there is one."""
+        others = [other for other in self.entries(uploaded) if other.card is not None and other.key != entry.key]
+        alike = [other for other in others if _card(other).model.fingerprint == _card(entry).model.fingerprint]
+        return next((other.key for other in [*alike, *others]), None)
+
     def upload(self, uploaded: Sequence[Entry], paths: Sequence[str]) -> tuple[list[Entry], list[str]]:
         """The uploads with the new ones among them, and for each file that was refused why."""
         found, refused = list(uploaded), []
@@ -178,12 +184,15 @@ class Explorer:
         except LayercardError as error:
             return views.note(str(error), "bad")
 
-    def saves(self, uploaded: Sequence[Entry], entry: Entry, layers: Sequence[int], currency: str, figures: Sequence[float | None]) -> str:
-        """What a placement saves with the reader's figures."""
+    def saves(
+        self, uploaded: Sequence[Entry], entry: Entry, layers: Sequence[int], currency: str, figures: Sequence[float | str | None]
+    ) -> tuple[str, str]:
+        """What a placement saves with the reader's figures: the headline and all of it."""
         try:
-            return views.roi(money.saved(figures, currency or "USD", layers, entry, self.entries(uploaded)))
+            found = money.saved(figures, currency or "USD", layers, entry, self.entries(uploaded))
+            return views.roi_headline(found), views.roi(found)
         except LayercardError as error:
-            return views.note(str(error), "bad")
+            return views.note(str(error), "bad"), ""
 
     def start(self, model: str | None, data: str | None, records: float) -> str:
         """Start to profile a model of the given folders; what is wrong is said in the same place."""

@@ -128,9 +128,10 @@ class Job:
         last = ""
         try:
             assert self._process.stderr is not None
-            for line in self._process.stderr:
-                last = line.strip() or last
-                self._progress = follow(self._progress, line)
+            with self._process.stderr as lines:
+                for line in lines:
+                    last = line.strip() or last
+                    self._progress = follow(self._progress, line)
             status = self._process.wait()
             self._progress = self._end(status, last)
         finally:

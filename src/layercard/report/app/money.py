@@ -1,11 +1,15 @@
 """The calculator of the app: the reader's figures as fields, and what a placement saves with them."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
 
+from layercard.errors import ReportError
 from layercard.report.app.library import Entry
+from layercard.report.frames import Json
 from layercard.report.ratios import ratios_of
 from layercard.report.roi import Roi, RoiInputs, roi
-from layercard.report.trials import Row, compared, of_comparison, of_run, rows_of
+from layercard.report.trials import Row, Trial, compared, of_comparison, of_run, rows_of
 
 FIGURES: dict[str, dict[str, str]] = {
     "Training": {
@@ -36,9 +40,9 @@ FIGURES: dict[str, dict[str, str]] = {
     },
 }
 """The fields in groups: name in `RoiInputs`, and what the page calls it."""
+LABELS = {name: label.partition(" (")[0].partition(",")[0] for group in FIGURES.values() for name, label in group.items()}
+"""The fields in short."""
 NAMES = tuple(name for group in FIGURES.values() for name in group)
-WHOLE = ("gpus", "adapters_served", "requests_per_month", "tokens_per_month")
-"""Figures that are counts."""
 
 
 def default(name: str) -> float | None:
@@ -47,7 +51,26 @@ def default(name: str) -> float | None:
     return None if value is None else float(value)
 
 
-def saved(figures: Sequence[float | None], currency: str, layers: Sequence[int], card: Entry, entries: Sequence[Entry]) -> Roi:
+def optional(name: str) -> bool:
+    """Whether a field may stay empty."""
+    return RoiInputs.model_fields[name].default is None
+
+
+def figure(name: str, given: float | str | None) -> float | None:
+    """What was typed into a field as a number; `None` for an empty one.
+
+    Raises:
+        ReportError: It is no number.
+    """
+    if given is None or not str(given).strip():
+        return None
+    try:
+        return float(str(given).strip().replace(",", "."))
+    except ValueError:
+        raise ReportError(f"{LABELS[name]}: {str(given)[:40]!r} is no number; give one, such as 2.5") from None
+
+
+def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence[int], card: Entry, entries: Sequence[Entry]) -> Roi:
     """What a placement saves.
 
     Args:
@@ -60,15 +83,42 @@ def saved(figures: Sequence[float | None], currency: str, layers: Sequence[int],
     Raises:
         ReportError: A figure out of range.
     """
-    given = {name: int(value) if name in WHOLE else value for name, value in zip(NAMES, figures, strict=True) if value is not None}
-    changed = {name: value for name, value in given.items() if value != default(name)}
-    return roi(RoiInputs.of({**changed, "currency": currency}), ratios_of(layers, card.value, runs_of(card, entries)))
+    numbers = {name: figure(name, given) for name, given in zip(NAMES, figures, strict=True)}
+    changed = {name: value for name, value in numbers.items() if value is not None and value != default(name)}
+    try:
+        inputs = RoiInputs.of({**changed, "currency": currency})
+    except ReportError as error:
+        raise ReportError(page_words(str(error))) from None
+    return roi(inputs, ratios_of(layers, card.value, runs_of(card, entries)))
+
+
+def page_words(text: str) -> str:
+    """A sentence of the calculator with the fields called as the page calls them.
+
+    >>> page_words("example figures, not given: gpus, gpu_watts")
+    'example figures, not given: GPUs of a run, Power of a GPU'
+    """
+    return re.sub(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\bgpus\b", lambda word: LABELS.get(word[0], word[0]), text)
 
 
 def runs_of(card: Entry, entries: Sequence[Entry]) -> list[Row]:
-    """Trained placements of a card's model, from run records and comparisons."""
+    """Trained placements of a card's model, from run records and comparisons; runs that a comparison has are not counted twice."""
     fingerprint = card.value["model"]["fingerprint"]
     ours = [entry for entry in entries if entry.problem is None and (entry.value.get("model") or {}).get("fingerprint") == fingerprint]
-    trials = [of_run(entry.value) for entry in ours if entry.kind == "run record"]
-    trials += [trial for entry in ours if entry.kind == "comparison" for trial in of_comparison(entry.value)]
+    comparisons = [entry for entry in ours if entry.kind == "comparison"]
+    covered = [PurePath(entry.place).parent for entry in comparisons]
+    trials: list[Trial] = []
+    for entry in ours:
+        if entry.kind == "comparison":
+            trials += _trials(entry, of_comparison)
+        elif entry.kind == "run record" and not any(folder in PurePath(entry.place).parent.parents for folder in covered):
+            trials += _trials(entry, lambda value: [of_run(value)])
     return rows_of(compared(trials))
+
+
+def _trials(entry: Entry, read: Callable[[Json], list[Trial]]) -> list[Trial]:
+    """The runs of a file; none where it lacks what a run must have."""
+    try:
+        return read(entry.value)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return []

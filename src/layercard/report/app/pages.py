@@ -126,13 +126,19 @@ class Page:
         gr.HTML(
             views.note("Against adapters in all layers, for the placement on the tab Select. Fields start with examples; give your own.")
         )
+        self._headline = gr.HTML(elem_id="headline")
         found: dict[str, Any] = {}
         with gr.Row():
             for at, (title, names) in enumerate(money.FIGURES.items()):
                 with gr.Column(min_width=260):
                     gr.HTML(f"<h3 style='margin:0'>{title}</h3>")
                     for name, label in names.items():
-                        found[name] = gr.Number(money.default(name), label=label, elem_id=f"roi-{name}")
+                        empty = money.optional(name)
+                        found[name] = (
+                            gr.Textbox(label=label, max_length=20, elem_id=f"roi-{name}")
+                            if empty
+                            else gr.Number(money.default(name), label=label, elem_id=f"roi-{name}")
+                        )
                     if at == len(money.FIGURES) - 1:
                         self._currency = gr.Dropdown(["USD", "EUR", "GBP", "JPY", "CHF", "INR", "CNY"], value="USD", label="Currency")
         self._figures = [found[name] for name in money.NAMES]
@@ -153,7 +159,7 @@ class Page:
 
     def _wire(self) -> None:
         lists = [self._card, self._one, self._two, self._model, self._data, self._files]
-        opened = [self._roadmap, self._controls.k, self._measure, self._layers, self._best]
+        opened = [self._roadmap, self._controls.k, self._measure, self._layers, self._best, self._one, self._two]
         explored = [self._choice, self._tiles, self._take, self._front, self._depth]
         handed = [self._changes, self._hand_take, self._hand_front, self._hand_depth]
         asked = [self._uploaded, self._card, *self._controls.all, self._measure, self._which]
@@ -165,8 +171,9 @@ class Page:
             return (
                 event.then(self._opened, [self._uploaded, self._card], opened, **_ONCE)
                 .then(self._explored, asked, explored, **_ONCE)
-                .then(self._saves, saving, [self._saved], **_ONCE)
-                .then(self._with_front, asked, [self._front], show_progress="minimal", api_visibility="private")
+                .then(self._saves, saving, [self._headline, self._saved], **_ONCE)
+                .then(self._made_front, [self._uploaded, self._card], [self._front], show_progress="minimal", api_visibility="private")
+                .then(self._explored, asked, explored, **_ONCE)
                 .then(self._settled, [*asked, self._choice], explored, **_ONCE)
                 .then(self._handed, by_hand, handed, **_ONCE)
             )
@@ -183,7 +190,7 @@ class Page:
             settle.append(
                 quick.then(self._settled, [*asked, self._choice], explored, **_ONCE)
                 .then(self._handed, by_hand, handed, **_ONCE)
-                .then(self._saves, saving, [self._saved], **_ONCE)
+                .then(self._saves, saving, [self._headline, self._saved], **_ONCE)
             )
         self._layers.change(self._handed, by_hand, handed, **_FAST)
         for button in self._starts:
@@ -192,7 +199,7 @@ class Page:
             self._explorer.compare, [self._uploaded, self._one, self._two, self._best], [self._verdict], api_visibility="private"
         )
         for figure in [*self._figures, self._currency]:
-            figure.change(self._saves, saving, [self._saved], **_FAST)
+            figure.change(self._saves, saving, [self._headline, self._saved], **_FAST)
         ticking = [self._job, self._clock, self._start, self._stop]
         self._start.click(self._explorer.start, [self._model, self._data, self._records], [self._job], **_ONCE).then(
             self._ticked, None, ticking, **_ONCE
@@ -214,13 +221,14 @@ class Page:
         cards = self._explorer.cards(uploaded)
         keys = [found for _, found in cards]
         first = key if key in keys else next(iter(keys), None)
-        second = next((found for found in keys if found != first), first)
         models, data = list(self._explorer.library.models()), list(self._explorer.library.data())
         return (
             gr.update(choices=cards, value=first),
-            gr.update(choices=cards, value=first),
-            gr.update(choices=cards, value=second),
-            gr.update(choices=models, value=models[0] if models else None),
+            gr.update(choices=cards),
+            gr.update(choices=cards),
+            gr.update(
+                choices=models, value=models[0] if models else None, label="Model" if models else "Model (there is none in the folders)"
+            ),
             gr.update(choices=[SYNTHETIC, *data]),
             views.files(self._explorer.entries(uploaded)),
         )
@@ -230,7 +238,7 @@ class Page:
         road = self._explorer.roadmap(uploaded, key)
         entry = self._entry(uploaded, key)
         if entry is None or entry.card is None:
-            return road, gr.skip(), gr.update(choices=[], value=None), gr.update(choices=[], value=[]), gr.skip()
+            return road, gr.skip(), gr.update(choices=[], value=None), gr.update(choices=[], value=[]), gr.skip(), gr.skip(), gr.skip()
         depth, measures = entry.card.model.layers, self._explorer.measures(entry)
         return (
             road,
@@ -238,6 +246,8 @@ class Page:
             gr.update(choices=measures, value=measures[0][1]),
             gr.update(choices=[str(layer) for layer in range(depth)], value=[]),
             gr.update(maximum=depth, value=min(5, depth)),
+            key,
+            self._explorer.sibling(uploaded, entry),
         )
 
     def _explored(self, uploaded: list[Entry], key: str | None, *controls: Any, patient: bool = False) -> tuple[Any, ...]:
@@ -259,15 +269,12 @@ class Page:
             return (gr.skip(),) * 5
         return self._explored(uploaded, key, *asked, patient=True)
 
-    def _with_front(self, uploaded: list[Entry], key: str | None, *controls: Any, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-        """The front of the card, made once, with the choice on it."""
+    def _made_front(self, uploaded: list[Entry], key: str | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+        """Make the front of the card, once, with a bar over the figure; the next step draws it."""
         entry = self._entry(uploaded, key)
-        if entry is None:
-            return None
-        self._explorer.front(entry, lambda phase, done, total: progress((done, total), desc="front"))
-        *sliders, measure, which = controls
-        wanted = _wishes(sliders)
-        return _plot(self._explorer.figures(entry, wanted, self._explorer.explore(entry, wanted).choice, measure, which)[0])
+        if entry is not None:
+            self._explorer.front(entry, lambda phase, done, total: progress((done, total), desc="front"))
+        return gr.skip()
 
     def _handed(self, uploaded: list[Entry], key: str | None, choice: Choice, layers: list[str], *controls: Any) -> tuple[Any, ...]:
         """What changes with layers picked by hand."""
@@ -284,11 +291,11 @@ class Page:
         entry = self._entry(uploaded, key)
         return [] if entry is None else self._explorer.start_from(entry, choice, name.rpartition(" ")[2])
 
-    def _saves(self, uploaded: list[Entry], key: str | None, choice: Choice, currency: str, *figures: float | None) -> str:
+    def _saves(self, uploaded: list[Entry], key: str | None, choice: Choice, currency: str, *figures: Any) -> tuple[str, str]:
         """What the placement saves."""
         entry = self._entry(uploaded, key)
         if entry is None or not choice.layers:
-            return views.note("choose a placement on the tab Select first")
+            return views.note("choose a placement on the tab Select first"), ""
         return self._explorer.saves(uploaded, entry, choice.layers, currency, figures)
 
     def _take_upload(self, uploaded: list[Entry], paths: list[str] | None) -> tuple[Any, ...]:

@@ -97,7 +97,6 @@ def _launch(host: str, port: int, browser: bool) -> dict[str, Any]:
         "quiet": True,
         "share": False,
         "allowed_paths": [],
-        "blocked_paths": ["/"],
         "max_file_size": LARGEST,
         "app_kwargs": {"middleware": [Middleware(Guard, hosts=own_names(host))], "docs_url": None, "redoc_url": None},
         "footer_links": [],

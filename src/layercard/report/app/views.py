@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,7 +13,7 @@ from layercard.report.app import trainer
 from layercard.report.app.choice import SHARES, Choice, rows
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
 from layercard.report.app.library import Entry
-from layercard.report.app.money import FIGURES
+from layercard.report.app.money import page_words
 from layercard.report.frames import MEASURES, Json, short
 from layercard.report.roadmap import Found, Roadmap
 from layercard.report.roadmap import roadmap as make_roadmap
@@ -150,13 +149,22 @@ def roi(found: Roi) -> str:
         shown.append([formula.title, *(_range(one, empty) for one in ranges), formula.unit.replace("money", currency)])
     caption = f"Against adapters in all layers, for {found.ratios.placement}; value with lower and upper end."
     table = _parts().table(columns, shown, caption)
-    return _safe(f"{table}{_parts().lines('What this does not rest on measurements for', [_plain(line) for line in found.assumptions])}")
+    return _safe(f"{table}{_parts().lines('Not measured, or an example', [page_words(line) for line in found.assumptions])}")
 
 
-def _plain(line: str) -> str:
-    """A sentence of the calculator with the fields called as the page calls them."""
-    labels = {name: label.partition(" (")[0].partition(",")[0] for group in FIGURES.values() for name, label in group.items()}
-    return re.sub(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\bgpus\b", lambda word: labels.get(word[0], word[0]).lower(), line)
+def roi_headline(found: Roi) -> str:
+    """The few results that people ask for first."""
+    units = {formula.name: (formula.title, formula.unit.replace("money", found.inputs.currency)) for formula in SHOWN}
+    names = ("saved_month", "saved_year", "payback_months", "hours_saved")
+    cells = []
+    for name in names:
+        title, unit = units[name]
+        known = found.results[name].mid is not None
+        cells.append((title, f"{_range(found.results[name], 'never')}{f' {unit}'.partition(' /')[0] if known else ''}", None))
+    more = "" if found.with_assumptions is None else "; with what is only estimated it may be more, see the table below"
+    return _safe(
+        _parts().tiles(cells, f"For {found.ratios.placement}, against adapters in all layers", [f"From measured ratios alone{more}."])
+    )
 
 
 def _range(found: Range, empty: str) -> str:

@@ -1,0 +1,682 @@
+"""The app without a browser: files, sliders to placements, settings for trainers, jobs, HTML, and what the server refuses."""
+
+import ast
+import base64
+import html
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cards import fake_card, fake_comparison, fake_placement
+from layercard.card import LayerCard
+from layercard.cli import run
+from layercard.errors import CardError, OutputError, ReportError
+from layercard.report.app import drawing, money, trainer, views
+from layercard.report.app.choice import Choice, Fronts, by_hand, changes, choose, command_line, rows, wishes
+from layercard.report.app.explorer import Explorer
+from layercard.report.app.guard import Guard, is_local, own_names
+from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Jobs, Progress, card_name, follow, profile_command
+from layercard.report.app.library import LARGEST, MOST_FOLDERS, Entry, Library, find, read_entry, read_upload
+from layercard.selection import Placement, select
+from tiny import build_tiny, tiny_tokenizer
+
+NASTY = "<script>alert(1)</script>${alert(2)}{{alert}}@children"
+
+
+def saved(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def entry_of(value: dict[str, Any], name: str = "card.json") -> Entry:
+    found = read_entry("key", name, json.dumps(value).encode())
+    assert found is not None
+    return found
+
+
+def shown(markup: str) -> str:
+    """What a reader sees of HTML."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", markup)).split())
+
+
+@pytest.fixture(scope="module")
+def card() -> LayerCard:
+    return LayerCard.from_json(fake_card(16))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a card, what was made from it, and files that are broken in several ways."""
+    value = fake_card(12)
+    saved(tmp_path / "card.json", value)
+    saved(tmp_path / "placement.json", fake_placement(value, [3, 8]))
+    record = {"schema": "layercard-run/1", "model": value["model"], "placement": fake_placement(value, [3, 8]), "train_seconds": 12.0}
+    saved(tmp_path / "adapter" / "run.json", {**record, "placement": fake_placement(value, [4])})
+    saved(tmp_path / "compare" / "placement" / "run.json", record)
+    saved(tmp_path / "adapter" / "adapter_config.json", {"peft_type": "LORA"})
+    saved(tmp_path / "compare" / "compare.json", fake_comparison(value, {"all": list(range(12)), "placement": [3, 8]}))
+    (tmp_path / "cut.json").write_text('{"schema": "layercard/1", "mod', encoding="utf-8")
+    (tmp_path / "list.json").write_text("[1, 2]", encoding="utf-8")
+    (tmp_path / "digits.json").write_text('{"schema": "layercard/1", "model": ' + "9" * 6000 + "}", encoding="utf-8")
+    (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
+    saved(tmp_path / "old.json", {"schema": "layercard/0"})
+    saved(tmp_path / "million.json", {**value, "model": {**value["model"], "layers": 10**6}})
+    (tmp_path / "nan.json").write_text(json.dumps({**value, "descent": [float("nan")] * 12}), encoding="utf-8")
+    return tmp_path
+
+
+class TestFiles:
+    def test_one_bad_file_does_not_stop_the_others(self, folder: Path) -> None:
+        entries = {entry.name: entry for entry in Library([folder]).entries()}
+        whole = {name: entry.kind for name, entry in entries.items() if entry.problem is None}
+        assert whole == {
+            "card.json": "card",
+            "placement.json": "placement",
+            "adapter/run.json": "run record",
+            "compare/placement/run.json": "run record",
+            "compare/compare.json": "comparison",
+        }
+        broken = {name: entry.problem for name, entry in entries.items() if entry.problem is not None}
+        assert set(broken) == {"cut.json", "list.json", "digits.json", "deep.json", "old.json", "million.json", "nan.json"}
+        for name, problem in broken.items():
+            assert problem is not None and name in problem and "\n" not in problem and len(problem) <= 300
+        assert "finite" in str(broken["nan.json"]) and "'layercard/0'" in str(broken["old.json"])
+
+    def test_links_out_of_the_folder_and_hidden_files_are_not_read(self, tmp_path: Path) -> None:
+        outside = saved(tmp_path / "outside" / "secret.json", fake_card(4))
+        inside = tmp_path / "inside"
+        saved(inside / ".hidden.json", fake_card(4))
+        saved(inside / ".git" / "card.json", fake_card(4))
+        (inside / "link.json").symlink_to(outside)
+        (inside / "folder").symlink_to(outside.parent)
+        saved(inside / "/".join("abcdef"[: MOST_FOLDERS + 1]) / "far.json", fake_card(4))
+        assert Library([inside]).entries() == []
+
+    def test_keys_are_looked_up_not_opened(self, folder: Path) -> None:
+        explorer = Explorer(Library([folder]))
+        (_, key), *_ = explorer.cards([])
+        assert explorer.card([], key).name == "card.json"
+        for wrong in ("../../etc/passwd", str(folder / "card.json"), "card.json", "", None, "file:0"):
+            with pytest.raises(CardError, match="not in the list"):
+                explorer.card([], wrong)
+
+    def test_a_placement_is_no_card(self, folder: Path) -> None:
+        entries = Library([folder]).entries()
+        placement = next(entry for entry in entries if entry.kind == "placement")
+        with pytest.raises(CardError):
+            find(entries, placement.key)
+        assert find(entries, placement.key, "placement") is placement
+
+    def test_what_changed_is_read_again(self, tmp_path: Path) -> None:
+        library = Library([tmp_path])
+        path = saved(tmp_path / "card.json", fake_card(4))
+        first = library.entries()
+        assert library.entries()[0] is first[0]
+        saved(path, fake_card(6))
+        found = library.entries()[0].card
+        assert found is not None and found.model.layers == 6
+        path.unlink()
+        assert library.entries() == []
+
+    def test_files_of_another_user_are_listed_as_unreadable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        saved(tmp_path / "card.json", fake_card(4))
+
+        def refuse(self: Path) -> bytes:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+        (found,) = Library([tmp_path]).entries()
+        assert found.problem == "card.json: Permission denied; make it readable"
+
+    def test_too_large_a_file_is_not_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "card.json"
+        with path.open("wb") as file:
+            file.truncate(LARGEST + 1)
+        (found,) = Library([tmp_path]).entries()
+        assert found.problem is not None and "20 MiB" in found.problem
+
+    def test_models_and_data_lie_in_the_given_folders(self, tmp_path: Path) -> None:
+        saved(tmp_path / "models" / "a" / "config.json", {})
+        (tmp_path / "models" / "a" / "model.safetensors").write_bytes(b"")
+        saved(tmp_path / "models" / "pickled" / "config.json", {})
+        (tmp_path / "models" / "pickled" / "pytorch_model.bin").write_bytes(b"")
+        (tmp_path / "models" / "b.gguf").write_bytes(b"")
+        (tmp_path / "models" / "train.jsonl").write_text("", encoding="utf-8")
+        (tmp_path / "models" / "notes.txt").write_text("", encoding="utf-8")
+        cards = tmp_path / "cards"
+        cards.mkdir()
+        library = Library([cards], [tmp_path / "models"])
+        assert set(library.models()) == {"models/a", "models/b.gguf"}
+        assert set(library.data()) == {"models/train.jsonl"}
+
+    def test_no_folder_is_one_line(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="is no folder"):
+            Library([tmp_path / "none"])
+
+
+class TestUploads:
+    @pytest.mark.parametrize(("name", "size"), [("card.txt", 10), ("card.json.exe", 10), ("card", 10), ("card.json", LARGEST + 1)])
+    def test_wrong_types_and_sizes_are_refused_unread(self, name: str, size: int) -> None:
+        def read() -> bytes:
+            raise AssertionError("read although it is refused")
+
+        with pytest.raises(OutputError, match=r"no \.json file|MiB"):
+            read_upload(name, size, read)
+
+    def test_names_lose_their_folders(self) -> None:
+        data = json.dumps(fake_card(4)).encode()
+        assert read_upload("../../etc/card.json", len(data), lambda: data).name == "card.json (uploaded)"
+        assert read_upload("C:\\x\\card.json", len(data), lambda: data).place == "card.json"
+
+    def test_json_of_others_is_refused(self) -> None:
+        with pytest.raises(OutputError, match="no file of layercard"):
+            read_upload("package.json", 2, lambda: b"{}")
+
+    def test_the_good_ones_are_taken_in_beside_the_bad(self, tmp_path: Path) -> None:
+        uploads, cards = tmp_path / "uploads", tmp_path / "cards"
+        cards.mkdir()
+        good = saved(uploads / "good.json", fake_card(4))
+        broken = uploads / "broken.json"
+        broken.write_text("{", encoding="utf-8")
+        text = uploads / "notes.txt"
+        text.write_text("hello", encoding="utf-8")
+        elsewhere = saved(tmp_path / "elsewhere.json", fake_card(4))
+        explorer = Explorer(Library([cards]), uploads=uploads)
+        found, refused = explorer.upload([], [str(path) for path in (broken, text, elsewhere, good, uploads / ".." / "elsewhere.json")])
+        assert [(entry.name, entry.problem is None) for entry in found] == [
+            ("broken.json (uploaded)", False),
+            ("good.json (uploaded)", True),
+        ]
+        assert len(refused) == 4
+        assert sum("was not uploaded here" in words for words in refused) == 2
+        assert explorer.cards(found)[0][0].startswith("good.json (uploaded)")
+
+    def test_no_more_than_enough(self, tmp_path: Path) -> None:
+        path = saved(tmp_path / "card.json", fake_card(4))
+        found, refused = Explorer(Library([tmp_path]), uploads=tmp_path).upload([], [str(path)] * 25)
+        assert len(found) == 20 and len(refused) == 5
+        assert len({entry.key for entry in found}) == 20
+
+
+class TestChoice:
+    def test_sliders_are_what_select_takes(self, card: LayerCard) -> None:
+        wanted = wishes("performance", 4, 0, 80, 100, 100, 100)
+        found = choose(card, wanted, seconds=5)
+        assert found.placement == select(card, objective="performance", k=4, budgets=wanted.budgets())
+        assert found.placement is not None and found.placement.predicted["step_time"]["share"] <= 0.8 + 1e-9
+
+    def test_a_tighter_budget_never_keeps_more(self, card: LayerCard) -> None:
+        kept = []
+        for time_share in (100, 80, 65, 58):
+            found = choose(card, wishes("performance", 0, 0, time_share, 100, 99, 100), seconds=5)
+            assert found.placement is not None
+            kept.append(found.placement.predicted["coverage"])
+        assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
+
+    def test_what_cannot_be_met_is_said_in_the_words_of_the_page(self, card: LayerCard) -> None:
+        found = choose(card, wishes("balanced", 0, 99, 100, 10, 100, 100))
+        assert found.placement is None and found.layers == ()
+        assert found.problem is not None and "peak memory" in found.problem and "--" not in found.problem
+
+    def test_the_command_makes_the_same_choice(
+        self, card: LayerCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        saved(tmp_path / "my card.json", card.to_json())
+        wanted = wishes("balanced", 0, 90, 100, 70, 100, 100)
+        import shlex
+
+        words = shlex.split(command_line(wanted, "my card.json"))
+        assert words[:3] == ["layercard", "select", "my card.json"]
+        assert run(words[1:]) == 0
+        capsys.readouterr()
+        assert Placement.load(tmp_path / "placement.json") == choose(card, wanted, seconds=5).placement
+
+    @pytest.mark.parametrize("layers", [[], ["99"], ["-1"], ["1", "1"], ["x"]])
+    def test_layers_by_hand_are_checked(self, card: LayerCard, layers: list[str]) -> None:
+        found = by_hand(card, layers)
+        assert found.placement is None and found.problem
+
+    def test_changes_are_those_between_the_predictions(self, card: LayerCard) -> None:
+        one, two = by_hand(card, ["3", "9"]), by_hand(card, ["9", "10", "15"])
+        assert one.placement is not None and two.placement is not None
+        table = {
+            name: (left, right, difference) for name, left, right, difference in changes(one.placement.to_json(), two.placement.to_json())
+        }
+        shares = [found.placement.predicted["step_time"]["share"] for found in (one, two) if found.placement]
+        assert table["Step time"][2] == f"−{100 * (shares[0] - shares[1]):.1f} points"
+        assert table["Layers"] == ("2 of 16", "3 of 16", "+1")
+        assert table["Layers in backward"] == ("13 of 16", "7 of 16", "−6")
+        assert [name for name, *_ in changes(one.placement.to_json(), one.placement.to_json()) if _[2] != "same"] == []
+
+    def test_a_front_is_made_once(self, card: LayerCard, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = []
+
+        class Made:
+            def to_json(self) -> dict[str, Any]:
+                made.append(1)
+                return {"fronts": {}, "at": len(made)}
+
+        monkeypatch.setattr("layercard.report.app.choice.pareto", lambda card, progress: Made())
+        fronts = Fronts(most=2)
+        assert fronts.known("a") is None
+        assert fronts.of("a", card) is fronts.of("a", card) is fronts.known("a")
+        for digest in "bc":
+            fronts.of(digest, card)
+        assert len(made) == 3 and fronts.known("a") is None
+
+
+class TestTrainers:
+    def test_lora_arguments_adapt_exactly_the_placement(self) -> None:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        from layercard.adapters import place
+        from layercard.models import wrap_model
+
+        base = wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny")
+        placement = place(base, [1, 2]).to_json()
+        wrapped = get_peft_model(base.model, LoraConfig(**json.loads(trainer.lora_json(placement))))
+        adapted = {name for name, module in wrapped.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
+        assert adapted == set(placement["paths"])
+
+    def test_ranks_are_taken_over(self) -> None:
+        placement = {**fake_placement(fake_card(4), [1]), "rank_pattern": {"a": 4}, "alpha_pattern": {"a": 8.0}}
+        found = trainer.lora_arguments(placement)
+        assert (found["rank_pattern"], found["alpha_pattern"]) == ({"a": 4}, {"a": 8.0})
+
+    @pytest.mark.parametrize("name", ['x"""\nimport os; os.system("id")\n"""', "\\", "'''", NASTY, "{model}"])
+    def test_a_name_stays_a_string_in_the_script(self, name: str) -> None:
+        placement = fake_placement(fake_card(4, model={"name": name, "fingerprint": "f", "layers": 4}), [1, 3])
+        tree = ast.parse(trainer.trl_script(placement))
+        model = next(node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL")
+        assert ast.literal_eval(model.value) == name
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert imported == {"json"}
+
+
+class TestHtml:
+    def test_whatever_a_card_says_is_text(self, tmp_path: Path) -> None:
+        value = fake_card(6, model={"name": NASTY, "fingerprint": "ff", "layers": 6})
+        value["data"]["source"] = "<img src=x onerror=alert(3)>"
+        entry = entry_of(value, "<b>.json")
+        placement = choose(entry.card, wishes("cost", 2, 0, 100, 100, 100, 100))  # type: ignore[arg-type]
+        parts = [
+            views.roadmap([entry], entry),
+            views.tiles(placement),
+            views.take_away(placement, NASTY),
+            views.files([entry]),
+            views.note(NASTY),
+        ]
+        for part in parts:
+            assert "<script" not in part and "<img" not in part and "<b>.json" not in part
+            assert not re.search(r"[{}$@]", part), "the page's template language must find nothing"
+        assert NASTY in shown(parts[0]) and NASTY in shown(parts[4])
+
+    def test_tiles_say_what_is_predicted(self, card: LayerCard) -> None:
+        found = choose(card, wishes("balanced", 0, 90, 100, 100, 100, 100), seconds=5)
+        assert found.placement is not None
+        text = shown(views.tiles(found, 0.04))
+        for name, value in rows(found.placement.to_json()).items():
+            assert f"{name} {value}" in text
+        assert "estimated from shapes alone" in text and "in 0.04 s" in text
+
+    def test_downloads_are_the_placement_itself(self, card: LayerCard) -> None:
+        found = choose(card, wishes("balanced", 0, 90, 100, 100, 100, 100))
+        links = re.findall(r'download="([^"]+)" href="data:[a-z/-]+;base64,([^"]+)"', views.take_away(found))
+        files = {name: base64.b64decode(data).decode("utf-8") for name, data in links}
+        assert set(files) == {"placement.json", "lora_config.json", "train_trl.py"}
+        assert Placement.from_json(json.loads(files["placement.json"])) == found.placement
+        assert json.loads(files["lora_config.json"])["target_modules"] == list(found.placement.paths) if found.placement else False
+
+    def test_broken_files_are_listed_with_their_reason(self, folder: Path) -> None:
+        text = shown(views.files(Library([folder]).entries()))
+        assert "12 files" in text and "nan.json: descent.0: Input should be a finite number" in text
+
+    def test_figures_mark_the_choice_and_the_budgets(self, card: LayerCard) -> None:
+        wanted = wishes("balanced", 0, 80, 90, 100, 100, 100)
+        found, hand = choose(card, wanted), by_hand(card, ["1"])
+        base = drawing.front(None, "time")
+        drawn = drawing.with_choice(base, "time", found, hand, wanted.limits, wanted.kept)
+        assert [trace["name"] for trace in drawn["data"][-2:]] == ["chosen", "by hand"]
+        assert found.placement is not None
+        assert drawn["data"][-2]["x"] == [100 * found.placement.predicted["step_time"]["share"]]
+        assert [(shape["x0"], shape["y0"]) for shape in drawn["layout"]["shapes"]] == [(90, 0), (0, 80)]
+        assert "shapes" not in base["layout"], "what is kept is not changed"
+        depth = drawing.with_layers(drawing.depth(card.to_json(), "gain_estimate"), [2, 5])
+        assert list(depth["data"][-1]["x"]) == [2, 5]
+
+
+class TestCompareAndMoney:
+    def test_two_cards_get_a_verdict(self, tmp_path: Path) -> None:
+        first = fake_card(12)
+        second = {**fake_card(12, seed=1), "data": {**first["data"], "source": "webnlg/train.jsonl", "fingerprint": "9"}}
+        saved(tmp_path / "a.json", first)
+        saved(tmp_path / "b.json", second)
+        saved(tmp_path / "c.json", fake_card(5, model={"name": "other", "fingerprint": "x", "layers": 5}))
+        explorer = Explorer(Library([tmp_path]))
+        a, b, c = (explorer.card([], key) for _, key in explorer.cards([]))
+        text = shown(explorer.compare([], a.key, b.key, 3))
+        assert any(word in text for word in ("reuse the card", "profile again", "not enough evidence"))
+        assert "Layers of a.json" in text and "Gain estimate" in text
+        assert "different models" in shown(explorer.compare([], a.key, c.key, 3))
+        assert "two different cards" in shown(explorer.compare([], a.key, a.key, 3))
+        assert "not in the list" in shown(explorer.compare([], a.key, "/etc/passwd", 3))
+        assert explorer.sibling([], a) == b.key and explorer.sibling([], b) == a.key
+
+    def test_savings_come_from_the_runs_of_the_model(self, folder: Path) -> None:
+        explorer = Explorer(Library([folder]))
+        (_, key), *_ = explorer.cards([])
+        entry = explorer.card([], key)
+        figures = [money.default(name) for name in money.NAMES]
+        found = money.saved(figures, "EUR", [3, 8], entry, explorer.entries([]))
+        share = fake_comparison(fake_card(12), {"placement": [3, 8]})["rows"][0]["time_share"] / 100
+        assert "1 timing" in found.ratios.time.source, "the run in the comparison's folder is not counted twice"
+        assert found.ratios.time.measured and found.ratios.time.mid == pytest.approx(share)
+        assert found.results["training_saved"].mid == pytest.approx(2.5 * 20 * 8 * (1 - share))
+        headline, table = explorer.saves([], entry, [3, 8], "EUR", figures)
+        assert "Saved a month" in shown(headline) and "EUR" in shown(headline) and "Shorter training" in shown(table)
+
+    def test_nothing_measured_saves_nothing(self) -> None:
+        entry = entry_of(fake_card(12))
+        found = money.saved([money.default(name) for name in money.NAMES], "USD", [3], entry, [entry])
+        assert found.results["saved_month"].mid == 0
+        assert "never" in shown(views.roi_headline(found)) and "never months" not in shown(views.roi_headline(found))
+        assert "a figure above is empty" in shown(views.roi(found))
+
+    @pytest.mark.parametrize(
+        ("name", "given", "words"), [("gpu_watts", "abc", "Power of a GPU"), ("gpus", -1, "GPUs of a run"), ("gpus", 1.5, "GPUs")]
+    )
+    def test_figures_out_of_range_are_one_line(self, name: str, given: Any, words: str) -> None:
+        figures = [given if known == name else money.default(known) for known in money.NAMES]
+        entry = entry_of(fake_card(12))
+        with pytest.raises(ReportError, match=words):
+            money.saved(figures, "USD", [3], entry, [entry])
+
+    def test_fields_are_all_of_the_calculator(self) -> None:
+        from layercard.report.roi import RoiInputs
+
+        assert {*money.NAMES, "currency"} == set(RoiInputs.model_fields)
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+class TestJobs:
+    def job(self, tmp_path: Path, text: str) -> Job:
+        made = tmp_path / "work" / "card.json"
+        made.parent.mkdir()
+        return Job(script(text), made, tmp_path / "m-d.card.json")
+
+    def test_a_finished_job_moves_its_card(self, tmp_path: Path) -> None:
+        lines = "progress\tload\t1\t1\nprogress\tfit\t2\t4\n"
+        text = f"import sys; sys.stderr.write({lines!r}); open({str(tmp_path / 'work' / 'card.json')!r}, 'w').write('x')"
+        found = self.job(tmp_path, text).wait(30)
+        assert (found.state, found.finished) == (DONE, ("load",))
+        assert (tmp_path / "m-d.card.json").read_text(encoding="utf-8") == "x"
+        assert [path.name for path in tmp_path.iterdir()] == ["m-d.card.json"]
+
+    def test_a_card_that_is_there_stays(self, tmp_path: Path) -> None:
+        (tmp_path / "m-d.card.json").write_text("old", encoding="utf-8")
+        found = self.job(tmp_path, f"open({str(tmp_path / 'work' / 'card.json')!r}, 'w').write('new')").wait(30)
+        assert found.message == str(tmp_path / "m-d-2.card.json")
+        assert (tmp_path / "m-d.card.json").read_text(encoding="utf-8") == "old"
+
+    def test_a_failed_job_says_why_and_leaves_nothing(self, tmp_path: Path) -> None:
+        half = f"open({str(tmp_path / 'work' / 'card.json')!r}, 'w').write('half')"
+        text = f"import sys; {half}; sys.stderr.write('error: no such thing'); sys.exit(2)"
+        found = self.job(tmp_path, text).wait(30)
+        assert (found.state, found.message) == (FAILED, "no such thing")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("deaf", [False, True], ids=["hears", "deaf"])
+    def test_cancelling_leaves_nothing(self, tmp_path: Path, deaf: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("layercard.report.app.jobs.PATIENCE", 1.0)
+        ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);" if deaf else ""
+        text = (
+            f"{ignore}import sys, time; open({str(tmp_path / 'work' / 'card.json')!r}, 'w').write('half');"
+            "sys.stderr.write('progress\\tfit\\t1\\t9\\n'); sys.stderr.flush(); time.sleep(60)"
+        )
+        job = self.job(tmp_path, text)
+        while job.running and job.progress.phase != "fit":
+            time.sleep(0.01)
+        assert job.running and "Running: fit, 1 of 9" in shown(views.job(job.progress))
+        assert job.cancel().state == CANCELLED
+        assert not job.running and list(tmp_path.iterdir()) == []
+
+    def test_one_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("layercard.report.app.jobs.profile_command", lambda *_: script("import time; time.sleep(60)"))
+        jobs = Jobs(tmp_path)
+        jobs.start(tmp_path, "synthetic", 8)
+        with pytest.raises(OutputError, match="running already"):
+            jobs.start(tmp_path, "synthetic", 8)
+        assert jobs.cancel() is not None and jobs.cancel() is None
+
+    @pytest.mark.parametrize("line", ["progress\tfit\tx\t4\n", "progress\tfit\n", "anything", "", "progress\tfit\t-1\t4"])
+    def test_other_lines_tell_nothing(self, line: str) -> None:
+        before = Progress(RUNNING, "load", 1, 1)
+        assert follow(before, line) is before
+
+    @pytest.mark.parametrize(("model", "data"), [("../..", "/etc/passwd"), ("a/../b", "x"), ("", ""), (NASTY, NASTY), ("-o", "--force")])
+    def test_names_of_new_cards_stay_in_the_folder(self, tmp_path: Path, model: str, data: str) -> None:
+        name = card_name(model, data)
+        assert re.fullmatch(r"[\w][\w.-]*\.card\.json", name) and (tmp_path / name).resolve().parent == tmp_path
+
+    def test_models_and_data_of_the_list_alone_can_be_profiled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        explorer = Explorer(Library([tmp_path]))
+        monkeypatch.setattr(explorer.jobs, "start", lambda *_: pytest.fail("started"))
+        (tmp_path / "m.gguf").write_bytes(b"")
+        for model, data in (
+            ("/etc", "synthetic"),
+            ("../m.gguf", "synthetic"),
+            (None, "synthetic"),
+            ("m.gguf", "/etc/passwd"),
+            ("m.gguf", "hub:x"),
+        ):
+            assert "choose" in shown(explorer.start(model, data, 8))
+
+    def test_a_tiny_model_is_profiled(self, tmp_path: Path, tiny_folder: Path, tiny_file: Path) -> None:
+        cards = tmp_path / "cards"
+        cards.mkdir()
+        explorer = Explorer(Library([cards], [tmp_path]))
+        names = {"model": next(name for name in explorer.library.models()), "data": next(name for name in explorer.library.data())}
+        explorer.start(names["model"], names["data"], 16)
+        assert explorer.jobs.job is not None
+        found = explorer.jobs.job.wait(200)
+        assert found.state == DONE, found.message
+        assert "fit pass" in found.finished
+        ((label, key),) = explorer.cards([])
+        assert label.startswith("cards/tiny-llama-tiny.card.json")
+        assert explorer.card([], key).card is not None
+
+    def test_the_command_names_files_and_no_shell(self) -> None:
+        words = profile_command(Path("/models/a b"), "/data/x;y.jsonl", Path("/tmp/c.json"), 8)
+        assert words[1:5] == ["-m", "layercard.cli", "profile", "/models/a b"] and "/data/x;y.jsonl" in words
+
+
+class TestGuard:
+    guard = Guard(app=None, hosts=own_names("127.0.0.1"))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        "path", ["/", "/config", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/heartbeat/abc", "/assets/a.js", "/theme.css"]
+    )
+    def test_the_page_is_served(self, path: str) -> None:
+        assert (
+            self.guard.allows(path, "127.0.0.1:7860")
+            and self.guard.allows(path, "localhost:7860")
+            and self.guard.allows(path, "[::1]:7860")
+        )
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/gradio_api/file=/etc/passwd",
+            "/gradio_api/file=http://example.org",
+            "/file=/etc/passwd",
+            "/gradio_api/proxy=http://example.org",
+            "/assets/../../etc/passwd",
+            "/static/../secret",
+            "/monitoring",
+            "/gradio_api/vibe-edit",
+            "/gradio_api/runs",
+            "/gradio_api/mcp/sse",
+            "/docs",
+            "/etc/passwd",
+        ],
+    )
+    def test_nothing_else_is(self, path: str) -> None:
+        assert not self.guard.allows(path, "127.0.0.1:7860")
+
+    @pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "", "127.0.0.1.evil.example", "192.168.0.2:7860"])
+    def test_other_names_get_nothing(self, host: str) -> None:
+        assert not self.guard.allows("/", host)
+
+    def test_a_server_for_others_goes_by_any_name(self) -> None:
+        assert Guard(app=None, hosts=own_names("0.0.0.0")).allows("/", "build-box:7860")  # type: ignore[arg-type]
+        assert [is_local(host) for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1", "0.0.0.0", "10.0.0.1", "::", "127.0.0.1.x")] == [
+            True
+        ] * 4 + [False] * 4
+
+
+def answer(request: urllib.request.Request | str) -> tuple[int, str, dict[str, str]]:
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, reply.read().decode("utf-8", "replace"), {name.lower(): value for name, value in reply.headers.items()}
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode("utf-8", "replace"), {}
+
+
+class TestServer:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+        """`layercard app` in a process of its own: its address and its folder of cards."""
+        pytest.importorskip("gradio")
+        folder = tmp_path_factory.mktemp("cards")
+        saved(folder / "card.json", fake_card(8))
+        saved(folder.parent / "outside.json", fake_card(8, model={"name": "outside", "fingerprint": "o", "layers": 8}))
+        command = [sys.executable, "-m", "layercard.cli", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line + (process.stderr.read() if process.poll() is not None else "")
+        yield found[0], folder
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, "ended\n"), err
+
+    def test_the_page_comes_with_a_policy(self, server: tuple[str, Path]) -> None:
+        status, text, headers = answer(f"{server[0]}/")
+        assert status == 200 and "layercard" in text
+        assert "connect-src 'self'" in headers["content-security-policy"]
+        assert "share" not in json.loads(answer(f"{server[0]}/config")[1]).get("share_url", "")
+
+    @pytest.mark.parametrize(
+        "path", ["gradio_api/file={}", "file={}", "gradio_api/file=..%2foutside.json", "assets/..%2f..%2f..%2f..%2fetc/passwd"]
+    )
+    def test_files_are_not_served(self, server: tuple[str, Path], path: str) -> None:
+        for target in (server[1] / "card.json", server[1].parent / "outside.json", Path("/etc/passwd")):
+            status, text, _ = answer(f"{server[0]}/{path.format(target)}")
+            assert status in (403, 404) and "fingerprint" not in text and "root:" not in text
+
+    def test_other_host_names_and_origins_get_nothing(self, server: tuple[str, Path]) -> None:
+        assert answer(urllib.request.Request(f"{server[0]}/", headers={"Host": "evil.example"}))[0] == 403
+
+    def upload(self, address: str, name: str, data: bytes) -> tuple[int, str]:
+        mark = "------mark"
+        head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: application/json\r\n\r\n'
+        body = io.BytesIO(head.encode() + data + f"\r\n--{mark}--\r\n".encode()).read()
+        headers = {"Content-Type": f"multipart/form-data; boundary={mark}"}
+        status, text, _ = answer(urllib.request.Request(f"{address}/gradio_api/upload", body, headers))
+        return status, text
+
+    def call(self, address: str, upload_path: str) -> str:
+        """What the page's upload event says to a file that a visitor claims to have uploaded."""
+        config = json.loads(answer(f"{address}/config")[1])
+        state, button = (next(c["id"] for c in config["components"] if c["type"] == kind) for kind in ("state", "uploadbutton"))
+        event = next(d for d in config["dependencies"] if d["inputs"] == [state, button])
+        file = {"path": upload_path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.json"}
+        data = {"data": [None, [file]], "fn_index": event["id"], "session_hash": "test"}
+        join = urllib.request.Request(f"{address}/gradio_api/queue/join", json.dumps(data).encode(), {"Content-Type": "application/json"})
+        assert answer(join)[0] == 200
+        with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=test", timeout=60) as stream:
+            lines = []
+            for line in stream:
+                lines.append(line.decode())
+                if "process_completed" in lines[-1]:
+                    break
+        return "".join(lines)
+
+    def test_uploads_are_read(self, server: tuple[str, Path]) -> None:
+        status, text = self.upload(server[0], "mine.json", json.dumps(fake_card(4)).encode())
+        assert status == 200
+        assert "1 file(s) taken in" in self.call(server[0], json.loads(text)[0])
+
+    def test_wrong_types_are_refused(self, server: tuple[str, Path]) -> None:
+        status, text = self.upload(server[0], "notes.txt", b"hello")
+        assert status == 200
+        assert "is no .json file" in self.call(server[0], json.loads(text)[0])
+
+    def test_oversize_is_refused(self, server: tuple[str, Path]) -> None:
+        status, _ = self.upload(server[0], "big.json", b" " * (LARGEST + 1))
+        assert status == 413
+
+    def test_a_path_is_no_upload(self, server: tuple[str, Path]) -> None:
+        for path in ("/etc/passwd", str(server[1].parent / "outside.json"), str(server[1] / "card.json"), "http://127.0.0.1:9/x.json"):
+            said = self.call(server[0], path)
+            assert "taken in" not in said and "outside" not in said.replace("outside.json", ""), said
+            assert '"success":false' in said.replace(" ", "") or "was not uploaded here" in said
+
+
+class TestCommand:
+    def test_without_gradio_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr("layercard.report.app.server.find_spec", lambda name: None)
+        assert run(["app", "--no-browser"]) == 2
+        assert (
+            capsys.readouterr().err
+            == 'error: the app needs Gradio, which is not installed; install it with `pip install "layercard[app]"`\n'
+        )
+
+    def test_a_folder_that_is_not_there(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        pytest.importorskip("gradio")
+        assert run(["app", "--no-browser", "--cards", str(tmp_path / "none")]) == 2
+        assert "is no folder" in capsys.readouterr().err
+
+    def test_a_port_that_is_taken(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        pytest.importorskip("gradio")
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            assert run(["app", "--no-browser", "--cards", str(tmp_path), "--port", str(taken.getsockname()[1])]) == 2
+        assert "cannot listen on 127.0.0.1:" in capsys.readouterr().err
+
+    def test_others_are_warned_of(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stop(*_: object, **__: object) -> None:
+            raise OutputError("stopped")
+
+        pytest.importorskip("gradio")
+        monkeypatch.setattr("layercard.report.app.server.serving", stop)
+        assert run(["app", "--no-browser", "--cards", str(tmp_path), "--host", "0.0.0.0"]) == 2
+        assert capsys.readouterr().err.startswith("warning: 0.0.0.0 can be reached from other machines")
+
+    def test_choices_without_a_card(self, tmp_path: Path) -> None:
+        explorer = Explorer(Library([tmp_path]))
+        assert explorer.cards([]) == [] and "Make the Layer Card" in shown(explorer.roadmap([], None))
+        assert "no file of layercard here yet" in shown(views.files([]))
+        assert "no placement" in shown(views.tiles(Choice(None)))
