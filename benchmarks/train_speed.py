@@ -45,7 +45,7 @@ RATES = {1: 0.016, 8: 0.008}
 """Learning rate up to so many layers, as the placement benchmark found them; for more `MANY`."""
 MANY = 0.004
 TOKENS = 256
-VALID = 128
+VALID = 96
 
 
 def placements(base: BaseModel, card: LayerCard | None) -> dict[str, tuple[int, ...]]:
@@ -181,8 +181,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return result
     valid = load_data(task_file("e2e", "valid"), base.tokenizer, records=VALID, max_length=TOKENS)
     after = held_out_losses(model, base.pad_id, valid).loss
-    with model.disable_adapter():
-        return result | {"loss_before": held_out_losses(model, base.pad_id, valid).loss, "loss_after": after}
+    return result | {"loss_before": loss_before(model, base, valid, Path(options.child).parent / "base.json"), "loss_after": after}
+
+
+def loss_before(model: PeftModel, base: BaseModel, valid: Dataset, path: Path) -> float:
+    """Held-out loss of the frozen model, measured once for all runs."""
+    if not path.exists():
+        with model.disable_adapter():
+            write_json(path, {"loss": held_out_losses(model, base.pad_id, valid).loss})
+    return float(json.loads(path.read_text())["loss"])
 
 
 def child(options: argparse.Namespace, folder: Path, layers: tuple[int, ...], seed: int, *, ours: bool, memory: bool) -> dict[str, Any]:

@@ -304,7 +304,7 @@ def test_running_out_of_memory_says_what_to_do(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    monkeypatch.setattr(trainer_module, "labelled_losses", full)
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", full)
     with pytest.raises(TrainingError, match=r"memory ran out with 2 records in a batch; .* batch size") as caught:
         train(tiny_base, place(tiny_base, [1]), data, tmp_path / "a", FAST)
     assert "\n" not in str(caught.value)
