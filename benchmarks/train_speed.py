@@ -1,7 +1,7 @@
 """How much faster is targeted training than LoRA in all layers, in one and the same trainer?
 
 Every run is a process of its own: transformers' `Trainer` around a PEFT model, three epochs over the same records in the same batches.
-*stock* is just that; *ours* is the same trainer inside `with fast(model):`. Runs alternate within a round, each round has its own seed
+*stock* is just that; *ours* is the same trainer inside `with fast_training(model):`. Runs alternate within a round, each round has its own seed
 (order of the records, first weights of the adapters), and time is that of steps, first epoch and later ones apart. Memory is counted in
 two further steps of their own process (tensors alive above the loaded model, optimiser and prefix cache included). With shapes instead
 of a model, weights are random and only time and memory mean anything. Finished runs are kept, so that the benchmark goes on where it
@@ -32,7 +32,7 @@ from layercard.adapters import no_deprecations, place
 from layercard.card import LayerCard
 from layercard.data import Dataset, collate, load_data, shuffled
 from layercard.evaluation import held_out_losses
-from layercard.fast.together import fast
+from layercard.fast.together import fast_training
 from layercard.files import write_json
 from layercard.memory import PeakMemory
 from layercard.meta import BUILT_IN, read_config
@@ -144,8 +144,8 @@ def arguments(options: argparse.Namespace, layers: int, folder: str) -> Training
 
 @contextmanager
 def around(ours: bool, model: PeftModel, data: Dataset) -> Iterator[Any]:
-    """`fast` for ours, nothing for stock."""
-    with fast(model, passes=EPOCHS, tokens=data.tokens) if ours else nullcontext() as speed:
+    """`fast_training` for ours, nothing for stock."""
+    with fast_training(model, passes=EPOCHS, tokens=data.tokens) if ours else nullcontext() as speed:
         yield speed
 
 

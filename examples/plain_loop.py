@@ -8,9 +8,8 @@ import sys
 import torch
 from peft import LoraConfig, get_peft_model
 
-from layercard import cut_backward, load_data, load_model, select
+from layercard import fast_training, load_data, load_model, select
 from layercard.data import collate
-from layercard.fast.prefix import frozen_prefix
 from layercard.profile import profile
 
 EPOCHS, RECORDS, BATCH = 3, 64, 4
@@ -25,7 +24,7 @@ def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "lo
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(placement.paths), task_type="CAUSAL_LM")
     lora = get_peft_model(base.model, config).train()
     optimizer = torch.optim.AdamW([weight for weight in lora.parameters() if weight.requires_grad], lr=2e-3)
-    with cut_backward(lora) as cut, frozen_prefix(lora, passes=EPOCHS, strict=False) as prefix:
+    with fast_training(lora, passes=EPOCHS) as speed:
         for epoch in range(EPOCHS):
             total = 0.0
             for rows in torch.randperm(len(dataset)).split(BATCH):
@@ -36,7 +35,7 @@ def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "lo
                 optimizer.zero_grad()
                 total += loss.item() * len(rows)
             print(f"epoch {epoch + 1}: loss {total / len(dataset):.4f}")
-        print(cut, prefix, sep="\n")
+        print(*speed.to_json().values(), sep="\n")
     lora.save_pretrained(output)
 
 

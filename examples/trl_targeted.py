@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from layercard import CutBackward, FrozenPrefix, load_data, load_model, select
+from layercard import FastTraining, load_data, load_model, select
 from layercard.profile import profile
 from layercard.records import read_records
 
@@ -37,7 +37,7 @@ def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "tr
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=list(placement.paths), task_type="CAUSAL_LM"),
-        callbacks=[CutBackward(), FrozenPrefix(passes=EPOCHS, strict=False)],
+        callbacks=[FastTraining(passes=EPOCHS)],
     )
     trainer.train()
     trainer.save_model(output)

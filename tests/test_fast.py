@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset as HubDataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from trl import SFTConfig, SFTTrainer
 
 import tiny
 from layercard.adapters import place
 from layercard.data import Dataset, load_data
 from layercard.errors import TrainingError
-from layercard.fast.together import fast
+from layercard.fast.callbacks import FastTraining
+from layercard.fast.together import fast_training
 from layercard.models import BaseModel, wrap_model
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training import train
@@ -112,7 +115,7 @@ def test_what_cannot_be_spared_is_said_and_the_loop_goes_on() -> None:
     model = get_peft_model(
         tiny.build_tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2], modules_to_save=["embed_tokens"])
     )
-    with fast(model.train(), passes=3) as speed:
+    with fast_training(model.train(), passes=3) as speed:
         model(**batch("right")).loss.backward()
     assert "trains below" in speed.to_json()["prefix_cache"]
     assert speed.off["cut"]
@@ -121,7 +124,7 @@ def test_what_cannot_be_spared_is_said_and_the_loop_goes_on() -> None:
 
 def test_the_model_is_put_back() -> None:
     model = get_peft_model(tiny.build_tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2]))
-    with pytest.raises(RuntimeError), fast(model, passes=3):
+    with pytest.raises(RuntimeError), fast_training(model, passes=3):
         raise RuntimeError
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -130,3 +133,48 @@ def test_the_model_is_put_back() -> None:
 def test_contradictory_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match="cache"):
         FastSettings(**wrong)
+
+
+def sft_losses(callbacks: list[Any], folder: Path, **changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """TRL's trainer on tiny records, two epochs: the loss of every step, and the adapter's weights."""
+    rows = [{"prompt": row["prompt"], "completion": " " + row["completion"]} for row in tiny.tiny_records(12)]
+    losses: list[float] = []
+
+    class Recorded(SFTTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    config = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        **changes,
+    )
+    trainer = Recorded(
+        tiny.build_tiny("qwen3"),
+        args=config,
+        train_dataset=HubDataset.from_list(rows),
+        processing_class=tiny.tiny_tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[2], task_type="CAUSAL_LM"),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return losses, {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False}, {"packing": True, "max_length": 64}], ids=str)
+def test_trl_trains_to_the_same_adapter(changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, stock = sft_losses([], tmp_path / "stock", **changes)
+    found, ours = sft_losses([FastTraining(passes=2)], tmp_path / "ours", **changes)
+    assert "layers in backward: 1/3" in capsys.readouterr().err
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+    for name, weight in stock.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4 * float(weight.abs().max()))

@@ -17,28 +17,42 @@ if TYPE_CHECKING:
     from layercard.data import load_data as load_data
     from layercard.errors import LayercardError as LayercardError
     from layercard.fast.callbacks import CutBackward as CutBackward
+    from layercard.fast.callbacks import FastTraining as FastTraining
     from layercard.fast.callbacks import FrozenPrefix as FrozenPrefix
     from layercard.fast.cut import cut_backward as cut_backward
+    from layercard.fast.labels import labels_only as labels_only
+    from layercard.fast.lora import fused_lora as fused_lora
+    from layercard.fast.packing import unpadded as unpadded
     from layercard.fast.prefix import frozen_prefix as frozen_prefix
+    from layercard.fast.together import fast_training as fast_training
     from layercard.models import load_model as load_model
     from layercard.profile import ProfileSettings as ProfileSettings
     from layercard.selection import Placement as Placement
     from layercard.selection.select import select as select
+    from layercard.serving import SharedPrefix as SharedPrefix
+    from layercard.settings import FastSettings as FastSettings
     from layercard.settings import TrainSettings as TrainSettings
 
 _HOMES = {
     "CutBackward": "layercard.fast.callbacks",
+    "FastSettings": "layercard.settings",
+    "FastTraining": "layercard.fast.callbacks",
     "FrozenPrefix": "layercard.fast.callbacks",
     "LayerCard": "layercard.card",
     "LayercardError": "layercard.errors",
     "Placement": "layercard.selection",
     "ProfileSettings": "layercard.profile",
+    "SharedPrefix": "layercard.serving",
     "TrainSettings": "layercard.settings",
     "cut_backward": "layercard.fast.cut",
+    "fast_training": "layercard.fast.together",
     "frozen_prefix": "layercard.fast.prefix",
+    "fused_lora": "layercard.fast.lora",
+    "labels_only": "layercard.fast.labels",
     "load_data": "layercard.data",
     "load_model": "layercard.models",
     "select": "layercard.selection",
+    "unpadded": "layercard.fast.packing",
 }
 __all__ = sorted(_HOMES)
 

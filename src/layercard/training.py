@@ -21,7 +21,7 @@ from layercard.adapters import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapte
 from layercard.data import Dataset
 from layercard.errors import OutputError, TrainingError
 from layercard.evaluation import HeldOut, describe_data, held_out_losses, reduction_interval
-from layercard.fast.together import fast
+from layercard.fast.together import fast_training
 from layercard.files import read_json, write_json
 from layercard.models import BaseModel, Progress, describe, quiet_libraries
 from layercard.selection import Placement
@@ -133,7 +133,7 @@ def _run(
         before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
     with _seeded(settings.seed), quiet_libraries(), no_deprecations(), adapted(base, placement, **_lora(settings)) as model:
         passes = settings.total_steps(len(data)) * settings.batch_size * settings.accumulation / len(data)
-        with fast(model, spare, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
+        with fast_training(model, spare, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
             log = fit(
                 model,
                 data,

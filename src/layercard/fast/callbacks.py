@@ -27,6 +27,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from layercard.errors import TrainingError
 from layercard.fast.cut import cut_backward
 from layercard.fast.prefix import PrefixCache, frozen_prefix
+from layercard.fast.together import fast_training
+from layercard.settings import FastSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,13 @@ class CutBackward(WhileTraining):
 
     def __init__(self) -> None:
         super().__init__(cut_backward)
+
+
+class FastTraining(WhileTraining):
+    """`fast_training` while a `Trainer` trains; takes its arguments, of which `passes` should be the number of epochs."""
+
+    def __init__(self, settings: FastSettings | None = None, **options: Any) -> None:
+        super().__init__(partial(fast_training, settings=settings, **options))
 
 
 class FrozenPrefix(WhileTraining):

@@ -18,12 +18,12 @@ from layercard.fast.packing import unpadded
 from layercard.fast.prefix import frozen_prefix
 from layercard.settings import FastSettings
 
-__all__ = ["Fast", "FastSettings", "fast"]
+__all__ = ["Fast", "FastSettings", "fast_training"]
 
 
 @dataclass
 class Fast:
-    """What `fast` does and did.
+    """What `fast_training` does and did.
 
     Attributes:
         parts: What each part that is on yielded, by the name of its setting.
@@ -47,7 +47,7 @@ class Fast:
 
 
 @contextmanager
-def fast(
+def fast_training(
     model: nn.Module,
     settings: FastSettings | None = None,
     *,
@@ -58,7 +58,7 @@ def fast(
     """Train faster inside the `with` block, in any loop, with the losses and gradients of stock training.
 
     ```python
-    with fast(peft_model, passes=3) as speed:
+    with fast_training(peft_model, passes=3) as speed:
         trainer.train()
     print(speed)
     ```
