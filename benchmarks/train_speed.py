@@ -1,11 +1,11 @@
 """How much faster is targeted training than LoRA in all layers, in one and the same trainer?
 
 Every run is a process of its own: transformers' `Trainer` around a PEFT model, three epochs over the same records in the same batches.
-*stock* is just that; *ours* is the same trainer inside `with fast_training(model):`. Runs alternate within a round, each round has its own seed
-(order of the records, first weights of the adapters), and time is that of steps, first epoch and later ones apart. Memory is counted in
-two further steps of their own process (tensors alive above the loaded model, optimiser and prefix cache included). With shapes instead
-of a model, weights are random and only time and memory mean anything. Finished runs are kept, so that the benchmark goes on where it
-was stopped.
+*stock* is just that; *ours* is the same trainer inside `with fast_training(model):`. Runs alternate within a round, each round has its
+own seed (order of the records, first weights of the adapters), and time is that of steps, first epoch and later ones apart. Memory is
+counted in two further steps of their own process (tensors alive above the loaded model, optimiser and prefix cache included). With
+shapes instead of a model, weights are random and only time and memory mean anything. Finished runs are kept, so that the benchmark goes
+on where it was stopped.
 
     python benchmarks/train_speed.py                                         SmolLM2-135M on E2E
     python benchmarks/train_speed.py --checkpointing --rounds 1              with gradient checkpointing
@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -274,7 +275,7 @@ def main() -> None:
     options = parser.parse_args()
     task_file("e2e", "train")
     if options.child:
-        options.folder = str(Path(options.child).parent / "trainer")
+        options.folder = str(Path(tempfile.gettempdir()) / "layercard-train-speed")
         write_json(options.child, run(options), force=True)
         return
     name = f"train_speed_{options.model.replace('-', '_')}" + ("_checkpointing" if options.checkpointing else "")
