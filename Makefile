@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 DEMO  := demo
+SAMPLE := benchmarks/results/placements
 
-.PHONY: help setup demo test test-slow bench bench-tables lint docs cli-docs clean
+.PHONY: help setup demo test test-slow bench bench-tables report-sample lint docs cli-docs clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV) with everything for development"
@@ -15,6 +16,7 @@ help:
 	@echo "make test       all quick tests"
 	@echo "make test-slow  the tests that take minutes or need the 135M model"
 	@echo "make bench      every benchmark, results in benchmarks/results/, then the tables in README.md and docs/"
+	@echo "make report-sample  the report of the committed benchmark files, in build/"
 	@echo "make lint       ruff, mypy, generated tables and command line page"
 	@echo "make docs       the documentation site in site/"
 	@echo "make cli-docs   write docs/cli.md from the help texts, and the roadmap of docs/index.md"
@@ -42,6 +44,14 @@ bench: setup
 	set -e; for script in benchmarks/*.py; do case $$script in */tables.py|*/common.py|*/single_layer.py) ;; \
 		 *) $(BIN)/python $$script;; esac; done
 	$(MAKE) bench-tables
+
+report-sample: setup
+	mkdir -p build
+	$(BIN)/layercard select $(SAMPLE)/cards/e2e.json --strategy uniform --k 5 -o build/uniform.json --force >/dev/null
+	$(BIN)/layercard select $(SAMPLE)/cards/e2e.json -o build/balanced.json --force >/dev/null
+	$(BIN)/layercard report $(SAMPLE)/cards/e2e.json build/uniform.json build/balanced.json $(SAMPLE)/cards/webnlg.json \
+		$(SAMPLE)/cards/gsm8k.json $(SAMPLE)/runs $(SAMPLE)/times benchmarks/results/placements_table.json \
+		benchmarks/results/trade_off_e2e.json -o build/report-sample.html --force
 
 bench-tables: setup
 	$(BIN)/python benchmarks/tables.py

@@ -1,5 +1,6 @@
 """The report page: its parts, its numbers, its size, text that stays text, and files that do not fit together."""
 
+import hashlib
 import html
 import json
 import re
@@ -16,6 +17,7 @@ from layercard.cli import run
 from layercard.cost import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError
 from layercard.report import frames
+from layercard.report import html as report_html
 from layercard.report.calculator import amount
 from layercard.report.frames import Number
 from layercard.report.html import front_story, render, story_of, write_page
@@ -158,8 +160,14 @@ def test_a_page_without_anything_but_a_card_says_how_to_get_the_rest() -> None:
 
 def test_large_input_stays_small() -> None:
     text = render(story_of(full(64)))
-    assert len(text.encode()) < 6_000_000
+    assert len(text.encode()) < 3_000_000
     assert len(Reader(text).figures["plot-coupling"]["data"][0]["z"]) == 64
+
+
+def test_plotly_is_the_file_that_its_note_says() -> None:
+    folder = Path(report_html.__file__).parent / "vendor"
+    assert hashlib.sha256(report_html.plotly_js().encode()).hexdigest() in (folder / "README.md").read_text(encoding="utf-8")
+    assert "</script" not in report_html.plotly_js()
 
 
 def test_nothing_is_fetched(whole: tuple[Sources, str]) -> None:

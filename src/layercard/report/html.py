@@ -1,10 +1,12 @@
 """A report as one self-contained HTML page: plots, tables, the calculator and provenance, without network, from files only."""
 
+import gzip
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import plotly.offline
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -123,7 +125,14 @@ def render(story: Story) -> str:
         loader=PackageLoader("layercard.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["amount"] = amount
-    return environment.get_template("page.html.j2").render(story=story, plotly_js=Markup(plotly.offline.get_plotlyjs()))
+    return environment.get_template("page.html.j2").render(story=story, plotly_js=Markup(plotly_js()))
+
+
+@cache
+def plotly_js() -> str:
+    """plotly.js with the traces that the figures use."""
+    packed = files("layercard.report").joinpath("vendor/plotly-cartesian.min.js.gz").read_bytes()
+    return gzip.decompress(packed).decode("utf-8")
 
 
 def write_page(path: str | Path, story: Story, *, force: bool = False) -> Path:
