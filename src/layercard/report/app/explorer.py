@@ -81,7 +81,7 @@ class Explorer:
 
     def sibling(self, uploaded: Sequence[Entry], entry: Entry) -> str | None:
         """The key of another card to compare one with: of the same model, if there is one."""
-        others = [other for other in self.entries(uploaded) if other.card is not None and other.key != entry.key]
+        others = [other for other in self.entries(uploaded) if other.card is not None and other.digest != entry.digest]
         alike = [other for other in others if _card(other).model.fingerprint == _card(entry).model.fingerprint]
         return next((other.key for other in [*alike, *others]), None)
 
