@@ -496,7 +496,8 @@ class TestJobs:
         names = {"model": next(name for name in explorer.library.models()), "data": next(name for name in explorer.library.data())}
         explorer.start(names["model"], names["data"], 16)
         assert explorer.jobs.job is not None
-        found = explorer.jobs.job.wait(200)
+        found = explorer.jobs.job.wait(280)
+        explorer.jobs.cancel()
         assert found.state == DONE, found.message
         assert "fit pass" in found.finished
         ((label, key),) = explorer.cards([])
