@@ -330,7 +330,7 @@ def test_demo_goes_the_whole_way_and_uses_finished_parts_again(layercard: Layerc
         "show",
         "select",
         "compare",
-        "show",
+        "report",
     ]
     assert {path.name for path in Path("demo").iterdir()} == {"card.json", "placement.json", "compare", "card.html"}
     assert "reduction" in out

@@ -29,7 +29,7 @@ def demo(
     steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Training steps of each placement.")] = STEPS,
     force: Annotated[bool, typer.Option("--force", help="Make everything again.")] = False,
 ) -> None:
-    """Go the whole way once: profile, show, select, compare the selected layers with all, and write an HTML page.
+    """Go the whole way once: profile, show, select, compare the selected layers with all, and write a report.
 
     Finished parts are used again when the demo is run a second time.
     """

@@ -72,7 +72,6 @@ def calculator(ratios: Ratios, inputs: RoiInputs | None = None) -> dict[str, Any
         "results": [_result(formula.name, found) for formula in SHOWN],
         "assumptions": found.assumptions,
         "assumed": found.with_assumptions is not None,
-        "saved": any(getattr(ratios, name).measured for name in RATIOS),
         "data": {"ratios": ratios.model_dump(), "units": {formula.name: _unit(formula.unit, found) for formula in SHOWN}},
         "script": Markup(javascript()),
     }
