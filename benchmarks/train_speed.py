@@ -7,7 +7,8 @@ counted in two further steps of their own process (tensors alive above the loade
 shapes instead of a model, weights are random and only time and memory mean anything. Finished runs are kept, so that the benchmark goes
 on where it was stopped.
 
-    python benchmarks/train_speed.py                                         SmolLM2-135M on E2E
+    python benchmarks/train_speed.py                                         SmolLM2-135M on E2E, weights in bfloat16
+    python benchmarks/train_speed.py --dtype float32 --rounds 1              the same in float32
     python benchmarks/train_speed.py --checkpointing --rounds 1              with gradient checkpointing
     python benchmarks/train_speed.py --model gpt2-medium --records 16        shapes only
 """
@@ -93,16 +94,16 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def base_of(name: str) -> BaseModel:
+def base_of(name: str, dtype: str) -> BaseModel:
     """The embedded model, or random weights in the shape of another; their dropout is off."""
     if name not in BUILT_IN:
-        return load_model(name)
+        return load_model(name, dtype=dtype)
     config = read_config(name)
     for key in [key for key in config.to_dict() if key.endswith("pdrop")]:
         setattr(config, key, 0.0)
     with quiet_libraries():
         torch.manual_seed(0)
-        return wrap_model(AutoModelForCausalLM.from_config(config), load_model("smollm2-135m").tokenizer, name=name)
+        return wrap_model(AutoModelForCausalLM.from_config(config, dtype=dtype), load_model("smollm2-135m").tokenizer, name=name)
 
 
 def records_of(base: BaseModel, records: int, seed: int, memory: bool) -> tuple[Dataset, list[Any]]:
@@ -152,7 +153,7 @@ def around(ours: bool, model: PeftModel, data: Dataset) -> Iterator[Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """One training, in this process."""
-    base = base_of(options.model)
+    base = base_of(options.model, options.dtype)
     layers = tuple(options.layers)
     data, order = records_of(base, options.records, options.seed, options.memory)
     count = PeakMemory(base.device) if options.memory else None
@@ -200,7 +201,18 @@ def child(options: argparse.Namespace, folder: Path, layers: tuple[int, ...], se
     if not path.exists():
         print(f"{path.stem} …", file=sys.stderr, flush=True)
         flags = [flag for flag, on in (("--ours", ours), ("--memory", memory), ("--checkpointing", options.checkpointing)) if on]
-        command = [sys.executable, __file__, "--model", options.model, "--records", str(options.records), "--seed", str(seed)]
+        command = [
+            sys.executable,
+            __file__,
+            "--model",
+            options.model,
+            "--records",
+            str(options.records),
+            "--seed",
+            str(seed),
+            "--dtype",
+            options.dtype,
+        ]
         command += ["--child", str(path), "--layers", *map(str, layers), *flags]
         subprocess.run(command, check=True)
     return dict(json.loads(path.read_text()))
@@ -265,6 +277,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--records", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="Of the weights; adapters are float32.")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--placements", nargs="+")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -278,15 +291,16 @@ def main() -> None:
         options.folder = str(Path(tempfile.gettempdir()) / "layercard-train-speed")
         write_json(options.child, run(options), force=True)
         return
-    name = f"train_speed_{options.model.replace('-', '_')}" + ("_checkpointing" if options.checkpointing else "")
+    kinds = [options.model.replace("-", "_"), *(["float32"] if options.dtype == "float32" else [])]
+    name = "_".join(["train_speed", *kinds, *(["checkpointing"] if options.checkpointing else [])])
     folder = RESULTS / "train_speed" / (name.removeprefix("train_speed_") + f"-{options.records}")
     folder.mkdir(parents=True, exist_ok=True)
     own = RESULTS / "placements" / "cards" / "e2e.json"
     card = LayerCard.load(own) if options.model not in BUILT_IN and own.exists() else None
-    found = placements(base_of(options.model), card)
+    found = placements(base_of(options.model, options.dtype), card)
     chosen = {name: found[name] for name in ["all", *(options.placements or found)]}
     kind = "random weights in the shape of " if options.model in BUILT_IN else ""
-    title = f"Training time, E2E, {kind}{options.model}, {options.records} records, {EPOCHS} epochs, batches of {BATCH}, float32"
+    title = f"Training time, E2E, {kind}{options.model}, {options.records} records, {EPOCHS} epochs, batches of {BATCH}, {options.dtype}"
     title += f", {options.rounds} round(s)" + (", gradient checkpointing on" if options.checkpointing else "")
     report(name, title, COLUMNS, rows(options, folder, chosen), threads=torch.get_num_threads(), machine=machine())
 
