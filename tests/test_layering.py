@@ -14,7 +14,7 @@ MODULES = sorted(path for path in SOURCE.rglob("*.py"))
 
 # From the bottom up: a module may import from its own row and from rows above it in this list, never from below.
 ROWS = (
-    ("errors", "files", "indices", "processes"),
+    ("errors", "files", "indices", "processes", "readings", "notebook"),
     (
         "layers",
         "data",
@@ -42,6 +42,7 @@ ROWS = (
     ("adapters", "metrics", "evaluation", "trainer", "training", "compare", "switching", "shared_cache", "serving"),
     ("latency", "benchmark", "export"),
     ("report",),
+    ("plots",),
     ("commands",),
     ("cli",),
 )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cards import fake_card, fake_placement
+from layercard import readings
 from layercard.report import frames
 from layercard.report.terminal import card_view, placement_view, strip
 
@@ -36,10 +37,10 @@ def test_table_has_one_row_a_layer_and_fits(width: int) -> None:
     rows = table_rows(lines)
     assert [int(re.sub(r"[★*|]", " ", row).split()[0]) for row in rows] == list(range(30))
     assert max(map(len, lines)) <= width
-    assert all(frames.short(card["layers"][at]["gain_estimate"]["value"]) in row for at, row in enumerate(rows))
-    assert all(frames.short(card["layers"][at]["resnorm"]["value"]) in row for at, row in enumerate(rows))
+    assert all(readings.short(card["layers"][at]["gain_estimate"]["value"]) in row for at, row in enumerate(rows))
+    assert all(readings.short(card["layers"][at]["resnorm"]["value"]) in row for at, row in enumerate(rows))
     marked = {at for at, row in enumerate(rows) if "★" in row}
-    assert marked == set(frames.best_layers(card))
+    assert marked == set(readings.best_layers(card))
 
 
 def test_wider_terminals_show_more() -> None:
@@ -96,7 +97,7 @@ def test_placement_view_says_why() -> None:
 
 @given(st.one_of(st.just(0.0), st.floats(1e-99, 1e99), st.floats(-1e99, -1e-99)))
 def test_short_numbers_are_short_and_true(value: float) -> None:
-    text = frames.short(value)
+    text = readings.short(value)
     assert len(text) <= 8
     assert math.isclose(float(text.replace("−", "-").replace(",", "")), value, rel_tol=0.06)
 
@@ -104,21 +105,21 @@ def test_short_numbers_are_short_and_true(value: float) -> None:
 @given(st.tuples(st.floats(-10, 10), st.floats(-10, 10), st.floats(-10, 10)).map(sorted), st.integers(1, 40))
 def test_strips_are_as_wide_as_asked_and_have_one_dot(ends: list[float], width: int) -> None:
     low, value, high = ends
-    text = strip(frames.Number(value, low, high), (-10, 10), width)
+    text = strip(readings.Number(value, low, high), (-10, 10), width)
     assert len(text) == width
     assert text.count("●") == 1
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e9, 1e9)), max_size=8), st.booleans())
 def test_bars_lie_between_nothing_and_full(values: list[float | None], wide: bool) -> None:
-    fractions = frames.bar_fractions([None if v is None else frames.Number(v) for v in values], wide=wide)
+    fractions = frames.bar_fractions([None if v is None else readings.Number(v) for v in values], wide=wide)
     assert [f is None for f in fractions] == [v is None for v in values]
     assert all(-1e-9 <= f <= 1 + 1e-9 for f in fractions if f is not None)
 
 
 def test_numbers_that_were_not_measured_are_none() -> None:
-    assert [frames.number(raw) for raw in (None, {}, {"value": None}, math.nan, math.inf, "3", True)] == [None] * 7
-    assert frames.number({"value": 1, "low": None, "high": 2}) == frames.Number(1.0, None, 2.0)
+    assert [readings.number(raw) for raw in (None, {}, {"value": None}, math.nan, math.inf, "3", True)] == [None] * 7
+    assert readings.number({"value": 1, "low": None, "high": 2}) == readings.Number(1.0, None, 2.0)
 
 
 def test_frames_hold_the_numbers_of_the_card() -> None:

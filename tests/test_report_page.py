@@ -16,10 +16,10 @@ from cards import fake_card, fake_comparison, fake_placement
 from layercard.cli import run
 from layercard.cost import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError
+from layercard.readings import Number
 from layercard.report import frames
 from layercard.report import html as report_html
 from layercard.report.calculator import amount
-from layercard.report.frames import Number
 from layercard.report.html import front_story, render, story_of, write_page
 from layercard.report.ratios import ratios_of
 from layercard.report.roi import RoiInputs, roi

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from layercard.cost import CostModel
 from layercard.errors import CardError
 from layercard.files import read_json, write_json
+from layercard.notebook import card_html
 
 SCHEMA = "layercard/1"
 
@@ -150,6 +151,10 @@ class LayerCard(_Part):
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard/1`."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: model, data, warnings and the best single layers with their intervals, all escaped."""
+        return card_html(self.to_json())
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the card to a file, atomically; an existing file is kept unless `force`."""

@@ -14,8 +14,8 @@ import plotly.graph_objects as go
 
 from layercard.cost import CostModel
 from layercard.indices import listed
-from layercard.report.frames import Json, Measure, Number, bar_fractions, interval, measured, profile_of, short
-from layercard.report.predictions import percent
+from layercard.readings import Json, Number, interval, number, percent, profile_of, short
+from layercard.report.frames import Measure, bar_fractions, measured
 from layercard.report.trials import Row
 
 BLUE, ORANGE, GREY, GREEN, BAND = "#3b82f6", "#e07b00", "#8a929c", "#009e73", "rgba(59,130,246,0.22)"
@@ -238,8 +238,6 @@ def front_figure(front: Json, name: str, placements: Mapping[str, Json] | None =
 
 
 def _kept(point: Json) -> Number | None:
-    from layercard.report.frames import number
-
     return number(point.get("performance_kept"))
 
 

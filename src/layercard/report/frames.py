@@ -4,28 +4,19 @@ Everything here takes the JSON value of a file, never a live model, and a quanti
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercard.errors import TrainingError
 from layercard.files import read_json
+from layercard.readings import Json, Number, interval, number, profile_of, short
 
 if TYPE_CHECKING:
     import pandas
 
-Json = Mapping[str, Any]
 COMPARISON = "layercard-compare/1"
-
-
-@dataclass(frozen=True)
-class Number:
-    """A measured number, with the ends of its interval where it was sampled."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,27 +137,6 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-_STABILITY = ((0.9, "very stable"), (0.75, "stable"), (0.5, "shaky, profile more records before relying on single layers"))
-
-
-def number(raw: Any) -> Number | None:
-    """A card's number: an object with `value`, `low` and `high`, a plain number, or null; what is not finite counts as not measured."""
-    if isinstance(raw, Mapping):
-        value = number(raw.get("value"))
-        if value is None:
-            return None
-        low, high = number(raw.get("low")), number(raw.get("high"))
-        return Number(value.value, low.value if low else None, high.value if high else None)
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
-        return None
-    return Number(float(raw))
-
-
-def profile_of(card: Json, key: str) -> list[Number | None]:
-    """One quantity of all layers, from the input to the output side."""
-    return [number(layer.get(key)) for layer in card["layers"]]
-
-
 def unit_of(card: Json, key: str) -> str:
     """The unit of a quantity as the card itself gives it."""
     return str((card.get("units") or {}).get(key, ""))
@@ -175,13 +145,6 @@ def unit_of(card: Json, key: str) -> str:
 def measured(card: Json) -> list[Measure]:
     """The quantities that at least one layer of the card has, in the order of the catalogue."""
     return [measure for measure in MEASURES.values() if any(profile_of(card, measure.key))]
-
-
-def best_layers(card: Json, key: str = "gain_estimate") -> list[int]:
-    """The few layers with the highest `key`, best first: five, or a quarter of a shallow model."""
-    count = max(1, min(5, len(card["layers"]) // 4))
-    values = {index: found.value for index, found in enumerate(profile_of(card, key)) if found is not None}
-    return sorted(values, key=lambda index: (-values[index], index))[:count]
 
 
 def layer_rows(card: Json) -> list[dict[str, Any]]:
@@ -211,43 +174,6 @@ def coupling_frame(card: Json) -> "pandas.DataFrame":
 
     frame = pd.DataFrame(card["coupling"])
     return frame.rename_axis(index="layer", columns="layer")
-
-
-def stability_words(card: Json) -> str:
-    """How far the card's own ranking can be relied on, in a sentence."""
-    stability = card.get("stability") or {}
-    key = "gain_estimate" if number(stability.get("gain_estimate")) else "step_probe"
-    found = number(stability.get(key))
-    if found is None:
-        return "not known: the card does not say how stable its ranking is"
-    title = MEASURES[key].title.lower()
-    words = next((words for bound, words in _STABILITY if found.value >= bound), "unstable, do not rely on it; profile more records")
-    return f"{words} (two halves of the records agree with Spearman {found.value:.2f} on the {title})"
-
-
-def short(value: float) -> str:
-    """A number in at most seven characters, three significant digits.
-
-    >>> [short(x) for x in (0, 1.0949, 0.01234, -0.5, 12.06, 1790, 61234, 0.00012)]
-    ['0', '1.09', '0.0123', '−0.500', '12.1', '1,790', '6.1e4', '1.2e-4']
-    """
-    size = abs(value)
-    if size == 0:
-        text = "0"
-    elif 0.001 <= size < 9999.5:
-        digits = max(0, 2 - math.floor(math.log10(size)))
-        text = f"{size:,.{digits}f}"
-    else:
-        mantissa, exponent = f"{size:.1e}".split("e")
-        text = f"{mantissa}e{int(exponent)}"
-    return f"−{text}" if value < 0 else text
-
-
-def interval(found: Number | None) -> str:
-    """`low–high` of a sampled number, else nothing."""
-    if found is None or found.low is None or found.high is None:
-        return ""
-    return f"{short(found.low)}–{short(found.high)}"
 
 
 def bar_fractions(values: Sequence[Number | None], *, wide: bool = False) -> list[float | None]:

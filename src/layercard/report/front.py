@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layercard.indices import listed
-from layercard.report.frames import Json, number
-from layercard.report.predictions import percent
+from layercard.readings import Json, number, percent
 
 TITLES = {"time": "step time", "memory": "peak memory"}
 """What the cost of each front is called."""

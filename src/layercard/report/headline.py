@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from layercard.cost import CostModel
 from layercard.indices import listed
+from layercard.readings import Json, Number, best_layers, interval, number, stability_words
 from layercard.report.costs import seconds, size
-from layercard.report.frames import Json, Number, best_layers, interval, number, stability_words
 from layercard.report.roi import Ratio, Ratios
 from layercard.report.sources import Sources
 from layercard.report.story import Step, Tile

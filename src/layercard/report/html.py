@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from layercard.files import write_text
+from layercard.readings import Json, stability_words
 from layercard.report import parts
 from layercard.report.calculator import amount, calculator
-from layercard.report.frames import Json, stability_words
 from layercard.report.headline import steps_of, tiles_of
 from layercard.report.ratios import ratios_of
 from layercard.report.roi import RoiInputs

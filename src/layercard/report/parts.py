@@ -5,23 +5,10 @@ from typing import Any
 
 from layercard.cost import CostModel
 from layercard.indices import listed
+from layercard.readings import Json, Number, best_layers, interval, number, predicted_rows, profile_of, short
 from layercard.report import figures
 from layercard.report.costs import seconds, size, where
-from layercard.report.frames import (
-    MEASURES,
-    Json,
-    Measure,
-    Number,
-    bar_fractions,
-    best_layers,
-    interval,
-    measured,
-    number,
-    profile_of,
-    short,
-    unit_of,
-)
-from layercard.report.predictions import predicted_rows
+from layercard.report.frames import MEASURES, Measure, bar_fractions, measured, unit_of
 from layercard.report.sources import Sources
 from layercard.report.story import Cell, Line, Missing, Part, Plot, Table, cell, plot
 from layercard.report.trials import Row

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layercard.indices import listed
-from layercard.report.frames import Json, number, stability_words
-from layercard.report.predictions import percent
+from layercard.readings import Json, number, percent, stability_words
 
 DONE, NEXT, OPEN = "done", "next", "open"
 """States of a step: there is a file for it; it is the one to do now; it comes later, or can be left out."""

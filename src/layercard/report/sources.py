@@ -8,7 +8,8 @@ from typing import Any
 from layercard.card import LayerCard
 from layercard.errors import ReportError
 from layercard.files import read_json
-from layercard.report.frames import Json, read_comparison
+from layercard.readings import Json
+from layercard.report.frames import read_comparison
 from layercard.report.trials import Trial, compared, of_bench, of_comparison, of_run
 from layercard.selection.pareto import load_front
 from layercard.selection.placement import Placement

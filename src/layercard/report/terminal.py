@@ -8,22 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.report.frames import (
-    MEASURES,
-    RUN_COLUMNS,
-    Json,
-    Number,
-    bar_fractions,
-    best_layers,
-    comparison_rows,
-    interval,
-    number,
-    profile_of,
-    run_cells,
-    short,
-    stability_words,
-)
-from layercard.report.predictions import predicted_rows
+from layercard.readings import Json, Number, best_layers, interval, number, predicted_rows, profile_of, short, stability_words
+from layercard.report.frames import MEASURES, RUN_COLUMNS, bar_fractions, comparison_rows, run_cells
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 

@@ -7,7 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.report.frames import MEASURES, Json, short
+from layercard.readings import Json, short
+from layercard.report.frames import MEASURES
 from layercard.report.terminal import pairs
 
 _VERDICTS = {"reuse the card": "bold green", "profile again": "bold red", "not enough evidence": "bold yellow"}

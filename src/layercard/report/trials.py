@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from layercard.indices import listed
+from layercard.readings import Json, Number, number
 from layercard.report.costs import threads
-from layercard.report.frames import Json, Number, number
 from layercard.selection.strategies import STRATEGIES
 
 REPEATS = 1000

@@ -8,6 +8,7 @@ from typing import Any
 
 from layercard.errors import PlacementError
 from layercard.files import read_json, write_json
+from layercard.notebook import placement_html
 
 SCHEMA = "layercard-placement/1"
 
@@ -90,6 +91,10 @@ class Placement:
             )
         except (KeyError, TypeError, ValueError) as problem:
             raise PlacementError(f"{source}: not a whole placement ({problem}); make it with `layercard select`") from None
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: layers, objective, predictions and the reason for each layer, all escaped."""
+        return placement_html(self.to_json())
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the placement to a file, atomically."""

@@ -9,8 +9,7 @@ from typing import Any
 
 from layercard.card import LayerCard
 from layercard.errors import LayercardError
-from layercard.report.frames import Json, number, short
-from layercard.report.predictions import percent
+from layercard.readings import Json, number, percent, short
 from layercard.selection import Budgets, Placement, given, select
 from layercard.selection.pareto import pareto
 

@@ -10,9 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from layercard.indices import listed
+from layercard.readings import Json
 from layercard.report.app.choice import Choice
 from layercard.report.figures import COSTS, depth_figure, front_figure
-from layercard.report.frames import MEASURES, Json
+from layercard.report.frames import MEASURES
 
 FRONTS = tuple(COSTS)
 """Names of the fronts."""

@@ -13,7 +13,7 @@ from typing import Any
 from layercard.card import LayerCard
 from layercard.errors import CardError, LayercardError, OutputError
 from layercard.files import parse_json
-from layercard.report.frames import Json, number
+from layercard.readings import Json, number
 from layercard.selection import Placement
 
 LARGEST = 20 * 2**20

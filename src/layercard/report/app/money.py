@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from layercard.errors import ReportError
+from layercard.readings import Json
 from layercard.report.app.library import Entry
-from layercard.report.frames import Json
 from layercard.report.ratios import ratios_of
 from layercard.report.roi import Roi, RoiInputs, roi
 from layercard.report.trials import Row, Trial, compared, of_comparison, of_run, rows_of

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from layercard.report.frames import Json
+from layercard.readings import Json
 from layercard.settings import TrainSettings
 
 LORA_FILE = "lora_config.json"

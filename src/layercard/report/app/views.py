@@ -9,12 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from layercard.indices import listed
+from layercard.readings import Json, short
 from layercard.report.app import trainer
 from layercard.report.app.choice import SHARES, Choice, rows
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
 from layercard.report.app.library import Entry
 from layercard.report.app.money import page_words
-from layercard.report.frames import MEASURES, Json, short
+from layercard.report.frames import MEASURES
 from layercard.report.roadmap import Found, Roadmap
 from layercard.report.roadmap import roadmap as make_roadmap
 from layercard.report.roi import SHOWN, Range, Roi
