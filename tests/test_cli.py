@@ -354,12 +354,14 @@ def without_clock(path: str) -> dict[str, Any]:
 def test_the_page_says_how_it_is_made_again(layercard: Layercard, tiny_folder: Path) -> None:
     assert layercard("demo", "--model", tiny_folder, "--records", 8, "--steps", 2, "--k", 1, "--output", ".")[0] == 0
     page = html.unescape(Path("card.html").read_text(encoding="utf-8"))
-    lines = re.findall(r"^(?: *<pre><code>)?(layercard .*)$", page, flags=re.MULTILINE)
-    assert [line.split()[1] for line in lines] == ["profile", "select", "compare"]
+    lines = re.findall(r"^(?: *<pre tabindex=\"0\"><code>)?(layercard .*)$", page, flags=re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["profile", "select", "compare", "report"]
     before = {name: Path(name).read_text(encoding="utf-8") for name in ("card.json", "placement.json")}
     Path("again").mkdir()
     for line in lines:
-        words = [re.sub(r"^(card.json|placement.json|compare$)", r"again/\1", word) for word in shlex.split(line)[1:]]
+        words = [
+            re.sub(r"^(card.json|card.html|placement.json|compare(?:/compare.json)?)$", r"again/\1", word) for word in shlex.split(line)[1:]
+        ]
         words[0] = words[0].removeprefix("again/")
         assert layercard(*words)[0] == 0, line
         if words[0] == "profile":

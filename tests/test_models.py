@@ -367,4 +367,5 @@ class TestRefusals:
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
         assert models.find_device("auto") == torch.device("mps")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         assert models.find_device("auto") == torch.device("cuda")
