@@ -43,7 +43,7 @@ def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = (
 
     Args:
         card: The card.
-        measure: A measure that the card has (`docs/card.md`); the y axis has the unit that the card gives for it.
+        measure: A measure that the card has (`docs/card.md`); values are in the unit that the card gives for it.
         chosen: Layers to mark.
 
     Raises:
