@@ -60,6 +60,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "plots":
+        return import_module("layercard.plots")
     raise AttributeError(f"module 'layercard' has no attribute {name!r}")
 
 
