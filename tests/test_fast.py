@@ -100,6 +100,24 @@ def test_an_interrupted_run_goes_on_with_a_cache_on_disk(tmp_path: Path) -> None
     assert "frozen blocks 2/3: 20 of 24 records read" in found["fast"]["did"]["prefix_cache"]
 
 
+def test_without_the_cache_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    base = base_of("qwen3")
+    spare = FastSettings(prefix_cache=False)
+    run(base, tmp_path, "whole", spare, (2,))
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "train" and done == 2:
+            raise KeyboardInterrupt
+
+    settings = TrainSettings(**{**STEPS.to_json(), "save_steps": 1})
+    data = records(base, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, place(base, (2,)), data, tmp_path / "run", settings, spare=spare, progress=stop)
+    train(base, place(base, (2,)), data, tmp_path / "run", settings, spare=spare, resume=True)
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_dropout_leaves_padding_in_and_says_so(tmp_path: Path) -> None:
     base = base_of("llama")
     settings = TrainSettings(**{**STEPS.to_json(), "dropout": 0.1})
