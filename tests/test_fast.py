@@ -82,38 +82,32 @@ def test_a_run_says_what_was_spared(tmp_path: Path) -> None:
     assert did["fused_lora"] == "adapters computed in one step: 7 of 7"
 
 
-def test_an_interrupted_run_goes_on_with_a_cache_on_disk(tmp_path: Path) -> None:
-    base = base_of("qwen3")
-    spare = FastSettings(cache_folder=str(tmp_path / "cache"))
-    stock = run(base, tmp_path, "stock", FastSettings.stock(), (2,))
+def interrupted_and_resumed(base: BaseModel, folder: Path, spare: FastSettings) -> dict[str, Any]:
+    """A run that is stopped after two of its steps and goes on from its checkpoint, in `folder / "run"`."""
 
     def stop(phase: str, done: int, total: int) -> None:
         if phase == "train" and done == 2:
             raise KeyboardInterrupt
 
     settings = TrainSettings(**{**STEPS.to_json(), "save_steps": 1})
-    data = records(base, tmp_path)
+    data = records(base, folder)
     with pytest.raises(KeyboardInterrupt):
-        train(base, place(base, (2,)), data, tmp_path / "run", settings, spare=spare, progress=stop)
-    found = train(base, place(base, (2,)), data, tmp_path / "run", settings, spare=spare, resume=True)
+        train(base, place(base, (2,)), data, folder / "run", settings, spare=spare, progress=stop)
+    return train(base, place(base, (2,)), data, folder / "run", settings, spare=spare, resume=True)
+
+
+def test_an_interrupted_run_goes_on_with_a_cache_on_disk(tmp_path: Path) -> None:
+    base = base_of("qwen3")
+    stock = run(base, tmp_path, "stock", FastSettings.stock(), (2,))
+    found = interrupted_and_resumed(base, tmp_path, FastSettings(cache_folder=str(tmp_path / "cache")))
     assert_same_run(stock, found, (tmp_path / "stock", tmp_path / "run"))
     assert "frozen blocks 2/3: 20 of 24 records read" in found["fast"]["did"]["prefix_cache"]
 
 
 def test_without_the_cache_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    base = base_of("qwen3")
-    spare = FastSettings(prefix_cache=False)
+    base, spare = base_of("qwen3"), FastSettings(prefix_cache=False)
     run(base, tmp_path, "whole", spare, (2,))
-
-    def stop(phase: str, done: int, total: int) -> None:
-        if phase == "train" and done == 2:
-            raise KeyboardInterrupt
-
-    settings = TrainSettings(**{**STEPS.to_json(), "save_steps": 1})
-    data = records(base, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        train(base, place(base, (2,)), data, tmp_path / "run", settings, spare=spare, progress=stop)
-    train(base, place(base, (2,)), data, tmp_path / "run", settings, spare=spare, resume=True)
+    interrupted_and_resumed(base, tmp_path, spare)
     whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

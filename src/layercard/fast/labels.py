@@ -98,12 +98,7 @@ class _Labelled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         labels = kwargs.get("labels")
-        if (
-            labels is None
-            or not self.parts.causal.training
-            or _asks_for_all(kwargs)
-            or self.parts.config.to_dict().get("output_router_logits")
-        ):
+        if labels is None or not self.parts.causal.training or _asks_for_all(kwargs) or vars(self.parts.config).get("output_router_logits"):
             return self.run(**kwargs)
         before = torch.zeros_like(labels, dtype=torch.bool)
         before[:, :-1] = labels[:, 1:] != IGNORED
