@@ -1,5 +1,6 @@
 """Where a model trains: its blocks, the lowest one with a trainable weight, and whether anything below it trains too."""
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
@@ -63,6 +64,11 @@ def anatomy(model: nn.Module) -> Anatomy:
     holders = [block.index for block in blocks if any(id(weight) in trained for weight in block.module.parameters())]
     parts = Anatomy(causal, decoder, blocks, min(holders, default=len(blocks)), ())
     return Anatomy(causal, decoder, blocks, parts.lowest, _below(model, parts))
+
+
+def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what a module's forward takes, in order, as its class says, whatever stands in for the forward of an instance."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _below(model: nn.Module, parts: Anatomy) -> tuple[str, ...]:

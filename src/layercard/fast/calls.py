@@ -1,7 +1,6 @@
 """The forwards that stand in for a model's own while a frozen-prefix cache is at work."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from layercard.data import IGNORED
+from layercard.fast.anatomy import forward_names
 from layercard.fast.frozen import Frozen
 from layercard.fast.passage import Passage, evaluating
 from layercard.fast.positions import needed
@@ -35,7 +35,7 @@ class Wrapped:
 
     def outer(self, own: Callable[..., Any], kind: type[nn.Module]) -> Callable[..., Any]:
         """The forward of the model with the head: looks whether padding carries labels."""
-        names = tuple(inspect.signature(kind.forward).parameters)[1:]
+        names = forward_names(kind)
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,6 @@
 """The part of a model below its lowest trained block: whether its hidden states can be kept, what decides about them, and who they are."""
 
 import hashlib
-import inspect
 import json
 import platform
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from layercard.fast.anatomy import Anatomy
+from layercard.fast.anatomy import Anatomy, forward_names
 from layercard.fast.store import checksum
 
 RELATIVE_KINDS = {"full_attention", "sliding_attention"}
@@ -83,7 +82,7 @@ class Frozen:
     @cached_property
     def block_parameters(self) -> tuple[str, ...]:
         """Names of what a block's forward takes, in order."""
-        return tuple(inspect.signature(type(self.parts.blocks[0].module).forward).parameters)[1:]
+        return forward_names(type(self.parts.blocks[0].module))
 
     @cached_property
     def relative(self) -> bool:

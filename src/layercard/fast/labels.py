@@ -7,7 +7,6 @@ again in backward instead (`torch.utils.checkpoint`).
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layercard.capture import replaced
 from layercard.data import IGNORED
-from layercard.fast.anatomy import Anatomy, anatomy
+from layercard.fast.anatomy import Anatomy, anatomy, forward_names
 from layercard.fast.positions import needed, needing
 
 CHUNK_BYTES = {"cpu": 24 * 2**20}
@@ -76,7 +75,7 @@ def labels_only(model: nn.Module, *, chunk_bytes: int | None = None) -> Iterator
         yield done
         return
     forward, norm = parts.causal.forward, parts.final_norm
-    names = tuple(inspect.signature(type(parts.causal).forward).parameters)[1:]
+    names = forward_names(type(parts.causal))
     with replaced(parts.causal, _Labelled(parts, forward, names, chunk_bytes, done)):
         if norm is None:
             yield done

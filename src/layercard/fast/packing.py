@@ -6,7 +6,6 @@ real tokens. Attention puts queries, keys and values back to one record a row, p
 unseen, and takes the N real rows of its result. Losses and gradients are the padded ones up to rounding.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from layercard.capture import replaced
-from layercard.fast.anatomy import Anatomy, anatomy
+from layercard.fast.anatomy import Anatomy, anatomy, forward_names
 from layercard.fast.positions import needed, needing
 
 NAME = "layercard_records"
@@ -148,7 +147,7 @@ def unpadded(model: nn.Module) -> Iterator[Unpadded]:
         yield done
         return
     config, run = parts.config, parts.decoder.forward
-    names = tuple(inspect.signature(type(parts.decoder).forward).parameters)[1:]
+    names = forward_names(type(parts.decoder))
     before = config._attn_implementation_internal
     config._attn_implementation_internal = NAME
     try:

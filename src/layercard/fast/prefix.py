@@ -6,7 +6,6 @@ the cache. When all or some records of a batch are known, the frozen blocks run 
 from the known hidden states. Masks, positions and all blocks from s on are the model's own work as ever.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from layercard.capture import replaced
 from layercard.errors import OutputError, TrainingError
-from layercard.fast.anatomy import anatomy
+from layercard.fast.anatomy import anatomy, forward_names
 from layercard.fast.calls import Wrapped
 from layercard.fast.frozen import Frozen, layerdrop, obstacle, randomness, sharded
 from layercard.fast.prefix_cache import PASSES, PrefixCache
@@ -92,7 +91,7 @@ def frozen_prefix(
         yield found
         return
     parts = found.frozen.parts
-    wrapped = Wrapped(found, parts.decoder.forward, tuple(inspect.signature(type(parts.decoder).forward).parameters)[1:])
+    wrapped = Wrapped(found, parts.decoder.forward, forward_names(type(parts.decoder)))
     with ExitStack() as stack:
         stack.enter_context(replaced(parts.causal, wrapped.outer(parts.causal.forward, type(parts.causal))))
         stack.enter_context(replaced(parts.decoder, wrapped.decoder()))
