@@ -24,7 +24,7 @@ from common import report, task_file
 from layercard.benchmark.peers import aletheia_scores
 from layercard.data import Dataset, batches, load_data
 from layercard.models import BaseModel, labelled_losses, load_model
-from layercard.profile import ProfileSettings, split_records
+from layercard.profiling import ProfileSettings, split_records
 from layercard.signals import fit_pass, held_out_pass
 
 

@@ -17,7 +17,7 @@ from layercard.card import LayerCard
 from layercard.data import load_data
 from layercard.models import BaseModel, load_model
 from layercard.probe import ProbeTraining
-from layercard.profile import ProfileSettings, profile
+from layercard.profiling import ProfileSettings, profile
 from layercard.statistics.ranks import spearman
 from single_layer import BATCH, MAX_LENGTH, arguments, measure, run_file
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from layercard import fast_training, load_data, load_model, select
 from layercard.data import collate
-from layercard.profile import profile
+from layercard.profiling import profile
 
 EPOCHS, RECORDS, BATCH = 3, 64, 4
 

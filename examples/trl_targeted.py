@@ -10,7 +10,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from layercard import FastTraining, load_data, load_model, select
-from layercard.profile import profile
+from layercard.profiling import profile
 from layercard.records import read_records
 
 EPOCHS, RECORDS = 3, 64

@@ -393,7 +393,7 @@ def test_defaults_are_those_of_the_library() -> None:
 
     from layercard.commands.profile import profile
     from layercard.commands.train import train
-    from layercard.profile import ProfileSettings
+    from layercard.profiling import ProfileSettings
     from layercard.settings import TrainSettings
 
     for command, settings in ((profile, ProfileSettings()), (train, TrainSettings())):

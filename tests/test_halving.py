@@ -24,7 +24,7 @@ from layercard.errors import OutputError, TrainingError
 from layercard.halving import TrainingProbe, better_half, rungs, training_probes
 from layercard.models import BaseModel, wrap_model
 from layercard.probe import ProbeTraining, ReplayedSet, adapting, training_probe
-from layercard.profile import ProfileSettings, profile
+from layercard.profiling import ProfileSettings, profile
 from test_capture import assert_same, examples, state
 from test_profile import dataset
 from tiny import build_tiny, tiny_tokenizer

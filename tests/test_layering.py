@@ -35,7 +35,7 @@ ROWS = (
     ("statistics",),
     ("probe", "signals", "cost", "halving", "rates", "stamps", "timing", "meta"),
     ("card",),
-    ("assembly", "profile"),
+    ("assembly", "profiling"),
     ("selection",),
     ("transfer",),
     ("fast",),
@@ -84,7 +84,7 @@ def test_imports_go_one_way(path: Path) -> None:
     [
         ("statistics", ("transformers", "peft", "layercard.models", "layercard.data")),
         ("selection", ("transformers", "peft", "layercard.models", "layercard.training")),
-        ("report", ("torch", "transformers", "peft", "layercard.models", "layercard.training", "layercard.profile", "layercard.capture")),
+        ("report", ("torch", "transformers", "peft", "layercard.models", "layercard.training", "layercard.profiling", "layercard.capture")),
     ],
 )
 def test_rooms_that_know_little(folder: str, forbidden: tuple[str, ...]) -> None:

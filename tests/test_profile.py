@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from layercard import profile as profile_module
+from layercard import profiling as profile_module
 from layercard.card import LayerCard, check_model
 from layercard.data import Dataset
 from layercard.errors import CardError, DataError, OutputError
 from layercard.models import BaseModel, describe, wrap_model
-from layercard.profile import ProfileSettings, profile, split_records
+from layercard.profiling import ProfileSettings, profile, split_records
 from test_capture import assert_same, examples, state
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 

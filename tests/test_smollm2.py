@@ -8,7 +8,7 @@ import torch
 
 from layercard.data import load_data
 from layercard.models import fingerprint, load_model
-from layercard.profile import ProfileSettings, profile
+from layercard.profiling import ProfileSettings, profile
 from layercard.selection import select
 from layercard.statistics.ranks import spearman
 

@@ -18,7 +18,7 @@ from layercard.data import IGNORED, Batch, Dataset
 from layercard.errors import DataError, ModelError
 from layercard.memory import LiveTensors, PeakMemory
 from layercard.models import BaseModel, wrap_model
-from layercard.profile import ProfileSettings, profile
+from layercard.profiling import ProfileSettings, profile
 from layercard.stamps import ByteCount, Stamps, training_step
 from layercard.timing import adapted_layers, measure_cost, random_batch, settled, through_all, usual_batch
 from test_capture import assert_same, examples, state

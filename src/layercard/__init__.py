@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from layercard.fast.prefix import frozen_prefix as frozen_prefix
     from layercard.fast.together import fast_training as fast_training
     from layercard.models import load_model as load_model
-    from layercard.profile import ProfileSettings as ProfileSettings
+    from layercard.profiling import ProfileSettings as ProfileSettings
     from layercard.selection import Placement as Placement
     from layercard.selection.select import select as select
     from layercard.serving import SharedPrefix as SharedPrefix
@@ -41,7 +41,7 @@ _HOMES = {
     "LayerCard": "layercard.card",
     "LayercardError": "layercard.errors",
     "Placement": "layercard.selection",
-    "ProfileSettings": "layercard.profile",
+    "ProfileSettings": "layercard.profiling",
     "SharedPrefix": "layercard.serving",
     "TrainSettings": "layercard.settings",
     "cut_backward": "layercard.fast.cut",

@@ -19,7 +19,7 @@ from layercard.data import load_data
 from layercard.errors import BenchmarkError
 from layercard.files import read_json, write_json
 from layercard.models import Progress
-from layercard.profile import ProfileSettings, profile
+from layercard.profiling import ProfileSettings, profile
 
 
 @dataclass(frozen=True)

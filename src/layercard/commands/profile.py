@@ -63,8 +63,8 @@ def profile(
     from layercard.data import load_data
     from layercard.halving import check_folder, discard
     from layercard.models import load_model
-    from layercard.profile import ProfileSettings
-    from layercard.profile import profile as make_card
+    from layercard.profiling import ProfileSettings
+    from layercard.profiling import profile as make_card
 
     settings = ProfileSettings(
         rank=rank,

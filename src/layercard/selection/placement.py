@@ -21,6 +21,8 @@ class Placement:
         model: `name`, `fingerprint` and number of `layers` of the base model.
         layers: Block indices, ascending, 0 at the input.
         paths: Exact paths of the adapted modules.
+        parameters: Exact paths of adapted parameters that are no module's weight of their own, such as the stacked experts of a
+            mixture-of-experts block (`model.layers.3.mlp.experts.gate_up_proj`); mostly empty.
         objective: What the layers were chosen for ("performance", "middle", …).
         predicted: What the card predicts: `performance_kept` and so on; empty where nothing is known.
         reasons: For each layer a sentence that says why it was taken.
@@ -38,19 +40,26 @@ class Placement:
     asked: dict[str, Any] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checked = check_layers(self.layers, int(self.model["layers"]))
         object.__setattr__(self, "layers", checked)
         object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
-        if not self.paths:
+        object.__setattr__(self, "parameters", tuple(str(path) for path in self.parameters))
+        if not self.targets:
             raise PlacementError("a placement without module paths adapts nothing; select again from a card that lists its modules")
         self._check_patterns()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Everything that gets an adapter: `paths`, then `parameters`."""
+        return self.paths + self.parameters
 
     def _check_patterns(self) -> None:
         if not self.rank_pattern and not self.alpha_pattern:
             return
-        if set(self.rank_pattern) != set(self.paths) or set(self.alpha_pattern) != set(self.paths):
+        if set(self.rank_pattern) != set(self.targets) or set(self.alpha_pattern) != set(self.targets):
             raise PlacementError("rank_pattern and alpha_pattern must name every path of the placement and no other; select again")
         for path, rank in self.rank_pattern.items():
             alpha = self.alpha_pattern[path]
@@ -66,6 +75,7 @@ class Placement:
             "model": dict(self.model),
             "layers": list(self.layers),
             "paths": list(self.paths),
+            **({"parameters": list(self.parameters)} if self.parameters else {}),
             "objective": self.objective,
             "predicted": dict(self.predicted),
             "reasons": dict(self.reasons),
@@ -88,6 +98,7 @@ class Placement:
                 asked=dict(value.get("asked") or {}),
                 rank_pattern=dict(value.get("rank_pattern") or {}),
                 alpha_pattern=dict(value.get("alpha_pattern") or {}),
+                parameters=tuple(value.get("parameters") or ()),
             )
         except (KeyError, TypeError, ValueError) as problem:
             raise PlacementError(f"{source}: not a whole placement ({problem}); make it with `layercard select`") from None
