@@ -9,6 +9,7 @@ Three things are captured, all without touching a weight:
 Hooks, `requires_grad`, train/eval mode and the random state are the same before and after, also when the forward raises.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -54,11 +55,13 @@ class Capture:
         self.keep = False
         self.mask: torch.Tensor | None = None
         self.leaders: dict[str, str] = {}
-        self._inputs: dict[str, torch.Tensor] = {}
+        self._inputs: dict[tuple[str, int], torch.Tensor] = {}
+        self._calls: Counter[str] = Counter()
 
     def start(self, attention_mask: torch.Tensor, sink: SignalSink, *, keep: bool = False) -> None:
         """Prepare for one forward pass over a batch with this mask `[B, T]`."""
         self._inputs.clear()
+        self._calls.clear()
         self.mask = None if bool(attention_mask.all()) else attention_mask.reshape(-1).bool()
         self.sink, self.keep = sink, keep
 
@@ -71,10 +74,12 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if not output.requires_grad:
                 return
-            self._inputs[projection.path] = args[0].detach()
+            call = self._calls[projection.path]  # a map may run more than once in a pass
+            self._calls[projection.path] += 1
+            self._inputs[projection.path, call] = args[0].detach()
             if projection.path not in self.leaders:
-                self._group(projection, self._inputs[projection.path])
-            output.register_hook(self._backward_hook(projection))
+                self._group(projection, self._inputs[projection.path, call])
+            output.register_hook(self._backward_hook(projection, call))
 
         return hook
 
@@ -82,14 +87,14 @@ class Capture:
         """Maps of one block that read the same tensor share their second moment: the first of them leads."""
         same = (
             path
-            for path, other in self._inputs.items()
+            for (path, _), other in self._inputs.items()
             if other.data_ptr() == entering.data_ptr() and other.shape == entering.shape and path in self.leaders
         )
         self.leaders[projection.path] = next(same, projection.path)
 
-    def _backward_hook(self, projection: Projection) -> Callable[[torch.Tensor], None]:
+    def _backward_hook(self, projection: Projection, call: int) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
-            entering = self._inputs[projection.path] if self.keep else self._inputs.pop(projection.path)
+            entering = self._inputs[projection.path, call] if self.keep else self._inputs.pop((projection.path, call))
             if self.sink is not None:
                 self.sink(projection, self._rows(entering), self._rows(gradient))
 
