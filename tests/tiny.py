@@ -73,14 +73,19 @@ def build_tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         config = type(config)(**{**config.to_dict(), **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.ndim >= 2:
-                    weight.normal_(0.0, WIDTH**-0.5)
-                elif name.endswith("bias"):
-                    weight.normal_(0.0, 0.05)
+        model = randomised(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     return model.eval()
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with weights as large as those of a trained one: as made, they are so small that blocks hardly matter."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2:
+                weight.normal_(0.0, WIDTH**-0.5)
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.05)
+    return model
 
 
 def tiny_tokenizer(*, pad: bool = True, chat: bool = True) -> PreTrainedTokenizerFast:

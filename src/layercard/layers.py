@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +18,8 @@ class Projection:
     Attributes:
         name: Path below the block (`self_attn.q_proj`).
         path: Path in the model (`model.layers.3.self_attn.q_proj`).
-        module: The module itself; its weight is `[out, in]`, or `[in, out]` where `transposed` (GPT-2's `Conv1D`).
+        module: The module itself; its weight is `[out, in]`, or `[in, out]` where `transposed` (GPT-2's `Conv1D`), or packed where
+            the map is quantised.
         in_features: Width of its input.
         out_features: Width of its output.
         transposed: Whether the stored weight is `[in, out]`.
@@ -53,6 +55,9 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
 
     Embeddings and output heads are in no such list, and a list of bare linear maps (several heads) is none.
 
+    A block's projections are the maps that signals can be read from and an adapter can be put on: not those whose weight the model
+    reads without running the module, and not those whose name PEFT takes for another (`_renamed`).
+
     Raises:
         ModelError: There is no list of blocks with linear maps in it.
     """
@@ -63,7 +68,12 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     path = max(near, key=lambda candidate: lists[candidate])
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
-    return tuple(Block(at, f"{path}.{at}", block, tuple(_projections(block, f"{path}.{at}"))) for at, block in enumerate(blocks))
+    found = [[p for p in _projections(block, f"{path}.{at}") if not _bypassed(block, p.name)] for at, block in enumerate(blocks)]
+    renamed = _renamed(model, [p.path for projections in found for p in projections])
+    return tuple(
+        Block(at, f"{path}.{at}", block, tuple(p for p in projections if p.path not in renamed))
+        for at, (block, projections) in enumerate(zip(blocks, found, strict=True))
+    )
 
 
 def _embedding_path(model: nn.Module) -> str:
@@ -92,8 +102,50 @@ def _weights(blocks: nn.ModuleList) -> int:
 
 def _projections(block: nn.Module, block_path: str) -> Iterator[Projection]:
     for name, module in block.named_modules():
-        if name and isinstance(module, nn.Linear):
-            yield Projection(name, f"{block_path}.{name}", module, module.in_features, module.out_features, False)
-        elif name and isinstance(module, Conv1D):
-            n_in, n_out = module.weight.shape
-            yield Projection(name, f"{block_path}.{name}", module, int(n_in), int(n_out), True)
+        shape = _shape(module) if name else None
+        if shape is not None:
+            yield Projection(name, f"{block_path}.{name}", module, *shape)
+
+
+def _shape(module: nn.Module) -> tuple[int, int, bool] | None:
+    """Width of what enters and leaves a linear map, and whether its weight is `[in, out]`; `None` for any other module.
+
+    Quantised maps that are no `nn.Linear` (GPTQ, AWQ, HQQ, AQLM) are known by their two widths; adapters, which have them too, by the
+    map that they hold.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, False
+    if isinstance(module, Conv1D):
+        n_in, n_out = module.weight.shape
+        return int(n_in), int(n_out), True
+    n_in, n_out = (vars(module).get(name) for name in ("in_features", "out_features"))
+    leaf = next(module.children(), None) is None
+    return (n_in, n_out, False) if leaf and isinstance(n_in, int) and isinstance(n_out, int) else None
+
+
+def _bypassed(block: nn.Module, name: str) -> bool:
+    """Whether a model reads a map's weight without running the map, so that neither hooks nor adapters on it have an effect.
+
+    Fused kernels of Mamba's mixers (known by their own `A_log` and `D`) do so with all but `in_proj`, `nn.MultiheadAttention` with its
+    `out_proj`, and Gemma 3n in training with `correction_coefs`.
+    """
+    parent, _, leaf = name.rpartition(".")
+    holder = block.get_submodule(parent)
+    mixer = {"A_log", "D"} <= dict(holder.named_parameters(recurse=False)).keys() and leaf != "in_proj"
+    return mixer or isinstance(holder, nn.MultiheadAttention) or leaf == "correction_coefs"
+
+
+def _renamed(model: nn.Module, paths: list[str]) -> set[str]:
+    """Those of some maps that PEFT cannot be pointed at, because it takes their names for those of a block's experts.
+
+    transformers 5 holds experts as stacked parameters, so PEFT turns every target that ends in `gate_proj`, `up_proj` or `down_proj`
+    into the experts of *all* blocks in families that have them (DeepSeek-V3, Qwen3-Next): shared experts and dense blocks as well, and
+    exact paths too. Asked is PEFT itself, with all names that it may want together; before 0.19 it did no such thing.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return set()
+    config = LoraConfig(target_modules=[*paths, "gate_proj", "up_proj", "w1", "w3"])
+    convert_peft_config_for_transformers(config, model, None)
+    return set(paths) - set(config.target_modules or ())

@@ -20,6 +20,9 @@ from layercard.loading import Progress, locate, quiet_libraries, read_model
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 """What `--dtype` takes; `auto` is the type the weights are stored in."""
 
+KEY_SHARING = ("num_kv_shared_layers", "kv_sharing_modes")
+"""What configurations call the sharing of keys and values between blocks."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -143,9 +146,25 @@ def labelled_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
 
 
 def keeps_logits(model: nn.Module) -> bool:
-    """Whether a model's head can be asked to run on some positions only (`logits_to_keep`)."""
+    """Whether a model's head, and nothing else, can be asked to run on some positions only (`logits_to_keep`).
+
+    The decoders of Gemma 3n and 4 take such a request too, and drop positions before their last blocks.
+    """
+    wanted = "logits_to_keep"
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    below = (module for module in inner.modules() if isinstance(module, PreTrainedModel) and module is not inner)
+    takes = wanted in inspect.signature(inner.forward).parameters
+    return takes and not any(wanted in inspect.signature(type(module).forward).parameters for module in below)
+
+
+def shared_keys(model: nn.Module) -> str:
+    """The setting by which some blocks of a model read keys and values that a lower block made; empty for most models.
+
+    The upper blocks of such a model cannot run without the lower ones, whatever is known of the hidden states in between.
+    """
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    config = {} if inner is None else inner.config.get_text_config().to_dict()
+    return next((name for name in KEY_SHARING if config.get(name)), "")
 
 
 def find_device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from layercard.capture import entries, frozen, replayed, stepped
 from layercard.data import Batch, Example, batches, shuffled
-from layercard.models import BaseModel, Progress, labelled_logits, labelled_losses
+from layercard.models import BaseModel, Progress, labelled_logits, labelled_losses, shared_keys
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class RecordLosses:
 class ReplayedSet:
     """Examples whose hidden states on entry to some blocks are kept, so that only the blocks from there on run.
 
+    Where blocks share keys and values (`shared_keys`), all blocks run, whichever is entered.
+
     Args:
         base: The model.
         examples: What to keep entries of.
@@ -58,9 +60,11 @@ class ReplayedSet:
     ) -> None:
         self.base = base
         self.records = len(examples)
+        self.whole = bool(shared_keys(base.model))
         self.batches: list[Batch] = []
         self.entries: list[dict[int, torch.Tensor]] = []
         found = list(batches(examples, batch_size, base.pad_id, by_length=by_length))
+        layers = [0] if self.whole else layers
         with torch.no_grad(), frozen(base.model):
             for at, batch in enumerate(found):
                 batch = batch.to(base.device)
@@ -71,6 +75,8 @@ class ReplayedSet:
 
     def move(self, layer: int) -> None:
         """Keep the entries of `layer` alone, from the nearest kept ones at or below it: only the blocks in between run."""
+        if self.whole:
+            return
         with torch.no_grad(), frozen(self.base.model):
             for at, (batch, kept) in enumerate(zip(self.batches, self.entries, strict=True)):
                 nearest = max(known for known in kept if known <= layer)
@@ -99,6 +105,7 @@ class ReplayedSet:
             return labelled_losses(self.base.model, self.batches[at])
 
     def _entered(self, at: int, layer: int) -> AbstractContextManager[None]:
+        layer = 0 if self.whole else layer
         return replayed(self.base.blocks, layer, self.entries[at][layer])
 
 

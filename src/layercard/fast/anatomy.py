@@ -43,6 +43,11 @@ class Anatomy:
         return next((children[name] for name in FINAL_NORMS if name in children), None)
 
     @property
+    def multimodal(self) -> bool:
+        """Whether pictures or sound are put among the tokens: the decoder is given embeddings then, never token ids."""
+        return bool({"vision_config", "audio_config"} & self.causal.config.to_dict().keys())
+
+    @property
     def layers_in_backward(self) -> str:
         """Blocks from the lowest trained one on, of all: `5/30`."""
         return f"{len(self.blocks) - self.lowest}/{len(self.blocks)}"

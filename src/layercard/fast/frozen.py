@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from layercard.fast.anatomy import Anatomy, forward_names
 from layercard.fast.store import checksum
+from layercard.models import KEY_SHARING
 
 RELATIVE_KINDS = {"full_attention", "sliding_attention"}
 """Kinds of attention in which only distances between tokens count, where positions are rotary."""
 GROWING_ROTARY = {"dynamic", "longrope"}
 """Rotary embeddings whose frequencies depend on the longest record of a batch once it passes the original context."""
-_HANDS_ON = ("num_kv_shared_layers", "kv_sharing_modes", "hidden_size_per_layer_input", "altup_num_inputs", "laurel_rank")
+_HANDS_ON = (*KEY_SHARING, "hidden_size_per_layer_input", "altup_num_inputs", "laurel_rank")
 _NOT_DECIDING = {"_name_or_path", "architectures", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 _OUTSIDE_BLOCKS = ("classifier", "summary", "head", "seq_classif", "qa_", "layerdrop", "vision", "projector")
 

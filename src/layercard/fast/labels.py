@@ -215,10 +215,10 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _possible(parts: Anatomy) -> tuple[bool, str]:
-    name, keys = type(parts.causal).__name__, parts.causal.config.to_dict()
+    name = type(parts.causal).__name__
     if parts.causal.loss_function is not ForCausalLMLoss:
         return False, f"the loss of {name} is not the cross entropy of the next token"
-    if "vision_config" in keys or "audio_config" in keys:
+    if parts.multimodal:
         return False, f"{name} puts pictures or sound among its tokens"
     if parts.causal.get_output_embeddings() is None:
         return False, f"{name} has no head"

@@ -224,6 +224,10 @@ def _possible(parts: Anatomy) -> tuple[bool, str]:
         return False, f"{name} does not let its attention be chosen"
     if config._attn_implementation != "sdpa":
         return False, f"the attention is {config._attn_implementation!r}, not 'sdpa'"
+    if parts.multimodal:
+        return False, f"{name} puts pictures or sound among its tokens"
+    if "logits_to_keep" in forward_names(type(parts.decoder)):
+        return False, f"{name} may drop positions before its last blocks"
     kinds = set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     if kinds or causal._is_stateful:
         return False, f"{name} has blocks that work along the sequence in other ways ({', '.join(sorted(kinds)) or 'recurrent'})"

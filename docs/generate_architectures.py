@@ -1,0 +1,53 @@
+"""Write the table of docs/architectures.md from what the tests establish, or check with `--check` that it is what they say."""
+
+import json
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("architectures.md")
+ESTABLISHED = Path(__file__).parents[1] / "tests" / "architectures" / "capabilities.json"
+START, END = "<!-- table:architectures -->", "<!-- /table -->"
+
+
+def table() -> str:
+    """Families × capabilities; what steps aside has a number, and its reason stands below."""
+    families = json.loads(ESTABLISHED.read_text(encoding="utf-8"))
+    capabilities = [name for name in next(iter(families.values())) if name != "about"]
+    reasons: list[str] = []
+    lines = [f"| family | {' | '.join(capabilities)} |", f"| --- |{' :-: |' * len(capabilities)}"]
+    for family, row in families.items():
+        cells = [_cell(row[name], reasons) for name in capabilities]
+        about = f": {row['about']}" if row["about"] else ""
+        lines.append(f"| {family}{about} | {' | '.join(cells)} |")
+    notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes])
+
+
+def _cell(found: str, reasons: list[str]) -> str:
+    if found == "yes":
+        return "✓"
+    if found not in reasons:
+        reasons.append(found)
+    return f"({reasons.index(found) + 1})"
+
+
+def page() -> str:
+    """The page with its table made anew."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    return f"{before}{START}\n{table()}\n{END}{rest.partition(END)[2]}"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or with `--check` give 1 if it differs."""
+    text = page()
+    if "--check" not in arguments:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    sys.stderr.write("docs/architectures.md differs from tests/architectures/capabilities.json; run docs/generate_architectures.py\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,266 @@
+"""What the tests establish for each family: one function a capability, which fails where a number is wrong.
+
+Each function takes a `Case` and returns `yes`, or in one line why the capability steps aside for this family. What they return stands in
+`capabilities.json`, from which docs/architectures.md is made; a family that loses a capability makes its test fail.
+`python tests/architectures/capabilities.py` writes the file anew.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import FAMILIES, Family, base_of
+from safetensors.torch import load_file
+
+import tiny
+from layercard.adapters import WEIGHTS_FILE, adapted_paths, apply, check_adapted, loaded, place, unchanged
+from layercard.capture import capturing, stepped
+from layercard.card import LayerCard
+from layercard.data import Batch, Dataset, batches, load_data
+from layercard.errors import PlacementError
+from layercard.evaluation import held_out_losses
+from layercard.fast.cut import cut_backward
+from layercard.fast.labels import labels_only
+from layercard.fast.lora import fused_lora
+from layercard.fast.packing import unpadded
+from layercard.fast.prefix import frozen_prefix
+from layercard.models import BaseModel, fingerprint, labelled_losses
+from layercard.probe import ReplayedSet
+from layercard.profiling import ProfileSettings, profile
+from layercard.selection import Placement, select
+from layercard.settings import TrainSettings
+from layercard.training import train
+
+YES = "yes"
+RECORDED = Path(__file__).with_name("capabilities.json")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with what its tests share: card, placement and trained adapter are made once."""
+
+    family: Family
+    folder: Path
+
+    @cached_property
+    def base(self) -> BaseModel:
+        return base_of(self.family.name)
+
+    @cached_property
+    def data(self) -> Dataset:
+        return load_data(str(tiny.write_records(self.folder / "records.jsonl", tiny.tiny_records(12))), self.base.tokenizer)
+
+    @cached_property
+    def batch(self) -> Batch:
+        return next(batches(self.data.examples, 4, self.base.pad_id))
+
+    @cached_property
+    def card(self) -> LayerCard:
+        return profile(self.base, self.data, ProfileSettings(rank=2, batch_size=4, label_samples=1, probe_records=4))
+
+    @cached_property
+    def placement(self) -> Placement:
+        return select(self.card, k=2, objective="performance")
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        settings = TrainSettings(rank=2, steps=3, learning_rate=1e-2, warmup_ratio=0.0, save_steps=0)
+        return train(self.base, self.placement, self.data, self.folder / "run", settings, valid=self.data)
+
+
+def profiles(case: Case) -> str:
+    """The card is made, its signals are autograd's gradients, and the model is bit for bit as before."""
+    before = fingerprint(case.base.model)
+    assert len(case.card.layers) == len(case.base.blocks)
+    assert all(layer.modules and layer.resnorm.value > 0 for layer in case.card.layers)
+    signals: dict[str, torch.Tensor] = {}
+    with capturing(case.base.model, case.base.blocks) as capture:
+        capture.start(case.batch.attention_mask, lambda p, a, d: signals.__setitem__(p.path, signals.get(p.path, 0) + d.T @ a))
+        labelled_losses(case.base.model, case.batch)[0].sum().backward()
+    projections = [p for block in case.base.blocks for p in block.projections]
+    with unchanged(case.base.model):
+        for p in projections:
+            p.module.weight.requires_grad_(True)
+        loss = labelled_losses(case.base.model, case.batch)[0].sum()
+        gradients = torch.autograd.grad(loss, [p.module.weight for p in projections])
+    for p, gradient in zip(projections, gradients, strict=True):
+        found = signals[p.path].T if p.transposed else signals[p.path]
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=p.path)
+    assert fingerprint(case.base.model) == before
+    return YES
+
+
+def selects(case: Case) -> str:
+    """A placement of two layers names exactly their maps."""
+    assert len(case.placement.layers) == 2
+    assert set(case.placement.paths) == {p.path for layer in case.placement.layers for p in case.base.blocks[layer].projections}
+    return YES
+
+
+def trains(case: Case) -> str:
+    """Training with all of the faster parts moves every adapter, and the held-out loss."""
+    assert case.run["loss_reduction"] > 0
+    weights = load_file(case.folder / "run" / WEIGHTS_FILE)
+    still = [name for name, weight in weights.items() if "lora_B" in name and not weight.any()]
+    assert not still, f"nothing was learnt in {still}"
+    return YES
+
+
+def saves_and_loads(case: Case) -> str:
+    """The adapter read back from its folder has the held-out loss that training measured."""
+    expected = case.run["loss_after"]
+    with loaded(case.base, case.folder / "run") as model:
+        found = held_out_losses(model, case.base.pad_id, case.data)
+    assert abs(found.loss - expected) <= 1e-5 * expected
+    return YES
+
+
+def verifies(case: Case) -> str:
+    """What is adapted is what was planned, and an adapter in another layer is found out."""
+    assert case.run
+    with loaded(case.base, case.folder / "run") as model:
+        assert set(adapted_paths(model)) == set(case.placement.paths)
+        (other,) = set(range(len(case.base.blocks))) - set(case.placement.layers)
+        try:
+            check_adapted(model, place(case.base, [other]))
+        except PlacementError as error:
+            assert "missing" in str(error) and "extra" in str(error)
+        else:
+            raise AssertionError("an adapter in another layer passed for the planned one")
+    return YES
+
+
+def probes(case: Case) -> str:
+    """Replayed from any block on, with a step in that block, the losses are those of the whole forward."""
+    base, draw = case.base, torch.Generator().manual_seed(0)
+    held = ReplayedSet(base, case.data.examples, range(len(base.blocks)), batch_size=4)
+    for block in base.blocks:
+        step = {
+            p.module: (0.1 * torch.randn(2, p.in_features, generator=draw), 0.1 * torch.randn(p.out_features, 2, generator=draw))
+            for p in block.projections
+        }
+        plain = held_out_losses(base.model, base.pad_id, case.data, batch_size=4)
+        with stepped(step, 1.0):
+            whole = held_out_losses(base.model, base.pad_id, case.data, batch_size=4)
+            replayed = held.losses(block.index)
+        assert not torch.allclose(whole.nats, plain.nats, rtol=1e-4)
+        torch.testing.assert_close(replayed.nats, whole.nats, rtol=1e-5, atol=0)
+    return YES
+
+
+Fast = Callable[[Any], AbstractContextManager[Any]]
+
+
+def _compare(case: Case, part: Fast, *, checkpointing: bool = False) -> Any:
+    """What a part yields, after two epochs whose losses and gradients were compared with stock ones."""
+    plans = [list(batches(case.data.examples[start:] + case.data.examples[:start], 4, case.base.pad_id)) for start in (0, 2)]
+    epochs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask, "labels": b.labels} for plan in plans for b in plan]
+    with unchanged(case.base.model):
+        torch.manual_seed(0)
+        model = apply(case.base.model, place(case.base, [1, 2]), rank=2)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0.0, 0.1)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        stock = [_gradients(model, inputs) for inputs in epochs]
+        with part(model) as done:
+            fast = [_gradients(model, inputs) for inputs in epochs]
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+    for (expected_loss, expected), (loss, found) in zip(stock, fast, strict=True):
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        assert found.keys() == expected.keys() and any(bool(gradient.any()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()), msg=name)
+    return done
+
+
+def _gradients(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def cuts(case: Case) -> str:
+    """Without the blocks below the cut, under checkpointing too, losses and gradients are stock ones."""
+    assert _compare(case, cut_backward).lowest == 1
+    if case.base.model.supports_gradient_checkpointing:
+        _compare(case, cut_backward, checkpointing=True)
+    return YES
+
+
+def caches(case: Case) -> str:
+    """With the frozen prefix cached, losses and gradients are stock ones and records are found again."""
+    done = _compare(case, lambda model: frozen_prefix(model, always=True, strict=False))
+    return YES if done.active and done.found >= len(case.data) else done.reason or next(iter(done.untouched))
+
+
+def unpads(case: Case) -> str:
+    """Without padding in the blocks, losses and gradients are stock ones."""
+    done = _compare(case, unpadded)
+    return YES if done.active and done.spared > 0 else done.reason
+
+
+def takes_labels_only(case: Case) -> str:
+    """With the head on labelled positions only, losses and gradients are stock ones."""
+    done = _compare(case, labels_only)
+    return YES if done.active and done.spared > 0 else done.reason
+
+
+def fuses(case: Case) -> str:
+    """With adapters computed in one step, losses and gradients are stock ones."""
+    done = _compare(case, fused_lora)
+    kinds = {type(p.module).__name__ for block in case.base.blocks for p in block.projections} - {"Linear", "Conv1D"}
+    return YES if done.fused == done.adapters else f"{done.fused} of {done.adapters} adapters: maps are {', '.join(sorted(kinds))}"
+
+
+CAPABILITIES: dict[str, Callable[[Case], str]] = {
+    "profile": profiles,
+    "select": selects,
+    "train": trains,
+    "save and load": saves_and_loads,
+    "verify": verifies,
+    "step probe": probes,
+    "backward cut": cuts,
+    "prefix cache": caches,
+    "unpadded": unpads,
+    "labels only": takes_labels_only,
+    "fused LoRA": fuses,
+}
+"""Columns of the table."""
+
+
+def recorded() -> dict[str, dict[str, str]]:
+    """What `capabilities.json` says, by family and capability."""
+    return json.loads(RECORDED.read_text(encoding="utf-8"))
+
+
+def established(case: Case, capability: str) -> str:
+    """What a family's own model shows about a capability, without the name of its class."""
+    return CAPABILITIES[capability](case).replace(type(case.base.model).__name__, "the model")
+
+
+def main() -> int:
+    """Establish everything anew and write it down."""
+    found: dict[str, dict[str, str]] = {}
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            case = Case(family, Path(folder))
+            found[family.name] = {"about": family.about} | {name: established(case, name) for name in CAPABILITIES}
+    RECORDED.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

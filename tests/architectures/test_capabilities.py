@@ -1,0 +1,30 @@
+"""Every family through profile, select, train, save, load and verify, and the faster parts of training against stock training."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from capabilities import CAPABILITIES, Case, established, recorded
+from families import BY_NAME
+
+
+@pytest.fixture(scope="module")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """The case of a family, made once."""
+
+    def make(family: str) -> Case:
+        return Case(BY_NAME[family], Path(tmp_path_factory.mktemp("case")))
+
+    return cache(make)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("family", BY_NAME)
+def test_family_can_what_the_table_says(family: str, capability: str, case_of: Callable[[str], Case]) -> None:
+    assert established(case_of(family), capability) == recorded()[family][capability]
+
+
+def test_table_has_every_family_and_no_other() -> None:
+    assert {name: list(row) for name, row in recorded().items()} == {name: ["about", *CAPABILITIES] for name in BY_NAME}
+    assert {name: row["about"] for name, row in recorded().items()} == {name: family.about for name, family in BY_NAME.items()}
