@@ -295,14 +295,13 @@ def held_out_pass(
         examples: The held-out records.
         fit: What the fit pass found.
         samples: How many times labels are drawn from the model.
-        seed: Of the draws.
+        seed: Of the draws; those of a record are its own, whatever batch it is in.
         batch_size: Records in a batch.
         progress: Told of each backward pass.
     """
     sums = _HeldOutSums(base, fit, len(examples), samples)
     labelled, nats = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
     found = list(batches(examples, batch_size, base.pad_id, by_length=True))
-    generator = torch.Generator(device=base.device).manual_seed(seed)
     with capturing(base.model, base.blocks) as capture:
         for at, batch in enumerate(found):
             batch = batch.to(base.device)
@@ -316,20 +315,35 @@ def held_out_pass(
             nats.index_add_(0, record, losses.detach().double().cpu())
             labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
             losses.sum().backward(retain_graph=samples > 0)
-            _draw(capture, sums, logits, samples, generator)
+            _draw(capture, sums, logits, label_thresholds(record, samples, seed))
             if progress:
                 progress("held-out pass", at + 1, len(found))
     return HeldOut(sums.slopes, sums.drawn, labelled, sums.tokens, nats, sums.residual, sums.gradient, sums.inputs)
 
 
-def _draw(capture: Capture, sums: _HeldOutSums, logits: torch.Tensor, samples: int, generator: torch.Generator) -> None:
+def label_thresholds(record_m: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
+    """Uniform draws `[samples, M]` by which labels are drawn, for labelled tokens of the records `record_m: [M]`.
+
+    Each record has a generator of its own, so that its draws depend neither on the batch it is in nor on how many processes share the
+    records.
+    """
+    drawn = torch.empty(samples, len(record_m))
+    for record in record_m.unique().tolist():
+        own = record_m == record
+        generator = torch.Generator().manual_seed((1_000_003 * seed + record) % 2**32)
+        drawn[:, own] = torch.rand(samples, int(own.sum()), generator=generator)
+    return drawn
+
+
+def _draw(capture: Capture, sums: _HeldOutSums, logits: torch.Tensor, thresholds_sm: torch.Tensor) -> None:
     """Backward passes under labels drawn from the model, through the graph that is there."""
+    samples = len(thresholds_sm)
     if samples == 0:
         return
     probabilities = logits.detach().float().softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     for sample in range(samples):
-        thresholds = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
+        thresholds = thresholds_sm[sample].to(logits.device).unsqueeze(1) * cumulative[:, -1:]
         targets = torch.searchsorted(cumulative, thresholds)[:, 0].clamp(max=logits.shape[1] - 1)
         capture.sink, capture.keep = sums.drawn_labels(sample), sample + 1 < samples
         slope = probabilities.clone()
