@@ -77,8 +77,12 @@ def apply(model: PreTrainedModel, placement: Placement, *, rank: int = 8, alpha:
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    with no_deprecations():
-        wrapped = get_peft_model(model, config)
+    try:
+        with no_deprecations():
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise PlacementError(f"PEFT cannot put adapters there ({reason}); use a base model whose maps it knows") from error
     config.target_modules = set(targets)  # PEFT shortens long lists to suffixes; the saved adapter names the modules in full
     check_adapted(wrapped, placement)
     return wrapped
