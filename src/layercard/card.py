@@ -47,7 +47,10 @@ class DataInfo(_Part):
 
 
 class ModuleCard(_Part):
-    """One linear map of a layer: its exact path, shape and share of the layer's signals."""
+    """One linear map of a layer: its exact path, shape and share of the layer's signals.
+
+    Where `experts` is set, it is a map of that many experts, stacked in one parameter: `path` is that parameter's.
+    """
 
     path: str
     in_features: Annotated[int, Field(ge=1)]
@@ -57,6 +60,7 @@ class ModuleCard(_Part):
     gradient_norm: FiniteFloat
     ridge: FiniteFloat
     shares_input_with: str | None = None
+    experts: Annotated[int, Field(ge=1)] | None = None
 
 
 class LayerEntry(_Part):

@@ -34,13 +34,39 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class ExpertStack:
+    """One linear map of all experts of a block, stored as a single three-dimensional parameter.
+
+    Attributes:
+        name: Path below the block (`mlp.experts.gate_up_proj`).
+        path: Path of the parameter in the model.
+        module: The module that holds the parameter and runs the experts.
+        parameter: Name of the parameter in that module.
+        experts: Number of experts E.
+        in_features: Width of what enters an expert's map.
+        out_features: Width of what leaves it.
+        transposed: Whether the parameter is `[E, in, out]` and not `[E, out, in]`.
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    parameter: str
+    experts: int
+    in_features: int
+    out_features: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class Block:
-    """One decoder block ("layer"), index 0 at the input."""
+    """One decoder block ("layer"), index 0 at the input; `stacks` are the maps of its experts, where it has any."""
 
     index: int
     path: str
     module: nn.Module
     projections: tuple[Projection, ...]
+    stacks: tuple[ExpertStack, ...] = ()
 
 
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:
@@ -71,7 +97,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     found = [[p for p in _projections(block, f"{path}.{at}") if not _bypassed(block, p.name)] for at, block in enumerate(blocks)]
     renamed = _renamed(model, [p.path for projections in found for p in projections])
     return tuple(
-        Block(at, f"{path}.{at}", block, tuple(p for p in projections if p.path not in renamed))
+        Block(at, f"{path}.{at}", block, tuple(p for p in projections if p.path not in renamed), tuple(_stacks(block, f"{path}.{at}")))
         for at, (block, projections) in enumerate(zip(blocks, found, strict=True))
     )
 
@@ -105,6 +131,20 @@ def _projections(block: nn.Module, block_path: str) -> Iterator[Projection]:
         shape = _shape(module) if name else None
         if shape is not None:
             yield Projection(name, f"{block_path}.{name}", module, *shape)
+
+
+def _stacks(block: nn.Module, block_path: str) -> Iterator[ExpertStack]:
+    """The stacked maps of a block's experts: `use_experts_implementation` of transformers gives their modules `is_transposed`."""
+    for name, module in block.named_modules():
+        transposed = vars(module).get("is_transposed")
+        if transposed is None:
+            continue
+        for parameter, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 3:
+                experts, first, second = weight.shape
+                n_in, n_out = (first, second) if transposed else (second, first)
+                own = f"{name}.{parameter}"
+                yield ExpertStack(own, f"{block_path}.{own}", module, parameter, experts, n_in, n_out, transposed)
 
 
 def _shape(module: nn.Module) -> tuple[int, int, bool] | None:

@@ -171,7 +171,8 @@ def _placement(card: LayerCard, layers: Sequence[int], objective: str, notes: di
     return Placement(
         model=card.model.model_dump(),
         layers=layers,
-        paths=tuple(module.path for layer in layers for module in card.layers[layer].modules),
+        paths=tuple(module.path for layer in layers for module in card.layers[layer].modules if module.experts is None),
+        parameters=tuple(module.path for layer in layers for module in card.layers[layer].modules if module.experts is not None),
         objective=objective,
         predicted={**predict(card, layers), **notes},
         reasons=_reasons(card, layers, WHY.get(objective, f"strategy {objective}")),
