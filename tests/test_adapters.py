@@ -9,16 +9,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    OSFConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TaskType,
+    VeraConfig,
+)
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, MixtralConfig
 
 from layercard import adapters
 from layercard.adapters import adapted, adapted_paths, apply, check_adapted, loaded, place
 from layercard.errors import PlacementError
 from layercard.layers import find_blocks
 from layercard.models import BaseModel, wrap_model
+from layercard.pinning import task_of
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
+
+MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def base_of(family: str = "llama", **changes: Any) -> BaseModel:
@@ -213,3 +233,177 @@ def test_loaded_names_what_is_wrong_with_a_folder(tiny_base: BaseModel, tmp_path
     with pytest.raises(PlacementError, match="does not fit 'deep'") as caught, loaded(deep, tmp_path):
         pass
     assert "\n" not in str(caught.value)
+
+
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
+    "rslora": lambda: LoraConfig(r=2, use_rslora=True),
+    "dora": lambda: LoraConfig(r=2, use_dora=True),
+    "pissa": lambda: LoraConfig(r=2, init_lora_weights="pissa"),
+    "olora": lambda: LoraConfig(r=2, init_lora_weights="olora"),
+    "eva": lambda: LoraConfig(r=2, init_lora_weights="eva"),
+    "loha": lambda: LoHaConfig(r=2),
+    "lokr": lambda: LoKrConfig(r=2),
+    "ia3": lambda: IA3Config(),
+    "vera": lambda: VeraConfig(r=2),
+    "adalora": lambda: AdaLoraConfig(init_r=3, target_r=2, total_step=10),
+    "oft": lambda: OFTConfig(r=0, oft_block_size=4),
+    "boft": lambda: BOFTConfig(boft_block_size=4),
+    "hra": lambda: HRAConfig(r=2),
+    "osf": lambda: OSFConfig(),
+}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_any_method_lands_where_it_was_planned_and_leaves_no_trace(tiny_base: BaseModel, method: str) -> None:
+    placement = place(tiny_base, [0, 2])
+    before = state_of(tiny_base.model)
+    config = CONFIGS[method]()
+    asked = config.to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of EVA's and BOFT's own
+        with adapted(tiny_base, placement, config) as model:
+            assert set(adapted_paths(model)) == set(placement.paths)
+            assert model.peft_config["default"].target_modules == set(placement.paths)
+            assert config.to_dict() == asked
+            assert any(weight.requires_grad for weight in model.parameters())
+    assert_same(before, state_of(tiny_base.model))
+
+
+def test_ia3_scales_inputs_where_the_paper_does(tiny_base: BaseModel) -> None:
+    placement = place(tiny_base, [1])
+    with adapted(tiny_base, placement, IA3Config()) as model:
+        inner = model.get_base_model()
+        at_input = [path for path in placement.paths if inner.get_submodule(path).is_feedforward]
+    assert at_input == ["model.layers.1.mlp.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (lambda: LoraConfig(layers_to_transform=[0, 1]), r"layers 0-1 and the placement for 1; leave layers_to_transform out"),
+        (lambda: LoraConfig(layers_to_transform=[]), r"layers \[\] and the placement for 1"),
+        (lambda: LoraConfig(target_modules=["q_proj"]), r"target_modules does not name model\.layers\.1\.self_attn\.k_proj"),
+        (lambda: LoraConfig(target_modules=r".*\.1\..*_attn\..*"), r"target_modules does not name model\.layers\.1\.mlp"),
+        (lambda: LoraConfig(target_modules=["self_attn.*", "lm_head"]), "target_modules does not name"),
+        (lambda: LoraConfig(target_modules=[*MAPS, "lm_head"]), "target_modules names 'lm_head', which the placement does not adapt"),
+        (lambda: LoraConfig(target_parameters=["experts.down_proj"]), "target_parameters names 'experts.down_proj'"),
+        (lambda: LoraConfig(exclude_modules=["q_proj"]), r"exclude_modules excludes model\.layers\.1\.self_attn\.q_proj"),
+        (lambda: LoraConfig(bias="all"), "trains the biases of every layer"),
+        (lambda: LoraConfig(layer_replication=[(0, 2), (1, 3)]), "layer_replication makes layers"),
+        (lambda: LoraConfig(rank_pattern={"q_proj": 4}), "rank_pattern names 'q_proj' and alpha_pattern does not"),
+        (lambda: PromptTuningConfig(num_virtual_tokens=2), "PROMPT_TUNING has no choice of linear maps"),
+        (lambda: LNTuningConfig(target_modules=["input_layernorm"]), "LN_TUNING has no choice of linear maps"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_placement_is_refused(
+    tiny_base: BaseModel, config: Callable[[], PeftConfig], words: str
+) -> None:
+    before = state_of(tiny_base.model)
+    with pytest.raises(PlacementError, match=words) as caught:
+        apply(tiny_base.model, place(tiny_base, [1]), config())
+    assert "\n" not in str(caught.value)
+    assert_same(before, state_of(tiny_base.model))
+
+
+def test_a_configuration_that_says_the_same_as_the_placement_is_taken(tiny_base: BaseModel) -> None:
+    placement = place(tiny_base, [1])
+    config = LoraConfig(r=3, target_modules=MAPS, layers_to_transform=[1], layers_pattern="layers", bias="lora_only")
+    with adapted(tiny_base, placement, config) as model:
+        assert set(adapted_paths(model)) == set(placement.paths)
+        found = model.peft_config["default"]
+        assert (found.layers_to_transform, found.layers_pattern, found.r) == (None, None, 3)
+
+
+def test_ranks_of_single_modules_need_a_method_that_has_them(tiny_base: BaseModel) -> None:
+    placement = place(tiny_base, [1])
+    placement = replace(placement, rank_pattern=dict.fromkeys(placement.paths, 2), alpha_pattern=dict.fromkeys(placement.paths, 4.0))
+    for config in (IA3Config(), AdaLoraConfig(total_step=10), VeraConfig()):
+        with pytest.raises(PlacementError, match="has no rank and alpha for each module"):
+            apply(tiny_base.model, placement, config)
+    with pytest.raises(PlacementError, match="both the configuration and the placement give ranks"):
+        apply(tiny_base.model, placement, LoraConfig(rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4}))
+    for config in (LoHaConfig(r=8), LoKrConfig(r=8), LoraConfig(r=8)):
+        with adapted(tiny_base, placement, config) as model:
+            inner = model.get_base_model()
+            assert {(inner.get_submodule(path).r["default"], inner.get_submodule(path).scaling["default"]) for path in placement.paths} == {
+                (2, 2.0)
+            }
+
+
+def test_rank_beside_a_configuration_is_refused(tiny_base: BaseModel) -> None:
+    with pytest.raises(PlacementError, match="write them into the configuration"):
+        apply(tiny_base.model, place(tiny_base, [1]), LoraConfig(), rank=4)
+
+
+def test_the_task_is_the_models_own() -> None:
+    config = LlamaConfig(**{**build_tiny("llama").config.to_dict(), "num_labels": 3})
+    model = LlamaForSequenceClassification(config)
+    assert task_of(model) == TaskType.SEQ_CLS
+    assert task_of(build_tiny("llama")) == TaskType.CAUSAL_LM
+    assert task_of(build_tiny("llama").model) is None
+    base = wrap_model(model, tiny_tokenizer())
+    with adapted(base, place(base, [2]), rank=2) as wrapped:
+        trainable = {name for name, weight in wrapped.named_parameters() if weight.requires_grad and "lora_" not in name}
+        assert trainable == {"base_model.model.score.modules_to_save.default.weight"}
+
+
+def mixture() -> BaseModel:
+    """A Mixtral of three layers with two experts, which lie stacked in two parameters of each layer."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return wrap_model(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), name="tiny-mixtral")
+
+
+EXPERTS = ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize("kind", ["both", "experts alone", "one parameter", "own ranks"])
+def test_experts_are_adapted_in_the_planned_layer_alone(kind: str, tmp_path: Path) -> None:
+    base = mixture()
+    attention = place(base, [1]).paths if kind == "both" else ()
+    placement = replace(place(base, [1]), paths=attention, parameters=EXPERTS[:1] if kind == "one parameter" else EXPERTS)
+    if kind == "own ranks":
+        ranks = {EXPERTS[0]: 3, EXPERTS[1]: 2}
+        placement = replace(placement, rank_pattern=ranks, alpha_pattern={path: 2.0 * rank for path, rank in ranks.items()})
+    before = state_of(base.model)
+    ids = torch.arange(12).view(2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with adapted(base, placement, rank=2) as model:
+            assert set(adapted_paths(model)) == set(placement.targets)
+            if kind == "own ranks":
+                wrappers = {m.parameter_name: m for m in model.modules() if isinstance(m, ParamWrapper)}
+                assert {name: (m.r["default"], m.scaling["default"]) for name, m in wrappers.items()} == {
+                    "gate_up_proj": (3, 2.0),
+                    "down_proj": (2, 2.0),
+                }
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.requires_grad:
+                        weight.normal_(0, 0.5)
+            trained = model(ids).logits.detach()
+            model.save_pretrained(tmp_path)
+        assert_same(before, state_of(base.model))
+        placement.save(tmp_path / "placement.json")
+        with loaded(base, tmp_path) as model:
+            assert torch.equal(model(ids).logits, trained)
+    assert_same(before, state_of(base.model))
+    assert not torch.allclose(base.model(ids).logits, trained)
+
+
+def test_what_parameters_cannot_have_is_said_before_anything_is_wrapped() -> None:
+    base = mixture()
+    placement = replace(place(base, [1]), parameters=EXPERTS)
+    before = state_of(base.model)
+    for config, words in (
+        (IA3Config(), "IA3 cannot adapt parameters"),
+        (LoraConfig(lora_dropout=0.1), "no dropout for parameters"),
+        (LoraConfig(use_dora=True), "PEFT cannot put adapters there"),
+    ):
+        with pytest.raises(PlacementError, match=words):
+            apply(base.model, placement, config)
+        assert_same(before, state_of(base.model))
+    with pytest.raises(PlacementError, match=r"is no stack of experts.*did you mean"):
+        apply(base.model, replace(placement, parameters=("model.layers.1.mlp.experts.gate_proj",)))

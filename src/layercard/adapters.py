@@ -1,6 +1,5 @@
-"""LoRA adapters exactly where a placement says, and a base model that is as before once they are gone."""
+"""Adapters exactly where a placement says, and a base model that is as before once they are gone."""
 
-import difflib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
@@ -8,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from layercard.errors import PlacementError
-from layercard.layers import Projection, find_blocks
+from layercard.inspection import adapted_paths as adapted_paths
+from layercard.inspection import check_adapted as check_adapted
 from layercard.models import BaseModel, describe
+from layercard.pinning import pinned, spell_out, written_weights
 from layercard.selection import Placement, check_layers
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,78 +43,84 @@ def check_model(base: BaseModel, placement: Placement) -> None:
         )
 
 
-def apply(model: PreTrainedModel, placement: Placement, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> PeftModel:
-    """Wrap a model with fresh LoRA adapters at exactly the placement's paths; everything else is frozen.
+def apply(
+    model: PreTrainedModel,
+    placement: Placement,
+    config: PeftConfig | None = None,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+) -> PeftModel:
+    """Wrap a model with fresh adapters at exactly the placement's targets; everything else is frozen.
 
-    PEFT takes an exact path for a suffix too (`model.layers.1.x` also names `vision.model.layers.1.x`). Such modules are excluded
-    by name, and after wrapping the adapted modules are compared with the planned ones. The model is changed in place: use
-    `adapted` where it must come back unchanged.
+    Whatever the configuration matches modules by is replaced by the exact paths, and after wrapping what is adapted is compared with what
+    was planned. The model is changed in place: use `adapted` where it must come back unchanged. It is as before where this raises.
+
+    ```python
+    model = layercard.apply(model, placement, LoraConfig(r=16, lora_alpha=32, use_dora=True))
+    ```
 
     Args:
         model: The model itself, without adapters.
         placement: Where the adapters go.
+        config: A configuration of any PEFT method that adapts chosen linear maps, with no choice of modules of its own or the placement's;
+            it is copied. Plain LoRA of the rank, alpha and dropout below when not given.
         rank: Rank r of each adapter's update `(alpha / r) B A`, A `[r, in]`, B `[out, r]`; where the placement has ranks and alphas of
-            its own, both are taken from there, module by module.
+            its own, both are taken from there, target by target.
         alpha: Scale of the update.
         dropout: Probability of dropping an input of an adapter during training.
 
     Raises:
-        PlacementError: A path is no linear map of the placement's layers, or what was adapted is not what was planned.
+        PlacementError: A path is no target in the placement's layers, the configuration contradicts the placement, PEFT cannot adapt
+            what is planned, or what was adapted is not what was planned.
     """
-    targets = _projections(model, placement)
-    suffixes = tuple(f".{path}" for path in targets)
-    extra = [name for name, _ in model.named_modules() if name.endswith(suffixes) and name not in targets]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # an integer where it can be: other tools read it as one
-        rank_pattern=dict(placement.rank_pattern),
-        alpha_pattern=dict(placement.alpha_pattern),
-        lora_dropout=dropout,
-        target_modules=list(targets),
-        exclude_modules=extra or None,
-        fan_in_fan_out=all(projection.transposed for projection in targets.values()),
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-    )
+    if config is None:
+        config = LoraConfig(r=rank, lora_alpha=whole(alpha), lora_dropout=dropout)
+    elif (rank, alpha, dropout) != (8, 16.0, 0.0):
+        raise PlacementError("rank, alpha and dropout are given beside a configuration; write them into the configuration")
+    exact = pinned(config, placement, model)
+    before = _Before(model, written_weights(config, placement))
     try:
-        with no_deprecations():
-            wrapped = get_peft_model(model, config)
-    except ValueError as error:
+        with no_deprecations(), _no_pattern_warnings():
+            wrapped = get_peft_model(model, exact)
+        spell_out(exact, placement)
+        check_adapted(wrapped, placement)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        before.restore()
         reason = " ".join(str(error).split())[:160]
-        raise PlacementError(f"PEFT cannot put adapters there ({reason}); use a base model whose maps it knows") from error
-    config.target_modules = set(targets)  # PEFT shortens long lists to suffixes; the saved adapter names the modules in full
-    check_adapted(wrapped, placement)
+        raise PlacementError(
+            f"PEFT cannot put adapters there ({reason}); use another method, or a base model whose maps it knows"
+        ) from error
+    except PlacementError:
+        before.restore()
+        raise
     return wrapped
 
 
-def adapted_paths(model: PeftModel) -> tuple[str, ...]:
-    """Paths of the adapted modules, as they are called in the base model."""
-    inner = model.get_base_model()
-    return tuple(name for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer))
-
-
-def check_adapted(model: PeftModel, placement: Placement) -> None:
-    """Raise `PlacementError` unless exactly the planned modules are adapted and only adapters are trainable."""
-    found, planned = set(adapted_paths(model)), set(placement.paths)
-    if found != planned:
-        words = [f"{what} {_few(paths)}" for what, paths in (("missing", planned - found), ("extra", found - planned)) if paths]
-        raise PlacementError(f"PEFT did not adapt what was planned: {'; '.join(words)}; select other layers or report this model")
-    prefixes = tuple(f"{path}.lora_" for path in planned)
-    stray = [name for name, weight in model.get_base_model().named_parameters() if weight.requires_grad and not name.startswith(prefixes)]
-    if stray:
-        raise PlacementError(f"{len(stray)} weights outside the adapters are trainable, such as {stray[0]}; freeze the model first")
+def whole(alpha: float) -> float:
+    """An integer where it can be: other tools read alpha as one."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 @contextmanager
-def adapted(base: BaseModel, placement: Placement, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Iterator[PeftModel]:
+def adapted(
+    base: BaseModel,
+    placement: Placement,
+    config: PeftConfig | None = None,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+) -> Iterator[PeftModel]:
     """`apply` for the length of a `with` block; afterwards `base` is as before, also when the block raises.
 
     Raises:
         PlacementError: As `apply`, or the placement is of another model.
     """
     check_model(base, placement)
-    with unchanged(base.model):
-        yield apply(base.model, placement, rank=rank, alpha=alpha, dropout=dropout)
+    with unchanged(base.model, written_weights(config, placement)):
+        yield apply(base.model, placement, config, rank=rank, alpha=alpha, dropout=dropout)
 
 
 @contextmanager
@@ -134,7 +139,7 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
         check_model(base, placement)
     with unchanged(base.model):
         try:
-            with no_deprecations():
+            with no_deprecations(), _no_pattern_warnings():
                 wrapped = PeftModel.from_pretrained(base.model, str(folder))
         except (ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
             reason = str(error).strip().split("\n", 1)[0]
@@ -145,30 +150,46 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
 
 
 @contextmanager
-def unchanged(model: PreTrainedModel) -> Iterator[None]:
+def unchanged(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> Iterator[None]:
     """Take out of `model` whatever the block put in: adapters, trainable flags, gradients, train mode, settings of its config.
 
-    Adapters wrap modules and do not write into weights, so putting the modules back restores every weight bit for bit.
+    Adapters wrap modules and do not write into weights, so putting the modules back restores every weight bit for bit. `rewritten` are
+    paths of modules whose weights the block may write into, as `written_weights` of a configuration says: of those copies are kept.
     """
-    modules = dict(model.named_modules())
-    training = {name: module.training for name, module in modules.items()}
-    weights = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
-    config, own = dict(vars(model.config)), set(vars(model))
+    before = _Before(model, rewritten)
     try:
         yield
     finally:
-        for name, module in modules.items():
+        before.restore()
+
+
+class _Before:
+    """A model's modules, weights, flags and settings; without copies of the weights but for those that are `rewritten`."""
+
+    def __init__(self, model: PreTrainedModel, rewritten: Iterable[str] = ()) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.training = {name: module.training for name, module in self.modules.items()}
+        self.weights = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
+        self.copies = [(weight, weight.detach().clone()) for path in rewritten for weight in self.modules[path].parameters()]
+        self.config, self.own = dict(vars(model.config)), set(vars(model))
+
+    def restore(self) -> None:
+        """Put all of it back."""
+        for name, module in self.modules.items():
             parent, _, child = name.rpartition(".")
-            if name and modules[parent]._modules.get(child) is not module:
-                setattr(modules[parent], child, module)
-            module.training = training[name]
-        for weight, requires_grad, grad in weights:
+            if name and self.modules[parent]._modules.get(child) is not module:
+                setattr(self.modules[parent], child, module)
+            module.training = self.training[name]
+        for weight, copied in self.copies:
+            weight.data = copied
+        for weight, requires_grad, grad in self.weights:
             weight.requires_grad_(requires_grad)
             weight.grad = grad
-        for name in set(vars(model)) - own:
-            delattr(model, name)
-        vars(model.config).clear()
-        vars(model.config).update(config)
+        for name in set(vars(self.model)) - self.own:
+            delattr(self.model, name)
+        vars(self.model.config).clear()
+        vars(self.model.config).update(self.config)
 
 
 @contextmanager
@@ -180,21 +201,9 @@ def no_deprecations() -> Iterator[None]:
         yield
 
 
-def _projections(model: nn.Module, placement: Placement) -> dict[str, Projection]:
-    """The placement's linear maps by path; each must belong to a layer of the placement, and each layer must have one."""
-    blocks = find_blocks(model)
-    check_layers(placement.layers, len(blocks))
-    known = {projection.path: (block.index, projection) for block in blocks for projection in block.projections}
-    unknown = [path for path in placement.paths if path not in known]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
-        raise PlacementError(f"{unknown[0]!r} is no linear map of a decoder block; did you mean {close!r}? Select again for this model")
-    hit = {known[path][0] for path in placement.paths}
-    if hit != set(placement.layers):
-        raise PlacementError(f"the placement names layers {list(placement.layers)} but its paths lie in layers {sorted(hit)}; select again")
-    return {path: known[path][1] for path in placement.paths}
-
-
-def _few(paths: set[str]) -> str:
-    first = sorted(paths)[:3]
-    return ", ".join(first) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+@contextmanager
+def _no_pattern_warnings() -> Iterator[None]:
+    """PEFT looks for the keys of rank patterns among modules only, and warns of those that name parameters, although it heeds them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match", category=RuntimeWarning)
+        yield

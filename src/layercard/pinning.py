@@ -1,0 +1,217 @@
+"""A PEFT configuration pinned to the exact paths of a placement: no suffix, no layer index and no pattern is left to match by."""
+
+import copy
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft import PeftConfig, PeftType, TaskType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+
+from layercard.errors import PlacementError
+from layercard.indices import listed
+from layercard.layers import Projection, find_blocks
+from layercard.selection import Placement, check_layers
+
+WITH_PATTERNS = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR)
+"""Methods with a rank and an alpha for each module (AdaLoRA's `rank_pattern` is what it finds by itself)."""
+NOT_FOR_MAPS = (PeftType.ADAPTION_PROMPT, PeftType.TRAINABLE_TOKENS, PeftType.LN_TUNING)
+"""Methods whose `target_modules` are no linear maps."""
+LEAVING = (
+    PeftType.LORA,
+    PeftType.ADALORA,
+    PeftType.LOHA,
+    PeftType.LOKR,
+    PeftType.IA3,
+    PeftType.VERA,
+    PeftType.OFT,
+    PeftType.BOFT,
+    PeftType.HRA,
+)
+"""Methods that leave the weights of the base model alone."""
+LEAVING_STARTS = ("gaussian", "eva")
+"""Initialisations of LoRA by name (`init_lora_weights`) that do so too."""
+TASKS = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+}
+
+
+def pinned(config: PeftConfig, placement: Placement, model: PreTrainedModel) -> PeftConfig:
+    """A copy of `config` that adapts exactly the targets of `placement`.
+
+    `target_modules`, `target_parameters`, `layers_to_transform`, `layers_pattern`, `exclude_modules` and, where the placement has them,
+    `rank_pattern` and `alpha_pattern` are replaced. PEFT takes an exact path for a suffix too (`model.layers.1.x` also names
+    `vision.model.layers.1.x`), so such modules are excluded by name.
+
+    Raises:
+        PlacementError: A path is no target in the model, or the configuration asks for something else than the placement, or has no
+            choice of modules.
+    """
+    maps = planned_maps(model, placement)
+    fields = {each.name for each in dataclasses.fields(config)}
+    _check_method(config, fields, placement)
+    _check_choice(config, placement)
+    exact = copy.deepcopy(config)
+    suffixes = tuple(f".{path}" for path in maps)
+    twins = [name for name, _ in model.named_modules() if name.endswith(suffixes) and name not in maps]
+    changes: dict[str, Any] = {
+        "target_modules": list(maps),
+        "target_parameters": list(placement.parameters) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": twins or None,
+        "fan_in_fan_out": bool(maps) and all(projection.transposed for projection in maps.values()),
+        "feedforward_modules": _feedforward(config, maps, model),
+        "task_type": config.task_type or task_of(model),
+    }
+    if placement.rank_pattern:
+        changes |= {"rank_pattern": dict(placement.rank_pattern), "alpha_pattern": dict(placement.alpha_pattern)}
+    for name, value in changes.items():
+        if name in fields:
+            setattr(exact, name, value)
+    return exact
+
+
+def spell_out(config: PeftConfig, placement: Placement) -> None:
+    """Name the adapted modules in full again: PEFT shortens long lists to suffixes, and the saved adapter must not."""
+    config.target_modules = set(placement.paths)
+    if placement.parameters:
+        config.target_parameters = sorted(placement.parameters)
+
+
+def written_weights(config: PeftConfig | None, placement: Placement) -> tuple[str, ...]:
+    """Paths of the maps whose own weights a configuration may write into as adapters are made: PiSSA, OLoRA, CorDA, LoftQ, OSF.
+
+    Empty for methods known to leave them alone, all of the placement's for any other.
+    """
+    if config is None:
+        return ()
+    start = vars(config).get("init_lora_weights", True)
+    leaves = config.peft_type in LEAVING and (isinstance(start, bool) or start in LEAVING_STARTS)
+    return () if leaves else placement.paths
+
+
+def planned_maps(model: nn.Module, placement: Placement) -> dict[str, Projection]:
+    """The placement's linear maps by path; every target must belong to a layer of the placement, and each layer must have one.
+
+    Raises:
+        PlacementError: It is otherwise.
+    """
+    blocks = find_blocks(model)
+    check_layers(placement.layers, len(blocks))
+    known = {projection.path: (block.index, projection) for block in blocks for projection in block.projections}
+    stacks = {stack.path: block.index for block in blocks for stack in block.stacks}
+    layer_of = {path: index for path, (index, _) in known.items()}
+    _check_known(placement.paths, layer_of, "linear map")
+    _check_known(placement.parameters, stacks, "stack of experts")
+    hit = {layer_of[path] for path in placement.paths} | {stacks[path] for path in placement.parameters}
+    if hit != set(placement.layers):
+        raise PlacementError(f"the placement names layers {list(placement.layers)} but its paths lie in layers {sorted(hit)}; select again")
+    return {path: known[path][1] for path in placement.paths}
+
+
+def _check_known(paths: Iterable[str], known: dict[str, int], what: str) -> None:
+    unknown = [path for path in paths if path not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)
+        hint = f"did you mean {close[0]!r}? Select again for this model" if close else "this model has none; select again for it"
+        raise PlacementError(f"{unknown[0]!r} is no {what} of a decoder block; {hint}")
+
+
+def task_of(model: nn.Module) -> TaskType | None:
+    """PEFT's name of what a model does, by its class; it decides which head is trained and saved along (`modules_to_save`)."""
+    kind = type(model).__name__
+    found = next((task for suffix, task in TASKS.items() if kind.endswith(suffix)), None)
+    if found is not None or not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return found
+    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+
+
+def _check_method(config: PeftConfig, fields: set[str], placement: Placement) -> None:
+    """Refuse a method that cannot put adapters on chosen linear maps, or not with what the placement asks for."""
+    name = PeftType(config.peft_type).value
+    if config.is_prompt_learning or "target_modules" not in fields or config.peft_type in NOT_FOR_MAPS:
+        raise PlacementError(f"{name} has no choice of linear maps, so no placement; use LoRA or another method with target_modules")
+    if placement.rank_pattern and config.peft_type not in WITH_PATTERNS:
+        raise PlacementError(
+            f"{name} has no rank and alpha for each module, but the placement gives them; select without ranks, or use LoRA, LoHa or LoKr"
+        )
+    if placement.parameters and config.peft_type != PeftType.LORA:
+        raise PlacementError(
+            f"{name} cannot adapt parameters such as {placement.parameters[0]}; use LoRA, or select without the stacked experts"
+        )
+    if placement.parameters and vars(config)["lora_dropout"]:
+        raise PlacementError(
+            f"PEFT has no dropout for parameters such as {placement.parameters[0]}; set it to 0, or select without the stacked experts"
+        )
+
+
+def _check_choice(config: PeftConfig, placement: Placement) -> None:
+    """Refuse what the configuration chooses by itself where that is not the placement's choice."""
+    asked = vars(config)
+    if asked.get("layers_to_transform") is not None:
+        layers = asked["layers_to_transform"]
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        if set(layers) != set(placement.layers):
+            raise PlacementError(
+                f"the configuration asks for layers {listed(sorted(layers)) or '[]'} and the placement for {listed(placement.layers)}; "
+                "leave layers_to_transform out"
+            )
+    _check_names("target_modules", asked["target_modules"], placement.paths)
+    _check_names("target_parameters", asked.get("target_parameters"), placement.parameters)
+    excluded = [path for path in placement.paths if asked.get("exclude_modules") and _names(asked["exclude_modules"], path)]
+    if excluded:
+        raise PlacementError(f"exclude_modules excludes {excluded[0]}, which the placement adapts; leave exclude_modules out")
+    if asked.get("bias") == "all":
+        raise PlacementError("bias='all' trains the biases of every layer, not only of the placement's; use bias='none' or 'lora_only'")
+    if asked.get("layer_replication"):
+        raise PlacementError("layer_replication makes layers that the placement does not know; leave it out")
+    _check_patterns(asked, placement)
+
+
+def _check_patterns(asked: dict[str, Any], placement: Placement) -> None:
+    ranks, alphas = asked.get("rank_pattern") or {}, asked.get("alpha_pattern") or {}
+    if placement.rank_pattern and (ranks or alphas):
+        raise PlacementError(
+            "both the configuration and the placement give ranks for single modules; leave rank_pattern and alpha_pattern out"
+        )
+    if "alpha_pattern" in asked and set(ranks) - set(alphas):
+        name = sorted(set(ranks) - set(alphas))[0]
+        raise PlacementError(
+            f"rank_pattern names {name!r} and alpha_pattern does not, which changes the scale alpha / rank there; name it in both"
+        )
+
+
+def _check_names(field: str, asked: Any, planned: tuple[str, ...]) -> None:
+    """Names in the configuration must choose every planned path, and each name at least one of them."""
+    if asked is None or asked == "all-linear" or len(asked) == 0:
+        return
+    left_out = [path for path in planned if not _names(asked, path)]
+    if left_out:
+        raise PlacementError(f"{field} does not name {left_out[0]}, which the placement adapts; leave {field} out, or select modules alike")
+    beside = [name for name in ([] if isinstance(asked, str) else sorted(asked)) if not any(_names([name], path) for path in planned)]
+    if beside:
+        raise PlacementError(f"{field} names {beside[0]!r}, which the placement does not adapt; leave {field} out")
+
+
+def _names(asked: Any, path: str) -> bool:
+    """Whether a list of names or a regular expression chooses a path, as PEFT matches them."""
+    if isinstance(asked, str):
+        return re.fullmatch(asked, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in asked)
+
+
+def _feedforward(config: PeftConfig, maps: dict[str, Projection], model: nn.Module) -> list[str]:
+    """The planned maps that IA3 scales at their input; all others it scales at their output."""
+    asked = vars(config).get("feedforward_modules")
+    if asked is None:
+        kind = BaseTuner.get_model_config(model).get("model_type")
+        asked = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
+    return [path for path in maps if _names(asked, path)]
