@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cards import fake_card
-from layercard import halving
+from layercard import halving, saved
 from layercard.card import LayerCard
 from layercard.cli import run
 from layercard.commands.reproduce import command_lines
@@ -25,6 +25,7 @@ from layercard.halving import TrainingProbe, better_half, rungs, training_probes
 from layercard.models import BaseModel, wrap_model
 from layercard.probe import ProbeTraining, ReplayedSet, adapting, training_probe
 from layercard.profiling import ProfileSettings, profile
+from layercard.state import discard
 from test_capture import assert_same, examples, state
 from test_profile import dataset
 from tiny import build_tiny, tiny_tokenizer
@@ -130,20 +131,21 @@ def interrupted(after: int) -> Callable[[str, int, int], None]:
 
 
 def test_an_interrupted_probe_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    base, folder, whole = base_of(), tmp_path / "card.json.probe", probe_of(base_of())
+    base, folder, whole = base_of(), tmp_path / "card.json.state", probe_of(base_of())
     before = state(base.model)
     counts = []
     for after in (3, 6, 9, 12, 15):  # 6 layers · 1 step, 3 · 1, 2 · 2 and 1 · 4: 17 steps
         with pytest.raises(KeyboardInterrupt):
             probe_of(base, folder=folder, progress=interrupted(after))
         assert_same(before, state(base.model))
-        counts.append(len(list(folder.glob("layer-*.json"))))
+        parts = [saved.read(path, saved.Form()) for path in folder.glob("layer-*.safetensors")]
+        counts.append(sum(len(part["nats"]) for part in parts))
     assert counts == sorted(set(counts)), "each call gets further"
     seen: list[tuple[int, int]] = []
     assert_equal(probe_of(base, folder=folder, progress=lambda phase, done, total: seen.append((done, total))), whole)
     assert seen[-1] == (17, 17)
     assert len(list(folder.glob("*.safetensors"))) == DEPTH
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert {path.name for path in folder.iterdir() if path.suffix != ".safetensors"} == {"plan.json", ".lock"}
 
 
 def test_a_whole_state_is_read_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +169,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    for use in (lambda: probe_of(base_of(), folder=folder), lambda: halving.discard(folder)):
+    for use in (lambda: probe_of(base_of(), folder=folder), lambda: discard(folder)):
         with pytest.raises(OutputError, match="move it away"):
             use()
     assert (folder / "thesis.txt").read_text() == "mine"
@@ -212,10 +214,10 @@ def test_training_through_the_command_line(tiny_folder: Path, tiny_file: Path, t
     output = tmp_path / "card.json"
     arguments = ["profile", str(tiny_folder), "--data", str(tiny_file), "--rank", "2", "--no-cost"]
     arguments += ["--probe", "train", "--probe-steps", "4"]
-    (tmp_path / "card.json.probe").write_text("in the way")
+    (tmp_path / "card.json.state").write_text("in the way")
     assert run([*arguments, "-o", str(output)]) == 2
-    assert re.fullmatch(r"error: .*card\.json\.probe exists.*\n", capsys.readouterr().err)
-    (tmp_path / "card.json.probe").unlink()
+    assert re.fullmatch(r"error: .*card\.json\.state exists.*\n", capsys.readouterr().err)
+    (tmp_path / "card.json.state").unlink()
     assert run([*arguments, "-o", str(output)]) == 0
     card = LayerCard.load(output)
     assert sorted(layer.training_probe_steps or 0 for layer in card.layers) == [1, 2, 4]
@@ -231,14 +233,14 @@ def test_killed_and_started_again_gives_the_same_card(tiny_folder: Path, tiny_fi
     assert run([*arguments, "-o", str(whole)]) == 0
     command = [sys.executable, "-m", "layercard.cli", *arguments, "-o", str(output)]
     child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state_folder = tmp_path / "card.json.probe"
-    while child.poll() is None and len(list(state_folder.glob("layer-*.json"))) < 2:
+    state_folder = tmp_path / "card.json.state"
+    while child.poll() is None and len(list(state_folder.rglob("layer-*.safetensors"))) < 2:
         time.sleep(0.005)
     assert child.poll() is None, "the probe was over before it could be killed"
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not output.exists()
-    assert len(list(state_folder.glob("layer-*.json"))) >= 2
+    assert len(list(state_folder.rglob("layer-*.safetensors"))) >= 2
     assert run([*arguments, "-o", str(output)]) == 0
     assert not state_folder.exists()
     assert json.loads(output.read_text()) == json.loads(whole.read_text())

@@ -10,6 +10,9 @@ from typing import Any
 
 from layercard.errors import LayercardError, OutputError
 
+LOCK_FILE = ".lock"
+"""Held by the run that works in a folder (`alone`); it stays there, empty."""
+
 
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise `OutputError` if `path` exists and `force` is not set, or if its folder cannot be made."""
@@ -23,7 +26,11 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; move it to `path` when the block ends well, remove it when it does not."""
+    """Yield a temporary name beside `path`; move it to `path` when the block ends well, remove it when it does not.
+
+    Raises:
+        OutputError: It cannot be written: also in place of an `OSError` in the block, such as that of a full disk.
+    """
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
@@ -34,8 +41,33 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o666 & ~_umask())
         part.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; make room or choose another output") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Have a folder, made where it is missing, for this run alone while the block lasts; the system frees it if the process dies.
+
+    Raises:
+        OutputError: Another run has it, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK_FILE, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"another run is at work in {folder}; wait for it, or name another output") from None
+    except OSError as error:
+        raise OutputError(f"cannot use the folder {folder}: {error.strerror or error}; choose another output") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _umask() -> int:

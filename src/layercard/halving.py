@@ -5,10 +5,10 @@ With rungs at 6, 12, 24 and 48 steps all layers train for 6, the better half of 
 taken twice, and what the last layers reach is what training each of them alone for all steps would give. The blocks below a layer
 are frozen and run once a rung: their output is handed from one layer to the next.
 
-Where training stands lies in a folder, one JSON and one safetensors file a layer and rung, so that an interrupted probe goes on.
+Where training stands lies in a folder, one file a layer, so that an interrupted probe goes on (`state`). Several processes share the
+layers: number i of n has every n-th from layer i on, at every rung.
 """
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
+from layercard import processes, saved
 from layercard.capture import frozen
 from layercard.data import Example
-from layercard.errors import OutputError, TrainingError
-from layercard.files import read_json, replacing, write_json
+from layercard.errors import TrainingError
 from layercard.models import BaseModel, Progress
-from layercard.probe import Adaptation, ProbeTraining, ReplayedSet, adapting
+from layercard.probe import ProbeTraining, ReplayedSet, adapting
+from layercard.state import State, opened
 
-SCHEMA = "layercard-probe/1"
-PLAN_FILE = "plan.json"
+SCHEMA = "layercard-probe/2"
 RUNGS = 4
 """Number of rungs: the last one trains an eighth of the layers for eight times the steps of the first."""
 
@@ -107,8 +106,19 @@ def training_probes(
         TrainingError: A loss is not finite.
     """
     plan = {"schema": SCHEMA, "model": base.fingerprint, "data": key, "settings": asdict(settings), "batch_size": batch_size}
-    with _state(folder, plan) as state:
+    with _opened(folder, plan) as state:
         return _Halving(base, examples, held_out, settings, batch_size, state, progress).run()
+
+
+@contextmanager
+def _opened(folder: Path | None, plan: dict[str, Any]) -> Iterator[State]:
+    """The state in a folder, or in a temporary one of this process."""
+    if folder is not None:
+        with opened(folder, plan, saved.Form()) as state:
+            yield state
+        return
+    with tempfile.TemporaryDirectory(prefix="layercard-probe-") as temporary:
+        yield State(Path(temporary))
 
 
 class _Halving:
@@ -121,7 +131,7 @@ class _Halving:
         held_out: Sequence[Example],
         settings: ProbeTraining,
         batch_size: int,
-        state: "_State",
+        state: State,
         progress: Progress | None,
     ) -> None:
         self.base, self.held_out, self.settings, self.batch_size = base, held_out, settings, batch_size
@@ -148,25 +158,26 @@ class _Halving:
 
     def _rung(self, at: int, layers: list[int], start: int, stop: int) -> dict[int, torch.Tensor]:
         """Held-out losses `[records]` of each layer after `stop` steps, of which `start` were taken before."""
-        found = {layer: nats for layer in layers if (nats := self.state.losses(layer, at)) is not None}
-        self._tell(len(found) * (stop - start))
-        missing = [layer for layer in layers if layer not in found]
-        if not missing:
-            return found
-        size = self.settings.batch_size
-        steps = self.ordered[start * size : stop * size]
-        train = ReplayedSet(self.base, steps, missing[:1], size, by_length=False)
-        held_out = ReplayedSet(self.base, self.held_out, missing[:1], self.batch_size)
-        for layer in missing:
-            train.move(layer)
-            held_out.move(layer)
-            found[layer] = self._train(at, layer, start, stop, train, held_out)
-        return found
+        own = [layer for layer in layers if layer % processes.count() == processes.rank()]
+        reached = {layer: kept["nats"][at] for layer in own if len((kept := self._kept(layer))["nats"]) > at}
+        self._tell(len(reached) * (stop - start))
+        missing = [layer for layer in own if layer not in reached]
+        if missing:
+            size = self.settings.batch_size
+            train = ReplayedSet(self.base, self.ordered[start * size : stop * size], missing[:1], size, by_length=False)
+            held_out = ReplayedSet(self.base, self.held_out, missing[:1], self.batch_size)
+            for layer in missing:
+                train.move(layer)
+                held_out.move(layer)
+                reached[layer] = self._train(layer, stop, train, held_out)
+        return self._exchanged(layers, reached)
 
-    def _train(self, at: int, layer: int, start: int, stop: int, train: ReplayedSet, held_out: ReplayedSet) -> torch.Tensor:
+    def _train(self, layer: int, stop: int, train: ReplayedSet, held_out: ReplayedSet) -> torch.Tensor:
+        """Held-out losses of a layer after `stop` steps, taken from where it stopped."""
+        kept = self._kept(layer)
         with adapting(self.base, [layer], self.settings) as adaptation:
-            if start:
-                adaptation.restore(self.state.training(layer, at - 1), start)
+            if kept["steps"]:
+                adaptation.restore(kept["training"], kept["steps"])
             adaptation.advance(train, stop, lambda step: self._tell(1))
             losses = held_out.losses(layer)
             if not losses.nats.isfinite().all():
@@ -174,8 +185,19 @@ class _Halving:
                     f"training probe: the held-out loss of layer {layer} is {losses.mean} after {stop} steps; "
                     "profile with --dtype float32, or without training (--probe step)"
                 )
-            self.state.keep(layer, at, adaptation, losses.nats)
+            kept = {"steps": stop, "nats": [*kept["nats"], losses.nats], "training": adaptation.state()}
+            self.state.save(f"layer-{layer:03}", kept)
         return losses.nats
+
+    def _kept(self, layer: int) -> dict[str, Any]:
+        """How far a layer is: steps, losses after each rung, weights and moments after the last."""
+        return self.state.load(f"layer-{layer:03}") or {"steps": 0, "nats": [], "training": {}}
+
+    def _exchanged(self, layers: list[int], own: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The losses of all layers, from the processes that have them."""
+        losses = torch.stack([own.get(layer, torch.zeros(len(self.held_out), dtype=torch.float64)) for layer in layers])
+        processes.add_up(losses)
+        return dict(zip(layers, losses, strict=True))
 
     def _tell(self, steps: int) -> None:
         self.done += steps
@@ -188,71 +210,3 @@ def _total_steps(depth: int, marks: Sequence[int]) -> int:
     for stop in marks:
         total, layers, start = total + layers * (stop - start), (layers + 1) // 2, stop
     return total
-
-
-class _State:
-    """Where training stands, in a folder. A JSON file is written after the weights it belongs to, so what it names is whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def losses(self, layer: int, rung: int) -> torch.Tensor | None:
-        """Held-out losses `[records]` of a layer after a rung; `None` where it did not get there."""
-        path = self._path(layer, rung, "json")
-        if not path.exists():
-            return None
-        return torch.tensor(read_json(path, TrainingError, "state of a training probe")["nats"], dtype=torch.float64)
-
-    def training(self, layer: int, rung: int) -> dict[str, torch.Tensor]:
-        """Weights and moments of a layer after a rung."""
-        return load_file(self._path(layer, rung, "safetensors"))
-
-    def keep(self, layer: int, rung: int, adaptation: Adaptation, nats: torch.Tensor) -> None:
-        """Write what a layer has reached; the weights of the rung before are not needed any more."""
-        with replacing(self._path(layer, rung, "safetensors")) as part:
-            save_file(adaptation.state(), part)
-        write_json(self._path(layer, rung, "json"), {"layer": layer, "steps": adaptation.step, "nats": nats.tolist()}, force=True)
-        self._path(layer, rung - 1, "safetensors").unlink(missing_ok=True)
-
-    def _path(self, layer: int, rung: int, ending: str) -> Path:
-        return self.folder / f"layer-{layer:03}-rung-{rung}.{ending}"
-
-
-@contextmanager
-def _state(folder: Path | None, plan: dict[str, Any]) -> Iterator[_State]:
-    """The state in `folder` if it is of this plan, else an empty one there."""
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="layercard-probe-") as temporary:
-            yield _State(Path(temporary))
-        return
-    if not _is_of(folder, plan):
-        discard(folder)
-        write_json(folder / PLAN_FILE, plan)
-    yield _State(folder)
-
-
-def _is_of(folder: Path, plan: dict[str, Any]) -> bool:
-    path = folder / PLAN_FILE
-    return path.exists() and read_json(path, TrainingError, "plan of a training probe") == plan
-
-
-def discard(folder: Path) -> None:
-    """Remove the state of a training probe.
-
-    Raises:
-        OutputError: The folder is something else.
-    """
-    check_folder(folder)
-    if folder.exists():
-        removed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(removed, ignore_errors=True)
-        folder.rename(removed)  # at once, so that an interrupt here leaves no half of a state
-        shutil.rmtree(removed)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `OutputError` if `folder` exists and is not the state of a training probe."""
-    if not folder.exists() or (folder / PLAN_FILE).is_file():
-        return
-    if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise OutputError(f"{folder} exists, where the training probe would keep its state; move it away, or name another output")

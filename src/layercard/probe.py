@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from layercard import processes
 from layercard.capture import entries, frozen, replayed, stepped
 from layercard.data import Batch, Example, batches, shuffled
 from layercard.models import BaseModel, Progress, labelled_logits, labelled_losses, shared_keys
+from layercard.state import State
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,17 @@ class StepProbe:
 
 
 def step_probe(
-    base: BaseModel, steps: Sequence[Step], slopes: Sequence[float], held_out: ReplayedSet, progress: Progress | None = None
+    base: BaseModel,
+    steps: Sequence[Step],
+    slopes: Sequence[float],
+    held_out: ReplayedSet,
+    progress: Progress | None = None,
+    state: State | None = None,
 ) -> StepProbe:
     """Held-out loss with `α Δ_ℓ` added to the weights of layer ℓ alone, for every layer: forward passes only.
 
-    The first length is 1. The second is where a parabola through the slope at 0 and the loss at 1 has its minimum.
+    The first length is 1. The second is where a parabola through the slope at 0 and the loss at 1 has its minimum. Several processes
+    share the layers; all get the whole result.
 
     Args:
         base: The model; its weights are not touched (the step is added to the modules' outputs).
@@ -153,22 +161,48 @@ def step_probe(
         slopes: For each layer the decrease of the held-out loss per unit of α at α = 0, nats per labelled token.
         held_out: Records that had no part in making the steps, with entries for every layer.
         progress: Told of each layer.
+        state: Where the losses are kept from time to time.
     """
-    after = torch.zeros(len(steps), 2, held_out.records, dtype=torch.float64)
-    alphas = torch.ones(len(steps), 2, dtype=torch.float64)
+    state, name = state or State(), f"step-probe-{processes.rank()}"
+    kept = state.load(name) or {
+        "layers": 0,
+        "alphas": torch.zeros(len(steps), 2, dtype=torch.float64),
+        "after": torch.zeros(len(steps), 2, held_out.records, dtype=torch.float64),
+    }
+    alphas, after = kept["alphas"], kept["after"]
     with frozen(base.model):
         before = held_out.losses(len(steps) - 1)
-        for layer, step in enumerate(steps):
-            modules = {p.module: step[p.path] for p in base.blocks[layer].projections if p.path in step}
-            for at in range(2):
-                with stepped(modules, float(alphas[layer, at])):
-                    losses = held_out.losses(layer)
-                after[layer, at] = losses.nats
-                if at == 0:
-                    alphas[layer, 1] = second_length(slopes[layer], before.mean - losses.mean)
+        for layer in range(kept["layers"], len(steps)):
+            if layer % processes.count() == processes.rank():
+                _probe_layer(base, layer, steps[layer], slopes[layer], held_out, before, alphas[layer], after[layer])
+                kept["layers"] = layer + 1
+                state.snapshot(name, lambda: kept)
             if progress:
                 progress("step probe", layer + 1, len(steps))
+    for tensor in (alphas, after):
+        processes.add_up(tensor)
     return StepProbe(alphas, before.nats, after, before.tokens)
+
+
+def _probe_layer(
+    base: BaseModel,
+    layer: int,
+    step: Step,
+    slope: float,
+    held_out: ReplayedSet,
+    before: RecordLosses,
+    alphas: torch.Tensor,
+    after: torch.Tensor,
+) -> None:
+    """Fill in one layer's two lengths `[2]` and losses `[2, records]`."""
+    modules = {p.module: step[p.path] for p in base.blocks[layer].projections if p.path in step}
+    alphas[0] = 1.0
+    for at in range(2):
+        with stepped(modules, float(alphas[at])):
+            losses = held_out.losses(layer)
+        after[at] = losses.nats
+        if at == 0:
+            alphas[1] = second_length(slope, before.mean - losses.mean)
 
 
 def second_length(slope: float, reduction: float) -> float:

@@ -41,6 +41,9 @@ def joined(device: "torch.device") -> Iterator[None]:
     """Let the processes of this run speak to each other: NCCL between GPUs, Gloo between CPUs.
 
     Where the caller has joined them already, nothing is changed.
+
+    Raises:
+        TrainingError: Another process has ended, so that this one cannot go on.
     """
     import torch.distributed as dist
 
@@ -50,6 +53,10 @@ def joined(device: "torch.device") -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if "onnection" not in str(error):
+            raise
+        raise errors.TrainingError("another process of this run has ended; mend what it says, then start the run again") from error
     finally:
         dist.destroy_process_group()
 
@@ -91,6 +98,58 @@ def by_first(run: Callable[[], dict[str, Any] | None], device: "torch.device") -
     return value
 
 
+def broadcast(data: bytes) -> bytes:
+    """The bytes that the first process gives, in every process."""
+    return data if count() == 1 else _broadcast(data, carrier())
+
+
+def gathered(data: bytes) -> list[bytes]:
+    """The bytes of every process, in the order of their numbers, in every process."""
+    import torch
+
+    if count() == 1:
+        return [data]
+    rows = stacked(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return [bytes(row.numpy().tobytes()) for row in rows]
+
+
+def stacked(rows: "torch.Tensor") -> "list[torch.Tensor]":
+    """The tensors `[n, ...]` of every process, in the order of their numbers; n may differ, and is 0 for none."""
+    import torch
+    import torch.distributed as dist
+
+    if count() == 1:
+        return [rows]
+    own = rows.to(carrier())
+    sizes = [torch.zeros(1, dtype=torch.long, device=own.device) for _ in range(count())]
+    dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])])
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded)
+    return [part[: int(size)].to(rows.device) for part, size in zip(found, sizes, strict=True)]
+
+
+def add_up(tensor: "torch.Tensor") -> None:
+    """Put the sum over all processes in place of a tensor's values."""
+    if count() == 1 or tensor.numel() == 0:
+        return
+    import torch.distributed as dist
+
+    carried = tensor.to(carrier()).contiguous()
+    dist.all_reduce(carried)
+    tensor.copy_(carried)
+
+
+def carrier() -> "torch.device":
+    """Where tensors lie while they go from one process to another."""
+    import torch
+    import torch.distributed as dist
+
+    joined_by_nccl = count() > 1 and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if joined_by_nccl else torch.device("cpu")
+
+
 def _broadcast(text: bytes, device: "torch.device") -> bytes:
     """What the first process gave."""
     import torch
@@ -100,6 +159,6 @@ def _broadcast(text: bytes, device: "torch.device") -> bytes:
     dist.broadcast(size, src=0)
     held = torch.zeros(int(size), dtype=torch.uint8, device=device)
     if is_first():
-        held.copy_(torch.tensor(list(text), dtype=torch.uint8))
+        held.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(held, src=0)
-    return bytes(held.cpu().tolist())
+    return held.cpu().numpy().tobytes()

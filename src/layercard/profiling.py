@@ -3,10 +3,13 @@
 import difflib
 import math
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from layercard import processes
 from layercard.assembly import Assembly
 from layercard.card import LayerCard
 from layercard.cost import CostModel
@@ -16,7 +19,8 @@ from layercard.halving import TrainingProbe, training_probes
 from layercard.models import BaseModel, Progress
 from layercard.probe import ProbeTraining, ReplayedSet, StepProbe, step_probe
 from layercard.settings import TrainSettings
-from layercard.signals import Fit, HeldOut, fit_pass, held_out_pass
+from layercard.signals import Fit, HeldOut, fit_pass, form, held_out_pass
+from layercard.state import SCHEMA, State, opened
 from layercard.statistics.coupling import curvature, descent
 from layercard.timing import measure_cost, usual_batch
 
@@ -75,36 +79,123 @@ def profile(
 ) -> LayerCard:
     """Make the Layer Card of a model on a reference data set.
 
-    The model is bit for bit the same afterwards: weights, hooks, `requires_grad`, `.grad`, modes and random state.
+    The model is bit for bit the same afterwards: weights, hooks, `requires_grad`, `.grad`, modes and random state. Started by `torchrun`
+    or `accelerate launch`, the processes share records and layers, and all return the card of one process, to rounding.
 
     Args:
         base: The model.
         dataset: Reference records, at least 4.
         settings: How.
         progress: Told of each phase.
-        state: Folder where the training probe keeps how far it is; what an interrupted call left there is used.
+        state: Folder where the parts are kept as they are finished; what an interrupted call of the same model, data and settings left
+            there is used, to the same card bit for bit (on a CPU). It is the caller's to remove (`state.discard`).
 
     Raises:
         DataError: Fewer than 4 records, or a loss that is not finite.
+        OutputError: `state` is something else, another run works there, or it cannot be written.
         TrainingError: A loss of the training probe is not finite.
     """
     settings = settings or ProfileSettings()
-    fit_examples, held_examples = split_records(dataset, settings)
-    fit = fit_pass(base, fit_examples, rank=settings.rank, ridge=settings.ridge, batch_size=settings.batch_size, progress=progress)
-    held_out = held_out_pass(
-        base,
-        held_examples,
-        fit,
-        samples=settings.label_samples,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        progress=progress,
-    )
-    probe = _step_probe(base, held_examples, fit, held_out, settings, progress) if settings.probe != "none" else None
-    trained = _training_probe(base, fit_examples, held_examples, dataset, settings, state, progress) if settings.probe == "train" else None
-    made_with = asdict(settings) | ({"training_probe": asdict(settings.training())} if trained is not None else {})
-    card = Assembly(base, dataset, made_with, fit, held_out, probe, trained, len(fit_examples)).card()
-    return card.with_cost(_cost(base, dataset, settings, progress)) if settings.cost else card
+    split = split_records(dataset, settings)
+    with processes.joined(base.device), opened(state, _plan(base, dataset, settings), form(base)) as kept:
+        return _Profile(base, dataset, settings, *split, kept, progress if processes.is_first() else None).card()
+
+
+class _Profile:
+    """One card on its way; each part is made once and kept."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        dataset: Dataset,
+        settings: ProfileSettings,
+        fit_examples: list[Example],
+        held_examples: list[Example],
+        state: State,
+        progress: Progress | None,
+    ) -> None:
+        self.base, self.dataset, self.settings, self.state, self.progress = base, dataset, settings, state, progress
+        self.fit_examples, self.held_examples = fit_examples, held_examples
+
+    def card(self) -> LayerCard:
+        """All parts in turn."""
+        settings, once = self.settings, self.state.once
+        fit: Fit = once("fit", self._fit)
+        held_out: HeldOut = once("held-out", lambda: self._held_out(fit))
+        probe: StepProbe | None = once("step-probe", lambda: self._step_probe(fit, held_out)) if settings.probe != "none" else None
+        trained = self._training_probe() if settings.probe == "train" else None
+        made_with = asdict(settings) | ({"training_probe": asdict(settings.training())} if trained is not None else {})
+        card = Assembly(self.base, self.dataset, made_with, fit, held_out, probe, trained, len(self.fit_examples)).card()
+        return card.with_cost(CostModel.from_json(once("cost", self._cost))) if settings.cost else card
+
+    def _fit(self) -> Fit:
+        settings = self.settings
+        return fit_pass(
+            self.base,
+            self.fit_examples,
+            rank=settings.rank,
+            ridge=settings.ridge,
+            batch_size=settings.batch_size,
+            progress=self.progress,
+            state=self.state,
+        )
+
+    def _held_out(self, fit: Fit) -> HeldOut:
+        settings = self.settings
+        return held_out_pass(
+            self.base,
+            self.held_examples,
+            fit,
+            samples=settings.label_samples,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            progress=self.progress,
+            state=self.state,
+        )
+
+    def _step_probe(self, fit: Fit, held_out: HeldOut) -> StepProbe:
+        lengths = step_lengths(fit, held_out).tolist()
+        scaled = [{path: (down * length, up) for path, (down, up) in step.items()} for step, length in zip(fit.steps, lengths, strict=True)]
+        probed = self.held_examples[: self.settings.probe_records]
+        entered = ReplayedSet(self.base, probed, range(len(self.base.blocks)), self.settings.batch_size, progress=self.progress)
+        slopes = (descent(held_out.slopes, held_out.labelled) * torch.tensor(lengths)).tolist()
+        return step_probe(self.base, scaled, slopes, entered, self.progress, self.state)
+
+    def _training_probe(self) -> TrainingProbe:
+        settings, folder = self.settings, self.state.folder
+        return training_probes(
+            self.base,
+            self.fit_examples,
+            self.held_examples,
+            settings.training(),
+            key=f"{self.dataset.fingerprint} {len(self.dataset)} {settings.fit_share} {settings.seed}",
+            batch_size=settings.batch_size,
+            folder=None if folder is None else folder / "training-probe",
+            progress=self.progress,
+        )
+
+    def _cost(self) -> dict[str, Any] | None:
+        """Cost of a training step on a batch as training takes them by default; the first process measures it, the others wait."""
+        batch = usual_batch(self.dataset.examples, TrainSettings().batch_size, self.base.pad_id, self.settings.seed)
+
+        def measured() -> dict[str, Any]:
+            return measure_cost(self.base, batch, rank=self.settings.rank, repeats=1, progress=self.progress).to_json()
+
+        return processes.by_first(measured, processes.carrier())
+
+
+def _plan(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dict[str, Any]:
+    """All that decides about a card: two calls with equal plans make the same one."""
+    return {
+        "schema": SCHEMA,
+        "model": base.fingerprint,
+        "data": dataset.fingerprint,
+        "records": len(dataset),
+        **asdict(settings),
+        "device": base.device.type,
+        "processes": processes.count(),
+        "versions": {name: version(name) for name in ("layercard", "torch", "transformers", "peft")},
+    }
 
 
 def split_records(dataset: Dataset, settings: ProfileSettings) -> tuple[list[Example], list[Example]]:
@@ -122,42 +213,3 @@ def step_lengths(fit: Fit, held_out: HeldOut) -> torch.Tensor:
     lengths = torch.where((k > 0) & (b > 0), b / k.clamp(min=1e-12), torch.full_like(b, math.nan))
     usual = lengths.nanmedian()
     return torch.where(lengths.isnan(), usual if not usual.isnan() else torch.ones_like(usual), lengths)
-
-
-def _step_probe(
-    base: BaseModel, examples: list[Example], fit: Fit, held_out: HeldOut, settings: ProfileSettings, progress: Progress | None
-) -> StepProbe:
-    lengths = step_lengths(fit, held_out).tolist()
-    scaled = [{path: (down * length, up) for path, (down, up) in step.items()} for step, length in zip(fit.steps, lengths, strict=True)]
-    probed = examples[: settings.probe_records]
-    entered = ReplayedSet(base, probed, range(len(base.blocks)), settings.batch_size, progress=progress)
-    slopes = (descent(held_out.slopes, held_out.labelled) * torch.tensor(lengths)).tolist()
-    return step_probe(base, scaled, slopes, entered, progress)
-
-
-def _training_probe(
-    base: BaseModel,
-    fit_examples: list[Example],
-    held_examples: list[Example],
-    dataset: Dataset,
-    settings: ProfileSettings,
-    state: Path | None,
-    progress: Progress | None,
-) -> TrainingProbe:
-    key = f"{dataset.fingerprint} {len(dataset)} {settings.fit_share} {settings.seed}"
-    return training_probes(
-        base,
-        fit_examples,
-        held_examples,
-        settings.training(),
-        key=key,
-        batch_size=settings.batch_size,
-        folder=state,
-        progress=progress,
-    )
-
-
-def _cost(base: BaseModel, dataset: Dataset, settings: ProfileSettings, progress: Progress | None) -> CostModel:
-    """Cost of a training step on a batch as training takes them by default."""
-    batch = usual_batch(dataset.examples, TrainSettings().batch_size, base.pad_id, settings.seed)
-    return measure_cost(base, batch, rank=settings.rank, repeats=1, progress=progress)

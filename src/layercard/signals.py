@@ -6,18 +6,21 @@ labels, and one more for each sample of labels drawn from the model. It leaves s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from layercard import processes, saved
 from layercard.capture import Capture, capturing
-from layercard.data import Example, batches
+from layercard.data import Batch, Example, batches
 from layercard.errors import DataError
+from layercard.fit_sums import FitSums, own_batches
 from layercard.layers import Block, Projection
 from layercard.models import BaseModel, Progress, labelled_logits
-from layercard.probe import Step
+from layercard.probe import Step, StepProbe
+from layercard.state import State
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual, ridge_scale
 
@@ -75,6 +78,14 @@ class Fit:
     map_directions: dict[str, _Directions] = field(default_factory=dict)
     input_directions: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def extend(self, upper: "Fit") -> None:
+        """Append the layers of another fit of the same records."""
+        self.modules += upper.modules
+        self.inputs += upper.inputs
+        self.steps += upper.steps
+        self.map_directions |= upper.map_directions
+        self.input_directions |= upper.input_directions
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -100,11 +111,49 @@ class HeldOut:
     gradient: torch.Tensor
     inputs: dict[str, torch.Tensor]
 
+    @classmethod
+    def empty(cls, layers: int, records: int, samples: int, paths: Iterable[str]) -> "HeldOut":
+        """Zeros, to be added to."""
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, records, dtype=torch.float64)
+
+        return cls(
+            slopes=zeros(layers),
+            drawn=zeros(samples, layers),
+            labelled=zeros(),
+            tokens=zeros(),
+            nats=zeros(),
+            residual=zeros(layers),
+            gradient=zeros(layers),
+            inputs={path: zeros(4) for path in paths},
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, in an order that depends on the model alone."""
+        single = [self.slopes, self.drawn, self.labelled, self.tokens, self.nats, self.residual, self.gradient]
+        return [*single, *(self.inputs[path] for path in sorted(self.inputs))]
+
+
+def form(base: BaseModel) -> saved.Form:
+    """What the values of the two passes and the step probe are made of, for their `State`."""
+    kinds = (Fit, FitSums, ModuleSignals, InputSignals, _Directions, HeldOut, InputMoments, GradientMoments, StepProbe)
+    return saved.Form(kinds, {p.path: p for block in base.blocks for p in block.projections})
+
 
 def fit_pass(
-    base: BaseModel, examples: Sequence[Example], *, rank: int, ridge: float, batch_size: int, progress: Progress | None = None
+    base: BaseModel,
+    examples: Sequence[Example],
+    *,
+    rank: int,
+    ridge: float,
+    batch_size: int,
+    progress: Progress | None = None,
+    state: State | None = None,
 ) -> Fit:
     """Forward and backward over `examples`, then one step for each layer.
+
+    Several processes share the batches, and the layers once the moments are merged; all get the whole result.
 
     Args:
         base: The model.
@@ -113,44 +162,59 @@ def fit_pass(
         ridge: λ as a share of `ridge_scale`.
         batch_size: Records in a batch.
         progress: Told of batches and layers.
+        state: Where the sums are kept from time to time.
 
     Raises:
         DataError: The loss is not finite.
     """
     expected = sum(len(example.input_ids) for example in examples)
-    inputs: dict[str, InputMoments] = {}
-    gradients: dict[str, GradientMoments] = {}
-    found = list(batches(examples, batch_size, base.pad_id, by_length=True))
-    labelled, nats = 0, 0.0
+    sums = _fit_sums(base, list(batches(examples, batch_size, base.pad_id, by_length=True)), expected, progress, state or State())
+    sums.merge(torch.zeros(0, dtype=next(base.model.parameters()).dtype, device=base.device))
+    if not math.isfinite(sums.nats):
+        raise DataError(f"the loss of {base.name} on these records is {sums.nats}; check the weights and records, or use --dtype float32")
+    parts: dict[str, Fit] = {}
+    for block in base.blocks:
+        if block.index % processes.count() == processes.rank():
+            part = parts[str(block.index)] = Fit(expected, sums.labelled, sums.nats / sums.labelled)
+            _solve_layer(part, block, sums.leaders, sums.inputs, sums.gradients, rank, ridge)
+        if progress:
+            progress("steps", block.index + 1, len(base.blocks))
+    for other in processes.gathered(saved.to_bytes(form(base), parts)) if processes.count() > 1 else ():
+        parts |= saved.from_bytes(form(base), other)
+    fit = Fit(expected, sums.labelled, sums.nats / sums.labelled)
+    for block in base.blocks:
+        fit.extend(parts[str(block.index)])
+    return fit
+
+
+def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Progress | None, state: State) -> FitSums:
+    """This process's share of the pass, from where the state has it."""
+    name = f"fit-pass-{processes.rank()}"
+    sums = state.load(name) or FitSums()
     with capturing(base.model, base.blocks) as capture:
+        capture.leaders.update(sums.leaders)
 
         def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
-            dual = expected < projection.in_features
+            dual = tokens < projection.in_features
             if capture.leaders[projection.path] == projection.path:
-                inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
+                sums.inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
             empty = GradientMoments(projection.out_features, projection.in_features, dual)
-            gradients.setdefault(projection.path, empty).update(a_ti, d_to)
+            sums.gradients.setdefault(projection.path, empty).update(a_ti, d_to)
 
-        for at, batch in enumerate(found):
-            batch = batch.to(base.device)
+        for at in own_batches(sums.batches, len(found)):
+            batch = found[at].to(base.device)
             capture.start(batch.attention_mask, sink)
             logits, targets, _ = labelled_logits(base.model, batch)
             loss = cross_entropy(logits.float(), targets, reduction="sum")
             del logits
             loss.backward()
-            labelled, nats = labelled + len(targets), nats + float(loss.detach())
+            sums.labelled, sums.nats, sums.batches = sums.labelled + len(targets), sums.nats + float(loss.detach()), at + 1
             del loss
+            sums.leaders = dict(capture.leaders)
+            state.snapshot(name, lambda: sums)
             if progress:
-                progress("fit pass", at + 1, len(found))
-        leaders = dict(capture.leaders)
-    if not math.isfinite(nats):
-        raise DataError(f"the loss of {base.name} on these records is {nats}; check the weights and records, or use --dtype float32")
-    fit = Fit(tokens=expected, labelled=labelled, loss=nats / labelled)
-    for block in base.blocks:
-        _solve_layer(fit, block, leaders, inputs, gradients, rank, ridge)
-        if progress:
-            progress("steps", block.index + 1, len(base.blocks))
-    return fit
+                progress("fit pass", min(at + processes.count(), len(found)), len(found))
+    return sums
 
 
 def _solve_layer(
@@ -234,16 +298,9 @@ def _gaussian(width: int, like: torch.Tensor) -> torch.Tensor:
 class _HeldOutSums:
     """Adds tokens up to records while the backward passes run."""
 
-    def __init__(self, base: BaseModel, fit: Fit, records: int, samples: int) -> None:
-        layers = len(base.blocks)
-        self.fit = fit
+    def __init__(self, base: BaseModel, fit: Fit, held: HeldOut) -> None:
+        self.fit, self.held = fit, held
         self.layer_of = {p.path: block.index for block in base.blocks for p in block.projections}
-        self.slopes = torch.zeros(layers, records, dtype=torch.float64)
-        self.drawn = torch.zeros(samples, layers, records, dtype=torch.float64)
-        self.residual = torch.zeros(layers, records, dtype=torch.float64)
-        self.gradient = torch.zeros(layers, records, dtype=torch.float64)
-        self.inputs = {path: torch.zeros(4, records, dtype=torch.float64) for path in fit.input_directions}
-        self.tokens = torch.zeros(records, dtype=torch.float64)
         self.record_of_token = torch.zeros(0, dtype=torch.long)
 
     def _records(self, values_t: torch.Tensor, into_n: torch.Tensor) -> None:
@@ -257,12 +314,12 @@ class _HeldOutSums:
         layer, rank = self.layer_of[projection.path], directions.rank
         a = a_ti.to(directions.inputs.dtype) @ directions.inputs
         d = d_to.to(directions.outputs.dtype) @ directions.outputs
-        self._records((a[:, :rank] * d[:, :rank]).sum(dim=1), self.slopes[layer])
-        self._records((a[:, rank : rank + _PROBES] * d[:, rank:]).sum(dim=1), self.gradient[layer])
-        self._records((a[:, rank + _PROBES :] * d[:, rank:]).sum(dim=1), self.residual[layer])
+        self._records((a[:, :rank] * d[:, :rank]).sum(dim=1), self.held.slopes[layer])
+        self._records((a[:, rank : rank + _PROBES] * d[:, rank:]).sum(dim=1), self.held.gradient[layer])
+        self._records((a[:, rank + _PROBES :] * d[:, rank:]).sum(dim=1), self.held.residual[layer])
         probes = self.fit.input_directions.get(projection.path)
         if probes is not None:
-            self._input_contributions(a_ti.to(probes.dtype), probes, self.inputs[projection.path])
+            self._input_contributions(a_ti.to(probes.dtype), probes, self.held.inputs[projection.path])
 
     def _input_contributions(self, a_ti: torch.Tensor, probes: torch.Tensor, into: torch.Tensor) -> None:
         a = a_ti @ probes
@@ -280,15 +337,23 @@ class _HeldOutSums:
             rank = directions.rank
             a = a_ti.to(directions.inputs.dtype) @ directions.inputs[:, :rank]
             d = d_to.to(directions.outputs.dtype) @ directions.outputs[:, :rank]
-            self._records((a * d).sum(dim=1), self.drawn[sample, self.layer_of[projection.path]])
+            self._records((a * d).sum(dim=1), self.held.drawn[sample, self.layer_of[projection.path]])
 
         return sink
 
 
 def held_out_pass(
-    base: BaseModel, examples: Sequence[Example], fit: Fit, *, samples: int, seed: int, batch_size: int, progress: Progress | None = None
+    base: BaseModel,
+    examples: Sequence[Example],
+    fit: Fit,
+    *,
+    samples: int,
+    seed: int,
+    batch_size: int,
+    progress: Progress | None = None,
+    state: State | None = None,
 ) -> HeldOut:
-    """Scalars of records that had no part in making the steps.
+    """Scalars of records that had no part in making the steps. Several processes share the batches; all get the whole result.
 
     Args:
         base: The model.
@@ -298,27 +363,34 @@ def held_out_pass(
         seed: Of the draws; those of a record are its own, whatever batch it is in.
         batch_size: Records in a batch.
         progress: Told of each backward pass.
+        state: Where the scalars are kept from time to time.
     """
-    sums = _HeldOutSums(base, fit, len(examples), samples)
-    labelled, nats = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
+    state, name = state or State(), f"held-out-pass-{processes.rank()}"
+    kept = state.load(name) or {"batches": 0, "held": HeldOut.empty(len(base.blocks), len(examples), samples, fit.input_directions)}
+    held: HeldOut = kept["held"]
+    sums = _HeldOutSums(base, fit, held)
     found = list(batches(examples, batch_size, base.pad_id, by_length=True))
     with capturing(base.model, base.blocks) as capture:
-        for at, batch in enumerate(found):
-            batch = batch.to(base.device)
+        for at in own_batches(kept["batches"], len(found)):
+            batch = found[at].to(base.device)
             numbers = torch.tensor(batch.rows).unsqueeze(1).expand(-1, batch.input_ids.shape[1])
             sums.record_of_token = numbers[batch.attention_mask.bool().cpu()]
-            sums.tokens.index_add_(0, sums.record_of_token, torch.ones(len(sums.record_of_token), dtype=torch.float64))
+            held.tokens.index_add_(0, sums.record_of_token, torch.ones(len(sums.record_of_token), dtype=torch.float64))
             capture.start(batch.attention_mask, sums.true_labels, keep=samples > 0)
             logits, targets, rows = labelled_logits(base.model, batch)
             losses = cross_entropy(logits.float(), targets, reduction="none")
             record = torch.tensor(batch.rows)[rows.cpu()]
-            nats.index_add_(0, record, losses.detach().double().cpu())
-            labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
+            held.nats.index_add_(0, record, losses.detach().double().cpu())
+            held.labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
             losses.sum().backward(retain_graph=samples > 0)
             _draw(capture, sums, logits, label_thresholds(record, samples, seed))
+            kept["batches"] = at + 1
+            state.snapshot(name, lambda: kept)
             if progress:
-                progress("held-out pass", at + 1, len(found))
-    return HeldOut(sums.slopes, sums.drawn, labelled, sums.tokens, nats, sums.residual, sums.gradient, sums.inputs)
+                progress("held-out pass", min(at + processes.count(), len(found)), len(found))
+    for tensor in held.tensors():
+        processes.add_up(tensor)
+    return held
 
 
 def label_thresholds(record_m: torch.Tensor, samples: int, seed: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import typer
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, emit_json, out
 from layercard.files import refuse_existing
+from layercard.processes import is_first
 
 RECORDS = 64
 """Records that are profiled unless told otherwise: enough for a stable ranking on the sets tried."""
@@ -37,7 +38,7 @@ def profile(
             "--probe",
             metavar="NAME",
             help="What is measured on held-out records: step (each layer's own step, without training), train (that, then a few training "
-            "steps of each layer alone, the worse half stopped at each rung; resumes after an interrupt) or none.",
+            "steps of each layer alone, the worse half stopped at each rung) or none.",
         ),
     ] = "step",
     probe_steps: Annotated[
@@ -57,14 +58,17 @@ def profile(
 
     Nothing of the model is changed or trained. The card holds for each layer what a low-rank adapter could do there, how
     well conditioned the layer is, how much it overlaps with the others, and an estimate of the gain of adapting it.
+
+    What is finished is kept in CARD.state until the card is written: after an interrupt the same command goes on from there, to the same
+    card; --force starts over. Started by torchrun or accelerate launch, the processes share the work.
     """
     refuse_existing(output, force)
     opt.check_data(data)
     from layercard.data import load_data
-    from layercard.halving import check_folder, discard
     from layercard.models import load_model
     from layercard.profiling import ProfileSettings
     from layercard.profiling import profile as make_card
+    from layercard.state import check_folder, discard
 
     settings = ProfileSettings(
         rank=rank,
@@ -76,17 +80,19 @@ def profile(
         cost=cost,
         seed=seed,
     )
-    state = output.with_name(f"{output.name}.probe")
-    if settings.probe == "train":
-        check_folder(state)
+    state = output.with_name(f"{output.name}.state")
+    check_folder(state)
+    if force and is_first():
+        discard(state)
     started = time.perf_counter()
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
         card = make_card(base, dataset, settings, progress=display, state=state)
+    if not is_first():
+        return
     card.save(output, force=force)
-    if settings.probe == "train":
-        discard(state)
+    discard(state)
     if as_json:
         emit_json(card.to_json())
         return

@@ -5,12 +5,17 @@ Letters used in all of `statistics`: `t` token, `i` input feature, `o` output fe
 the number of labelled tokens, as the mean loss asks, is left to the end (`scale`), so that sums over batches just add.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
 _STRIPES = 4
+AddUp = Callable[[torch.Tensor], None]
+"""Puts the sum over all processes in place of a tensor's values."""
+Stacked = Callable[[torch.Tensor], list[torch.Tensor]]
+"""Gives the rows that each process has."""
 
 
 @dataclass
@@ -50,6 +55,15 @@ class InputMoments:
         self._rows += other._rows
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+
+    def across(self, add_up: AddUp, stacked: Stacked) -> None:
+        """Merge with the instances of all other processes, which do the same; each must have seen an `update`, be it of no token."""
+        self.energies = stacked(torch.cat(self.energies))
+        self.tokens = sum(len(part) for part in self.energies)
+        if self._sum is not None:
+            add_up(self._sum)
+        else:
+            self._rows = stacked(self.rows())
 
     def second_moment(self) -> torch.Tensor:
         """`Σ = (1/N) Σ_t a_t a_tᵀ`, `[in, in]`."""
@@ -125,6 +139,16 @@ class GradientMoments:
         self._rows += other._rows
         if other._sum is not None:
             self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+
+    def across(self, add_up: AddUp, stacked: Stacked) -> None:
+        """As `InputMoments.across`; rows come in the same order as there."""
+        residual = torch.tensor([self.residual], dtype=torch.float64)
+        add_up(residual)
+        self.residual = float(residual)
+        if self._sum is not None:
+            add_up(self._sum)
+        else:
+            self._rows = stacked(self.rows())
 
     def gradient(self, inputs: InputMoments, scale: float) -> torch.Tensor:
         """`G: [out, in] = scale · Σ_t δ_t a_tᵀ`.
