@@ -90,7 +90,19 @@ def load_model(
 
 def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str = "in-memory") -> BaseModel:
     """A `BaseModel` of a model already in memory; it is put in eval mode."""
+    _keep_in_order(model)
     return BaseModel(model.eval(), tokenizer, name, fingerprint(model), find_blocks(model))
+
+
+def _keep_in_order(model: nn.Module) -> None:
+    """Forbid bitsandbytes to rearrange 4-bit weights for a CPU.
+
+    It does so in the first forward pass without gradients, and from then on gives results through which no gradient flows.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if flag in vars(module):
+            setattr(module, flag, False)
 
 
 def describe(base: BaseModel) -> dict[str, Any]:
@@ -99,12 +111,16 @@ def describe(base: BaseModel) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """First 16 hex digits of SHA-256 over every parameter's name, shape, dtype and bytes.
+    """First 16 hex digits of SHA-256 over every parameter's name, shape, dtype and bytes, and over what else is saved with a model.
 
-    It is the same on every device, and differs between dtypes. Tied weights count once. Takes 0.3 s for 135 million float32 weights.
+    The latter are the buffers in which quantised maps keep their codes and scales; most models have none. It is the same on every
+    device, and differs between dtypes. Tied weights count once. Takes 0.3 s for 135 million float32 weights.
     """
+    saved = model.state_dict()  # first: bitsandbytes puts weights that it has rearranged for a CPU back in order
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    others = [(name, value) for name, value in sorted(saved.items()) if name not in tied and isinstance(value, torch.Tensor)]
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in (*sorted(model.named_parameters()), *others):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from families import FAMILIES, Family, base_of
 from safetensors.torch import load_file
+from torch.nn.functional import linear
 
 import tiny
 from layercard.adapters import WEIGHTS_FILE, adapted_paths, apply, check_adapted, loaded, place, unchanged
@@ -76,7 +77,7 @@ class Case:
 
 
 def profiles(case: Case) -> str:
-    """The card is made, its signals are autograd's gradients, and the model is bit for bit as before."""
+    """The card is made, its signals are the gradients of a weight added to each map, and the model is bit for bit as before."""
     before = fingerprint(case.base.model)
     assert len(case.card.layers) == len(case.base.blocks)
     assert all(layer.modules and layer.resnorm.value > 0 for layer in case.card.layers)
@@ -85,14 +86,14 @@ def profiles(case: Case) -> str:
         capture.start(case.batch.attention_mask, lambda p, a, d: signals.__setitem__(p.path, signals.get(p.path, 0) + d.T @ a))
         labelled_losses(case.base.model, case.batch)[0].sum().backward()
     projections = [p for block in case.base.blocks for p in block.projections]
-    with unchanged(case.base.model):
-        for p in projections:
-            p.module.weight.requires_grad_(True)
-        loss = labelled_losses(case.base.model, case.batch)[0].sum()
-        gradients = torch.autograd.grad(loss, [p.module.weight for p in projections])
+    added = [torch.zeros(p.out_features, p.in_features, requires_grad=True) for p in projections]
+    with ExitStack() as stack:
+        for p, weight in zip(projections, added, strict=True):
+            hook = lambda _, args, out, weight=weight: out + linear(args[0].to(weight.dtype), weight).to(out.dtype)  # noqa: E731
+            stack.callback(p.module.register_forward_hook(hook).remove)
+        gradients = torch.autograd.grad(labelled_losses(case.base.model, case.batch)[0].sum(), added)
     for p, gradient in zip(projections, gradients, strict=True):
-        found = signals[p.path].T if p.transposed else signals[p.path]
-        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=p.path)
+        torch.testing.assert_close(signals[p.path], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=p.path)
     assert fingerprint(case.base.model) == before
     return YES
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from quantised import quantised
 from transformers import PreTrainedModel
 
 from layercard.models import BaseModel, wrap_model
@@ -26,6 +27,8 @@ PLAIN: dict[str, Any] = {
 }
 """What most configurations call the sizes; `num_key_value_heads` makes the attention grouped (GQA)."""
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+WIDE = PLAIN | {"hidden_size": 64, "intermediate_size": 128}
+"""Sizes in whole blocks of bitsandbytes' kernels."""
 VISION: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -47,6 +50,7 @@ class Family:
         settings: What the configuration is given.
         model: Class of the model; the causal language model of the configuration where it is empty.
         about: What is particular about it.
+        quantised: How its maps are quantised (`quantised.KINDS`), where they are.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     model: str = ""
     about: str = ""
+    quantised: str = ""
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """A float32 model with seeded random weights, in eval mode."""
@@ -66,7 +71,8 @@ class Family:
                 model = getattr(transformers, self.model)(config)
             else:
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            return _scaled(randomised(model)).eval()
+            model = _scaled(randomised(model))
+            return (quantised(model, self.quantised) if self.quantised else model).eval()
 
 
 def _scaled(model: PreTrainedModel) -> PreTrainedModel:
@@ -183,8 +189,11 @@ FAMILIES = [
         model="Qwen3VLForConditionalGeneration",
         about="vision-language model, text only",
     ),
+    Family("llama 8-bit", "LlamaConfig", WIDE, about="bitsandbytes on the CPU", quantised="8bit"),
+    Family("llama 4-bit", "LlamaConfig", WIDE, about="bitsandbytes on the CPU", quantised="4bit"),
 ]  # fmt: skip
-BY_NAME = {family.name: family for family in FAMILIES}
+PACKED = Family("llama packed", "LlamaConfig", WIDE, quantised="packed")
+BY_NAME = {family.name: family for family in (*FAMILIES, PACKED)}
 
 
 @cache

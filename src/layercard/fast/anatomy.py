@@ -48,6 +48,11 @@ class Anatomy:
         return bool({"vision_config", "audio_config"} & self.causal.config.to_dict().keys())
 
     @property
+    def mixes_records(self) -> bool:
+        """Whether a record's numbers depend on the others of its batch: 8-bit maps of bitsandbytes look for outliers in all of it."""
+        return bool(vars(self.causal).get("is_loaded_in_8bit"))
+
+    @property
     def layers_in_backward(self) -> str:
         """Blocks from the lowest trained one on, of all: `5/30`."""
         return f"{len(self.blocks) - self.lowest}/{len(self.blocks)}"

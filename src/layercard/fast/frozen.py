@@ -140,6 +140,8 @@ def _handed_on(parts: Anatomy) -> str:
         return f"the blocks of {name} hand on more than hidden states ({handed[0]}); train without the cache"
     if not isinstance(parts.decoder, PreTrainedModel) or parts.causal._is_stateful:
         return f"{name} is not made of attention blocks under one decoder of transformers; train without the cache"
+    if parts.mixes_records:
+        return f"the 8-bit maps of {name} look for outliers in the whole batch; train without the cache, or with 4-bit maps"
     kinds = set(config.get("layer_types") or ()) - RELATIVE_KINDS - {"chunked_attention"}
     if kinds:
         return f"{name} has blocks that work along the sequence in other ways ({', '.join(sorted(kinds))}); train without the cache"

@@ -226,6 +226,8 @@ def _possible(parts: Anatomy) -> tuple[bool, str]:
         return False, f"the attention is {config._attn_implementation!r}, not 'sdpa'"
     if parts.multimodal:
         return False, f"{name} puts pictures or sound among its tokens"
+    if parts.mixes_records:
+        return False, f"the 8-bit maps of {name} look for outliers in the whole batch"
     if "logits_to_keep" in forward_names(type(parts.decoder)):
         return False, f"{name} may drop positions before its last blocks"
     kinds = set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"}
