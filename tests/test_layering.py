@@ -37,17 +37,20 @@ ROWS = (
     ("statistics",),
     ("probe", "fit_sums", "signals", "cost", "halving", "rates", "stamps", "timing", "meta"),
     ("card",),
-    ("assembly", "profiling"),
+    ("assembly", "profiling", "api"),
     ("selection",),
     ("transfer",),
     ("fast",),
-    ("pinning", "inspection", "adapters", "metrics", "evaluation", "trainer", "training", "compare", "switching", "shared_cache", "serving"),
+    ("pinning", "inspection", "adapter_files", "differences", "skeleton", "adapters", "verification", "methods"),
+    ("metrics", "evaluation", "trainer", "training", "compare", "switching", "shared_cache", "serving"),
     ("latency", "benchmark", "export"),
     ("report",),
     ("plots",),
     ("commands",),
     ("cli",),
 )
+# Methods that only hand their object on: `card.select(k=5)` and `placement.to_peft(r=16)` import what they call when they are called.
+HANDED_ON = {"card.py": {"layercard.selection"}, "selection/placement.py": {"layercard.export.peft"}}
 ROW_OF = {name: at for at, row in enumerate(ROWS) for name in row}
 
 
@@ -76,8 +79,9 @@ def test_imports_go_one_way(path: Path) -> None:
     if here == "__init__":
         return
     assert here in ROW_OF, f"{path.name} has no place in ROWS: say where it belongs"
+    handed_on = HANDED_ON.get(path.relative_to(SOURCE).as_posix(), set())
     for module in imported(path):
-        if module.startswith("layercard."):
+        if module.startswith("layercard.") and module not in handed_on:
             assert ROW_OF[room(module)] <= ROW_OF[here], f"{here} imports {module}, which lies above it"
 
 

@@ -28,6 +28,7 @@ from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.train import train
 from layercard.commands.transfer import transfer
+from layercard.commands.verify import verify
 from layercard.errors import LayercardError, ProcessError
 from layercard.processes import is_first
 
@@ -49,6 +50,7 @@ for _name, _command in (
     ("cost", cost),
     ("latency", latency),
     ("transfer", transfer),
+    ("verify", verify),
     ("report", report),
     ("roi", roi),
     ("app", explore),

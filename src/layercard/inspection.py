@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -24,6 +25,16 @@ def adapted_paths(model: PeftModel) -> tuple[str, ...]:
         elif isinstance(module, BaseTunerLayer):
             found.append(name)
     return tuple(found)
+
+
+def adapted_ranks(model: PeftModel) -> dict[str, tuple[int, float]]:
+    """Rank and scale of each adapted module and parameter, for methods that have both."""
+    modules = (module for module in model.get_base_model().modules() if isinstance(module, BaseTunerLayer))
+    return {
+        path: (module.r["default"], module.scaling["default"])
+        for path, module in zip(adapted_paths(model), modules, strict=True)
+        if isinstance(module, (LoraLayer, LycorisLayer)) and "default" in module.r
+    }
 
 
 def check_adapted(model: PeftModel, placement: Placement) -> None:

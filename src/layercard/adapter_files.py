@@ -1,0 +1,126 @@
+"""Adapters and configurations that others wrote: what they say, what their weights hold, and whether those have an effect."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from layercard.errors import PlacementError
+from layercard.files import read_json
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+FACTORS = (PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, PeftType.VERA)
+"""Methods whose update is a product: one factor that is zero everywhere makes all of it zero."""
+
+
+def read_adapter_config(path: str | Path) -> PeftConfig:
+    """The configuration in an adapter's folder, or in a JSON file of PEFT's kind.
+
+    Raises:
+        PlacementError: There is none, or PEFT does not understand it.
+    """
+    path = Path(path)
+    file = path / CONFIG_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise PlacementError(f"{path} is no adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
+    values = read_json(file, PlacementError, "adapter configuration")
+    kinds = [kind.value for kind in PeftType]
+    if values.get("peft_type") not in kinds:
+        raise PlacementError(f"{file} has peft_type {values.get('peft_type')!r}; name a configuration that PEFT wrote (peft_type LORA, …)")
+    try:
+        values = PeftConfig.check_kwargs(**{name: value for name, value in values.items() if name != "runtime_config"})
+        return PeftConfig.from_peft_type(**values)
+    except (TypeError, ValueError, KeyError) as error:
+        raise PlacementError(f"{file}: PEFT refuses this configuration ({one_line(error)}); mend it") from error
+
+
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor] | None:
+    """The saved weights in an adapter's folder; `None` where there are none, as beside a configuration alone.
+
+    Raises:
+        PlacementError: They are pickled, or cannot be read.
+    """
+    folder = Path(folder)
+    file = folder / WEIGHTS_FILE
+    if not folder.is_dir() or not file.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise PlacementError(
+                f"{folder} has only pickled weights (adapter_model.bin), which can run code when read; save it as safetensors"
+            )
+        return None
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise PlacementError(f"{file} cannot be read ({one_line(error)}); copy it again") from error
+
+
+def load_weights(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Load saved weights into an adapted model, on the meta device mostly, and say in words what does not fit."""
+    try:
+        result = set_peft_model_state_dict(model, dict(weights), low_cpu_mem_usage=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        return [f"the saved weights do not fit this model: {_mismatch(error)}"]
+    prefix = _prefix(model.peft_config["default"])
+    words = []
+    left_over = sorted({_module(key, prefix) for key in result.unexpected_keys})
+    if left_over:
+        words.append(f"saved weights of {len(left_over)} modules match nothing, such as {left_over[0]}: dropped on loading")
+    own = (key for key in result.missing_keys if f".{prefix}" in key and not key.startswith("base_model.vera_"))
+    without = sorted({_module(key, prefix) for key in own})
+    if without:
+        words.append(f"{len(without)} adapted modules have no saved weights, such as {without[0]}: they stay as they begin")
+    return words
+
+
+def without_effect(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tuple[int, int, str]:
+    """How many of the modules with saved weights change nothing, of how many, and the weight that shows it.
+
+    Known for methods whose update is a product (one factor is zero) and for IA3 (all scales are one); (0, 0, "") for others, and for
+    DoRA, which can change lengths with a zero product.
+    """
+    prefix = _prefix(config)
+    if any("magnitude" in name for name in weights) or (config.peft_type not in FACTORS and config.peft_type != PeftType.IA3):
+        return 0, 0, ""
+    still = 1.0 if config.peft_type == PeftType.IA3 else 0.0
+    modules: dict[str, str] = {}
+    for name, weight in weights.items():
+        if f".{prefix}" in name:
+            module = _module(name, prefix)
+            shows = bool((weight == still).all())
+            modules[module] = modules.get(module, "") or (name.removeprefix(module).strip(".") if shows else "")
+    shown = [name for name in modules.values() if name]
+    return len(shown), len(modules), next((name.split(".")[0] for name in shown), "")
+
+
+def saved_modules(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """Paths of the modules that saved weights belong to, as they are called in the base model."""
+    prefix = _prefix(config)
+    found = {_module(name, prefix) for name in weights if f".{prefix}" in name}
+    return tuple(sorted({module.removeprefix("base_model.model.").replace(".base_layer", "") for module in found}))
+
+
+def one_line(error: Exception) -> str:
+    """An error's message in one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _prefix(config: PeftConfig) -> str:
+    return str(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)])
+
+
+def _module(key: str, prefix: str) -> str:
+    """The module that a saved weight belongs to: its name up to the part that PEFT added."""
+    return key.rsplit(f".{prefix}", 1)[0]
+
+
+def _mismatch(error: Exception) -> str:
+    """The first shape that does not fit, or the message as it is."""
+    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+    return one_line(ValueError(lines[0].rstrip("."))) if lines else one_line(error)

@@ -1,0 +1,268 @@
+"""Whether an adapter or configuration adapts in a model what it was meant to, for those made elsewhere too.
+
+PEFT itself is asked: it wraps the model, whose weights may be missing, and what it adapted is compared with what was asked for. Then it
+loads the saved weights, and what matched nothing or has no effect is said.
+"""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from transformers import PreTrainedModel
+
+from layercard.adapter_files import load_weights, one_line, read_adapter_config, read_weights, saved_modules, without_effect
+from layercard.adapters import PLACEMENT_FILE, no_deprecations, unchanged
+from layercard.differences import Asked, Blocks, index_words, layer_words, name_words, partial_words, path_words, tower_words
+from layercard.errors import PlacementError
+from layercard.inspection import adapted_paths, adapted_ranks
+from layercard.selection import Placement
+
+SCHEMA = "layercard-verification/1"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What an adapter or configuration asks for, what it adapts, and where the two differ.
+
+    Attributes:
+        source: What was verified.
+        model: Name of the model, and number of `layers`.
+        method: PEFT's name of the method.
+        asked: What the configuration chooses modules by, as far as it is given.
+        planned: The layers that were wanted: the placement's, those given, or the configuration's own; `None` where nothing says.
+        adapted: Paths of the modules and parameters that PEFT adapts.
+        layers: Layers of the text model with something adapted.
+        saved: Paths of the modules with saved weights; `None` where there are no weights.
+        differences: What is not as planned, a sentence each; empty where all is.
+        notes: What is worth knowing and no difference.
+    """
+
+    source: str
+    model: dict[str, Any]
+    method: str
+    asked: dict[str, Any]
+    planned: tuple[int, ...] | None
+    adapted: tuple[str, ...]
+    layers: tuple[int, ...]
+    saved: tuple[str, ...] | None
+    differences: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of schema `layercard-verification/1`."""
+        return {
+            "schema": SCHEMA,
+            "as_planned": self.as_planned,
+            "source": self.source,
+            "model": dict(self.model),
+            "method": self.method,
+            "asked": dict(self.asked),
+            "planned_layers": None if self.planned is None else list(self.planned),
+            "adapted_layers": list(self.layers),
+            "adapted": list(self.adapted),
+            "saved": None if self.saved is None else list(self.saved),
+            "differences": list(self.differences),
+            "notes": list(self.notes),
+        }
+
+    def check(self) -> None:
+        """Raise `PlacementError` with the first difference, and the number of the others, unless all is as planned."""
+        if self.differences:
+            more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
+            raise PlacementError(f"{self.source} is not as planned: {self.differences[0]}{more}")
+
+
+def verify_config(
+    model: PreTrainedModel,
+    config: PeftConfig,
+    *,
+    placement: Placement | None = None,
+    layers: Sequence[int] | None = None,
+    name: str = "",
+    source: str = "the configuration",
+) -> Verification:
+    """What a PEFT configuration adapts in a model, against what was planned.
+
+    Args:
+        model: The model without adapters; it may lie on the meta device, and is as before afterwards.
+        config: The configuration; it is not changed.
+        placement: The placement that it should follow, target by target.
+        layers: The layers that it should adapt, where there is no placement; its own `layers_to_transform` when not given.
+        name: What the model is called.
+        source: What the configuration is called.
+
+    Raises:
+        ModelError: The model has no decoder blocks.
+    """
+    return _verify(model, config, None, placement, layers, name, source)
+
+
+def verify_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    placement: Placement | None = None,
+    layers: Sequence[int] | None = None,
+    name: str = "",
+    fingerprint: str | None = None,
+) -> Verification:
+    """`verify_config` of an adapter's folder or configuration file, with its saved weights and its base model.
+
+    Args:
+        model: The model without adapters; it may lie on the meta device.
+        folder: An adapter's folder, or a configuration of PEFT's as JSON.
+        placement: The placement that it should follow; `placement.json` in the folder when not given, unless `layers` are.
+        layers: The layers that it should adapt.
+        name: What the model is called; compared with the name of the adapter's base model.
+        fingerprint: The model's fingerprint, where its weights were read; compared with the placement's, and then names do not matter.
+
+    Raises:
+        PlacementError: There is no such adapter, or it cannot be read.
+        ModelError: The model has no decoder blocks.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    if placement is None and layers is None:
+        placement = own_placement(folder)
+    found = _verify(model, config, read_weights(folder), placement, layers, name, str(folder))
+    base = base_words(config, placement, name, fingerprint)
+    return found if not base else dataclasses.replace(found, differences=(base, *found.differences))
+
+
+def own_placement(folder: str | Path) -> Placement | None:
+    """The placement that `layercard train` wrote beside an adapter; `None` where there is none."""
+    path = Path(folder) / PLACEMENT_FILE
+    return Placement.load(path) if path.is_file() else None
+
+
+def base_words(config: PeftConfig, placement: Placement | None, name: str, fingerprint: str | None) -> str:
+    """How the adapter's base model is another than this one; empty where it is the same, or where nothing tells."""
+    planned = placement.model if placement is not None else {}
+    if fingerprint and planned.get("fingerprint"):
+        is_other = planned["fingerprint"] != fingerprint
+        words = (
+            f"the adapter is for {planned.get('name')!r} (fingerprint {planned['fingerprint']}), this model has fingerprint {fingerprint}"
+        )
+        return words if is_other else ""
+    base = config.base_model_name_or_path
+    return f"the adapter was trained on {base!r}, this model is {name!r}" if base and name and _last(base) != _last(name) else ""
+
+
+def _verify(
+    model: PreTrainedModel,
+    config: PeftConfig,
+    weights: Mapping[str, torch.Tensor] | None,
+    placement: Placement | None,
+    layers: Sequence[int] | None,
+    name: str,
+    source: str,
+) -> Verification:
+    blocks, asked = Blocks.of(model), asked_of(config)
+    wanted = placement.layers if placement is not None else layers if layers is not None else asked.layers
+    adapted: tuple[str, ...] = ()
+    notes = _pattern_notes(config)
+    try:
+        with _wrapped(model, config) as wrapped:
+            adapted = adapted_paths(wrapped)
+            words = _landed_words(blocks, asked, wanted, placement, adapted)
+            words += _rank_words(wrapped, placement)
+            words += [] if weights is None else load_weights(wrapped, weights)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError) as error:
+        words = [*index_words(blocks, asked, wanted), *name_words(blocks, asked), f"PEFT refuses it: {one_line(error)}"]
+    if wanted is None:
+        notes += tower_words(blocks, adapted, wanted=False)
+    notes += partial_words(blocks, asked, wanted, adapted)
+    if weights is not None:
+        still, saved, shown = without_effect(config, weights)
+        effect = (
+            f"it loads but has no effect in {still} of {saved} modules: {shown} is {'one' if shown.startswith('ia3') else 'zero'} there"
+        )
+        (words if still == saved else notes).extend([effect] if still else [])
+    return Verification(
+        source,
+        {"name": name, "layers": len(blocks.paths)},
+        PeftType(config.peft_type).value,
+        _chosen_by(config),
+        None if wanted is None else tuple(wanted),
+        adapted,
+        tuple(blocks.by_layer(adapted)),
+        None if weights is None else saved_modules(config, weights),
+        tuple(words),
+        tuple(notes),
+    )
+
+
+def asked_of(config: PeftConfig) -> Asked:
+    """What a configuration asks for, as plain tuples."""
+    given = vars(config)
+    layers, names = given.get("layers_to_transform"), given.get("target_modules")
+    return Asked(
+        None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+        () if names is None or isinstance(names, str) else tuple(sorted(names)),
+        tuple(sorted(given.get("target_parameters") or ())),
+    )
+
+
+def _landed_words(
+    blocks: Blocks, asked: Asked, wanted: Sequence[int] | None, placement: Placement | None, adapted: tuple[str, ...]
+) -> list[str]:
+    words = layer_words(blocks, asked, wanted, adapted) + name_words(blocks, asked)
+    if wanted is not None:
+        words += tower_words(blocks, adapted, wanted=True)
+    return words + ([] if placement is None else path_words(blocks, placement, adapted))
+
+
+def _rank_words(model: PeftModel, placement: Placement | None) -> list[str]:
+    """Targets whose rank or scale is another than the placement's."""
+    if placement is None or not placement.rank_pattern:
+        return []
+    found = adapted_ranks(model)
+    planned = {path: (rank, placement.alpha_pattern[path] / rank) for path, rank in placement.rank_pattern.items()}
+    other = [path for path in planned if path in found and found[path] != planned[path]]
+    if not other:
+        return []
+    (rank, scale), (has, own) = planned[other[0]], found[other[0]]
+    return [
+        f"{len(other)} modules have another rank or scale than planned, such as {other[0]}: {has} and {own:g}, not {rank} and {scale:g}"
+    ]
+
+
+def _pattern_notes(config: PeftConfig) -> list[str]:
+    """Ranks of single modules without an alpha change the scale alpha / rank there."""
+    given = vars(config)
+    if config.peft_type not in (PeftType.LORA, PeftType.LOHA, PeftType.LOKR) or not given.get("rank_pattern"):
+        return []
+    alone = sorted(set(given["rank_pattern"]) - set(given.get("alpha_pattern") or {}))
+    return [f"rank_pattern names {alone[0]!r} and alpha_pattern does not, so the scale alpha / rank is another there"] if alone else []
+
+
+def _chosen_by(config: PeftConfig) -> dict[str, Any]:
+    given = {name: vars(config).get(name) for name in ("layers_to_transform", "layers_pattern", "target_modules", "target_parameters")}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in given.items() if value is not None}
+
+
+@contextmanager
+def _wrapped(model: PreTrainedModel, config: PeftConfig) -> Iterator[PeftModel]:
+    """The model as PEFT adapts it by a copy of the configuration, with adapters that take no memory; as before afterwards."""
+    copied = copy.deepcopy(config)
+    if copied.peft_type == PeftType.LORA:
+        vars(copied)["init_lora_weights"] = True  # PiSSA and its like would decompose weights that may be missing
+    with unchanged(model), no_deprecations(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield get_peft_model(model, copied, low_cpu_mem_usage=True)
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
