@@ -1,9 +1,11 @@
 """layercard: profile a language model once, read its Layer Card, and fine-tune only the layers that matter.
 
 ```python
-from layercard import LayerCard, select
+import layercard
 
-placement = select(LayerCard.load("card.json"), k=5)
+card = layercard.profile(model, tokenizer, records)
+placement = card.select(k=5)
+model = layercard.apply(model, placement, LoraConfig(r=16, lora_alpha=32))
 ```
 
 Importing the package imports nothing heavy; a name brings its module along when it is first used.
@@ -13,7 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layercard.adapters import apply as apply
+    from layercard.api import profile as profile
     from layercard.card import LayerCard as LayerCard
+    from layercard.data import Dataset as Dataset
     from layercard.data import load_data as load_data
     from layercard.errors import LayercardError as LayercardError
     from layercard.fast.callbacks import CutBackward as CutBackward
@@ -27,14 +32,19 @@ if TYPE_CHECKING:
     from layercard.fast.together import fast_training as fast_training
     from layercard.models import load_model as load_model
     from layercard.profiling import ProfileSettings as ProfileSettings
+    from layercard.selection import Budgets as Budgets
     from layercard.selection import Placement as Placement
     from layercard.selection.select import select as select
     from layercard.serving import SharedPrefix as SharedPrefix
     from layercard.settings import FastSettings as FastSettings
     from layercard.settings import TrainSettings as TrainSettings
+    from layercard.verification import verify_adapter as verify_adapter
+    from layercard.verification import verify_config as verify_config
 
 _HOMES = {
+    "Budgets": "layercard.selection",
     "CutBackward": "layercard.fast.callbacks",
+    "Dataset": "layercard.data",
     "FastSettings": "layercard.settings",
     "FastTraining": "layercard.fast.callbacks",
     "FrozenPrefix": "layercard.fast.callbacks",
@@ -44,6 +54,7 @@ _HOMES = {
     "ProfileSettings": "layercard.profiling",
     "SharedPrefix": "layercard.serving",
     "TrainSettings": "layercard.settings",
+    "apply": "layercard.adapters",
     "cut_backward": "layercard.fast.cut",
     "fast_training": "layercard.fast.together",
     "frozen_prefix": "layercard.fast.prefix",
@@ -51,8 +62,11 @@ _HOMES = {
     "labels_only": "layercard.fast.labels",
     "load_data": "layercard.data",
     "load_model": "layercard.models",
+    "profile": "layercard.api",
     "select": "layercard.selection",
     "unpadded": "layercard.fast.packing",
+    "verify_adapter": "layercard.verification",
+    "verify_config": "layercard.verification",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,7 +1,7 @@
 """The Layer Card: what profiling found, as one versioned JSON value that describes itself."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -9,6 +9,9 @@ from layercard.cost import CostModel
 from layercard.errors import CardError
 from layercard.files import read_json, write_json
 from layercard.notebook import card_html
+
+if TYPE_CHECKING:
+    from layercard.selection import Budgets, Placement
 
 SCHEMA = "layercard/1"
 
@@ -151,6 +154,32 @@ class LayerCard(_Part):
             for layer, found in zip(self.layers, cost.layers, strict=True)
         )
         return self.model_copy(update={"layers": layers, "cost": cost})
+
+    def select(
+        self,
+        *,
+        k: int | None = None,
+        objective: str = "balanced",
+        strategy: str | None = None,
+        budgets: "Budgets | None" = None,
+        seed: int = 0,
+    ) -> "Placement":
+        """Choose layers: `layercard.select` of this card.
+
+        Args:
+            k: How many layers; as many as serve the objective when not given.
+            objective: `performance` (the best within the budgets), `cost` (the least step time) or `balanced` (the least step time that
+                keeps 95 % of the predicted performance of all layers, or what the budgets ask for).
+            strategy: A plain placement instead: first, middle, last, uniform, random or all.
+            budgets: Limits on step time, memory, adapter weights and latency, and the least performance.
+            seed: Of the random strategy.
+
+        Raises:
+            SelectionError: An unknown objective or strategy, k outside 1 to the number of layers, or budgets that no placement meets.
+        """
+        from layercard.selection import select
+
+        return select(self, k=k, objective=objective, strategy=strategy, budgets=budgets, seed=seed)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard/1`."""

@@ -4,7 +4,8 @@ import csv
 import difflib
 import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from layercard.synthetic import SPLITS, synthetic_records
 Located = Iterator[tuple[str, dict[str, Any]]]
 """Pairs of a place ("line 12") and a record."""
 
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+"""The name of a file or set (`read_records`), or records in memory: a list of dictionaries, a `datasets.Dataset`."""
+
 HUB = "hub:"
 SYNTHETIC = "synthetic"
+MEMORY = "records in memory"
 _BOM = b"\xef\xbb\xbf"
 _CHOICES = f"name a JSON Lines, CSV or Parquet file, {HUB}NAME[:split] or {SYNTHETIC}"
 
@@ -39,6 +44,22 @@ def read_records(source: str) -> tuple[str, Located]:
     _check_file(path, source)
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
     return source, readers.get(path.suffix.lower(), _read_jsonl)(path)
+
+
+def find_records(source: Source) -> tuple[str, Located]:
+    """What to call a source, and its records one by one, whether it is a name or records in memory.
+
+    Raises:
+        DataError: As `read_records`; while reading, a record in memory that is no mapping.
+    """
+    return read_records(os.fspath(source)) if isinstance(source, str | os.PathLike) else (MEMORY, _read_memory(source))
+
+
+def _read_memory(rows: Iterable[Any]) -> Located:
+    for number, record in enumerate(rows, 1):
+        if not isinstance(record, Mapping):
+            raise DataError(f"record {number}: expected a dictionary, found {type(record).__name__}; give a list of records, or one split")
+        yield f"record {number}", dict(record)
 
 
 def _read_synthetic(split: str) -> tuple[str, Located]:

@@ -4,11 +4,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercard.errors import PlacementError
 from layercard.files import read_json, write_json
 from layercard.notebook import placement_html
+
+if TYPE_CHECKING:
+    from layercard.export.peft import LoraConfig
 
 SCHEMA = "layercard-placement/1"
 
@@ -67,6 +70,24 @@ class Placement:
                 raise PlacementError(f"rank_pattern has {rank!r} for {path}; ranks are whole numbers of at least 1, so select again")
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
                 raise PlacementError(f"alpha_pattern has {alpha!r} for {path}; alphas are numbers above 0, so select again")
+
+    def to_peft(self, r: int = 8, lora_alpha: float | None = None, lora_dropout: float = 0.0, **options: Any) -> "LoraConfig":
+        """A `LoraConfig` that names the targets by their exact paths, for `peft_config=` of a trainer and for `get_peft_model`.
+
+        Where the model is at hand, `layercard.apply` also checks what was adapted.
+
+        Args:
+            r: Rank of each adapter; the placement's own ranks and alphas go before it, target by target.
+            lora_alpha: The update is `lora_alpha / r` times B A; twice the rank when not given.
+            lora_dropout: Probability of dropping an input of an adapter during training.
+            options: Further arguments of `LoraConfig`, such as `use_dora=True`; none that chooses modules.
+
+        Raises:
+            PlacementError: An option chooses modules, is out of range, or is unknown to `LoraConfig`.
+        """
+        from layercard.export.peft import lora_config
+
+        return lora_config(self, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard-placement/1`."""
