@@ -3,15 +3,15 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from layercard.encoding import IGNORED, encode, record_format
+from layercard.encoding import CLASS, IGNORED, encode, encode_class, record_format
 from layercard.errors import DataError
-from layercard.records import read_records
+from layercard.records import Source, find_records
 
 __all__ = ["IGNORED", "Batch", "Dataset", "Example", "batches", "collate", "encode_pair", "load_data"]
 
@@ -22,7 +22,8 @@ class Example:
 
     Attributes:
         input_ids: Token ids, without padding.
-        labels: The same ids where the token carries loss, else `IGNORED`; the loss at position t predicts `labels[t]`.
+        labels: The same ids where the token carries loss, else `IGNORED`; the loss at position t predicts `labels[t]`. For a classifier
+            the last one is the number of the text's class, and the others are `IGNORED`.
         record: The record as read (`prompt`, `completion`, `references`, `answer`, …).
     """
 
@@ -45,7 +46,7 @@ class Dataset:
         source: The file or name they came from; "synthetic …" for the built-in set.
         fingerprint: 16 hex digits over all ids and labels.
         truncated: How many records were cut to the longest allowed length.
-        format: `pair` (prompt and completion), `chat` or `text`.
+        format: `pair` (prompt and completion), `chat`, `text`, or `class` (text and label, for a classifier).
     """
 
     examples: tuple[Example, ...]
@@ -139,19 +140,28 @@ def drawn(records: int, rows: int, generator: torch.Generator) -> list[int]:
 
 
 def load_data(
-    source: str | os.PathLike[str], tokenizer: Any, *, records: int | None = None, max_length: int = 1024, separator: str = "\n"
+    source: Source,
+    tokenizer: Any,
+    *,
+    records: int | None = None,
+    max_length: int = 1024,
+    separator: str = "\n",
+    classes: Mapping[str, int] | None = None,
 ) -> Dataset:
     """Read and tokenise records.
 
     A record has `prompt` and `completion` (loss on the completion and its end token), chat `messages` (the tokenizer's template, loss
-    on assistant turns and their end tokens) or `text` (loss on every token but the first); all records have what the first has.
+    on assistant turns and their end tokens) or `text` (loss on every token but the first); all records have what the first has. For a
+    classifier it has `text` and `label`, the name or number of its class.
 
     Args:
-        source: A JSON Lines, CSV or Parquet file, `hub:NAME[:split]`, or `synthetic[:split]`.
+        source: A JSON Lines, CSV or Parquet file, `hub:NAME[:split]`, or `synthetic[:split]`; or the records themselves: a list of
+            dictionaries, a `datasets.Dataset`.
         tokenizer: The model's tokenizer.
         records: Take only the first so many; no more are read.
         max_length: Tokens of a record, what goes beyond is cut and counted in `Dataset.truncated`.
         separator: Put between prompt and completion.
+        classes: The classes of a classifier (`BaseModel.classes`); `None` for a language model.
 
     Raises:
         DataError: No such source, no records, or a record that cannot be used, with its line number.
@@ -160,13 +170,18 @@ def load_data(
         raise DataError(f"records must be at least 1, found {records}; leave it out to take all")
     if max_length < 2:
         raise DataError(f"max_length must be at least 2 tokens, found {max_length}; 1024 is the default")
-    name = os.fspath(source)
-    label, located = read_records(name)
+    label, located = find_records(source)
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else label
     examples, truncated, kind = [], 0, ""
     for place, record in itertools.islice(located, records):
         try:
-            kind = kind or record_format(record)
-            example, cut = _example(record, *encode(tokenizer, record, kind, separator), max_length)
+            if classes is not None:
+                kind = CLASS
+                tokens, cut = encode_class(tokenizer, record, classes, max_length)
+                example = Example(tuple(tokens[0]), tuple(tokens[1]), record)
+            else:
+                kind = kind or record_format(record)
+                example, cut = _example(record, *encode(tokenizer, record, kind, separator), max_length)
             _check(example, cut, kind)
         except DataError as error:
             raise DataError(f"{name} {place}: {error}") from error.__cause__

@@ -1,4 +1,4 @@
-"""Records as token ids and labels: `prompt` + `completion`, chat `messages`, or `text`.
+"""Records as token ids and labels: `prompt` + `completion`, chat `messages`, `text`, or for classifiers `text` + `label`.
 
 Each function returns `(ids, labels)`, two lists of equal length; a label is the id where the token carries loss, else `IGNORED`.
 A record that cannot be encoded raises `DataError` without saying where it is; the reader adds file and line.
@@ -13,6 +13,9 @@ from layercard.errors import DataError
 
 IGNORED = -100
 """Label of a token that carries no loss."""
+
+CLASS = "class"
+"""The format of records for classifiers, with `text` and `label`."""
 
 FORMATS = {"pair": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
 """The fields that each record format needs."""
@@ -84,6 +87,39 @@ def encode_chat(tokenizer: Any, messages: Any) -> Tokens:
         ids = list(encoded.input_ids)
         spoken = [any(low < stop and high > start for start, stop in spans) for low, high in encoded.offset_mapping]
     return _with_ends(tokenizer, ids, spoken)
+
+
+def encode_class(tokenizer: Any, record: Mapping[str, Any], classes: Mapping[str, int], max_length: int) -> tuple[Tokens, bool]:
+    """A text with the number of its class as the label of its last token, and whether it was cut.
+
+    What is cut is the text, not the special tokens that a tokenizer puts around it.
+    """
+    missing = [field for field in ("text", "label") if field not in record]
+    if missing:
+        raise DataError(f"has no {missing[0]}; a classifier needs text and label; found fields: {', '.join(map(str, record)) or 'none'}")
+    text, number = text_field(record, "text"), class_number(record["label"], classes)
+    longest = min(max_length, tokenizer.model_max_length)
+    whole = list(tokenizer(text, add_special_tokens=True, verbose=False).input_ids)
+    cut = len(whole) > longest
+    ids = list(tokenizer(text, add_special_tokens=True, truncation=True, max_length=longest).input_ids) if cut else whole
+    return (ids, [IGNORED] * (len(ids) - 1) + [number]), cut
+
+
+def class_number(label: Any, classes: Mapping[str, int]) -> int:
+    """The number of a class, by its name or number.
+
+    >>> class_number("good", {"bad": 0, "good": 1}), class_number(0, {"bad": 0, "good": 1})
+    (1, 0)
+    """
+    if isinstance(label, str) and label in classes:
+        return classes[label]
+    numbers = {str(number): number for number in classes.values()}
+    if isinstance(label, int | str) and not isinstance(label, bool) and str(label) in numbers:
+        return numbers[str(label)]
+    names = ", ".join(list(classes)[:8]) + (", …" if len(classes) > 8 else "")
+    close = difflib.get_close_matches(str(label), list(classes), n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}?" if close else f"write a name or a number from 0 to {len(classes) - 1}"
+    raise DataError(f"label {label!r:.40} is no class of the model ({names}); {hint}")
 
 
 def end_token(tokenizer: Any) -> int:

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from layercard.data import IGNORED, Dataset, Example, batches
 from layercard.errors import DataError, ModelError
 from layercard.metrics import exact_match, overlap
-from layercard.models import BaseModel, Progress, describe, labelled_losses, quiet_libraries
+from layercard.models import BaseModel, Progress, describe, labelled_logits, quiet_libraries
 
 SCHEMA = "layercard-eval/1"
 RESAMPLES = 1000
@@ -26,11 +27,13 @@ class HeldOut:
 
     Attributes:
         nats: `[R]` float64, summed cross entropy of each record's labelled tokens.
-        labelled: `[R]` float64, number of labelled tokens of each record.
+        labelled: `[R]` float64, number of labelled tokens of each record; for a classifier 1.
+        right: `[R]` float64, how many of these the model ranks first; `None` where that was not looked at.
     """
 
     nats: torch.Tensor
     labelled: torch.Tensor
+    right: torch.Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -60,16 +63,18 @@ def held_out_losses(
     """
     if dataset.labelled_tokens == 0:
         raise DataError(f"{dataset.source} has no labelled token to measure on; give records with completions")
-    nats, labelled = torch.zeros(len(dataset), dtype=torch.float64), torch.zeros(len(dataset), dtype=torch.float64)
+    nats, labelled, right = (torch.zeros(len(dataset), dtype=torch.float64) for _ in range(3))
     device, training, done = next(model.parameters()).device, model.training, 0
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches(dataset.examples, batch_size, pad_id, by_length=True):
-                losses, rows = labelled_losses(model, batch.to(device))
+                logits, targets, rows = labelled_logits(model, batch.to(device))
+                losses = cross_entropy(logits.float(), targets, reduction="none")
                 at = torch.tensor(batch.rows)[rows.cpu()]
                 nats.index_add_(0, at, losses.double().cpu())
                 labelled.index_add_(0, at, torch.ones(len(at), dtype=torch.float64))
+                right.index_add_(0, at, (logits.argmax(dim=1) == targets).double().cpu())
                 done += len(batch.rows)
                 if progress is not None:
                     progress(phase, done, len(dataset))
@@ -78,7 +83,7 @@ def held_out_losses(
     broken = (~nats.isfinite()).nonzero()
     if len(broken) > 0:
         raise ModelError(f"the loss on record {int(broken[0]) + 1} of {dataset.source} is not finite; use float32 or a lower learning rate")
-    return HeldOut(nats, labelled)
+    return HeldOut(nats, labelled, right)
 
 
 def ratio_interval(top: torch.Tensor, bottom: torch.Tensor, seed: int = 0) -> Interval:
@@ -195,12 +200,14 @@ def evaluate(
         progress: Hears of the phases `evaluate` and `generate`, in records.
 
     Returns:
-        `loss` (nats per labelled token) and `perplexity` with intervals over records; `generation` is `None`, or has `bleu`, `chrf`
+        `loss` (nats per labelled token) and `perplexity` with intervals over records; `accuracy` (0 to 1) with an interval for a
+        classifier, else `None`; `generation` is `None`, or has `bleu`, `chrf`
         and `rouge_l` (0 to 100) where there are references, `exact_match` (0 to 1) where there are answers, and the `texts`.
     """
     losses = held_out_losses(base.model if model is None else model, base.pad_id, dataset, batch_size=batch_size, progress=progress)
     low, high = losses.interval()
-    asked = [example for example in dataset.examples if with_generation and ("references" in example.record or "answer" in example.record)]
+    writes = with_generation and base.classes is None
+    asked = [example for example in dataset.examples if writes and ("references" in example.record or "answer" in example.record)]
     generation = None
     if asked:
         texts = generate(base, asked, model=model, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
@@ -213,8 +220,17 @@ def evaluate(
         "loss_interval": [low, high],
         "perplexity": losses.perplexity,
         "perplexity_interval": [math.exp(min(low, 700.0)), math.exp(min(high, 700.0))],
+        **_accuracy(base, losses),
         "generation": generation,
     }
+
+
+def _accuracy(base: BaseModel, losses: HeldOut) -> dict[str, Any]:
+    """How often a classifier is right; nothing for a language model."""
+    if base.classes is None or losses.right is None:
+        return {"accuracy": None, "accuracy_interval": None}
+    right = float(losses.right.sum() / losses.labelled.sum())
+    return {"accuracy": right, "accuracy_interval": list(ratio_interval(losses.right, losses.labelled))}
 
 
 def score_texts(records: list[dict[str, Any]], texts: list[str]) -> dict[str, Any]:

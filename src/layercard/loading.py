@@ -10,7 +10,16 @@ import huggingface_hub
 import huggingface_hub.utils as hub_utils
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from layercard.conversion import read_gguf
@@ -21,6 +30,8 @@ from layercard.hub import hub_answers
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, how much is done and how much there is."""
 
+CLASSIFIER = "ForSequenceClassification"
+"""How transformers names models that put a text into one of several classes."""
 _CHOICES = f"name a folder with safetensors, a .gguf file, a hub id or {EMBEDDED}"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -53,6 +64,8 @@ def locate(name: str, progress: Progress | None = None) -> str:
 def read_model(place: str, dtype: torch.dtype | str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of what `locate` found: a `.gguf` file, or safetensors in a local folder or on the hub.
 
+    Of a vision-language model all parts are read, of a classifier its head too.
+
     Args:
         place: Folder, `.gguf` file or hub id.
         dtype: A torch dtype, or `auto` for the stored one (float32 for `.gguf`).
@@ -65,19 +78,51 @@ def read_model(place: str, dtype: torch.dtype | str, trust_remote_code: bool = F
         return read_gguf(Path(place), dtype if isinstance(dtype, torch.dtype) else torch.float32)
     source = place if Path(place).is_dir() or hub_answers() else _cached_snapshot(place)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        kind = _auto_class(place, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
+        model, info = kind.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+    except ModelError:
+        raise
     except Exception as error:  # transformers, the hub client and safetensors each raise their own kinds
         raise ModelError(_reading_failed(place, error)) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(f"{place}: its weights lack {len(missing)} of the model's tensors, such as {missing[0]}; use a whole causal model")
+        whole = "classifier, its head included" if kind is AutoModelForSequenceClassification else "causal model"
+        raise ModelError(f"{place}: its weights lack {len(missing)} of the model's tensors, such as {missing[0]}; use a whole {whole}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise ModelError(f"{place}: its tokenizer cannot be read ({_one_line(error)}); put the tokenizer's files beside it") from error
     return model, tokenizer
+
+
+def refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a model with two stacks of blocks."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{name} is an encoder-decoder: its two stacks see different tokens, and the gradients of the encoder come through every block "
+            "of the decoder, so its layers have no one order to choose from; use a decoder, or an encoder with a classifier's head"
+        )
+
+
+def _auto_class(place: str, config: PreTrainedConfig) -> Any:
+    """The class of transformers that reads a model, by what its configuration says it was saved as.
+
+    Raises:
+        ModelError: It is of a kind that has no loss by next tokens or classes, or no one order of blocks.
+    """
+    refuse_encoder_decoder(place, config)
+    saved = next(iter(config.architectures or ()), "")
+    if saved.endswith("ForMaskedLM"):
+        raise ModelError(
+            f"{place} is a masked language model ({saved}), which predicts no next token; train a head on it "
+            f"(…{CLASSIFIER}) and name that, or name a causal model"
+        )
+    if saved.endswith(CLASSIFIER):
+        return AutoModelForSequenceClassification
+    pictures = saved in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() and saved not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from layercard import processes
 from layercard.data import IGNORED, Batch
 from layercard.errors import ModelError
 from layercard.layers import Block, find_blocks
-from layercard.loading import Progress, locate, quiet_libraries, read_model
+from layercard.loading import CLASSIFIER, Progress, locate, quiet_libraries, read_model, refuse_encoder_decoder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 """What `--dtype` takes; `auto` is the type the weights are stored in."""
@@ -49,9 +49,18 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        """Id to pad with: the tokenizer's own, else its end token, else 0; padding is masked, so any id will do."""
+        """Id to pad with: the tokenizer's own, else its end token, else 0; padding is masked, so any id will do.
+
+        A classifier on top of a decoder finds the last token by the id that its configuration names, so there it is that one.
+        """
         tokenizer = self.tokenizer
-        return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        own = self.model.config.get_text_config().pad_token_id if self.classes is not None else None
+        return next((int(i) for i in (own, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    @property
+    def classes(self) -> dict[str, int] | None:
+        """The classes of a classifier, by name; `None` for a language model."""
+        return {str(name): int(at) for name, at in self.model.config.label2id.items()} if is_classifier(self.model) else None
 
 
 def load_model(
@@ -89,9 +98,37 @@ def load_model(
 
 
 def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str = "in-memory") -> BaseModel:
-    """A `BaseModel` of a model already in memory; it is put in eval mode."""
+    """A `BaseModel` of a model already in memory; it is put in eval mode.
+
+    Raises:
+        ModelError: The model has no decoder blocks, or is of a kind that has no placement (`check_kind`).
+    """
+    check_kind(model)
     _keep_in_order(model)
     return BaseModel(model.eval(), tokenizer, name, fingerprint(model), find_blocks(model))
+
+
+def check_kind(model: PreTrainedModel) -> None:
+    """Refuse models in which layers cannot be compared, or that have no loss by classes or tokens.
+
+    Raises:
+        ModelError: An encoder-decoder, or a classifier without classes or padding.
+    """
+    name, config = type(model).__name__, model.config
+    refuse_encoder_decoder(name, config)
+    if not is_classifier(model):
+        return
+    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+        found = config.problem_type or f"{config.num_labels} class"
+        raise ModelError(f"{name} is no classifier into one of several classes (found {found}); use one with single labels")
+    if config.get_text_config().pad_token_id is None:
+        raise ModelError(f"{name} does not know its padding, so it cannot find the last token of a text; set model.config.pad_token_id")
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model, or the model inside an adapter's wrapper, puts texts into classes."""
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    return type(inner).__name__.endswith(CLASSIFIER)
 
 
 def _keep_in_order(model: nn.Module) -> None:
@@ -127,19 +164,23 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def labelled_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits that predict the labelled tokens of a batch, and nothing else.
+    """Logits that predict the labelled tokens of a batch, and nothing else; of a classifier, the logits of each row's classes.
 
     The logits of position t − 1 predict `labels[t]`. Where the model can (`logits_to_keep`), its head runs only on the positions
     before a label of any row.
 
     Args:
-        model: A causal language model, or a PEFT model around one.
-        batch: Right-padded tokens `[B, T]` on the model's device.
+        model: A causal language model or a classifier, or a PEFT model around one.
+        batch: Right-padded tokens `[B, T]` on the model's device; for a classifier each row has one label, the number of its class.
 
     Returns:
-        Logits `[M, vocabulary]` in the model's dtype, label ids `[M]` and rows `[M]` (position of the row in the batch), row by
-        row; M is the number of labelled tokens.
+        Logits `[M, vocabulary]` (or `[M, classes]`) in the model's dtype, label ids `[M]` and rows `[M]` (position of the row in the
+        batch), row by row; M is the number of labelled tokens.
     """
+    if is_classifier(model):
+        rows = (batch.labels != IGNORED).any(dim=1).nonzero()[:, 0]
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits[rows], batch.labels.amax(dim=1)[rows], rows
     rows, before = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     targets = batch.labels[rows, before + 1]
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}

@@ -32,7 +32,7 @@ from layercard.fast.labels import labels_only
 from layercard.fast.lora import fused_lora
 from layercard.fast.packing import unpadded
 from layercard.fast.prefix import frozen_prefix
-from layercard.models import BaseModel, fingerprint, labelled_losses
+from layercard.models import BaseModel, fingerprint, is_classifier, labelled_losses
 from layercard.probe import ReplayedSet
 from layercard.profiling import ProfileSettings, profile
 from layercard.selection import Placement, select
@@ -56,7 +56,12 @@ class Case:
 
     @cached_property
     def data(self) -> Dataset:
-        return load_data(str(tiny.write_records(self.folder / "records.jsonl", tiny.tiny_records(12))), self.base.tokenizer)
+        records: list[dict[str, Any]] = list(tiny.tiny_records(12))
+        if self.base.classes is not None:
+            names = list(self.base.classes)
+            records = [{"text": record["prompt"], "label": names[at % len(names)]} for at, record in enumerate(records)]
+        path = tiny.write_records(self.folder / "records.jsonl", records)
+        return load_data(str(path), self.base.tokenizer, classes=self.base.classes)
 
     @cached_property
     def batch(self) -> Batch:
@@ -72,7 +77,8 @@ class Case:
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        settings = TrainSettings(rank=2, steps=3, learning_rate=1e-2, warmup_ratio=0.0, save_steps=0)
+        rate = 5e-3 if self.base.classes is None else 2e-3
+        settings = TrainSettings(rank=2, steps=4, learning_rate=rate, warmup_ratio=0.0, save_steps=0)
         return train(self.base, self.placement, self.data, self.folder / "run", settings, valid=self.data)
 
 
@@ -162,7 +168,7 @@ Fast = Callable[[Any], AbstractContextManager[Any]]
 def _compare(case: Case, part: Fast, *, checkpointing: bool = False) -> Any:
     """What a part yields, after two epochs whose losses and gradients were compared with stock ones."""
     plans = [list(batches(case.data.examples[start:] + case.data.examples[:start], 4, case.base.pad_id)) for start in (0, 2)]
-    epochs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask, "labels": b.labels} for plan in plans for b in plan]
+    epochs = [batch for plan in plans for batch in plan]
     with unchanged(case.base.model):
         torch.manual_seed(0)
         model = apply(case.base.model, place(case.base, [1, 2]), rank=2)
@@ -173,9 +179,9 @@ def _compare(case: Case, part: Fast, *, checkpointing: bool = False) -> Any:
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        stock = [_gradients(model, inputs) for inputs in epochs]
+        stock = [_gradients(model, batch) for batch in epochs]
         with part(model) as done:
-            fast = [_gradients(model, inputs) for inputs in epochs]
+            fast = [_gradients(model, batch) for batch in epochs]
         if checkpointing:
             model.gradient_checkpointing_disable()
     for (expected_loss, expected), (loss, found) in zip(stock, fast, strict=True):
@@ -186,9 +192,13 @@ def _compare(case: Case, part: Fast, *, checkpointing: bool = False) -> Any:
     return done
 
 
-def _gradients(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _gradients(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss as a plain loop over transformers' own loss has it; a classifier's is asked for by `labelled_losses`."""
     model.zero_grad()
-    loss = model(**inputs, use_cache=False).loss
+    if is_classifier(model):
+        loss = labelled_losses(model, batch)[0].mean()
+    else:
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False).loss
     loss.backward()
     return loss.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 

@@ -27,6 +27,13 @@ PLAIN: dict[str, Any] = {
 }
 """What most configurations call the sizes; `num_key_value_heads` makes the attention grouped (GQA)."""
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+CLASSES: dict[str, Any] = {"id2label": {0: "fruit", 1: "drink", 2: "none"}, "label2id": {"fruit": 0, "drink": 1, "none": 2}}
+ENCODER: dict[str, Any] = (
+    {name: value for name, value in PLAIN.items() if name not in ("num_key_value_heads", "bos_token_id")}
+    | {"cls_token_id": 2, "sep_token_id": 2, "bos_token_id": 2}
+    | dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    | CLASSES
+)
 WIDE = PLAIN | {"hidden_size": 64, "intermediate_size": 128}
 """Sizes in whole blocks of bitsandbytes' kernels."""
 VISION: dict[str, Any] = {
@@ -189,6 +196,9 @@ FAMILIES = [
         model="Qwen3VLForConditionalGeneration",
         about="vision-language model, text only",
     ),
+    Family("bert", "BertConfig", ENCODER, model="BertForSequenceClassification", about="encoder, classifier"),
+    Family("modernbert", "ModernBertConfig", ENCODER, model="ModernBertForSequenceClassification", about="encoder, classifier"),
+    Family("llama classifier", "LlamaConfig", PLAIN | CLASSES, model="LlamaForSequenceClassification", about="decoder, classifier"),
     Family("llama 8-bit", "LlamaConfig", WIDE, about="bitsandbytes on the CPU", quantised="8bit"),
     Family("llama 4-bit", "LlamaConfig", WIDE, about="bitsandbytes on the CPU", quantised="4bit"),
 ]  # fmt: skip

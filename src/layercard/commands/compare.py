@@ -91,8 +91,8 @@ def compare(
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         found = resolve(base, wanted, card, seed)
-        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
-        held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length)
+        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
+        held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes)
         result = run(
             base, found, dataset, held_out, settings, spare=spare, output=output, resume=resume, force=force, progress=display
         ).to_json()

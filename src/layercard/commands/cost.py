@@ -111,7 +111,7 @@ def _measured(wanted: _Wanted, data: str | None, progress: "Progress") -> "CostM
     if data is None:
         batch = random_batch(base.model.get_input_embeddings().weight.shape[0], wanted.batch_size, wanted.length or LENGTH)
     else:
-        dataset = load_data(data, base.tokenizer, records=RECORDS, max_length=wanted.length or LONGEST)
+        dataset = load_data(data, base.tokenizer, records=RECORDS, max_length=wanted.length or LONGEST, classes=base.classes)
         batch = usual_batch(dataset.examples, wanted.batch_size, base.pad_id)
     return measure_cost(base, batch, rank=wanted.rank, repeats=wanted.repeats, progress=progress)
 

@@ -34,7 +34,7 @@ def evaluate(
     """Measure a model, with or without an adapter, on held-out records.
 
     Always: loss per labelled token and perplexity. For records with `references`: BLEU, chrF and ROUGE-L of greedy
-    continuations. For records with an `answer`: how often the final number is right.
+    continuations. For records with an `answer`: how often the final number is right. For classifiers: accuracy.
     """
     opt.check_data(data)
     from contextlib import nullcontext
@@ -46,7 +46,7 @@ def evaluate(
 
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
-        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
+        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
         with loaded(base, adapter) if adapter else nullcontext(base.model) as measured:
             result = measure(
                 base,
@@ -75,6 +75,9 @@ def _view(result: dict[str, Any]) -> Any:
         "Loss": f"{result['loss']:.4f} ({low:.4f} to {high:.4f}) nats per labelled token",
         "Perplexity": f"{result['perplexity']:.3f} ({p_low:.3f} to {p_high:.3f})",
     }
+    if result["accuracy"] is not None:
+        a_low, a_high = result["accuracy_interval"]
+        rows["Accuracy"] = f"{100 * result['accuracy']:.1f} % ({100 * a_low:.1f} to {100 * a_high:.1f})"
     names = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L", "exact_match": "Exact match"}
     for key, name in names.items():
         found = (result.get("generation") or {}).get(key)

@@ -87,7 +87,7 @@ def profile(
     started = time.perf_counter()
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
-        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
+        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
         card = make_card(base, dataset, settings, progress=display, state=state)
     if not is_first():
         return

@@ -80,8 +80,8 @@ def train(
 
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
-        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length)
-        held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length) if valid else None
+        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
+        held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes) if valid else None
         record = run(base, chosen, dataset, output, settings, valid=held_out, spare=spare, resume=resume, force=force, progress=display)
     if not is_first():
         return

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from layercard.errors import TrainingError
 from layercard.layers import Block, find_blocks
+from layercard.models import is_classifier
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 """What decoders call the norm after their last block."""
@@ -86,7 +87,13 @@ def _below(model: nn.Module, parts: Anatomy) -> tuple[str, ...]:
     after = {id(weight) for block in parts.blocks for weight in block.module.parameters()}
     first = parts.causal.get_input_embeddings()
     head = parts.causal.get_output_embeddings()
-    for module in (parts.final_norm, head):
+    for module in (parts.final_norm, head, *_classifying(parts)):
         after |= {id(weight) for weight in module.parameters()} if module is not None else set()
     after -= {id(weight) for weight in first.parameters()}  # a tied head trains the embedding
     return tuple(name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in after)
+
+
+def _classifying(parts: Anatomy) -> list[nn.Module]:
+    """What a classifier has beside the model that holds its blocks: the head that its adapters are trained with."""
+    holder = parts.blocks[0].path.partition(".")[0]
+    return [child for name, child in parts.causal.named_children() if name != holder] if is_classifier(parts.causal) else []

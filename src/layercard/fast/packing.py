@@ -226,6 +226,8 @@ def _possible(parts: Anatomy) -> tuple[bool, str]:
         return False, f"the attention is {config._attn_implementation!r}, not 'sdpa'"
     if parts.multimodal:
         return False, f"{name} puts pictures or sound among its tokens"
+    if any(vars(module).get("is_causal") is False for module in parts.blocks[0].module.modules()):
+        return False, f"the tokens of {name} see those behind them, too"
     if parts.mixes_records:
         return False, f"the 8-bit maps of {name} look for outliers in the whole batch"
     if "logits_to_keep" in forward_names(type(parts.decoder)):

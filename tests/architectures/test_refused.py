@@ -1,0 +1,79 @@
+"""Architectures in which layers cannot be placed: one line that says so, and exit status 2."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
+)
+
+import tiny
+from layercard.cli import run
+from layercard.errors import ModelError
+from layercard.models import wrap_model
+
+
+def t5(kind: type[PreTrainedModel] = T5ForConditionalGeneration) -> PreTrainedModel:
+    return kind(T5Config(vocab_size=tiny.VOCAB, d_model=tiny.WIDTH, d_kv=8, d_ff=tiny.INNER, num_layers=2, num_heads=4))
+
+
+def masked() -> PreTrainedModel:
+    sizes = {"hidden_size": tiny.WIDTH, "intermediate_size": tiny.INNER, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertForMaskedLM(BertConfig(vocab_size=tiny.VOCAB, **sizes))
+
+
+class Blockless(PreTrainedModel):
+    """A family without blocks: one map after the other, in no list."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PreTrainedConfig())
+        self.embed, self.one, self.two = nn.Embedding(tiny.VOCAB, 8), nn.Linear(8, 8), nn.Linear(8, tiny.VOCAB)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(self.embed(input_ids)))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (t5, "T5ForConditionalGeneration is an encoder-decoder: its two stacks see different tokens"),
+        (lambda: t5(T5ForSequenceClassification), "T5ForSequenceClassification is an encoder-decoder"),
+        (Blockless, "Blockless has no list of decoder blocks with linear maps"),
+    ],
+)
+def test_in_memory(build: Callable[[], PreTrainedModel], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        wrap_model(build(), tiny.tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(t5, "is an encoder-decoder"), (masked, "is a masked language model (BertForMaskedLM), which predicts no next token")],
+)
+def test_by_command_in_one_line(
+    build: Callable[[], PreTrainedModel], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, card = tmp_path / "model", tmp_path / "card.json"
+    build().save_pretrained(model)
+    tiny.tiny_tokenizer().save_pretrained(model)
+    data = tiny.write_records(tmp_path / "data.jsonl", tiny.tiny_records(4))
+    capsys.readouterr()
+    assert run(["profile", str(model), "--data", str(data), "--output", str(card)]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert said.err.startswith("error: ") and message in said.err
+    assert not card.exists()
