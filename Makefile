@@ -19,7 +19,7 @@ help:
 	@echo "make report-sample  the report of the committed benchmark files, in build/"
 	@echo "make lint       ruff, mypy, generated tables and command line page"
 	@echo "make docs       the documentation site in site/"
-	@echo "make cli-docs   write docs/cli.md from the help texts, and the roadmap of docs/index.md"
+	@echo "make cli-docs   write docs/cli.md and docs/api.md from help texts and docstrings, and the roadmap of docs/index.md"
 	@echo "make clean      remove what the targets above made, but neither $(VENV) nor results"
 
 setup: $(READY)
@@ -63,6 +63,7 @@ lint: setup
 	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_roadmap.py --check
+	$(BIN)/python docs/generate_api.py --check
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -70,6 +71,7 @@ docs: setup
 cli-docs: setup
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_roadmap.py
+	$(BIN)/python docs/generate_api.py
 
 clean:
 	rm -rf site dist build $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

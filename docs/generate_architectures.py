@@ -4,9 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+from pages import between, write_or_check
+
 PAGE = Path(__file__).with_name("architectures.md")
 ESTABLISHED = Path(__file__).parents[1] / "tests" / "architectures" / "capabilities.json"
-START, END = "<!-- table:architectures -->", "<!-- /table -->"
+START, END = "<!-- architectures -->", "<!-- /architectures -->"
 
 
 def table() -> str:
@@ -33,20 +35,12 @@ def _cell(found: str, reasons: list[str]) -> str:
 
 def page() -> str:
     """The page with its table made anew."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    return f"{before}{START}\n{table()}\n{END}{rest.partition(END)[2]}"
+    return between(PAGE, START, END, table())
 
 
 def main(arguments: list[str]) -> int:
     """Write the page, or with `--check` give 1 if it differs."""
-    text = page()
-    if "--check" not in arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write("docs/architectures.md differs from tests/architectures/capabilities.json; run docs/generate_architectures.py\n")
-    return 1
+    return write_or_check(PAGE, page(), arguments, "run docs/generate_architectures.py")
 
 
 if __name__ == "__main__":

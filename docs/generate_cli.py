@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from pages import write_or_check
+
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """# Command line
 
@@ -31,14 +33,7 @@ def command_line_page() -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the page, or with `--check` give 1 if it differs."""
-    text = command_line_page()
-    if "--check" not in arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write("docs/cli.md differs from the help texts; run make cli-docs\n")
-    return 1
+    return write_or_check(PAGE, command_line_page(), arguments, "run make cli-docs")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from pages import between, write_or_check
+
 PAGE = Path(__file__).with_name("index.md")
 START, END = "<!-- roadmap -->", "<!-- /roadmap -->"
 
@@ -11,21 +13,12 @@ def page() -> str:
     """The page with the part between the marks made anew."""
     from layercard.report.roadmap import roadmap_markdown
 
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{roadmap_markdown()}\n{END}{after}"
+    return between(PAGE, START, END, roadmap_markdown())
 
 
 def main(arguments: list[str]) -> int:
     """Write the page, or with `--check` give 1 if it differs."""
-    text = page()
-    if "--check" not in arguments:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write("docs/index.md differs from the roadmap; run make cli-docs\n")
-    return 1
+    return write_or_check(PAGE, page(), arguments, "run make cli-docs")
 
 
 if __name__ == "__main__":

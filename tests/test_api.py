@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import generate_api
 import layercard
+import pages
 from cards import fake_card
 from layercard.adapters import adapted_paths
 from layercard.errors import DataError, ModelError, PlacementError
@@ -234,3 +236,19 @@ def test_every_public_object_is_documented() -> None:
         if inspect.isclass(value):
             for method in public(value):
                 assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+def test_the_page_says_what_the_docstrings_say() -> None:
+    named = [name for names in generate_api.GROUPS.values() for name in names]
+    assert sorted(named) == layercard.__all__
+    assert generate_api.main(["--check"]) == 0, "run make cli-docs"
+
+
+def test_pages_are_checked_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    assert pages.write_or_check(page, "new", ["--check"], "run this") == 1
+    assert "page.md differs from what it is made from; run this" in capsys.readouterr().err
+    assert not page.exists()
+    assert pages.write_or_check(page, "a <x>old</x> b", [], "run this") == 0
+    assert pages.between(page, "<x>", "</x>", "new") == "a <x>\nnew\n</x> b"
+    assert pages.write_or_check(page, "a <x>old</x> b", ["--check"], "run this") == 0

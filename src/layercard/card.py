@@ -95,6 +95,11 @@ class LayerCard(_Part):
     """A whole card.
 
     Attributes:
+        model: The profiled model: name, fingerprint, number of layers L.
+        data: The records: source, fingerprint, counts.
+        settings: How it was made (`ProfileSettings`), with device and dtype.
+        versions: Of the packages that made it.
+        layers: The L layers, index 0 at the input, each with its measures and modules.
         coupling: `ρ_ℓm`, one row a layer.
         descent: `b_ℓ`, first-order decrease of the held-out loss along each layer's step, nats per labelled token.
         curvature: `K_ℓℓ`, nats per labelled token.
