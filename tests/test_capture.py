@@ -61,7 +61,7 @@ def test_gradients_from_signals_equal_those_of_autograd(family: str) -> None:
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     blocks, found = find_blocks(model), {}
     with capturing(model, blocks) as capture:
-        capture.start(batch.attention_mask, lambda p, a, d: found.__setitem__(p.path, (a, d)))
+        capture.start(batch.attention_mask, lambda p, a, d, _: found.__setitem__(p.path, (a, d)))
         labelled_losses(model, batch)[0].sum().backward()
     paths = [p for block in blocks for p in block.projections]
     assert paths and {p.path for p in paths} == set(found)
@@ -78,7 +78,7 @@ def test_maps_that_share_an_input_share_a_leader() -> None:
     model = build_tiny("llama")
     batch = batch_of(examples())
     with capturing(model, find_blocks(model)) as capture:
-        capture.start(batch.attention_mask, lambda p, a, d: None)
+        capture.start(batch.attention_mask, lambda p, a, d, _: None)
         labelled_losses(model, batch)[0].sum().backward()
     of = {path.removeprefix("model.layers.1."): leader for path, leader in capture.leaders.items() if ".1." in path}
     q, gate = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"
@@ -98,7 +98,7 @@ def test_inputs_are_dropped_as_backward_goes_on() -> None:
     batch = batch_of(examples())
     held = []
     with capturing(model, find_blocks(model)) as capture:
-        capture.start(batch.attention_mask, lambda p, a, d: held.append(len(capture._inputs)))
+        capture.start(batch.attention_mask, lambda p, a, d, _: held.append(len(capture._inputs)))
         labelled_losses(model, batch)[0].sum().backward()
     assert held == sorted(held, reverse=True) and held[-1] == 0
 
@@ -114,7 +114,7 @@ def test_the_model_is_as_before(fails: bool, training: bool) -> None:
 
     def work() -> None:
         with capturing(model, find_blocks(model)) as capture:
-            capture.start(batch.attention_mask, lambda p, a, d: None)
+            capture.start(batch.attention_mask, lambda p, a, d, _: None)
             torch.rand(3)
             labelled_losses(model, batch)[0].sum().backward()
             if fails:
@@ -163,15 +163,15 @@ def test_a_step_on_outputs_equals_a_step_of_the_weights(family: str) -> None:
     block = find_blocks(model)[1]
     generator = torch.Generator().manual_seed(0)
     steps = {
-        p.module: (torch.randn(2, p.in_features, generator=generator) / 9, torch.randn(p.out_features, 2, generator=generator) / 9)
+        p.path: (torch.randn(2, p.in_features, generator=generator) / 9, torch.randn(p.out_features, 2, generator=generator) / 9)
         for p in block.projections
     }
-    with torch.no_grad(), stepped(steps, 0.7):
+    with torch.no_grad(), stepped(block, steps, 0.7):
         found, _ = labelled_losses(model, batch)
     with torch.no_grad():
         plain, _ = labelled_losses(model, batch)
         for projection in block.projections:
-            down, up = steps[projection.module]
+            down, up = steps[projection.path]
             change = 0.7 * up @ down
             projection.module.weight += change.T if projection.transposed else change
         expected, _ = labelled_losses(model, batch)
@@ -184,7 +184,7 @@ def test_hooks_of_others_stay() -> None:
     calls: list[int] = []
     handle = find_blocks(model)[0].module.register_forward_pre_hook(lambda *_: calls.append(1))
     with capturing(model, find_blocks(model)) as capture:
-        capture.start(torch.ones(1, 5), lambda p, a, d: None)
+        capture.start(torch.ones(1, 5), lambda p, a, d, _: None)
     labelled_losses(model, batch_of(examples()))
     assert calls == [1]
     handle.remove()

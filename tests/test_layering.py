@@ -33,7 +33,7 @@ ROWS = (
         "saved",
         "state",
     ),
-    ("capture",),
+    ("experts", "capture"),
     ("statistics",),
     ("probe", "fit_sums", "signals", "cost", "halving", "rates", "stamps", "timing", "meta"),
     ("card",),

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import statistics
 from importlib.metadata import version
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from layercard.card import DataInfo, LayerCard, LayerEntry, ModelInfo, ModuleCard, Sampled
 from layercard.data import Dataset
 from layercard.halving import TrainingProbe
+from layercard.layers import ExpertStack
 from layercard.models import BaseModel, describe
 from layercard.probe import StepProbe
-from layercard.signals import Fit, HeldOut
+from layercard.signals import Fit, HeldOut, ModuleSignals
 from layercard.statistics.coupling import centrality, correlation, curvature, descent, single_gain
 from layercard.statistics.coverage import gain_estimate, similarity
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
@@ -200,18 +202,24 @@ class Assembly:
 
     def _modules(self, layer: int) -> tuple[ModuleCard, ...]:
         ridges = {signals.path: signals.ridge for signals in self.fit.inputs[layer]}
-        return tuple(
-            ModuleCard(
-                path=m.projection.path,
-                in_features=m.projection.in_features,
-                out_features=m.projection.out_features,
-                resnorm=math.sqrt(m.resnorm_squared),
-                resnorm_rank=math.sqrt(m.resnorm_rank_squared),
-                gradient_norm=math.sqrt(m.gradient_squared),
-                ridge=ridges[m.leader],
-                shares_input_with=None if m.leader == m.projection.path else m.leader,
-            )
-            for m in self.fit.modules[layer]
+        found = self.fit.modules[layer]
+        single = [_module(m.projection.path, [m], ridges[m.leader], _shared(m)) for m in found if m.projection.expert is None]
+        return (*single, *(self._stack(stack, found) for stack in self.base.blocks[layer].stacks))
+
+    def _stack(self, stack: ExpertStack, found: list[ModuleSignals]) -> ModuleCard:
+        """The maps of all experts as one entry; squares add up, and an expert that no token was sent to has none."""
+        own = {m.projection.expert: m for m in found if m.projection.path.startswith(f"{stack.path}[")}
+        ridges = {signals.path: signals.ridge for layer in self.fit.inputs for signals in layer}
+        used = [ridges[m.leader] for m in own.values()]
+        ridge = statistics.median(used) if used else 0.0
+        card = _module(stack.path, list(own.values()), ridge, None, stack)
+        each = [own.get(expert) for expert in range(stack.experts)]
+        return card.model_copy(
+            update={
+                "experts": stack.experts,
+                "expert_tokens": tuple(0 if m is None else m.tokens for m in each),
+                "expert_resnorm": tuple(0.0 if m is None else math.sqrt(m.resnorm_squared) for m in each),
+            }
         )
 
     def _warnings(self, stability: dict[str, float]) -> list[str]:
@@ -228,6 +236,7 @@ class Assembly:
                 f"few tokens: {self.fit.tokens} made the steps, fewer than the {widest} features of the widest input; resnorm is an "
                 "upper bound, so profile more records"
             )
+        found += self._idle_experts()
         if stability["gain_estimate"] < STABLE:
             found.append(
                 f"unstable ranking: two halves of the records agree on gain_estimate with Spearman {stability['gain_estimate']:.2f} only; "
@@ -236,6 +245,40 @@ class Assembly:
         if self.dataset.truncated:
             found.append(f"{self.dataset.truncated} records were longer than the limit and were cut")
         return found
+
+    def _idle_experts(self) -> list[str]:
+        """A warning where the records that made the steps left experts without a token."""
+        idle = {}
+        for block in self.base.blocks:
+            seen = {m.projection.path for m in self.fit.modules[block.index]}
+            count = max((sum(own.path not in seen for own in stack.maps) for stack in block.stacks), default=0)
+            if count:
+                idle[block.index] = f"{block.index} ({count} of {block.stacks[0].experts})"
+        if not idle:
+            return []
+        return [
+            f"experts that no token was sent to, in layer {', '.join(idle.values())}: they have no signals, so profile more records before "
+            "judging these layers"
+        ]
+
+
+def _shared(signals: ModuleSignals) -> str | None:
+    return None if signals.leader == signals.projection.path else signals.leader
+
+
+def _module(path: str, parts: list[ModuleSignals], ridge: float, leader: str | None, stack: ExpertStack | None = None) -> ModuleCard:
+    """One entry of `modules` from the signals of a map, or of those of a stack's experts."""
+    shape = stack or parts[0].projection
+    return ModuleCard(
+        path=path,
+        in_features=shape.in_features,
+        out_features=shape.out_features,
+        resnorm=math.sqrt(sum(m.resnorm_squared for m in parts)),
+        resnorm_rank=math.sqrt(sum(m.resnorm_rank_squared for m in parts)),
+        gradient_norm=math.sqrt(sum(m.gradient_squared for m in parts)),
+        ridge=ridge,
+        shares_input_with=leader,
+    )
 
 
 def _moved_to(value: torch.Tensor | float, change: torch.Tensor) -> torch.Tensor:

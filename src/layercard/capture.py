@@ -10,17 +10,20 @@ Hooks, `requires_grad`, train/eval mode and the random state are the same before
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from layercard.layers import Block, Projection
+from layercard.experts import Tap, run_experts
+from layercard.layers import Block, ExpertStack, Projection
 
-SignalSink = Callable[[Projection, torch.Tensor, torch.Tensor], None]
-"""Called as `sink(projection, a, δ)` with `a: [tokens, in]` and `δ: [tokens, out]`, padding removed, in the model's dtype."""
+SignalSink = Callable[[Projection, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""Called as `sink(projection, a, δ, tokens)` with `a: [tokens, in]` and `δ: [tokens, out]`, padding removed, in the model's dtype.
+`tokens` says which of the batch's tokens (padding not counted) the rows are, for an expert's map; otherwise it is `None`: all of them."""
 
 
 @contextmanager
@@ -56,6 +59,7 @@ class Capture:
         self.mask: torch.Tensor | None = None
         self.leaders: dict[str, str] = {}
         self._inputs: dict[tuple[str, int], torch.Tensor] = {}
+        self._place: torch.Tensor | None = None
         self._calls: Counter[str] = Counter()
 
     def start(self, attention_mask: torch.Tensor, sink: SignalSink, *, keep: bool = False) -> None:
@@ -63,6 +67,7 @@ class Capture:
         self._inputs.clear()
         self._calls.clear()
         self.mask = None if bool(attention_mask.all()) else attention_mask.reshape(-1).bool()
+        self._place = None if self.mask is None else self.mask.cumsum(0) - 1
         self.sink, self.keep = sink, keep
 
     def clear(self) -> None:
@@ -72,16 +77,36 @@ class Capture:
 
     def _forward_hook(self, projection: Projection) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                return
-            call = self._calls[projection.path]  # a map may run more than once in a pass
-            self._calls[projection.path] += 1
-            self._inputs[projection.path, call] = args[0].detach()
-            if projection.path not in self.leaders:
-                self._group(projection, self._inputs[projection.path, call])
-            output.register_hook(self._backward_hook(projection, call))
+            if output.requires_grad:
+                call = self._keep(projection, args[0].detach())
+                if projection.path not in self.leaders:
+                    self._group(projection, self._inputs[projection.path, call])
+                output.register_hook(self._backward_hook(projection, call, self._rows, None))
 
         return hook
+
+    def _keep(self, projection: Projection, entering: torch.Tensor) -> int:
+        """Keep what entered a map for the backward pass; the number of the call, since a map may run more than once in a pass."""
+        call = self._calls[projection.path]
+        self._calls[projection.path] += 1
+        self._inputs[projection.path, call] = entering
+        return call
+
+    def _expert_tap(self, stacks: Sequence[ExpertStack]) -> Tap:
+        """What sees the maps of one experts module: each is its own leader, and its rows are the tokens that were sent to it."""
+        maps = {(stack.parameter, own.expert): own for stack in stacks for own in stack.maps}
+
+        def tap(parameter: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            projection = maps.get((parameter, expert))
+            if projection is not None and y.requires_grad:
+                self.leaders.setdefault(projection.path, projection.path)
+                seen = slice(None) if self.mask is None else self.mask[tokens]
+                places = tokens if self._place is None else self._place[tokens[seen]]
+                call = self._keep(projection, x.detach())
+                y.register_hook(self._backward_hook(projection, call, lambda rows: rows[seen], places))
+            return y
+
+        return tap
 
     def _group(self, projection: Projection, entering: torch.Tensor) -> None:
         """Maps of one block that read the same tensor share their second moment: the first of them leads."""
@@ -92,11 +117,13 @@ class Capture:
         )
         self.leaders[projection.path] = next(same, projection.path)
 
-    def _backward_hook(self, projection: Projection, call: int) -> Callable[[torch.Tensor], None]:
+    def _backward_hook(
+        self, projection: Projection, call: int, seen: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor | None
+    ) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
             entering = self._inputs[projection.path, call] if self.keep else self._inputs.pop((projection.path, call))
             if self.sink is not None:
-                self.sink(projection, self._rows(entering), self._rows(gradient))
+                self.sink(projection, seen(entering), seen(gradient), tokens)
 
         return hook
 
@@ -115,10 +142,19 @@ def capturing(model: nn.Module, blocks: Sequence[Block]) -> Iterator[Capture]:
         for block in blocks:
             for projection in block.projections:
                 stack.callback(projection.module.register_forward_hook(capture._forward_hook(projection)).remove)
+            for module, stacks in _by_module(block.stacks).items():
+                stack.enter_context(replaced(module, partial(run_experts, module, capture._expert_tap(stacks))))
         try:
             yield capture
         finally:
             capture.clear()
+
+
+def _by_module(stacks: Iterable[ExpertStack]) -> dict[nn.Module, list[ExpertStack]]:
+    found: dict[nn.Module, list[ExpertStack]] = {}
+    for stack in stacks:
+        found.setdefault(stack.module, []).append(stack)
+    return found
 
 
 def _require_input_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -227,24 +263,33 @@ def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 @contextmanager
-def stepped(steps: Mapping[nn.Module, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> Iterator[None]:
-    """Add `α · B A x` to the output of each module: the same as adding `α B A` to its weight, which stays as it is.
+def stepped(block: Block, steps: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> Iterator[None]:
+    """Add `α · B A x` to the output of each map of a block: the same as adding `α B A` to its weight, which stays as it is.
 
     Args:
-        steps: For each module the factors `A: [r, in]` and `B: [out, r]`.
+        block: The block.
+        steps: For the path of each map (`Block.maps`) that takes a step the factors `A: [r, in]` and `B: [out, r]`.
         alpha: Length of the step.
     """
 
-    def adder(down: torch.Tensor, up: torch.Tensor) -> Callable[..., torch.Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            x = args[0].to(down.dtype)
-            return output + (alpha * ((x @ down.T) @ up.T)).to(output.dtype)
+    def moved(path: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        down, up = steps[path]
+        return y + (alpha * ((x.to(down.dtype) @ down.T) @ up.T)).to(y.dtype)
 
-        return hook
+    def adder(path: str) -> Callable[..., torch.Tensor]:
+        return lambda module, args, output: moved(path, args[0], output)
+
+    def tap(paths: Mapping[tuple[str, int | None], str]) -> Tap:
+        return lambda parameter, expert, _, x, y: moved(paths[parameter, expert], x, y) if (parameter, expert) in paths else y
 
     with ExitStack() as stack:
-        for module, (down, up) in steps.items():
-            stack.callback(module.register_forward_hook(adder(down, up)).remove)
+        for projection in block.projections:
+            if projection.path in steps:
+                stack.callback(projection.module.register_forward_hook(adder(projection.path)).remove)
+        for module, stacks in _by_module(block.stacks).items():
+            paths = {(one.parameter, own.expert): own.path for one in stacks for own in one.maps if own.path in steps}
+            if paths:
+                stack.enter_context(replaced(module, partial(run_experts, module, tap(paths))))
         yield
 
 

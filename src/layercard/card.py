@@ -52,7 +52,8 @@ class DataInfo(_Part):
 class ModuleCard(_Part):
     """One linear map of a layer: its exact path, shape and share of the layer's signals.
 
-    Where `experts` is set, it is a map of that many experts, stacked in one parameter: `path` is that parameter's.
+    Where `experts` is set, it is a map of that many experts, stacked in one parameter: `path` is that parameter's. `expert_tokens` says
+    how many of the tokens that made the steps were sent to each, `expert_resnorm` what each has of `resnorm` (squares add up).
     """
 
     path: str
@@ -64,6 +65,8 @@ class ModuleCard(_Part):
     ridge: FiniteFloat
     shares_input_with: str | None = None
     experts: Annotated[int, Field(ge=1)] | None = None
+    expert_tokens: tuple[int, ...] | None = None
+    expert_resnorm: tuple[FiniteFloat, ...] | None = None
 
 
 class LayerEntry(_Part):

@@ -23,6 +23,8 @@ class Projection:
         in_features: Width of its input.
         out_features: Width of its output.
         transposed: Whether the stored weight is `[in, out]`.
+        expert: Number of the expert whose map it is, where `path` ends in that number (`…experts.gate_up_proj[3]`) and `module` holds
+            the stacked maps of all of them.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Projection:
     in_features: int
     out_features: int
     transposed: bool
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,14 @@ class ExpertStack:
     out_features: int
     transposed: bool
 
+    @property
+    def maps(self) -> tuple[Projection, ...]:
+        """The map of each expert by itself."""
+        return tuple(
+            Projection(f"{self.name}[{e}]", f"{self.path}[{e}]", self.module, self.in_features, self.out_features, self.transposed, e)
+            for e in range(self.experts)
+        )
+
 
 @dataclass(frozen=True)
 class Block:
@@ -67,6 +78,11 @@ class Block:
     module: nn.Module
     projections: tuple[Projection, ...]
     stacks: tuple[ExpertStack, ...] = ()
+
+    @property
+    def maps(self) -> tuple[Projection, ...]:
+        """Every linear map that signals are read from: the projections, then each expert's own."""
+        return (*self.projections, *(own for stack in self.stacks for own in stack.maps))
 
 
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:

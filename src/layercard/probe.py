@@ -112,7 +112,7 @@ class ReplayedSet:
 
 
 Step = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""For each module path the factors `A: [r, in]` and `B: [out, r]` of a step `Δ = B A` of its weight."""
+"""For the path of each map (`Block.maps`) the factors `A: [r, in]` and `B: [out, r]` of a step `Δ = B A` of its weight."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,9 @@ def _probe_layer(
     after: torch.Tensor,
 ) -> None:
     """Fill in one layer's two lengths `[2]` and losses `[2, records]`."""
-    modules = {p.module: step[p.path] for p in base.blocks[layer].projections if p.path in step}
     alphas[0] = 1.0
     for at in range(2):
-        with stepped(modules, float(alphas[at])):
+        with stepped(base.blocks[layer], step, float(alphas[at])):
             losses = held_out.losses(layer)
         after[at] = losses.nats
         if at == 0:
@@ -310,10 +309,16 @@ def adapting(base: BaseModel, layers: Sequence[int], settings: ProbeTraining) ->
     """
     from peft import LoraConfig, get_peft_model
 
-    paths = [projection.path for layer in layers for projection in base.blocks[layer].projections]
+    blocks = [base.blocks[layer] for layer in layers]
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=[projection.path for block in blocks for projection in block.projections],
+        target_parameters=[stack.path for block in blocks for stack in block.stacks] or None,
+    )
     with frozen(base.model), torch.enable_grad():
         torch.manual_seed(settings.seed)
-        adapted = get_peft_model(base.model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths))
+        adapted = get_peft_model(base.model, config)
         try:
             yield Adaptation(adapted, layers, settings)
         finally:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from layercard import processes, saved
-from layercard.capture import Capture, capturing
+from layercard.capture import Capture, SignalSink, capturing
 from layercard.data import Batch, Example, batches
 from layercard.errors import DataError
 from layercard.fit_sums import FitSums, own_batches
@@ -29,10 +29,14 @@ _PROBES = 8
 
 @dataclass(frozen=True)
 class ModuleSignals:
-    """What the fit pass found at one map; squared norms in nats, energies in squared units of the activations."""
+    """What the fit pass found at one map; squared norms in nats, energies in squared units of the activations.
+
+    `tokens` entered it: all of the pass, or those that were sent to the expert whose map it is.
+    """
 
     projection: Projection
     leader: str
+    tokens: int
     resnorm_squared: float
     resnorm_rank_squared: float
     residual_energy: float
@@ -138,7 +142,7 @@ class HeldOut:
 def form(base: BaseModel) -> saved.Form:
     """What the values of the two passes and the step probe are made of, for their `State`."""
     kinds = (Fit, FitSums, ModuleSignals, InputSignals, _Directions, HeldOut, InputMoments, GradientMoments, StepProbe)
-    return saved.Form(kinds, {p.path: p for block in base.blocks for p in block.projections})
+    return saved.Form(kinds, {p.path: p for block in base.blocks for p in block.maps})
 
 
 def fit_pass(
@@ -194,8 +198,10 @@ def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Pr
     with capturing(base.model, base.blocks) as capture:
         capture.leaders.update(sums.leaders)
 
-        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
-            dual = tokens < projection.in_features
+        shares = {own.path: 1 / stack.experts for block in base.blocks for stack in block.stacks for own in stack.maps}
+
+        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
+            dual = tokens * shares.get(projection.path, 1) < projection.in_features
             if capture.leaders[projection.path] == projection.path:
                 sums.inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
             empty = GradientMoments(projection.out_features, projection.in_features, dual)
@@ -229,11 +235,12 @@ def _solve_layer(
     """Turn one layer's moments into signals and a step, and drop the moments."""
     whitenings: dict[str, Whitening] = {}
     modules, entering, step = [], [], {}
-    present = [projection for projection in block.projections if projection.path in gradients]
+    present = [projection for projection in block.maps if projection.path in gradients]
     for projection in present:
         leader = leaders[projection.path]
         if leader not in whitenings:
             moments = inputs[leader]
+            moments.absent = fit.tokens - moments.tokens if projection.expert is not None else 0
             whitenings[leader] = Whitening.of(moments, ridge * ridge_scale(moments))
             entering.append(_input_signals(fit, leader, moments, whitenings[leader]))
         shared, sums = whitenings[leader], gradients.pop(projection.path)
@@ -244,6 +251,7 @@ def _solve_layer(
             ModuleSignals(
                 projection,
                 leader,
+                inputs[leader].tokens,
                 resnorm_squared=residual.squared,
                 resnorm_rank_squared=residual.squared_rank,
                 residual_energy=energy,
@@ -272,7 +280,7 @@ def _input_signals(fit: Fit, path: str, moments: InputMoments, whitening: Whiten
     product = whitening.times_second_moment(z_ip)
     fit.input_directions[path] = torch.cat([z_ip, product, top.unsqueeze(1), whitening.solve(z_ip)], dim=1)
     if whitening.second_moment is None:
-        gram = moments.rows() @ moments.rows().T / moments.tokens
+        gram = moments.rows() @ moments.rows().T / moments.count
     else:
         gram = whitening.second_moment
     typical = moments.typical_energy() * moments.features
@@ -300,46 +308,55 @@ class _HeldOutSums:
 
     def __init__(self, base: BaseModel, fit: Fit, held: HeldOut) -> None:
         self.fit, self.held = fit, held
-        self.layer_of = {p.path: block.index for block in base.blocks for p in block.projections}
+        self.layer_of = {p.path: block.index for block in base.blocks for p in block.maps}
         self.record_of_token = torch.zeros(0, dtype=torch.long)
 
-    def _records(self, values_t: torch.Tensor, into_n: torch.Tensor) -> None:
-        into_n.index_add_(0, self.record_of_token, values_t.double().cpu())
+    def _adder(self, tokens: torch.Tensor | None) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        """What adds values of these tokens of the batch, all of them for `None`, to their records."""
+        records = self.record_of_token if tokens is None else self.record_of_token[tokens.cpu()]
 
-    def true_labels(self, projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
+        def add(values_t: torch.Tensor, into_n: torch.Tensor) -> None:
+            into_n.index_add_(0, records, values_t.double().cpu())
+
+        return add
+
+    def true_labels(self, projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: torch.Tensor | None) -> None:
         """Slopes and contributions under the true labels."""
         directions = self.fit.map_directions.get(projection.path)
         if directions is None:
             return
-        layer, rank = self.layer_of[projection.path], directions.rank
+        layer, rank, add = self.layer_of[projection.path], directions.rank, self._adder(tokens)
         a = a_ti.to(directions.inputs.dtype) @ directions.inputs
         d = d_to.to(directions.outputs.dtype) @ directions.outputs
-        self._records((a[:, :rank] * d[:, :rank]).sum(dim=1), self.held.slopes[layer])
-        self._records((a[:, rank : rank + _PROBES] * d[:, rank:]).sum(dim=1), self.held.gradient[layer])
-        self._records((a[:, rank + _PROBES :] * d[:, rank:]).sum(dim=1), self.held.residual[layer])
+        add((a[:, :rank] * d[:, :rank]).sum(dim=1), self.held.slopes[layer])
+        add((a[:, rank : rank + _PROBES] * d[:, rank:]).sum(dim=1), self.held.gradient[layer])
+        add((a[:, rank + _PROBES :] * d[:, rank:]).sum(dim=1), self.held.residual[layer])
         probes = self.fit.input_directions.get(projection.path)
         if probes is not None:
-            self._input_contributions(a_ti.to(probes.dtype), probes, self.held.inputs[projection.path])
+            _input_contributions(a_ti.to(probes.dtype), probes, self.held.inputs[projection.path], add)
 
-    def _input_contributions(self, a_ti: torch.Tensor, probes: torch.Tensor, into: torch.Tensor) -> None:
-        a = a_ti @ probes
-        z, product, top, solved = a[:, :_PROBES], a[:, _PROBES : 2 * _PROBES], a[:, 2 * _PROBES], a[:, 2 * _PROBES + 1 :]
-        for at, values in enumerate((a_ti.square().sum(dim=1), (z * product).sum(dim=1), top.square(), solved.square().sum(dim=1))):
-            self._records(values, into[at])
-
-    def drawn_labels(self, sample: int) -> Callable[[Projection, torch.Tensor, torch.Tensor], None]:
+    def drawn_labels(self, sample: int) -> SignalSink:
         """A sink for the backward pass under the drawn labels of one sample."""
 
-        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor) -> None:
+        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: torch.Tensor | None) -> None:
             directions = self.fit.map_directions.get(projection.path)
             if directions is None:
                 return
             rank = directions.rank
             a = a_ti.to(directions.inputs.dtype) @ directions.inputs[:, :rank]
             d = d_to.to(directions.outputs.dtype) @ directions.outputs[:, :rank]
-            self._records((a * d).sum(dim=1), self.held.drawn[sample, self.layer_of[projection.path]])
+            self._adder(tokens)((a * d).sum(dim=1), self.held.drawn[sample, self.layer_of[projection.path]])
 
         return sink
+
+
+def _input_contributions(
+    a_ti: torch.Tensor, probes: torch.Tensor, into: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], None]
+) -> None:
+    a = a_ti @ probes
+    z, product, top, solved = a[:, :_PROBES], a[:, _PROBES : 2 * _PROBES], a[:, 2 * _PROBES], a[:, 2 * _PROBES + 1 :]
+    for at, values in enumerate((a_ti.square().sum(dim=1), (z * product).sum(dim=1), top.square(), solved.square().sum(dim=1))):
+        add(values, into[at])
 
 
 def held_out_pass(

@@ -89,7 +89,7 @@ def profiles(case: Case) -> str:
     assert all(layer.modules and layer.resnorm.value > 0 for layer in case.card.layers)
     signals: dict[str, torch.Tensor] = {}
     with capturing(case.base.model, case.base.blocks) as capture:
-        capture.start(case.batch.attention_mask, lambda p, a, d: signals.__setitem__(p.path, signals.get(p.path, 0) + d.T @ a))
+        capture.start(case.batch.attention_mask, lambda p, a, d, _: signals.__setitem__(p.path, signals.get(p.path, 0) + d.T @ a))
         labelled_losses(case.base.model, case.batch)[0].sum().backward()
     projections = [p for block in case.base.blocks for p in block.projections]
     added = [torch.zeros(p.out_features, p.in_features, requires_grad=True) for p in projections]
@@ -150,11 +150,11 @@ def probes(case: Case) -> str:
     held = ReplayedSet(base, case.data.examples, range(len(base.blocks)), batch_size=4)
     for block in base.blocks:
         step = {
-            p.module: (0.1 * torch.randn(2, p.in_features, generator=draw), 0.1 * torch.randn(p.out_features, 2, generator=draw))
-            for p in block.projections
+            p.path: (0.1 * torch.randn(2, p.in_features, generator=draw), 0.1 * torch.randn(p.out_features, 2, generator=draw))
+            for p in block.maps
         }
         plain = held_out_losses(base.model, base.pad_id, case.data, batch_size=4)
-        with stepped(step, 1.0):
+        with stepped(block, step, 1.0):
             whole = held_out_losses(base.model, base.pad_id, case.data, batch_size=4)
             replayed = held.losses(block.index)
         assert not torch.allclose(whole.nats, plain.nats, rtol=1e-4)

@@ -27,12 +27,14 @@ class InputMoments:
         keep_rows: Keep `a_ti` instead of the `[in, in]` sum: the N×N form of the same formulas.
         tokens: Number of tokens so far.
         energies: `‖a_t‖²` of each token, one tensor a batch.
+        absent: Tokens that never enter the map, as an expert sees only those sent to it; they count as zeros.
     """
 
     features: int
     keep_rows: bool = False
     tokens: int = 0
     energies: list[torch.Tensor] = field(default_factory=list)
+    absent: int = 0
     _sum: torch.Tensor | None = None
     _rows: list[torch.Tensor] = field(default_factory=list)
 
@@ -65,14 +67,19 @@ class InputMoments:
         else:
             self._rows = stacked(self.rows())
 
+    @property
+    def count(self) -> int:
+        """N: tokens that entered and tokens that are absent."""
+        return self.tokens + self.absent
+
     def second_moment(self) -> torch.Tensor:
         """`Σ = (1/N) Σ_t a_t a_tᵀ`, `[in, in]`."""
         if self.keep_rows:
             rows = self.rows()
-            return rows.T @ rows / self.tokens
+            return rows.T @ rows / self.count
         if self._sum is None:
             raise ValueError("no token seen; update before asking for the second moment")
-        return (self._sum.triu() + self._sum.triu(1).T) / self.tokens
+        return (self._sum.triu() + self._sum.triu(1).T) / self.count
 
     def rows(self) -> torch.Tensor:
         """The tokens `a_ti: [tokens, in]`, kept only with `keep_rows`."""
@@ -80,18 +87,18 @@ class InputMoments:
 
     def energy(self) -> float:
         """Activation energy `tr Σ`: mean squared norm of the input of a token."""
-        return float(torch.cat(self.energies).double().mean())
+        return float(torch.cat(self.energies).double().sum()) / self.count
 
     def typical_energy(self) -> float:
-        """Energy of a typical token in a typical feature; see `ridge_scale`."""
-        per_token = torch.cat(self.energies).double().median() / self.features
-        diagonal = self.rows().square().mean(dim=0) if self.keep_rows else self._diagonal()
+        """Energy of a typical token that enters in a typical feature, times the share of tokens that do; see `ridge_scale`."""
+        per_token = torch.cat(self.energies).double().median() / self.features * self.tokens / self.count
+        diagonal = self.rows().square().sum(dim=0) / self.count if self.keep_rows else self._diagonal()
         return float(torch.minimum(per_token, diagonal.double().median()))
 
     def _diagonal(self) -> torch.Tensor:
         if self._sum is None:
             raise ValueError("no token seen; update before asking for the second moment")
-        return self._sum.diagonal() / self.tokens
+        return self._sum.diagonal() / self.count
 
 
 def _add_gram(total_ij: torch.Tensor, a_ti: torch.Tensor) -> None:

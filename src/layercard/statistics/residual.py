@@ -53,7 +53,7 @@ class Whitening:
     def of(cls, inputs: InputMoments, ridge: float) -> "Whitening":
         """Factorise; `ridge` is λ in units of Σ and must be positive."""
         rows = inputs.rows() if inputs.keep_rows else None
-        gram = rows @ rows.T / inputs.tokens if rows is not None else inputs.second_moment()
+        gram = rows @ rows.T / inputs.count if rows is not None else inputs.second_moment()
         shifted = gram.clone()
         shifted.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(shifted)
@@ -61,7 +61,7 @@ class Whitening:
             double = gram.double()
             double.diagonal().add_(ridge)
             factor = torch.linalg.cholesky(double).to(gram.dtype)
-        return cls(ridge, inputs.tokens, factor, rows, None if rows is not None else gram)
+        return cls(ridge, inputs.count, factor, rows, None if rows is not None else gram)
 
     def solve(self, x_io: torch.Tensor) -> torch.Tensor:
         """`Σ_λ⁻¹ x` for columns `x: [in, k]`."""

@@ -1,0 +1,247 @@
+"""Experts as stacked parameters: what each of them sees, and that a block of experts is measured as a dense one would be."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from layercard.capture import capturing, stepped
+from layercard.data import load_data
+from layercard.experts import run_experts
+from layercard.layers import find_blocks
+from layercard.models import BaseModel, labelled_losses, wrap_model
+from layercard.profiling import ProfileSettings, profile
+from layercard.selection.select import select
+from layercard.settings import TrainSettings
+from layercard.signals import Fit, HeldOut, fit_pass, held_out_pass
+from layercard.statistics.moments import GradientMoments, InputMoments
+from layercard.statistics.residual import Whitening, projected_residual
+from layercard.training import train
+from reference import linear
+from test_capture import batch_of, examples
+from tiny import HEADS, INNER, LAYERS, VOCAB, WIDTH, build_tiny, randomised, tiny_records, tiny_tokenizer, write_records
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 1,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "sliding_window": 16},
+    "olmoe": {"num_experts": 4},
+}
+LENGTHS = (9, 6, 12, 7, 5, 11)
+
+
+def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = randomised(AutoModelForCausalLM.from_config(config, dtype=torch.float64)).eval()
+    model.set_experts_implementation("eager")  # the default of transformers has no double precision
+    return model
+
+
+def base_of(model: PreTrainedModel) -> BaseModel:
+    return wrap_model(model, tiny_tokenizer(), name="tiny-experts")
+
+
+def passes(base: BaseModel, *, batch_size: int = 2) -> tuple[Fit, HeldOut]:
+    fit = fit_pass(base, examples(LENGTHS, seed=1), rank=4, ridge=1.0, batch_size=batch_size)
+    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, samples=2, seed=0, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_experts_one_by_one_are_the_model_s_own(family: str, implementation: str) -> None:
+    model = build(family)
+    model.set_experts_implementation(implementation)
+    module = find_blocks(model)[1].stacks[0].module
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, WIDTH, generator=draw, dtype=torch.float64)
+    index = torch.stack([torch.randperm(4, generator=draw)[:2] for _ in range(11)])
+    weights = torch.rand(11, 2, generator=draw, dtype=torch.float64)
+    seen = []
+
+    def tap(parameter: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append((parameter, expert, len(tokens)))
+        return y
+
+    with torch.no_grad():
+        torch.testing.assert_close(run_experts(module, tap, hidden, index, weights), module(hidden, index, weights))
+    assert sum(count for name, _, count in seen if name == "down_proj") == index.numel()
+    assert {expert for _, expert, _ in seen} == set(index.unique().tolist())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_autograd_s_and_rows_are_the_tokens_sent_there(family: str) -> None:
+    model = build(family)
+    batch = batch_of(examples(LENGTHS[:3]))
+    blocks = find_blocks(model)
+    stacks = {stack.path: stack for block in blocks for stack in block.stacks}
+    assert len(stacks) == 2 * LAYERS
+    sums = {path: torch.zeros(s.experts, s.out_features, s.in_features, dtype=torch.float64) for path, s in stacks.items()}
+    inputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def sink(projection: Any, a: torch.Tensor, d: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        if projection.expert is not None:
+            assert tokens is not None and len(tokens) == len(a) == len(d)
+            sums[projection.path.partition("[")[0]][projection.expert] += d.T @ a
+            inputs[projection.path] = (a, tokens)
+
+    entered: list[torch.Tensor] = []
+    handle = stacks[first := next(iter(stacks))].module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    with capturing(model, blocks) as capture:
+        capture.start(batch.attention_mask, sink)
+        labelled_losses(model, batch)[0].sum().backward()
+    handle.remove()
+    real = entered[0].detach()[batch.attention_mask.reshape(-1).bool()]
+    for path, (a, tokens) in inputs.items():
+        if path.startswith(f"{first}["):
+            torch.testing.assert_close(a, real[tokens])
+    weights = [stack.module.get_parameter(stack.parameter) for stack in stacks.values()]
+    slopes = torch.autograd.grad(labelled_losses(model, batch)[0].sum(), weights)
+    for (path, stack), slope in zip(stacks.items(), slopes, strict=True):
+        torch.testing.assert_close(sums[path], slope.transpose(1, 2) if stack.transposed else slope)
+    assert all("forward" not in vars(stack.module) for stack in stacks.values())
+
+
+def test_experts_run_as_before_after_an_exception() -> None:
+    model = build("mixtral")
+    blocks = find_blocks(model)
+    with pytest.raises(RuntimeError, match="on purpose"), capturing(model, blocks):
+        raise RuntimeError("on purpose")
+    assert all("forward" not in vars(stack.module) for block in blocks for stack in block.stacks)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_step_of_experts_equals_a_step_of_their_weights(family: str) -> None:
+    model = build(family)
+    batch, block = batch_of(examples()), find_blocks(model)[1]
+    draw = torch.Generator().manual_seed(0)
+    steps = {
+        own.path: (
+            torch.randn(2, own.in_features, generator=draw).double() / 9,
+            torch.randn(own.out_features, 2, generator=draw).double() / 9,
+        )
+        for stack in block.stacks
+        for own in stack.maps
+    }
+    with torch.no_grad(), stepped(block, steps, 0.7):
+        found, _ = labelled_losses(model, batch)
+    with torch.no_grad():
+        plain, _ = labelled_losses(model, batch)
+        for stack in block.stacks:
+            for own in stack.maps:
+                down, up = steps[own.path]
+                change = 0.7 * up @ down
+                stack.module.get_parameter(stack.parameter)[own.expert] += change.T if stack.transposed else change
+        expected, _ = labelled_losses(model, batch)
+    torch.testing.assert_close(found, expected)
+    assert float((found - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("keep_rows", [False, True])
+def test_absent_tokens_count_as_zeros(keep_rows: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, d = torch.randn(13, 5, generator=draw).double(), torch.randn(13, 3, generator=draw).double()
+    a[4:], d[4:] = 0, 0
+    part, whole = InputMoments(5, keep_rows, absent=9), InputMoments(5, keep_rows)
+    slopes, all_slopes = GradientMoments(3, 5, keep_rows), GradientMoments(3, 5, keep_rows)
+    part.update(a[:4]), slopes.update(a[:4], d[:4])
+    whole.update(a), all_slopes.update(a, d)
+    torch.testing.assert_close(part.second_moment(), whole.second_moment())
+    assert part.energy() == pytest.approx(whole.energy())
+    one, other = Whitening.of(part, 0.3), Whitening.of(whole, 0.3)
+    found, expected = (projected_residual(m, g, w, 0.1, 2) for m, g, w in ((part, slopes, one), (whole, all_slopes, other)))
+    assert found.squared == pytest.approx(expected.squared) and one.noise_trace() == pytest.approx(other.noise_trace())
+    torch.testing.assert_close(found.step, expected.step)
+    assert found.squared == pytest.approx(float(linear.whitened(a, d * 13 * 0.1, 0.3).square().sum()))
+
+
+def test_one_expert_is_a_dense_block() -> None:
+    rotary = {"rope_type": "default", "rope_theta": 10000.0}
+    sparse = build("mixtral", num_local_experts=1, num_experts_per_tok=1, rms_norm_eps=1e-6, rope_parameters=rotary)
+    dense = build_tiny("llama", tie_word_embeddings=False).double()
+    weights = dict(dense.named_parameters())
+    with torch.no_grad():
+        for name, weight in sparse.named_parameters():
+            if name in weights:
+                weights[name].copy_(weight)
+        for block, other in zip(find_blocks(sparse), find_blocks(dense), strict=True):
+            gate, up = block.stacks[0].module.gate_up_proj[0].chunk(2)
+            for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", block.stacks[0].module.down_proj[0])):
+                other.module.mlp.get_submodule(name).weight.copy_(weight)
+    (fit, held), (plain, plain_held) = passes(base_of(sparse)), passes(base_of(dense))
+    assert fit.loss == pytest.approx(plain.loss)
+    for layer in range(LAYERS):
+        found = {m.projection.path.rpartition("mlp.")[2]: m.resnorm_squared for m in fit.modules[layer]}
+        of = {m.projection.name.rpartition(".")[2]: m.resnorm_squared for m in plain.modules[layer]}
+        assert found["experts.gate_up_proj[0]"] == pytest.approx(of["gate_proj"] + of["up_proj"])
+        assert found["experts.down_proj[0]"] == pytest.approx(of["down_proj"])
+    torch.testing.assert_close(held.nats, plain_held.nats)
+
+
+def test_signals_do_not_depend_on_batches_and_follow_a_permutation_of_experts() -> None:
+    model = build("mixtral")
+    fit, held = passes(base_of(model))
+    same, same_held = passes(base_of(model), batch_size=5)
+    for layer in range(LAYERS):
+        for one, other in zip(fit.modules[layer], same.modules[layer], strict=True):
+            assert one.projection.path == other.projection.path and one.tokens == other.tokens
+            assert one.resnorm_squared == pytest.approx(other.resnorm_squared)
+    for one, other in ((held.slopes, same_held.slopes), (held.drawn, same_held.drawn), (held.residual, same_held.residual)):
+        torch.testing.assert_close(one, other)
+    order = [2, 0, 3, 1]
+    with torch.no_grad():
+        for block in find_blocks(model):
+            moe = block.module.mlp
+            for parameter in (moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj):
+                parameter.copy_(parameter[order].clone())
+    moved, _ = passes(base_of(model))
+
+    def by_expert(found: Fit) -> dict[str, float]:
+        return {m.projection.path: m.resnorm_squared for layer in found.modules for m in layer if m.projection.expert is not None}
+
+    before, after = by_expert(fit), by_expert(moved)
+    assert len(before) == len(after) > LAYERS * 4
+    for path, value in after.items():
+        stack, _, number = path.rstrip("]").partition("[")
+        assert value == pytest.approx(before[f"{stack}[{order[int(number)]}]"])
+
+
+def test_from_card_to_a_trained_adapter(tmp_path: Path) -> None:
+    base = base_of(build("qwen3_moe").float())
+    data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(12)), base.tokenizer)
+    card = profile(base, data, ProfileSettings(rank=2, probe="step"))
+    for block, entry in zip(base.blocks, card.layers, strict=True):
+        stacks = [module for module in entry.modules if module.experts]
+        assert [module.path for module in stacks] == [stack.path for stack in block.stacks]
+        for module in stacks:
+            assert module.experts == 4 and sum(module.expert_tokens) > 0
+            assert module.resnorm == pytest.approx(math.sqrt(sum(value**2 for value in module.expert_resnorm)))
+        assert entry.resnorm.value == pytest.approx(math.sqrt(sum(module.resnorm**2 for module in entry.modules)), rel=1e-5)
+    placement = select(card, k=1, objective="performance")
+    (layer,) = placement.layers
+    assert placement.parameters == tuple(stack.path for stack in base.blocks[layer].stacks)
+    record = train(base, placement, data, tmp_path / "run", TrainSettings(rank=2, steps=3), valid=data)
+    assert record["trainable_parameters"] > 0 and record["loss_after"] < record["loss_before"]
+    assert record["placement"]["parameters"] == list(placement.parameters)
+
+
+def test_experts_without_a_token_are_named(tmp_path: Path) -> None:
+    model = build("mixtral", num_local_experts=4, num_experts_per_tok=1).float()
+    with torch.no_grad():
+        find_blocks(model)[1].module.mlp.gate.weight.zero_()  # every token goes to the same expert
+    base = base_of(model)
+    data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(8)), base.tokenizer)
+    card = profile(base, data, ProfileSettings(rank=2, probe="none"))
+    assert any("experts that no token was sent to" in line and "1 (3 of 4)" in line for line in card.warnings)
+    gate_up = next(module for module in card.layers[1].modules if module.experts)
+    used = [count > 0 for count in gate_up.expert_tokens]
+    assert sum(used) == 1 and used == [value > 0 for value in gate_up.expert_resnorm]
