@@ -133,7 +133,7 @@ def verifies(case: Case) -> str:
     """What is adapted is what was planned, and an adapter in another layer is found out."""
     assert case.run
     with loaded(case.base, case.folder / "run") as model:
-        assert set(adapted_paths(model)) == set(case.placement.paths)
+        assert set(adapted_paths(model)) == set(case.placement.targets)
         (other,) = set(range(len(case.base.blocks))) - set(case.placement.layers)
         try:
             check_adapted(model, place(case.base, [other]))
