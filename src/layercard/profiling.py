@@ -14,7 +14,7 @@ from layercard.assembly import Assembly
 from layercard.card import LayerCard
 from layercard.cost import CostModel
 from layercard.data import Dataset, Example
-from layercard.errors import DataError, TrainingError
+from layercard.errors import DataError, ModelError, TrainingError
 from layercard.halving import TrainingProbe, training_probes
 from layercard.models import BaseModel, Progress
 from layercard.probe import ProbeTraining, ReplayedSet, StepProbe, step_probe
@@ -24,6 +24,8 @@ from layercard.state import SCHEMA, State, opened
 from layercard.statistics.coupling import curvature, descent
 from layercard.timing import measure_cost, usual_batch
 
+REPLAYED = 0.05
+"""How far losses of blocks that were entered may lie from those of the whole forward, as a share: more than rounding in bfloat16."""
 PROBES = ("none", "step", "train")
 
 
@@ -159,7 +161,9 @@ class _Profile:
         probed = self.held_examples[: self.settings.probe_records]
         entered = ReplayedSet(self.base, probed, range(len(self.base.blocks)), self.settings.batch_size, progress=self.progress)
         slopes = (descent(held_out.slopes, held_out.labelled) * torch.tensor(lengths)).tolist()
-        return step_probe(self.base, scaled, slopes, entered, self.progress, self.state)
+        probe = step_probe(self.base, scaled, slopes, entered, self.progress, self.state)
+        _check_replay(self.base, probe, held_out)
+        return probe
 
     def _training_probe(self) -> TrainingProbe:
         settings, folder = self.settings, self.state.folder
@@ -205,6 +209,21 @@ def split_records(dataset: Dataset, settings: ProfileSettings) -> tuple[list[Exa
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     cut = min(max(round(settings.fit_share * len(order)), 2), len(order) - 2)
     return [dataset.examples[row] for row in sorted(order[:cut])], [dataset.examples[row] for row in sorted(order[cut:])]
+
+
+def _check_replay(base: BaseModel, probe: StepProbe, held_out: HeldOut) -> None:
+    """Refuse a step probe whose losses without a step, which come from the last block alone, are not those of the whole forward.
+
+    Raises:
+        ModelError: They are not, so the blocks hand each other more than hidden states.
+    """
+    whole = held_out.nats[: len(probe.before)]
+    apart = float((probe.before - whole).abs().sum() / whole.sum())
+    if apart > REPLAYED:
+        raise ModelError(
+            f"the blocks of {type(base.model).__name__} hand each other more than hidden states: from the last block on the records' "
+            f"losses lie {100 * apart:.0f} % from those of the whole forward; profile with probe 'none' (--probe none)"
+        )
 
 
 def step_lengths(fit: Fit, held_out: HeldOut) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from transformers import (
 
 import tiny
 from layercard.cli import run
+from layercard.data import load_data
 from layercard.errors import ModelError
 from layercard.models import wrap_model
+from layercard.profiling import ProfileSettings, profile
 
 
 def t5(kind: type[PreTrainedModel] = T5ForConditionalGeneration) -> PreTrainedModel:
@@ -58,6 +61,26 @@ class Blockless(PreTrainedModel):
 def test_in_memory(build: Callable[[], PreTrainedModel], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         wrap_model(build(), tiny.tiny_tokenizer())
+
+
+def test_blocks_that_hand_on_more_than_hidden_states_are_found_out(tmp_path: Path) -> None:
+    base = wrap_model(tiny.build_tiny("llama"), tiny.tiny_tokenizer())
+    beside: list[torch.Tensor] = []
+
+    def first(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        beside.append(own[0](hidden, **kwargs))
+        return beside[0]
+
+    def last(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return own[2](hidden - 3 * beside[0] if beside else hidden, **kwargs)
+
+    own = [block.module.forward for block in base.blocks]
+    base.model.get_input_embeddings().register_forward_hook(lambda *_: beside.clear())
+    base.blocks[0].module.forward, base.blocks[2].module.forward = first, last
+    data = load_data(str(tiny.write_records(tmp_path / "data.jsonl", tiny.tiny_records(8))), base.tokenizer)
+    with pytest.raises(ModelError, match="hand each other more than hidden states: from the last block on"):
+        profile(base, data, ProfileSettings(rank=2))
+    assert profile(base, data, ProfileSettings(rank=2, probe="none")).layers
 
 
 @pytest.mark.parametrize(
