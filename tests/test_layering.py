@@ -35,7 +35,7 @@ ROWS = (
     ),
     ("experts", "capture"),
     ("statistics",),
-    ("probe", "fit_sums", "signals", "cost", "halving", "rates", "stamps", "timing", "meta"),
+    ("probe", "fit_sums", "signals", "cost", "halving", "rates", "stamps", "adapter_timing", "timing", "meta"),
     ("card",),
     ("assembly", "profiling", "api"),
     ("selection",),

@@ -23,14 +23,16 @@ PLACEMENT_FILE = "placement.json"
 
 
 def place(base: BaseModel, layers: Iterable[Any], *, objective: str = "given") -> Placement:
-    """A placement of every linear map of the given layers.
+    """A placement of every linear map of the given layers, and of their experts.
 
     Raises:
         PlacementError: The layers are empty, repeated, or not in the model.
     """
     checked = check_layers(layers, len(base.blocks))
-    paths = tuple(projection.path for layer in checked for projection in base.blocks[layer].projections)
-    return Placement(describe(base), checked, paths, objective)
+    blocks = [base.blocks[layer] for layer in checked]
+    paths = tuple(projection.path for block in blocks for projection in block.projections)
+    parameters = tuple(stack.path for block in blocks for stack in block.stacks)
+    return Placement(describe(base), checked, paths, objective, parameters=parameters)
 
 
 def check_model(base: BaseModel, placement: Placement) -> None:

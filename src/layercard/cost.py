@@ -64,11 +64,12 @@ class _Part(BaseModel):
 
 
 class ModuleCost(_Part):
-    """The adapter of one linear map; `adapter_seconds` is its share of the layer's."""
+    """The adapter of one linear map, or the adapters of a map of `experts`; `adapter_seconds` is its share of the layer's."""
 
     name: str = ""
     in_features: _Positive
     out_features: _Positive
+    experts: _Positive = 1
     adapter_seconds: _Amount = 0.0
 
 

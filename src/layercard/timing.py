@@ -14,7 +14,6 @@ step of each kind in which every tensor is counted (`layercard.memory.LiveTensor
 
 import platform
 import statistics
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from layercard.adapter_timing import adaptable, module_seconds
 from layercard.capture import frozen, opened, stamped
 from layercard.cost import CostModel, LayerCost, ModuleCost
 from layercard.data import IGNORED, Batch, Example, batches, shuffled
@@ -32,20 +32,22 @@ from layercard.errors import DataError, ModelError
 from layercard.layers import Block
 from layercard.memory import LiveTensors
 from layercard.models import BaseModel, Progress
-from layercard.stamps import ByteCount, Stamps, synchronize, training_step
+from layercard.stamps import ByteCount, Stamps, training_step
 
 
 @contextmanager
 def adapted_layers(base: BaseModel, layers: Sequence[int], rank: int) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
-    """The model in train mode with stock PEFT adapters on all linear maps of some layers, and their optimiser; as before afterwards."""
+    """The model in train mode with stock PEFT adapters on all maps and experts of some layers, and their optimiser; then as before."""
     from peft import LoraConfig, get_peft_model
 
     projections = [projection for layer in layers for projection in base.blocks[layer].projections]
+    stacks = [stack for layer in layers for stack in base.blocks[layer].stacks]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=[projection.path for projection in projections],
-        fan_in_fan_out=all(projection.transposed for projection in projections),
+        target_parameters=[stack.path for stack in stacks] or None,
+        fan_in_fan_out=not stacks and all(projection.transposed for projection in projections),
     )
     own = set(vars(base.model))
     with frozen(base.model), torch.enable_grad():
@@ -235,7 +237,7 @@ def _update(steps: Steps, parameters: Sequence[int]) -> tuple[float, float]:
 
 
 def _parameters(base: BaseModel, rank: int) -> list[int]:
-    return [rank * sum(p.in_features + p.out_features for p in block.projections) for block in base.blocks]
+    return [rank * sum(experts * (n_in + n_out) for _, n_in, n_out, experts in adaptable(block)) for block in base.blocks]
 
 
 def _layers(base: BaseModel, batch: Batch, rank: int, steps: Steps, weight_update: float) -> tuple[LayerCost, ...]:
@@ -252,7 +254,8 @@ def _layers(base: BaseModel, batch: Batch, rank: int, steps: Steps, weight_updat
     layers = []
     for at, (block, parameters) in enumerate(zip(base.blocks, _parameters(base, rank), strict=True)):
         adapter = max(0.0, passes["all"][at] - passes["through"][at]) + weight_update * parameters
-        known = [shares[p.in_features, p.out_features] for p in block.projections]
+        maps = adaptable(block)
+        known = [shares[n_in, n_out, experts] for _, n_in, n_out, experts in maps]
         layers.append(
             LayerCost(
                 forward_seconds=plain[at],
@@ -264,12 +267,9 @@ def _layers(base: BaseModel, batch: Batch, rank: int, steps: Steps, weight_updat
                 adapter_latency_seconds=float(latency[at]),
                 modules=tuple(
                     ModuleCost(
-                        name=p.name,
-                        in_features=p.in_features,
-                        out_features=p.out_features,
-                        adapter_seconds=adapter * seconds / sum(known),
+                        name=name, in_features=n_in, out_features=n_out, experts=experts, adapter_seconds=adapter * seconds / sum(known)
                     )
-                    for p, seconds in zip(block.projections, known, strict=True)
+                    for (name, n_in, n_out, experts), seconds in zip(maps, known, strict=True)
                 ),
             )
         )
@@ -316,32 +316,9 @@ def settled(samples_rl: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
     return result * (np.median(samples_rl.sum(axis=1)) / result.sum())
 
 
-def module_seconds(base: BaseModel, batch: Batch, rank: int, repeats: int = 3) -> dict[tuple[int, int], float]:
-    """Seconds of an adapter alone, forward and backward on this batch, for each shape `(in, out)` of a linear map in the model."""
-    found = {}
-    weight = next(base.model.parameters())
-    kind = {"device": base.device, "dtype": weight.dtype}
-    for n_in, n_out in sorted({(p.in_features, p.out_features) for block in base.blocks for p in block.projections}):
-        x = torch.zeros(*batch.input_ids.shape, n_in, **kind, requires_grad=True)
-        base_output = torch.zeros(*batch.input_ids.shape, n_out, **kind)
-        down = torch.zeros(rank, n_in, **kind, requires_grad=True)
-        up = torch.zeros(n_out, rank, **kind, requires_grad=True)
-        seconds = []
-        for _ in range(repeats + 1):
-            synchronize(base.device)
-            started = time.perf_counter()
-            with torch.enable_grad():
-                output = base_output + ((x @ down.T) @ up.T) * 2.0
-                torch.autograd.grad(output, (x, down, up), torch.ones_like(output))
-            synchronize(base.device)
-            seconds.append(time.perf_counter() - started)
-        found[n_in, n_out] = statistics.median(seconds[1:])
-    return found
-
-
 def _kinds(blocks: Sequence[Block]) -> list[int]:
     """A number for each block, equal for blocks with the same maps."""
-    shapes = [tuple((p.name, p.in_features, p.out_features) for p in block.projections) for block in blocks]
+    shapes = [tuple(adaptable(block)) for block in blocks]
     return [shapes.index(shape) for shape in shapes]
 
 
