@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from peft import LoraConfig
 from torch import nn
@@ -60,9 +61,9 @@ class ExpertStack:
     out_features: int
     transposed: bool
 
-    @property
+    @cached_property
     def maps(self) -> tuple[Projection, ...]:
-        """The map of each expert by itself."""
+        """The map of each expert by itself; the same objects at each call, so that a saved state can name them."""
         return tuple(
             Projection(f"{self.name}[{e}]", f"{self.path}[{e}]", self.module, self.in_features, self.out_features, self.transposed, e)
             for e in range(self.experts)
@@ -79,7 +80,7 @@ class Block:
     projections: tuple[Projection, ...]
     stacks: tuple[ExpertStack, ...] = ()
 
-    @property
+    @cached_property
     def maps(self) -> tuple[Projection, ...]:
         """Every linear map that signals are read from: the projections, then each expert's own."""
         return (*self.projections, *(own for stack in self.stacks for own in stack.maps))
