@@ -133,12 +133,15 @@ class Capture:
 
 
 @contextmanager
-def capturing(model: nn.Module, blocks: Sequence[Block]) -> Iterator[Capture]:
-    """Install the hooks of a `Capture`; the model is `frozen` inside, and gradients start at the input of block 0."""
+def capturing(model: nn.Module, blocks: Sequence[Block], *, opening: bool = True) -> Iterator[Capture]:
+    """Install the hooks of a `Capture`; the model is `frozen` inside, and gradients start at the input of the first of the blocks.
+
+    With `opening` off they start where the caller has them start.
+    """
     capture = Capture()
     with frozen(model), ExitStack() as stack, torch.enable_grad():
-        handle = blocks[0].module.register_forward_pre_hook(_require_input_gradient, with_kwargs=True)
-        stack.callback(handle.remove)
+        if opening:
+            stack.enter_context(opened(blocks))
         for block in blocks:
             for projection in block.projections:
                 stack.callback(projection.module.register_forward_hook(capture._forward_hook(projection)).remove)
@@ -330,7 +333,7 @@ def stamped(blocks: Sequence[Block], stamp: Callable[[str, int], object]) -> Ite
 
 @contextmanager
 def opened(blocks: Sequence[Block]) -> Iterator[None]:
-    """Let gradients start at the input of block 0, so that backward goes through every block although no weight asks for it."""
+    """Let gradients start at the input of the first block: backward goes through every one although no weight asks for it."""
     handle = blocks[0].module.register_forward_pre_hook(_require_input_gradient, with_kwargs=True)
     try:
         yield

@@ -6,7 +6,7 @@ labels, and one more for each sample of labels drawn from the model. It leaves s
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -180,7 +180,7 @@ def fit_pass(
     for block in base.blocks:
         if block.index % processes.count() == processes.rank():
             part = parts[str(block.index)] = Fit(expected, sums.labelled, sums.nats / sums.labelled)
-            _solve_layer(part, block, sums.leaders, sums.inputs, sums.gradients, rank, ridge)
+            solve_layer(part, block, sums.leaders, sums.inputs, sums.gradients, rank, ridge)
         if progress:
             progress("steps", block.index + 1, len(base.blocks))
     for other in processes.gathered(saved.to_bytes(form(base), parts)) if processes.count() > 1 else ():
@@ -198,15 +198,7 @@ def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Pr
     with capturing(base.model, base.blocks) as capture:
         capture.leaders.update(sums.leaders)
 
-        shares = {own.path: 1 / stack.experts for block in base.blocks for stack in block.stacks for own in stack.maps}
-
-        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
-            dual = tokens * shares.get(projection.path, 1) < projection.in_features
-            if capture.leaders[projection.path] == projection.path:
-                sums.inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
-            empty = GradientMoments(projection.out_features, projection.in_features, dual)
-            sums.gradients.setdefault(projection.path, empty).update(a_ti, d_to)
-
+        sink = fit_sink(sums, capture, base.blocks, tokens)
         for at in own_batches(sums.batches, len(found)):
             batch = found[at].to(base.device)
             capture.start(batch.attention_mask, sink)
@@ -223,7 +215,21 @@ def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Pr
     return sums
 
 
-def _solve_layer(
+def fit_sink(sums: FitSums, capture: Capture, blocks: Sequence[Block], tokens: int) -> SignalSink:
+    """What adds the signals of a backward pass to the moments; `tokens` are expected in the whole pass."""
+    shares = {own.path: 1 / stack.experts for block in blocks for stack in block.stacks for own in stack.maps}
+
+    def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
+        dual = tokens * shares.get(projection.path, 1) < projection.in_features
+        if capture.leaders[projection.path] == projection.path:
+            sums.inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
+        empty = GradientMoments(projection.out_features, projection.in_features, dual)
+        sums.gradients.setdefault(projection.path, empty).update(a_ti, d_to)
+
+    return sink
+
+
+def solve_layer(
     fit: Fit,
     block: Block,
     leaders: dict[str, str],
@@ -303,13 +309,18 @@ def _gaussian(width: int, like: torch.Tensor) -> torch.Tensor:
     return (drawn / math.sqrt(_PROBES)).to(like)
 
 
-class _HeldOutSums:
+class HeldOutSums:
     """Adds tokens up to records while the backward passes run."""
 
     def __init__(self, base: BaseModel, fit: Fit, held: HeldOut) -> None:
         self.fit, self.held = fit, held
         self.layer_of = {p.path: block.index for block in base.blocks for p in block.maps}
         self.record_of_token = torch.zeros(0, dtype=torch.long)
+
+    def enter(self, batch: Batch) -> None:
+        """What comes from now on is of this batch."""
+        numbers = torch.tensor(batch.rows).unsqueeze(1).expand(-1, batch.input_ids.shape[1])
+        self.record_of_token = numbers[batch.attention_mask.bool().cpu()]
 
     def _adder(self, tokens: torch.Tensor | None) -> Callable[[torch.Tensor, torch.Tensor], None]:
         """What adds values of these tokens of the batch, all of them for `None`, to their records."""
@@ -385,13 +396,12 @@ def held_out_pass(
     state, name = state or State(), f"held-out-pass-{processes.rank()}"
     kept = state.load(name) or {"batches": 0, "held": HeldOut.empty(len(base.blocks), len(examples), samples, fit.input_directions)}
     held: HeldOut = kept["held"]
-    sums = _HeldOutSums(base, fit, held)
+    sums = HeldOutSums(base, fit, held)
     found = list(batches(examples, batch_size, base.pad_id, by_length=True))
     with capturing(base.model, base.blocks) as capture:
         for at in own_batches(kept["batches"], len(found)):
             batch = found[at].to(base.device)
-            numbers = torch.tensor(batch.rows).unsqueeze(1).expand(-1, batch.input_ids.shape[1])
-            sums.record_of_token = numbers[batch.attention_mask.bool().cpu()]
+            sums.enter(batch)
             held.tokens.index_add_(0, sums.record_of_token, torch.ones(len(sums.record_of_token), dtype=torch.float64))
             capture.start(batch.attention_mask, sums.true_labels, keep=samples > 0)
             logits, targets, rows = labelled_logits(base.model, batch)
@@ -424,17 +434,23 @@ def label_thresholds(record_m: torch.Tensor, samples: int, seed: int) -> torch.T
     return drawn
 
 
-def _draw(capture: Capture, sums: _HeldOutSums, logits: torch.Tensor, thresholds_sm: torch.Tensor) -> None:
+def _draw(capture: Capture, sums: HeldOutSums, logits: torch.Tensor, thresholds_sm: torch.Tensor) -> None:
     """Backward passes under labels drawn from the model, through the graph that is there."""
     samples = len(thresholds_sm)
-    if samples == 0:
+    for sample, slope in enumerate(drawn_slopes(logits, thresholds_sm)):
+        capture.sink, capture.keep = sums.drawn_labels(sample), sample + 1 < samples
+        logits.backward(slope, retain_graph=sample + 1 < samples)
+
+
+def drawn_slopes(logits: torch.Tensor, thresholds_sm: torch.Tensor) -> Iterator[torch.Tensor]:
+    """For each sample of labels drawn from the model the gradient of their summed cross entropy by the logits, `[M, vocabulary]`."""
+    if not len(thresholds_sm):
         return
     probabilities = logits.detach().float().softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
-    for sample in range(samples):
-        thresholds = thresholds_sm[sample].to(logits.device).unsqueeze(1) * cumulative[:, -1:]
+    for drawn in thresholds_sm:
+        thresholds = drawn.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
         targets = torch.searchsorted(cumulative, thresholds)[:, 0].clamp(max=logits.shape[1] - 1)
-        capture.sink, capture.keep = sums.drawn_labels(sample), sample + 1 < samples
         slope = probabilities.clone()
-        slope[torch.arange(len(targets)), targets] -= 1  # gradient of the summed cross entropy with respect to the logits
-        logits.backward(slope.to(logits.dtype), retain_graph=sample + 1 < samples)
+        slope[torch.arange(len(targets)), targets] -= 1
+        yield slope.to(logits.dtype)
