@@ -41,11 +41,11 @@ ROWS = (
     ("selection",),
     ("transfer",),
     ("fast",),
-    ("pinning", "inspection", "adapter_files", "differences", "skeleton", "adapters", "verification", "methods"),
+    ("pinning", "inspection", "adapter_files", "differences", "skeleton", "adapters", "verification", "methods", "adalora", "beginnings"),
     ("metrics", "evaluation", "trainer", "training", "compare", "switching", "shared_cache", "serving"),
     ("latency", "benchmark", "export"),
     ("report",),
-    ("plots",),
+    ("plots", "hub_cards", "reuse"),
     ("commands",),
     ("cli",),
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.adalora.layer import AdaLoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -62,6 +63,8 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor] | None:
 
 def load_weights(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> list[str]:
     """Load saved weights into an adapted model, on the meta device mostly, and say in words what does not fit."""
+    if model.peft_config["default"].peft_type == PeftType.ADALORA:
+        _in_memory(model)
     try:
         result = set_peft_model_state_dict(model, dict(weights), low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -118,6 +121,14 @@ def _prefix(config: PeftConfig) -> str:
 def _module(key: str, prefix: str) -> str:
     """The module that a saved weight belongs to: its name up to the part that PEFT added."""
     return key.rsplit(f".{prefix}", 1)[0]
+
+
+def _in_memory(model: PeftModel) -> None:
+    """Give AdaLoRA's adapters memory: PEFT cuts them to the saved ranks by their masks, which the meta device cannot do."""
+    for module in model.modules():
+        if isinstance(module, AdaLoraLayer):
+            for part in (module.lora_A, module.lora_B, module.lora_E):
+                part["default"] = torch.nn.Parameter(torch.empty_like(part["default"], device="cpu"))
 
 
 def _mismatch(error: Exception) -> str:

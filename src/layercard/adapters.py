@@ -88,7 +88,7 @@ def apply(
             wrapped = get_peft_model(model, exact)
         spell_out(exact, placement)
         check_adapted(wrapped, placement)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         before.restore()
         reason = " ".join(str(error).split())[:160]
         raise PlacementError(

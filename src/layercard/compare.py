@@ -176,7 +176,8 @@ def _folder(output: str | Path | None, resume: bool, force: bool) -> Iterator[Pa
 def _warm_up(base: BaseModel, placement: Placement, data: Dataset, settings: TrainSettings) -> None:
     """One step that counts nowhere: libraries are loaded and kernels chosen before a clock runs."""
     few = Dataset(data.examples[: settings.batch_size], data.source, data.fingerprint)
-    once = replace(settings, steps=1, epochs=None, accumulation=1, save_steps=0, report_to="none")
+    method = "lora" if settings.method in ("eva", "adalora") else settings.method  # these need more data, or more steps
+    once = replace(settings, method=method, steps=1, epochs=None, accumulation=1, save_steps=0, report_to="none")
     with tempfile.TemporaryDirectory(prefix="layercard-warm-up-") as folder:
         train(base, placement, few, Path(folder) / "run", once)
 

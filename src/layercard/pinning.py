@@ -58,6 +58,8 @@ def pinned(config: PeftConfig, placement: Placement, model: PreTrainedModel) -> 
     fields = {each.name for each in dataclasses.fields(config)}
     _check_method(config, fields, placement)
     _check_choice(config, placement)
+    if vars(config).get("init_lora_weights") == "olora" and any(projection.transposed for projection in maps.values()):
+        raise PlacementError("PEFT's OLoRA takes the stored weights of Conv1D for transposed ones; use PiSSA or plain LoRA in this model")
     exact = copy.deepcopy(config)
     suffixes = tuple(f".{path}" for path in maps)
     twins = [name for name, _ in model.named_modules() if name.endswith(suffixes) and name not in maps]
@@ -147,6 +149,9 @@ def _check_method(config: PeftConfig, fields: set[str], placement: Placement) ->
         raise PlacementError(
             f"{name} cannot adapt parameters such as {placement.parameters[0]}; use LoRA, or select without the stacked experts"
         )
+    start = vars(config).get("init_lora_weights", True)
+    if placement.parameters and start not in (True, False, "gaussian"):
+        raise PlacementError(f"PEFT cannot begin parameters such as {placement.parameters[0]} with {start!r}; use plain LoRA there")
     if placement.parameters and vars(config)["lora_dropout"]:
         raise PlacementError(
             f"PEFT has no dropout for parameters such as {placement.parameters[0]}; set it to 0, or select without the stacked experts"

@@ -10,12 +10,36 @@ from layercard.errors import TrainingError
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
 """Learning rate schedules of transformers that need no settings of their own."""
 
+_LOW_RANK = ("rank", "alpha", "dropout")
+METHODS: dict[str, tuple[str, ...]] = {
+    "lora": _LOW_RANK,
+    "rslora": _LOW_RANK,
+    "dora": _LOW_RANK,
+    "pissa": ("rank", "alpha"),
+    "olora": ("rank", "alpha"),
+    "eva": _LOW_RANK,
+    "adalora": _LOW_RANK,
+    "loha": ("rank", "alpha"),
+    "lokr": ("rank", "alpha"),
+    "vera": ("rank", "dropout"),
+    "randlora": _LOW_RANK,
+    "delora": ("rank",),
+    "hira": ("rank", "dropout"),
+    "hra": ("rank",),
+    "miss": ("rank", "dropout"),
+    "ia3": (),
+    "oft": (),
+    "boft": ("dropout",),
+}
+"""Methods by name, and which of rank, alpha and dropout each has; the others are at their defaults and mean nothing to it."""
+
 
 @dataclass(frozen=True)
 class TrainSettings:
     """How adapters are trained.
 
     Attributes:
+        method: One of `METHODS`: what kind of adapter, or how LoRA begins.
         rank: Rank of each adapter.
         alpha: Scale; the update is `alpha / rank` times the product of the adapter's two matrices.
         dropout: Dropout on the adapter's input.
@@ -34,6 +58,7 @@ class TrainSettings:
         save_steps: A checkpoint after every so many steps; 0 for none.
     """
 
+    method: str = "lora"
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -72,9 +97,14 @@ class TrainSettings:
             value = getattr(self, name)
             if not low <= value <= high or value == math.inf:
                 raise TrainingError(f"{name} is {value!r}; give a number {'above 0' if low > 0 else f'from {low:g}'}{_up_to(high)}")
-        if self.scheduler not in SCHEDULERS:
-            close = difflib.get_close_matches(self.scheduler, SCHEDULERS, n=1, cutoff=0.0)[0]
-            raise TrainingError(f"scheduler {self.scheduler!r} is unknown; did you mean {close!r}? Choose one of {', '.join(SCHEDULERS)}")
+        for name, known in (("scheduler", SCHEDULERS), ("method", tuple(METHODS))):
+            value = getattr(self, name)
+            if value not in known:
+                close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+                raise TrainingError(f"{name} {value!r} is unknown; did you mean {close!r}? Choose one of {', '.join(known)}")
+        for name, usual in (("rank", 8), ("alpha", 16.0), ("dropout", 0.0)):
+            if name not in METHODS[self.method] and getattr(self, name) != usual:
+                raise TrainingError(f"method {self.method!r} has no {name}, but {name} is {getattr(self, name):g}; leave it out")
 
     def total_steps(self, records: int) -> int:
         """Number of updates on `records` records.

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_callback import PrinterCallback
 
 from layercard import processes
+from layercard.adalora import RankAllocation
 from layercard.data import IGNORED, Batch, Dataset, Example, collate, shuffled
 from layercard.errors import ProcessError, TrainingError
 from layercard.files import read_json, write_json
@@ -135,6 +136,7 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below is already divided over the accumulated batch
         self.learning_rate = settings.learning_rate
         self.labels_only = labels_only
+        self.allocation = RankAllocation.of(model)
         self.history = TrainLog()
         self.step_loss = 0.0
         self.step_tokens = 0
@@ -179,6 +181,8 @@ class AdapterTrainer(Trainer):
         self.step_loss += loss.item()
         if processes.count() == 1:
             self.check_loss(self.step_loss, self.state.global_step + 1)
+        if self.allocation is not None:
+            loss = loss + self.allocation.penalty() / (self.args.gradient_accumulation_steps * processes.count())
         return loss * processes.count()
 
     def end_step(self) -> None:
@@ -206,7 +210,17 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only the adapter, as safetensors, and without asking the hub for the base model's vocabulary."""
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+            if self.allocation is not None:
+                self.allocation.save(Path(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As transformers does, but for AdaLoRA, whose saved weights are cut to the ranks of the moment."""
+        if self.allocation is not None:
+            self.allocation.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class _Watch(TrainerCallback):
@@ -223,6 +237,10 @@ class _Watch(TrainerCallback):
         if state.global_step == self.heaviest:
             self.peak.start()
         self.start = time.perf_counter()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.allocation is not None:
+            self.trainer.allocation.after_step(state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type == "cuda":

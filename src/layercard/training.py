@@ -18,15 +18,17 @@ from transformers import set_seed
 
 from layercard import processes
 from layercard.adapters import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model, no_deprecations
+from layercard.beginnings import INITIAL, begin
 from layercard.data import Dataset
 from layercard.errors import OutputError, TrainingError
 from layercard.evaluation import HeldOut, describe_data, held_out_losses, reduction_interval
 from layercard.fast.together import fast_training
 from layercard.files import read_json, write_json
+from layercard.methods import REWRITING, configuration
 from layercard.models import BaseModel, Progress, describe, quiet_libraries
 from layercard.selection import Placement
 from layercard.settings import FastSettings, TrainSettings
-from layercard.trainer import TrainLog, fit
+from layercard.trainer import TrainLog, fit, last_checkpoint
 
 __all__ = ["RUN_FILE", "SCHEMA", "TrainSettings", "train"]
 
@@ -34,6 +36,8 @@ SCHEMA = "layercard-run/1"
 RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"
 CHECKPOINTS = "checkpoints"
+EARLIER: dict[str, Any] = {"processes": 1, "method": "lora", "parameters": [], "ranks": {}, "alphas": {}}
+"""What a plan means that was written before it had these keys."""
 PACKAGES = ("layercard", "torch", "transformers", "peft", "accelerate")
 
 
@@ -51,7 +55,7 @@ def train(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train LoRA adapters where a placement says, and save them with a record of the run.
+    """Train adapters where a placement says, and save them with a record of the run.
 
     The folder `output` gets the adapter as PEFT reads it (`adapter_config.json`, `adapter_model.safetensors`), `placement.json` and,
     last of all, `run.json`; checkpoints lie in `output/checkpoints`. `base` is bit for bit as before when this returns or raises,
@@ -82,7 +86,7 @@ def train(
         `peak_memory_bytes` is what training takes above the frozen model: adapters, optimiser, gradients and activations.
 
     Raises:
-        PlacementError: The placement is not for this model.
+        PlacementError: The placement is not for this model, or the method cannot adapt what it names.
         OutputError: `output` holds a run already, or cannot be written.
         TrainingError: There is nothing to train on, the processes cannot share a batch evenly, a resumed run has other settings, memory
             runs out, or the loss is not finite.
@@ -131,7 +135,10 @@ def _run(
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if valid is not None and before is None:
         before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
-    with _seeded(settings.seed), quiet_libraries(), no_deprecations(), adapted(base, placement, **_lora(settings)) as model:
+    config = configuration(settings, settings.total_steps(len(data)), placement)
+    with _seeded(settings.seed), quiet_libraries(), no_deprecations(), adapted(base, placement, config) as model:
+        resumed = resume and last_checkpoint(output / CHECKPOINTS) is not None
+        begin(model, placement, data, base.pad_id, settings, output / CHECKPOINTS, resumed=resumed)
         passes = settings.total_steps(len(data)) * settings.batch_size * settings.accumulation / len(data)
         with fast_training(model, spare, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
             log = fit(
@@ -146,7 +153,7 @@ def _run(
             )
         after = None if valid is None else held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
-        processes.by_first(lambda: _save_adapter(model, output), base.device)
+        processes.by_first(lambda: _save_adapter(model, output, settings.method), base.device)
     record = {
         "schema": SCHEMA,
         "started": started,
@@ -168,10 +175,6 @@ def _run(
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide about a run."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _lora(settings: TrainSettings) -> dict[str, Any]:
-    return {"rank": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
 
 
 def _measured(valid: Dataset | None, before: HeldOut | None, after: HeldOut | None) -> dict[str, Any]:
@@ -210,6 +213,9 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
         "model": base.fingerprint,
         "layers": list(placement.layers),
         "paths": sorted(placement.paths),
+        "parameters": sorted(placement.parameters),
+        "ranks": dict(placement.rank_pattern),
+        "alphas": dict(placement.alpha_pattern),
         "data": data.fingerprint,
         "valid": None if valid is None else valid.fingerprint,
         **settings.deciding(),
@@ -242,7 +248,7 @@ def _finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     plan_path = output / CHECKPOINTS / PLAN_FILE
     if not plan_path.exists():
         raise OutputError(f"{output} holds no run to resume; name the folder of an unfinished run, or pass --force to start one there")
-    found = {"processes": 1} | read_json(plan_path, TrainingError, "plan")
+    found = EARLIER | read_json(plan_path, TrainingError, "plan")
     different = [name for name in plan if found.get(name) != plan[name]]
     if different:
         name = different[0]
@@ -268,11 +274,15 @@ def _clear(output: Path, force: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _save_adapter(model: PeftModel, output: Path) -> None:
-    """Write the adapter's two files, each whole or not at all."""
+def _save_adapter(model: PeftModel, output: Path, method: str) -> None:
+    """Write the adapter's two files, each whole or not at all.
+
+    What began out of the weights is saved as plain LoRA of twice the rank, `B A − B₀ A₀`, which loads on the weights as they were.
+    """
+    initial = {"path_initial_model_for_weight_conversion": str(output / CHECKPOINTS / INITIAL)} if method in REWRITING else {}
     try:
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as part:
-            model.save_pretrained(part, save_embedding_layers=False)
+            model.save_pretrained(part, save_embedding_layers=False, **initial)
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 (Path(part) / name).replace(output / name)
     except OSError as error:

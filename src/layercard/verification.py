@@ -179,7 +179,7 @@ def _verify(
             words = _landed_words(blocks, asked, wanted, placement, adapted)
             words += _rank_words(wrapped, placement)
             words += [] if weights is None else load_weights(wrapped, weights)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
         words = [*index_words(blocks, asked, wanted), *name_words(blocks, asked), f"PEFT refuses it: {one_line(error)}"]
     if wanted is None:
         notes += tower_words(blocks, adapted, wanted=False)

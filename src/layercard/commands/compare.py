@@ -35,6 +35,7 @@ def compare(
     card: Annotated[Path | None, typer.Option("--card", metavar="CARD", help="The card from which objectives are selected.")] = None,
     records: opt.Records = None,
     valid_records: opt.ValidRecords = None,
+    method: opt.Method = "lora",
     rank: opt.Rank = 8,
     alpha: opt.Alpha = 16.0,
     dropout: opt.Dropout = 0.0,
@@ -68,6 +69,7 @@ def compare(
     """
     spare = opt.spared(cut, prefix_cache, cache, cache_gb, unpadded, labels_only, fused_lora, stock)
     settings = TrainSettings(
+        method=method,
         rank=rank,
         alpha=alpha,
         dropout=dropout,

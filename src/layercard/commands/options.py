@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from layercard.errors import OutputError, TrainingError
-from layercard.settings import FastSettings
+from layercard.settings import METHODS, FastSettings
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, a .gguf file, or smollm2-135m (embedded, fetched once).")
@@ -37,6 +37,7 @@ RoiFigures = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One figure of the calculator: --set gpu_price_per_hour=2.5.")
 ]
 
+Method = Annotated[str, typer.Option("--method", metavar="NAME", help=f"Kind of adapter, or how LoRA begins: {', '.join(METHODS)}.")]
 Rank = Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Rank of each adapter.")]
 Alpha = Annotated[
     float, typer.Option("--alpha", metavar="X", help="Scale of the adapters; the update is alpha / rank times their product.")

@@ -23,6 +23,7 @@ def train(
     ] = None,
     records: opt.Records = None,
     valid_records: opt.ValidRecords = None,
+    method: opt.Method = "lora",
     rank: opt.Rank = 8,
     alpha: opt.Alpha = 16.0,
     dropout: opt.Dropout = 0.0,
@@ -50,7 +51,7 @@ def train(
     force: opt.Force = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Train LoRA adapters in the layers of a placement. The folder loads with plain PEFT.
+    """Train adapters in the layers of a placement. The folder loads with plain PEFT.
 
     Under `torchrun` or `accelerate launch` all processes share every batch: losses and adapter are those of one process.
     """
@@ -59,6 +60,7 @@ def train(
     opt.check_data(data, valid)
     spare = opt.spared(cut, prefix_cache, cache, cache_gb, unpadded, labels_only, fused_lora, stock)
     settings = TrainSettings(
+        method=method,
         rank=rank,
         alpha=alpha,
         dropout=dropout,
@@ -98,7 +100,8 @@ def _view(record: dict[str, Any], output: Path) -> Any:
     from layercard.report.terminal import pairs
 
     layers = record["placement"]["layers"]
-    rows = {"Adapter": f"{output} · layers {' '.join(map(str, layers))} · {record['trainable_parameters']:,} parameters"}
+    method = record["settings"]["method"]
+    rows = {"Adapter": f"{output} · {method} · layers {' '.join(map(str, layers))} · {record['trainable_parameters']:,} parameters"}
     if record.get("loss_reduction") is not None:
         low, high = record["loss_reduction_interval"]
         rows["Loss"] = f"{record['loss_before']:.4f} → {record['loss_after']:.4f} nats per labelled token"
