@@ -10,6 +10,8 @@ LayercardError
 ├── OutputError      an output that exists or cannot be written
 ├── TrainingError    a training run that cannot start, resume or be trusted
 │   └── ProcessError one process of several failed by itself
+├── ExportError      a placement that a trainer cannot express, or a configuration that contradicts it
+├── HubError         the hub cannot be reached, or a repository there cannot be used
 ├── BenchmarkError   a benchmark whose tasks, strategies or folder cannot be used
 └── ReportError      files that make no report, or figures that the calculator cannot use
 ```
@@ -52,6 +54,14 @@ class TrainingError(LayercardError):
 
 class ProcessError(TrainingError):
     """One process of a run in several failed by itself; the others do not know why."""
+
+
+class ExportError(LayercardError):
+    """A trainer cannot express a placement, or the configuration to merge into cannot be used or contradicts it."""
+
+
+class HubError(LayercardError):
+    """The hub cannot be reached, refuses, or has no such card."""
 
 
 class BenchmarkError(LayercardError):
