@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -25,21 +26,23 @@ from layercard.capture import replaced
 
 @dataclass(frozen=True)
 class FusedLora:
-    """How many of the adapters `fused_lora` computes in one step; the others run as they are."""
+    """How many adapters of linear maps `fused_lora` computes in one step; others run as they are, those of stacked experts among them."""
 
     fused: int
     adapters: int
+    stacked: int = 0
 
     def __str__(self) -> str:
-        return f"adapters computed in one step: {self.fused} of {self.adapters}"
+        experts = f"; {self.stacked} of stacked experts as they are" if self.stacked else ""
+        return f"adapters computed in one step: {self.fused} of {self.adapters}{experts}"
 
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[FusedLora]:
     """Compute plain LoRA adapters of `model` in one step for the length of a `with` block.
 
-    Left to PEFT are adapters with dropout, bias or a variant (DoRA), on quantised or trainable maps, merged, switched off, or several at
-    once, and every call under autocast.
+    Left to PEFT are adapters of stacked experts, which it adds to the weights before the experts run, adapters with dropout, bias or a
+    variant (DoRA), on quantised or trainable maps, merged, switched off, or several at once, and every call under autocast.
 
     Args:
         model: A PEFT model, or what wraps one.
@@ -49,7 +52,7 @@ def fused_lora(model: nn.Module) -> Iterator[FusedLora]:
     with ExitStack() as stack:
         for module in plain:
             stack.enter_context(replaced(module, partial(_forward, module, module.forward)))
-        yield FusedLora(len(plain), len(adapters))
+        yield FusedLora(len(plain), len(adapters), sum(isinstance(module, ParamWrapper) for module in model.modules()))
 
 
 def _is_plain(module: LoraLinear) -> bool:

@@ -1,0 +1,88 @@
+"""Placements with stacked experts: trained, interrupted, saved and loaded, with every faster part, and profiled on the way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layercard import state as state_module
+from layercard.adapters import adapted_paths, loaded, place
+from layercard.data import Dataset
+from layercard.evaluation import held_out_losses
+from layercard.models import BaseModel, fingerprint
+from layercard.profiling import ProfileSettings, profile
+from layercard.settings import FastSettings
+from test_experts import base_of, build
+from test_fast import PARTS, interrupted_and_resumed, records, run
+from test_state import Stopped, stopping
+
+FAMILIES = ("mixtral", "qwen3_moe")
+
+
+def assert_near(one: dict[str, Any], other: dict[str, Any], folders: tuple[Path, Path]) -> None:
+    """As `assert_same_run`, by whole tensors: AdamW makes rounding errors large where few tokens make a gradient."""
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=1e-5, atol=0)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert float((second[name] - weight).norm()) <= 1e-3 * float(weight.norm()), name
+
+
+def float_base(family: str) -> BaseModel:
+    return base_of(build(family).float())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_faster_parts_together_equal_stock_training(family: str, tmp_path: Path) -> None:
+    base = float_base(family)
+    stock = run(base, tmp_path, "stock", FastSettings.stock(), (1, 2))
+    found = run(base, tmp_path, "fast", FastSettings(), (1, 2))
+    assert_near(stock, found, (tmp_path / "stock", tmp_path / "fast"))
+    assert set(found["fast"]["did"]) == set(PARTS)
+    assert found["fast"]["did"]["fused_lora"] == "adapters computed in one step: 8 of 8; 4 of stacked experts as they are"
+
+
+def test_every_expert_that_sees_a_token_is_trained_and_no_other_layer(tmp_path: Path) -> None:
+    base = float_base("mixtral")
+    before = fingerprint(base.model)
+    record = run(base, tmp_path, "a", FastSettings(), (1,), valid=records(base, tmp_path, 8, 40))
+    assert record["loss_reduction"] > 0 and fingerprint(base.model) == before
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert {name.split(".layers.")[1].partition(".")[0] for name in weights} == {"1"}
+    stacked = {name: weight for name, weight in weights.items() if "experts" in name and "lora_B" in name}
+    assert len(stacked) == 2
+    for weight in stacked.values():
+        assert weight.reshape(len(weight), 2, 4).abs().sum(dim=(0, 1)).count_nonzero() == 4
+    with loaded(base, tmp_path / "a") as model:
+        assert set(adapted_paths(model)) == set(place(base, [1]).targets)
+        found = held_out_losses(model, base.pad_id, records(base, tmp_path, 8, 40))
+    assert found.loss == pytest.approx(record["loss_after"], rel=1e-6)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    base = float_base("qwen3_moe")
+    stock = run(base, tmp_path, "stock", FastSettings.stock(), (2,))
+    assert_near(stock, interrupted_and_resumed(base, tmp_path, FastSettings()), (tmp_path / "stock", tmp_path / "run"))
+
+
+def dataset(base: BaseModel, folder: Path) -> Dataset:
+    return records(base, folder, 12)
+
+
+def test_an_interrupted_profile_is_the_same_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, how = float_base("mixtral"), ProfileSettings(rank=2, batch_size=4, probe="train", probe_steps=2)
+    whole = profile(base, dataset(base, tmp_path), how)
+    assert whole.layers[1].training_probe is not None
+    monkeypatch.setattr(state_module, "EVERY", 0.0)
+    monkeypatch.setattr(state_module, "SHARE", 0.0)
+    interrupts = 0
+    while True:
+        try:
+            card = profile(base, dataset(base, tmp_path), how, stopping(4), state=tmp_path / "state")
+            break
+        except Stopped:
+            interrupts += 1
+    assert interrupts >= 2
+    assert card.to_json() == whole.to_json()
