@@ -76,7 +76,7 @@ def read_model(place: str, dtype: torch.dtype | str, trust_remote_code: bool = F
     """
     if place.lower().endswith(".gguf"):
         return read_gguf(Path(place), dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    source = place if Path(place).is_dir() or hub_answers() else _cached_snapshot(place)
+    source = place if Path(place).is_dir() or hub_answers() else cached_snapshot(place)
     try:
         kind = _auto_class(place, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
         model, info = kind.from_pretrained(
@@ -176,7 +176,7 @@ def _check_folder(folder: Path) -> None:
     raise ModelError(f"{folder} has a config.json but no weights (*.safetensors); copy the weights there or name another folder")
 
 
-def _cached_snapshot(name: str) -> str:
+def cached_snapshot(name: str) -> str:
     try:
         return huggingface_hub.snapshot_download(name, local_files_only=True)
     except Exception as error:  # not in the cache, or no well formed id

@@ -1,0 +1,283 @@
+"""The two passes of a profile over a model on disk: forward block by block, then backward block by block.
+
+Each block is read twice. Forward, all batches go through it before the next one is read, and what enters each block is kept. Backward, a
+block runs once more on what entered it, with its graph this time: the gradient of what left it gives the gradient of what entered it, and
+on the way the signals of its maps. The batches that make the steps come first, so that the steps of the block are known when the
+held-out batches reach it. The numbers are those of the passes over a model in memory (`layercard.signals`), to rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from layercard.capture import capturing, entering, frozen, replaced, skip
+from layercard.data import Batch, Example, batches
+from layercard.errors import DataError, ModelError
+from layercard.fit_sums import FitSums
+from layercard.loading import Progress
+from layercard.models import labelled_logits
+from layercard.signals import Fit, HeldOut, HeldOutSums, drawn_slopes, fit_sink, label_thresholds, solve_layer
+from layercard.state import State
+from layercard.stream.boundaries import Boundaries
+from layercard.stream.streamed import StreamedModel
+
+Put = Callable[[torch.Tensor], tuple[Any, ...]]
+"""A block's arguments `(args, kwargs)` with given hidden states."""
+
+
+class _Reached(Exception):
+    """The last block was reached; the head need not run."""
+
+
+class BlockByBlock:
+    """Batches on their way through a streamed model.
+
+    Attributes:
+        batches: The batches.
+        boundaries: What enters each block, kind `hidden`.
+
+    Args:
+        streamed: The model.
+        examples: The records.
+        batch_size: Records in a batch.
+        boundaries: Where hidden states are kept.
+        kind: What they are called there.
+    """
+
+    def __init__(self, streamed: StreamedModel, examples: Sequence[Example], batch_size: int, boundaries: Boundaries, kind: str) -> None:
+        self.streamed, self.boundaries, self.kind = streamed, boundaries, kind
+        pad_id = streamed.base.pad_id
+        self.batches = [batch.to(streamed.device) for batch in batches(examples, batch_size, pad_id, by_length=True)]
+        self.calls: list[list[Put]] = []
+
+    def enter(self) -> None:
+        """Run what lies below the blocks, and keep what each block is called with. The embedding must be in memory."""
+        for at, batch in enumerate(self.batches):
+            calls: list[Put] = []
+            with ExitStack() as stack:
+                for block in self.streamed.blocks:
+                    stack.enter_context(replaced(block.module, partial(self._record, at, calls)))
+                try:
+                    labelled_logits(self.streamed.base.model, batch)
+                except _Reached:
+                    self.calls.append(calls)
+                    continue
+            raise ModelError("the model runs its blocks in no order of their own, so it cannot be streamed; profile without --stream")
+
+    def _record(self, at: int, calls: list[Put], *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden, put = entering(args, kwargs)
+        if not calls:
+            self.boundaries.put(self.kind, at, 0, hidden)
+        calls.append(put)
+        if len(calls) == len(self.streamed.blocks):
+            raise _Reached
+        return hidden
+
+    def hidden(self, at: int, block: int) -> torch.Tensor:
+        """What enters a block in batch `at`; for one beyond the last, what leaves that."""
+        return self.boundaries.get(self.kind, at, block, self.streamed.device)
+
+    def run(self, at: int, block: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What leaves a block, which must be in memory."""
+        args, kwargs = self.calls[at][block](hidden)
+        found = self.streamed.blocks[block].module(*args, **kwargs)
+        if isinstance(found, tuple):
+            if any(isinstance(part, torch.Tensor) for part in found[1:]):
+                raise ModelError("the blocks hand on more than hidden states, so they cannot be streamed; profile without --stream")
+            found = found[0]
+        return found
+
+    def advance(self, block: int) -> None:
+        """Let all batches through a block without a graph."""
+        with torch.no_grad():
+            for at in range(len(self.batches)):
+                self.boundaries.put(self.kind, at, block + 1, self.run(at, block, self.hidden(at, block)))
+
+    def logits(self, at: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`labelled_logits` of batch `at` where the last block gives `hidden`; the head must be in memory."""
+        model, blocks = self.streamed.base.model, self.streamed.blocks
+        first = self.hidden(at, 0)
+        with ExitStack() as stack:
+            stack.enter_context(replaced(model.get_input_embeddings(), lambda *_, **__: first))
+            for block in blocks[:-1]:
+                stack.enter_context(replaced(block.module, skip))
+            stack.enter_context(replaced(blocks[-1].module, lambda *_, **__: hidden))
+            return labelled_logits(model, self.batches[at])
+
+
+@contextmanager
+def walking(streamed: StreamedModel) -> Iterator[None]:
+    """The model frozen, with what lies outside its blocks, embedding and head in memory."""
+    with frozen(streamed.base.model), streamed.loaded(streamed.outside()):
+        yield
+
+
+def stream_passes(
+    streamed: StreamedModel,
+    fit_examples: Sequence[Example],
+    held_examples: Sequence[Example],
+    *,
+    rank: int,
+    ridge: float,
+    batch_size: int,
+    samples: int,
+    seed: int,
+    boundaries: Boundaries | None = None,
+    progress: Progress | None = None,
+    state: State | None = None,
+) -> tuple[Fit, HeldOut]:
+    """Both passes of a profile over a model on disk.
+
+    Args:
+        streamed: The model.
+        fit_examples: Records to make the steps from.
+        held_examples: Records that measure them.
+        rank: Rank of the steps.
+        ridge: λ as a share of `ridge_scale`.
+        batch_size: Records in a batch.
+        samples: How many times labels are drawn from the model.
+        seed: Of the draws.
+        boundaries: Where hidden states and gradients are kept; in memory when not given.
+        progress: Told of blocks: `forward`, then `backward`.
+        state: Where the layers that are done are kept from time to time.
+
+    Raises:
+        DataError: The loss is not finite.
+        ModelError: The blocks hand on more than hidden states.
+    """
+    kept = boundaries or Boundaries()
+    fit = BlockByBlock(streamed, fit_examples, batch_size, kept, "fit")
+    held = BlockByBlock(streamed, held_examples, batch_size, kept, "held")
+    passes = _Passes(streamed, fit, held, samples, seed, kept)
+    with walking(streamed):
+        with streamed.loaded([streamed.base.model.get_input_embeddings()]):
+            fit.enter()
+            held.enter()
+        forward(streamed, (fit, held), progress)
+        with streamed.loaded(heads(streamed)):
+            passes.head(len(held_examples))
+        return passes.backward(rank, ridge, progress, state or State())
+
+
+def heads(streamed: StreamedModel) -> list[Any]:
+    """The output head, as the modules to load."""
+    head = streamed.base.model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{streamed.base.name} names no output head, so it cannot be streamed; profile without --stream")
+    return [head]
+
+
+def forward(streamed: StreamedModel, walks: Sequence[BlockByBlock], progress: Progress | None) -> None:
+    """Let all batches through all blocks."""
+    for block in streamed.blocks:
+        with streamed.loaded([block.module]):
+            for walk in walks:
+                walk.advance(block.index)
+        if progress:
+            progress("forward", block.index + 1, len(streamed.blocks))
+
+
+class _Passes:
+    """From the losses down to the first block."""
+
+    def __init__(
+        self, streamed: StreamedModel, fit: BlockByBlock, held: BlockByBlock, samples: int, seed: int, boundaries: Boundaries
+    ) -> None:
+        self.streamed, self.fit, self.held, self.samples, self.seed, self.boundaries = streamed, fit, held, samples, seed, boundaries
+        self.labelled, self.nats, self.tokens = 0, 0.0, 0
+        self.sums: HeldOut | None = None
+
+    def head(self, records: int) -> None:
+        """Losses, and the gradients of what leaves the last block: of the losses and, held out, of those under drawn labels."""
+        top = len(self.streamed.blocks)
+        for at, batch in enumerate(self.fit.batches):
+            hidden = self.fit.hidden(at, top).requires_grad_(True)
+            logits, targets, _ = self.fit.logits(at, hidden)
+            loss = cross_entropy(logits.float(), targets, reduction="sum")
+            loss.backward()
+            self.labelled, self.nats = self.labelled + len(targets), self.nats + float(loss.detach())
+            self.tokens += int(batch.attention_mask.sum())
+            self._keep("fit", at, 0, top, hidden)
+        if not math.isfinite(self.nats):
+            raise DataError(
+                f"the loss of {self.streamed.base.name} on these records is {self.nats}; check the weights and records, or use --dtype float32"
+            )
+        self.sums = HeldOut.empty(top, records, self.samples, ())
+        for at, batch in enumerate(self.held.batches):
+            self._held_out_head(at, batch, self.sums, top)
+
+    def _held_out_head(self, at: int, batch: Batch, sums: HeldOut, top: int) -> None:
+        hidden = self.held.hidden(at, top).requires_grad_(True)
+        logits, targets, rows = self.held.logits(at, hidden)
+        losses = cross_entropy(logits.float(), targets, reduction="none")
+        record = torch.tensor(batch.rows)[rows.cpu()]
+        sums.nats.index_add_(0, record, losses.detach().double().cpu())
+        sums.labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
+        sums.tokens.index_add_(0, torch.tensor(batch.rows), batch.attention_mask.sum(dim=1).double().cpu())
+        losses.sum().backward(retain_graph=self.samples > 0)
+        self._keep("held", at, 0, top, hidden)
+        for sample, slope in enumerate(drawn_slopes(logits, label_thresholds(record, self.samples, self.seed))):
+            logits.backward(slope, retain_graph=sample + 1 < self.samples)
+            self._keep("held", at, sample + 1, top, hidden)
+
+    def _keep(self, kind: str, at: int, which: int, block: int, hidden: torch.Tensor) -> None:
+        """Keep the gradient of what enters a block, and clear it; `which` is 0 for the true labels, else the sample counted from 1."""
+        assert hidden.grad is not None
+        self.boundaries.put(f"{kind}-gradient-{which}", at, block, hidden.grad)
+        self.boundaries.drop(f"{kind}-gradient-{which}", at, block + 1)
+        hidden.grad = None
+
+    def backward(self, rank: int, ridge: float, progress: Progress | None, state: State) -> tuple[Fit, HeldOut]:
+        """Down through the blocks."""
+        assert self.sums is not None
+        parts: dict[str, Fit] = {}
+        for block in reversed(self.streamed.blocks):
+            with self.streamed.loaded([block.module]):
+                part = parts[str(block.index)] = Fit(self.tokens, self.labelled, self.nats / self.labelled)
+                moments = self._fit_block(block.index)
+                solve_layer(part, block, moments.leaders, moments.inputs, moments.gradients, rank, ridge)
+                self._held_out_block(block.index, part)
+            if progress:
+                progress("backward", len(self.streamed.blocks) - block.index, len(self.streamed.blocks))
+        whole = Fit(self.tokens, self.labelled, self.nats / self.labelled)
+        for block in self.streamed.blocks:
+            whole.extend(parts[str(block.index)])
+        return whole, self.sums
+
+    def _fit_block(self, index: int) -> FitSums:
+        sums = FitSums()
+        block = self.streamed.blocks[index]
+        with capturing(self.streamed.base.model, [block], opening=False) as capture:
+            sink = fit_sink(sums, capture, [block], self.tokens)
+            for at, batch in enumerate(self.fit.batches):
+                hidden = self.fit.hidden(at, index).requires_grad_(True)
+                capture.start(batch.attention_mask, sink)
+                self.fit.run(at, index, hidden).backward(self._gradient("fit", at, 0, index + 1))
+                self._keep("fit", at, 0, index, hidden)
+            sums.leaders = dict(capture.leaders)
+        return sums
+
+    def _held_out_block(self, index: int, part: Fit) -> None:
+        assert self.sums is not None
+        block = self.streamed.blocks[index]
+        self.sums.inputs.update({path: torch.zeros(4, len(self.sums.nats), dtype=torch.float64) for path in part.input_directions})
+        sums = HeldOutSums(self.streamed.base, part, self.sums)
+        with capturing(self.streamed.base.model, [block], opening=False) as capture:
+            for at, batch in enumerate(self.held.batches):
+                hidden = self.held.hidden(at, index).requires_grad_(True)
+                sums.enter(batch)
+                capture.start(batch.attention_mask, sums.true_labels, keep=self.samples > 0)
+                out = self.held.run(at, index, hidden)
+                for which in range(self.samples + 1):
+                    if which:
+                        capture.sink, capture.keep = sums.drawn_labels(which - 1), which < self.samples
+                    out.backward(self._gradient("held", at, which, index + 1), retain_graph=which < self.samples)
+                    self._keep("held", at, which, index, hidden)
+
+    def _gradient(self, kind: str, at: int, which: int, block: int) -> torch.Tensor:
+        return self.boundaries.get(f"{kind}-gradient-{which}", at, block, self.streamed.device)
