@@ -19,6 +19,7 @@ from layercard.commands.compare import compare
 from layercard.commands.cost import cost
 from layercard.commands.demo import demo
 from layercard.commands.evaluate import evaluate
+from layercard.commands.export import export
 from layercard.commands.latency import latency
 from layercard.commands.pareto import pareto
 from layercard.commands.profile import profile
@@ -51,6 +52,7 @@ for _name, _command in (
     ("latency", latency),
     ("transfer", transfer),
     ("verify", verify),
+    ("export", export),
     ("report", report),
     ("roi", roi),
     ("app", explore),
