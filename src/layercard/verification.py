@@ -176,6 +176,7 @@ def _verify(
     try:
         with _wrapped(model, config) as wrapped:
             adapted = adapted_paths(wrapped)
+            asked = _as_converted(asked, wrapped.peft_config["default"])
             words = _landed_words(blocks, asked, wanted, placement, adapted)
             words += _rank_words(wrapped, placement)
             words += [] if weights is None else load_weights(wrapped, weights)
@@ -213,6 +214,14 @@ def asked_of(config: PeftConfig) -> Asked:
         () if names is None or isinstance(names, str) else tuple(sorted(names)),
         tuple(sorted(given.get("target_parameters") or ())),
     )
+
+
+def _as_converted(asked: Asked, config: PeftConfig) -> Asked:
+    """Without the names that PEFT has turned into stacked experts (`gate_proj`): they match something, under another name."""
+    parameters, left = vars(config).get("target_parameters"), vars(config).get("target_modules")
+    if set(parameters or ()) == set(asked.parameters) or isinstance(left, str):
+        return asked
+    return dataclasses.replace(asked, names=tuple(name for name in asked.names if name in (left or ())))
 
 
 def _landed_words(
