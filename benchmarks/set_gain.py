@@ -19,7 +19,7 @@ import numpy as np
 from common import RESULTS, data_folder, report, rounded
 from layercard.benchmark.choices import Chooser
 from layercard.benchmark.placements import keep_settings, prepare
-from layercard.benchmark.rates import RATE_COUNTS, find_rate, nearest_count
+from layercard.benchmark.rates import find_rate
 from layercard.benchmark.runs import BenchSettings, Item, run_file, run_items
 from layercard.card import LayerCard
 from layercard.errors import BenchmarkError
@@ -43,10 +43,10 @@ def random_sets(depth: int) -> list[tuple[int, ...]]:
 
 
 def items(task: str, seed: int, depth: int, settings: BenchSettings) -> list[Item]:
-    """The runs of a task and seed; a learning rate that is not known yet is searched."""
+    """The runs of a task and seed; the learning rate of each number of layers is searched where it is not known yet."""
     found = []
     for layers in random_sets(depth):
-        rate = find_rate(settings, str(FOLDER), task, nearest_count(len(layers), RATE_COUNTS), settings.rank)
+        rate = find_rate(settings, str(FOLDER), task, len(layers), settings.rank)
         found.append(Item(task, layers, seed, settings.rank, rate))
     return found
 
