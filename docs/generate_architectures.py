@@ -8,6 +8,7 @@ from pages import between, write_or_check
 
 PAGE = Path(__file__).with_name("architectures.md")
 ESTABLISHED = Path(__file__).parents[1] / "tests" / "architectures" / "capabilities.json"
+SIGNS = {"yes": "✓", "none": "–"}
 START, END = "<!-- architectures -->", "<!-- /architectures -->"
 
 
@@ -26,8 +27,8 @@ def table() -> str:
 
 
 def _cell(found: str, reasons: list[str]) -> str:
-    if found == "yes":
-        return "✓"
+    if found in SIGNS:
+        return SIGNS[found]
     if found not in reasons:
         reasons.append(found)
     return f"({reasons.index(found) + 1})"

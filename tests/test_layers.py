@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from layercard.errors import ModelError
@@ -187,3 +195,63 @@ def test_the_tiny_models_have_the_sizes_the_other_tests_count_on() -> None:
     assert model.get_input_embeddings().weight.shape == (VOCAB, WIDTH)
     assert find_blocks(model)[0].projections[-1].in_features == INNER
     assert torch.equal(build_tiny("opt", seed=3).lm_head.weight, build_tiny("opt", seed=3).lm_head.weight)
+
+
+class Packed(nn.Module):
+    """A quantised map: codes in a buffer, two widths, no weight."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = n_in, n_out
+        self.register_buffer("codes", torch.zeros(n_out, n_in, dtype=torch.uint8))
+
+
+class Wrapper(nn.Module):
+    """What adapters look like: two widths of its own, and the map inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.inner = 8, 4, inner
+
+
+@pytest.mark.parametrize("inner", [Packed(8, 4), nn.Linear(8, 4)])
+def test_quantised_maps_are_known_by_their_widths_and_wrappers_by_what_they_hold(inner: nn.Module) -> None:
+    (block,) = find_blocks(Decoder(nn.ModuleList([nn.ModuleDict({"a": Wrapper(inner), "b": Packed(8, 16)})])))
+    assert [(p.name, p.in_features, p.out_features, p.transposed) for p in block.projections] == [
+        ("a.inner", 8, 4, False),
+        ("b", 8, 16, False),
+    ]
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log, self.D = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+        self.in_proj, self.out_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("module", "kept"),
+    [
+        (Mixer(), ["a.in_proj"]),
+        (nn.MultiheadAttention(8, 2), []),
+        (nn.ModuleDict({"correction_coefs": nn.Linear(4, 4), "router": nn.Linear(8, 4)}), ["a.router"]),
+    ],
+    ids=["mamba", "multihead", "gemma3n"],
+)
+def test_maps_whose_weight_is_read_without_running_them_are_left_out(module: nn.Module, kept: list[str]) -> None:
+    (block,) = find_blocks(Decoder(nn.ModuleList([nn.ModuleDict({"a": module, "b": nn.Linear(8, 8)})])))
+    assert [p.name for p in block.projections] == [*kept, "b"]
+
+
+def test_names_that_peft_takes_for_experts_are_left_out() -> None:
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config)
+    assert isinstance(model.get_submodule("model.layers.0.mlp.gate_proj"), nn.Linear)
+    assert isinstance(model.get_submodule("model.layers.1.mlp.shared_experts.gate_proj"), nn.Linear)
+    for block in find_blocks(model):
+        assert block.projections and all(p.name.startswith("self_attn.") for p in block.projections)

@@ -32,6 +32,7 @@ from layercard.fast.labels import labels_only
 from layercard.fast.lora import fused_lora
 from layercard.fast.packing import unpadded
 from layercard.fast.prefix import frozen_prefix
+from layercard.layers import Projection
 from layercard.models import BaseModel, fingerprint, is_classifier, labelled_losses
 from layercard.probe import ReplayedSet
 from layercard.profiling import ProfileSettings, profile
@@ -39,7 +40,7 @@ from layercard.selection import Placement, select
 from layercard.settings import TrainSettings
 from layercard.training import train
 
-YES = "yes"
+YES, NONE = "yes", "none"
 RECORDED = Path(__file__).with_name("capabilities.json")
 
 
@@ -82,15 +83,25 @@ class Case:
         return train(self.base, self.placement, self.data, self.folder / "run", settings, valid=self.data)
 
 
+def _signals(case: Case) -> dict[str, torch.Tensor]:
+    """For each map `Σ δ aᵀ: [out, in]` over the tokens of the batch, and for each expert over those sent to it."""
+    found: dict[str, torch.Tensor] = {}
+
+    def sink(one: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: object) -> None:
+        found[one.path] = found.get(one.path, 0) + d_to.T @ a_ti
+
+    with capturing(case.base.model, case.base.blocks) as capture:
+        capture.start(case.batch.attention_mask, sink)
+        labelled_losses(case.base.model, case.batch)[0].sum().backward()
+    return found
+
+
 def profiles(case: Case) -> str:
     """The card is made, its signals are the gradients of a weight added to each map, and the model is bit for bit as before."""
     before = fingerprint(case.base.model)
     assert len(case.card.layers) == len(case.base.blocks)
     assert all(layer.modules and layer.resnorm.value > 0 for layer in case.card.layers)
-    signals: dict[str, torch.Tensor] = {}
-    with capturing(case.base.model, case.base.blocks) as capture:
-        capture.start(case.batch.attention_mask, lambda p, a, d, _: signals.__setitem__(p.path, signals.get(p.path, 0) + d.T @ a))
-        labelled_losses(case.base.model, case.batch)[0].sum().backward()
+    signals = _signals(case)
     projections = [p for block in case.base.blocks for p in block.projections]
     added = [torch.zeros(p.out_features, p.in_features, requires_grad=True) for p in projections]
     with ExitStack() as stack:
@@ -105,9 +116,30 @@ def profiles(case: Case) -> str:
 
 
 def selects(case: Case) -> str:
-    """A placement of two layers names exactly their maps."""
+    """A placement of two layers names exactly their maps and stacks of experts."""
     assert len(case.placement.layers) == 2
-    assert set(case.placement.paths) == {p.path for layer in case.placement.layers for p in case.base.blocks[layer].projections}
+    chosen = [case.base.blocks[layer] for layer in case.placement.layers]
+    assert set(case.placement.paths) == {p.path for block in chosen for p in block.projections}
+    assert set(case.placement.parameters) == {stack.path for block in chosen for stack in block.stacks}
+    return YES
+
+
+def profiles_experts(case: Case) -> str:
+    """Signals of each stacked expert are autograd's gradients of its part of the stack, and the card has them."""
+    stacks = [stack for block in case.base.blocks for stack in block.stacks]
+    if not stacks:
+        return NONE
+    signals = _signals(case)
+    weights = [stack.module.get_parameter(stack.parameter) for stack in stacks]
+    with unchanged(case.base.model):
+        for weight in weights:
+            weight.requires_grad_(True)
+        gradients = torch.autograd.grad(labelled_losses(case.base.model, case.batch)[0].sum(), weights)
+    for stack, gradient in zip(stacks, gradients, strict=True):
+        found = [signals.get(one.path, torch.zeros(one.out_features, one.in_features)) for one in stack.maps]
+        expected = gradient.mT if stack.transposed else gradient
+        torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=stack.path)
+    assert all(any(module.experts for module in case.card.layers[block.index].modules) for block in case.base.blocks if block.stacks)
     return YES
 
 
@@ -238,6 +270,7 @@ def fuses(case: Case) -> str:
 
 CAPABILITIES: dict[str, Callable[[Case], str]] = {
     "profile": profiles,
+    "experts": profiles_experts,
     "select": selects,
     "train": trains,
     "save and load": saves_and_loads,

@@ -133,6 +133,12 @@ FAMILIES = [
     Family("mixtral", "MixtralConfig", PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2}, about="experts as parameters"),
     Family("qwen3_moe", "Qwen3MoeConfig", PLAIN | EXPERTS | {"head_dim": 8}, about="experts as parameters"),
     Family(
+        "gpt_oss",
+        "GptOssConfig",
+        PLAIN | {"head_dim": 8, "sliding_window": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+        about="experts stored transposed, attention sinks",
+    ),
+    Family(
         "qwen3_next",
         "Qwen3NextConfig",
         PLAIN
