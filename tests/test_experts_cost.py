@@ -1,12 +1,19 @@
 """What adapters of stacked experts cost: their number, their time, and what a training step keeps for them."""
 
-import pytest
+from typing import Any
 
+import pytest
+from torch import nn
+
+from layercard import meta
 from layercard.adapters import adapted, place
-from layercard.cost import CostModel
+from layercard.card import cost_of
+from layercard.cost import CostModel, Shape
+from layercard.data import Dataset
 from layercard.models import BaseModel
+from layercard.profiling import ProfileSettings, profile
 from layercard.timing import measure_cost, random_batch
-from test_capture import assert_same
+from test_capture import assert_same, examples
 from test_experts import base_of, build
 from test_timing import everything, measured_memory
 from tiny import LAYERS, VOCAB
@@ -49,3 +56,43 @@ def test_trained_weights_are_those_that_the_cost_counts() -> None:
     with adapted(base, place(base, [1]), rank=2) as model:
         trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert cost.linear("params").of([1]) == trained
+
+
+def rated(maps: list[Any]) -> CostModel:
+    return CostModel.from_rates([maps] * 3, flops=1e11, bandwidth=1e10, batch_size=4, length=64, rank=2)
+
+
+ATTENTION = [(64, 64), (64, 32)]
+
+
+def test_one_expert_costs_forward_what_a_linear_map_costs() -> None:
+    dense, single = rated([*ATTENTION, (64, 96)]), rated([*ATTENTION, Shape(64, 96, 1, 1.0)])
+    assert dense == single
+    sparse, wider = rated([*ATTENTION, Shape(64, 96, 8, 1.0)]), rated([*ATTENTION, Shape(64, 96, 8, 2.0)])
+    assert sparse.weights_bytes - dense.weights_bytes == 3 * 7 * 64 * 96 * 4
+    assert sparse.linear("params").of([0]) - dense.linear("params").of([0]) == 7 * 2 * (64 + 96)
+    assert sparse.layers[0].saved_bytes == dense.layers[0].saved_bytes < wider.layers[0].saved_bytes
+    assert sparse.layers[0].forward_seconds < wider.layers[0].forward_seconds
+    assert sparse.layers[0].adapter_saved_bytes > dense.layers[0].adapter_saved_bytes + 8 * 64 * 96 * 4 - 4 * 4 * 64 * 64
+
+
+def test_an_empty_model_of_experts_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = float_base("qwen3_moe")
+    empty: nn.Module = meta.empty_model(base.model.config, "tiny")
+    found = meta.estimated_cost(empty, flops=1e11, bandwidth=1e10, name="tiny", dtype="float32", batch_size=2, length=16, rank=2)
+    real = measure_cost(base, random_batch(VOCAB, 2, 16), rank=2, repeats=1)
+    assert [layer.adapter_parameters for layer in found.layers] == [layer.adapter_parameters for layer in real.layers]
+    assert found.weights_bytes == real.weights_bytes
+    shapes: list[Any] = []
+    monkeypatch.setattr(CostModel, "from_rates", lambda given, **_: shapes.extend(given) or found)
+    meta.estimated_cost(empty, flops=1e11, bandwidth=1e10, name="tiny", dtype="float32")
+    assert shapes[0][-2:] == [Shape(32, 48, 4, 2.0), Shape(24, 32, 4, 2.0)]
+
+
+def test_a_card_without_a_measured_cost_counts_every_expert() -> None:
+    base = float_base("qwen3_moe")
+    data = Dataset(tuple(examples((9, 6, 12, 7, 5, 11), seed=4)), "random tokens", "0" * 16)
+    cost = cost_of(profile(base, data, ProfileSettings(rank=2, probe="none")))
+    with adapted(base, place(base, [1]), rank=2) as model:
+        assert cost.linear("params").of([1]) == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert cost.step_time(range(LAYERS)) == pytest.approx(1.0)

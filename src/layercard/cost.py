@@ -13,7 +13,7 @@ device's rates (`layercard.rates`), or from shapes alone, where the unit of time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -29,8 +29,19 @@ UPDATE_BYTES = 12
 """Gradient, and what one update makes on the way, for each trained weight: float32 numbers."""
 
 What = Literal["time", "memory", "params", "latency"]
-Shapes = Sequence[Sequence[tuple[int, int]]]
-"""For each layer the `(in, out)` of its linear maps."""
+
+
+class Shape(NamedTuple):
+    """A linear map, or one map of `experts`, of which a token enters `active`."""
+
+    in_features: int
+    out_features: int
+    experts: int = 1
+    active: float = 1.0
+
+
+Shapes = Sequence[Sequence[tuple[int, int] | Shape]]
+"""For each layer the `(in, out)` of its linear maps; a `Shape` for stacked experts."""
 
 _Amount = Annotated[FiniteFloat, Field(ge=0)]
 _Count = Annotated[int, Field(ge=0)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from layercard.cost import CostModel
+from layercard.cost import CostModel, Shape
 from layercard.errors import ModelError
 from layercard.hub import hub_answers
 from layercard.layers import find_blocks
@@ -40,6 +40,8 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 ROOM = 0.7
 """Share of the free memory that a random model with its training may take."""
+USUAL_EXPERTS = 2
+"""Experts that a token enters where the configuration does not say."""
 UNKNOWN_BYTES = 4 * 2**30
 """Free memory that is assumed where the system does not say."""
 
@@ -114,7 +116,14 @@ def random_model(config: PreTrainedConfig, name: str, device: torch.device, dtyp
 
 def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dtype: str, device: str = "", **sizes: Any) -> CostModel:
     """`CostModel.from_rates` for a model that may be empty; `sizes` are `batch_size`, `length` and `rank`."""
-    shapes = [[(p.in_features, p.out_features) for p in block.projections] for block in find_blocks(model)]
+    active = float(model.config.get_text_config().to_dict().get("num_experts_per_tok") or USUAL_EXPERTS)
+    shapes = [
+        [
+            *(Shape(p.in_features, p.out_features) for p in block.projections),
+            *(Shape(s.in_features, s.out_features, s.experts, min(active, s.experts)) for s in block.stacks),
+        ]
+        for block in find_blocks(model)
+    ]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     found = CostModel.from_rates(
         shapes, flops=flops, bandwidth=bandwidth, vocabulary=vocabulary, model=name, dtype=dtype, device=device, **sizes
