@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from layercard.cost import CostModel
+from layercard.cost import CostModel, Shape
 from layercard.errors import CardError
 from layercard.files import read_json, write_json
 from layercard.notebook import card_html
@@ -227,7 +227,7 @@ def cost_of(card: LayerCard) -> CostModel:
     """The card's measured cost or, where it has none, relative costs from the shapes of its modules and the length of its records."""
     if card.cost is not None:
         return card.cost
-    shapes = [[(module.in_features, module.out_features) for module in layer.modules] for layer in card.layers]
+    shapes = [[_shape(module, card.data) for module in layer.modules] for layer in card.layers]
     records, size = card.data.records, 4
     return CostModel.from_shapes(
         shapes,
@@ -237,6 +237,15 @@ def cost_of(card: LayerCard) -> CostModel:
         labelled=max(1, round(size * card.data.labelled_tokens / records)),
         rank=int(card.settings.get("rank", 8)),
     )
+
+
+def _shape(module: ModuleCard, data: DataInfo) -> Shape:
+    """A map's shape; how many experts a token enters follows from the tokens that each of them saw."""
+    if module.experts is None:
+        return Shape(module.in_features, module.out_features)
+    seen = data.tokens * (data.fit_records or data.records) / data.records
+    active = max(1, round(sum(module.expert_tokens or ()) / seen))
+    return Shape(module.in_features, module.out_features, module.experts, min(active, module.experts))
 
 
 def check_model(card: LayerCard, model: dict[str, Any]) -> None:
