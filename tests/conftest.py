@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cards_of_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Cards that `layercard profile` keeps in tests do not go into the user's cache."""
+    os.environ["LAYERCARD_CARDS"] = str(tmp_path_factory.mktemp("cards"))
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """`tiny_model("llama", seed=0, num_hidden_layers=5)`: a fresh tiny model."""

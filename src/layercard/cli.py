@@ -23,6 +23,8 @@ from layercard.commands.export import export
 from layercard.commands.latency import latency
 from layercard.commands.pareto import pareto
 from layercard.commands.profile import profile
+from layercard.commands.pull import pull
+from layercard.commands.push import push
 from layercard.commands.report import report
 from layercard.commands.roi import roi
 from layercard.commands.select import select
@@ -53,6 +55,8 @@ for _name, _command in (
     ("transfer", transfer),
     ("verify", verify),
     ("export", export),
+    ("push", push),
+    ("pull", pull),
     ("report", report),
     ("roi", roi),
     ("app", explore),

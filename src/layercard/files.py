@@ -91,7 +91,12 @@ def write_text(path: str | Path, text: str, *, force: bool = False) -> Path:
 
 def write_json(path: str | Path, value: dict[str, Any], *, force: bool = False) -> Path:
     """Write a JSON object to `path` atomically; NaN and infinity are refused, since JSON has neither."""
-    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", force=force)
+    return write_text(path, json_text(value), force=force)
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """A JSON object as the files of this package hold it; NaN and infinity raise `ValueError`."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path, error: type[LayercardError], what: str) -> dict[str, Any]:

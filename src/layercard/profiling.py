@@ -179,13 +179,14 @@ class _Profile:
         )
 
     def _cost(self) -> dict[str, Any] | None:
-        """Cost of a training step on a batch as training takes them by default; the first process measures it, the others wait."""
-        batch = usual_batch(self.dataset.examples, TrainSettings().batch_size, self.base.pad_id, self.settings.seed)
+        """Cost of a training step; the first process measures it, the others wait."""
+        return processes.by_first(lambda: step_cost(self.base, self.dataset, self.settings, self.progress).to_json(), processes.carrier())
 
-        def measured() -> dict[str, Any]:
-            return measure_cost(self.base, batch, rank=self.settings.rank, repeats=1, progress=self.progress).to_json()
 
-        return processes.by_first(measured, processes.carrier())
+def step_cost(base: BaseModel, dataset: Dataset, settings: ProfileSettings, progress: Progress | None = None) -> CostModel:
+    """What a training step costs on this machine, timed on a batch as training takes them by default."""
+    batch = usual_batch(dataset.examples, TrainSettings().batch_size, base.pad_id, settings.seed)
+    return measure_cost(base, batch, rank=settings.rank, repeats=1, progress=progress)
 
 
 def _plan(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dict[str, Any]:

@@ -2,14 +2,21 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, emit_json, out
+from layercard.errors import OutputError, TrainingError
 from layercard.files import refuse_existing
-from layercard.processes import is_first
+from layercard.processes import count, is_first
+
+if TYPE_CHECKING:
+    from layercard.card import LayerCard
+    from layercard.data import Dataset
+    from layercard.models import BaseModel
+    from layercard.profiling import ProfileSettings
 
 RECORDS = 64
 """Records that are profiled unless told otherwise: enough for a stable ranking on the sets tried."""
@@ -47,6 +54,19 @@ def profile(
     cost: Annotated[
         bool, typer.Option("--cost/--no-cost", help="Time a few training steps on this machine, for what placements cost.")
     ] = True,
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse",
+            help="Take a card of the same weights, records and settings, made before or from the hub, if there is one.",
+        ),
+    ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir", metavar="DIR", envvar="LAYERCARD_CARDS", help="Keep cards there for --reuse; in the cache when not given."
+        ),
+    ] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "float32",
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -61,6 +81,9 @@ def profile(
 
     What is finished is kept in CARD.state until the card is written: after an interrupt the same command goes on from there, to the same
     card; --force starts over. Started by torchrun or accelerate launch, the processes share the work.
+
+    With --reuse a card of the same weights, records and settings is taken instead: one that was made on this machine, else one from the
+    hub, which is asked for the weights' fingerprint.
     """
     refuse_existing(output, force)
     opt.check_data(data)
@@ -68,6 +91,7 @@ def profile(
     from layercard.models import load_model
     from layercard.profiling import ProfileSettings
     from layercard.profiling import profile as make_card
+    from layercard.reuse import card_folder
     from layercard.state import check_folder, discard
 
     settings = ProfileSettings(
@@ -80,6 +104,9 @@ def profile(
         cost=cost,
         seed=seed,
     )
+    if reuse and count() > 1:
+        raise TrainingError(f"--reuse looks for a card in one process, and this run has {count()}; start it alone, or leave --reuse out")
+    folder = card_folder(cache_dir)
     state = output.with_name(f"{output.name}.state")
     check_folder(state)
     if force and is_first():
@@ -88,11 +115,13 @@ def profile(
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
-        card = make_card(base, dataset, settings, progress=display, state=state)
+        found = _reusable(base, dataset, settings, folder, display) if reuse else None
+        card = found or make_card(base, dataset, settings, progress=display, state=state)
     if not is_first():
         return
     card.save(output, force=force)
     discard(state)
+    _keep(card, folder)
     if as_json:
         emit_json(card.to_json())
         return
@@ -102,3 +131,27 @@ def profile(
     for warning in card.warnings:
         console.print(f"! {warning}", style="yellow", soft_wrap=True)
     console.print(f"next: layercard show {output}", style="dim", soft_wrap=True)
+
+
+def _reusable(base: "BaseModel", dataset: "Dataset", settings: "ProfileSettings", folder: Path, display: Display) -> "LayerCard | None":
+    """A card that need not be made again; on stderr, where it is from, or why others do not fit."""
+    from layercard.reuse import fitting
+
+    found = fitting(base, dataset, settings, folder, display)
+    for reason in found.reasons:
+        typer.echo(f"not reused: {reason}", err=True)
+    if found.card is None:
+        typer.echo("no card to reuse; profiling", err=True)
+    else:
+        typer.echo(f"reused: {found.source}", err=True)
+    return found.card
+
+
+def _keep(card: "LayerCard", folder: Path) -> None:
+    """Keep a card for --reuse; the card itself is written already, so a folder that cannot be used is only said."""
+    from layercard.reuse import keep
+
+    try:
+        keep(card, folder)
+    except OutputError as error:
+        typer.echo(f"not kept for --reuse: {error}", err=True)
