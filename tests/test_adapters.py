@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, MixtralConfig
 
 from layercard import adapters
-from layercard.adapters import adapted, adapted_paths, apply, check_adapted, loaded, place
+from layercard.adapters import adapted, adapted_paths, apply, check_adapted, loaded, place, without_experts
 from layercard.errors import PlacementError
 from layercard.layers import find_blocks
 from layercard.models import BaseModel, wrap_model
@@ -130,7 +130,7 @@ def test_experts_of_other_layers_and_of_this_one_stay_as_they_are() -> None:
     sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
     base = wrap_model(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
-    placement = place(base, [1])
+    placement = without_experts(place(base, [1]))
     with adapted(base, placement, rank=1) as model:
         assert set(adapted_paths(model)) == set(placement.paths)
         assert not any("experts" in name for name, weight in model.named_parameters() if weight.requires_grad)
@@ -400,7 +400,8 @@ def test_what_parameters_cannot_have_is_said_before_anything_is_wrapped() -> Non
     for config, words in (
         (IA3Config(), "IA3 cannot adapt parameters"),
         (LoraConfig(lora_dropout=0.1), "no dropout for parameters"),
-        (LoraConfig(use_dora=True), "PEFT cannot put adapters there"),
+        (LoraConfig(use_dora=True), "no DoRA for parameters"),
+        (LoraConfig(init_lora_weights="pissa"), "cannot begin parameters"),
     ):
         with pytest.raises(PlacementError, match=words):
             apply(base.model, placement, config)

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from layercard import beginnings
-from layercard.adapters import adapted, adapted_paths, loaded, place
+from layercard.adapters import adapted, adapted_paths, loaded, place, without_experts
 from layercard.data import load_data
 from layercard.errors import PlacementError, TrainingError
 from layercard.evaluation import held_out_losses
@@ -236,3 +236,7 @@ def test_experts_are_trained_by_plain_lora_alone(tiny_file: Path, tmp_path: Path
         with pytest.raises(PlacementError):
             train(base, placement, data, tmp_path / method, settings_of(method))
     assert_same(before, state_of(base.model))
+    assert train(base, without_experts(placement), data, tmp_path / "maps", replace(settings_of("dora"), save_steps=0))["steps"] == 4
+    assert_same(before, state_of(base.model))
+    with pytest.raises(PlacementError, match="adapts nothing"):
+        without_experts(replace(placement, paths=()))

@@ -1,5 +1,6 @@
 """Adapters exactly where a placement says, and a base model that is as before once they are gone."""
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,21 @@ def place(base: BaseModel, layers: Iterable[Any], *, objective: str = "given") -
     paths = tuple(projection.path for block in blocks for projection in block.projections)
     parameters = tuple(stack.path for block in blocks for stack in block.stacks)
     return Placement(describe(base), checked, paths, objective, parameters=parameters)
+
+
+def without_experts(placement: Placement) -> Placement:
+    """The placement's linear maps alone, for methods that cannot adapt stacked experts; what was predicted held for all of it.
+
+    Raises:
+        PlacementError: There is nothing else in it, or in one of its layers.
+    """
+    if not placement.parameters:
+        return placement
+    paths = set(placement.paths)
+    ranks, alphas = (
+        {path: each for path, each in part.items() if path in paths} for part in (placement.rank_pattern, placement.alpha_pattern)
+    )
+    return dataclasses.replace(placement, parameters=(), predicted={}, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def check_model(base: BaseModel, placement: Placement) -> None:

@@ -147,14 +147,20 @@ def _check_method(config: PeftConfig, fields: set[str], placement: Placement) ->
         )
     if placement.parameters and config.peft_type != PeftType.LORA:
         raise PlacementError(
-            f"{name} cannot adapt parameters such as {placement.parameters[0]}; use LoRA, or select without the stacked experts"
+            f"{name} cannot adapt parameters such as {placement.parameters[0]}; use LoRA, or leave the experts alone (--no-experts)"
+        )
+    if placement.parameters and vars(config)["use_dora"]:
+        raise PlacementError(
+            f"PEFT has no DoRA for parameters such as {placement.parameters[0]}; use LoRA, or leave the experts alone (--no-experts)"
         )
     start = vars(config).get("init_lora_weights", True)
     if placement.parameters and start not in (True, False, "gaussian"):
-        raise PlacementError(f"PEFT cannot begin parameters such as {placement.parameters[0]} with {start!r}; use plain LoRA there")
+        raise PlacementError(
+            f"PEFT cannot begin parameters such as {placement.parameters[0]} with {start!r}; use plain LoRA or --no-experts"
+        )
     if placement.parameters and vars(config)["lora_dropout"]:
         raise PlacementError(
-            f"PEFT has no dropout for parameters such as {placement.parameters[0]}; set it to 0, or select without the stacked experts"
+            f"PEFT has no dropout for parameters such as {placement.parameters[0]}; set it to 0, or leave the experts alone (--no-experts)"
         )
 
 

@@ -36,6 +36,7 @@ def compare(
     records: opt.Records = None,
     valid_records: opt.ValidRecords = None,
     method: opt.Method = "lora",
+    experts: opt.Experts = True,
     rank: opt.Rank = 8,
     alpha: opt.Alpha = 16.0,
     dropout: opt.Dropout = 0.0,
@@ -86,13 +87,14 @@ def compare(
     opt.check_data(data, valid)
     wanted = [part.strip() for part in placements.split(",") if part.strip()]
     check_names(wanted, card)
+    from layercard.adapters import without_experts
     from layercard.compare import compare as run
     from layercard.data import load_data
     from layercard.models import load_model
 
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
-        found = resolve(base, wanted, card, seed)
+        found = [(name, chosen if experts else without_experts(chosen)) for name, chosen in resolve(base, wanted, card, seed)]
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes)
         result = run(

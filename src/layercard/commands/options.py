@@ -38,6 +38,9 @@ RoiFigures = Annotated[
 ]
 
 Method = Annotated[str, typer.Option("--method", metavar="NAME", help=f"Kind of adapter, or how LoRA begins: {', '.join(METHODS)}.")]
+Experts = Annotated[
+    bool, typer.Option("--experts/--no-experts", help="Adapt stacked experts where a placement names them, as only plain LoRA can.")
+]
 Rank = Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Rank of each adapter.")]
 Alpha = Annotated[
     float, typer.Option("--alpha", metavar="X", help="Scale of the adapters; the update is alpha / rank times their product.")

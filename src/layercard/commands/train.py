@@ -24,6 +24,7 @@ def train(
     records: opt.Records = None,
     valid_records: opt.ValidRecords = None,
     method: opt.Method = "lora",
+    experts: opt.Experts = True,
     rank: opt.Rank = 8,
     alpha: opt.Alpha = 16.0,
     dropout: opt.Dropout = 0.0,
@@ -76,6 +77,7 @@ def train(
     from layercard.selection import Placement
 
     chosen = Placement.load(placement)
+    from layercard.adapters import without_experts
     from layercard.data import load_data
     from layercard.models import load_model
     from layercard.training import train as run
@@ -84,6 +86,7 @@ def train(
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes) if valid else None
+        chosen = chosen if experts else without_experts(chosen)
         record = run(base, chosen, dataset, output, settings, valid=held_out, spare=spare, resume=resume, force=force, progress=display)
     if not is_first():
         return
