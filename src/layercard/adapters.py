@@ -44,10 +44,8 @@ def without_experts(placement: Placement) -> Placement:
     """
     if not placement.parameters:
         return placement
-    paths = set(placement.paths)
-    ranks, alphas = (
-        {path: each for path, each in part.items() if path in paths} for part in (placement.rank_pattern, placement.alpha_pattern)
-    )
+    ranks = {path: placement.rank_pattern[path] for path in placement.paths if path in placement.rank_pattern}
+    alphas = {path: placement.alpha_pattern[path] for path in ranks}
     return dataclasses.replace(placement, parameters=(), predicted={}, rank_pattern=ranks, alpha_pattern=alphas)
 
 
