@@ -17,7 +17,7 @@ from layercard.data import Dataset, Example
 from layercard.errors import DataError, ModelError, TrainingError
 from layercard.halving import TrainingProbe, training_probes
 from layercard.models import BaseModel, Progress
-from layercard.probe import ProbeTraining, ReplayedSet, StepProbe, step_probe
+from layercard.probe import ProbeTraining, ReplayedSet, Step, StepProbe, step_probe
 from layercard.settings import TrainSettings
 from layercard.signals import Fit, HeldOut, fit_pass, form, held_out_pass
 from layercard.state import SCHEMA, State, opened
@@ -99,7 +99,7 @@ def profile(
     """
     settings = settings or ProfileSettings()
     split = split_records(dataset, settings)
-    with processes.joined(base.device), opened(state, _plan(base, dataset, settings), form(base)) as kept:
+    with processes.joined(base.device), opened(state, plan_of(base, dataset, settings), form(base)) as kept:
         return _Profile(base, dataset, settings, *split, kept, progress if processes.is_first() else None).card()
 
 
@@ -156,11 +156,9 @@ class _Profile:
         )
 
     def _step_probe(self, fit: Fit, held_out: HeldOut) -> StepProbe:
-        lengths = step_lengths(fit, held_out).tolist()
-        scaled = [{path: (down * length, up) for path, (down, up) in step.items()} for step, length in zip(fit.steps, lengths, strict=True)]
+        scaled, slopes = scaled_steps(fit, held_out)
         probed = self.held_examples[: self.settings.probe_records]
         entered = ReplayedSet(self.base, probed, range(len(self.base.blocks)), self.settings.batch_size, progress=self.progress)
-        slopes = (descent(held_out.slopes, held_out.labelled) * torch.tensor(lengths)).tolist()
         probe = step_probe(self.base, scaled, slopes, entered, self.progress, self.state)
         _check_replay(self.base, probe, held_out)
         return probe
@@ -189,7 +187,7 @@ def step_cost(base: BaseModel, dataset: Dataset, settings: ProfileSettings, prog
     return measure_cost(base, batch, rank=settings.rank, repeats=1, progress=progress)
 
 
-def _plan(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dict[str, Any]:
+def plan_of(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dict[str, Any]:
     """All that decides about a card: two calls with equal plans make the same one."""
     return {
         "schema": SCHEMA,
@@ -225,6 +223,13 @@ def _check_replay(base: BaseModel, probe: StepProbe, held_out: HeldOut) -> None:
             f"the blocks of {type(base.model).__name__} hand each other more than hidden states: from the last block on the records' "
             f"losses lie {100 * apart:.0f} % from those of the whole forward; profile with probe 'none' (--probe none)"
         )
+
+
+def scaled_steps(fit: Fit, held_out: HeldOut) -> tuple[list[Step], list[float]]:
+    """Each layer's step at the length where the quadratic model puts its minimum, and the slope of the loss along it at 0."""
+    lengths = step_lengths(fit, held_out).tolist()
+    steps = [{path: (down * length, up) for path, (down, up) in step.items()} for step, length in zip(fit.steps, lengths, strict=True)]
+    return steps, (descent(held_out.slopes, held_out.labelled) * torch.tensor(lengths)).tolist()
 
 
 def step_lengths(fit: Fit, held_out: HeldOut) -> torch.Tensor:

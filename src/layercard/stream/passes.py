@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from layercard.capture import capturing, entering, frozen, replaced, skip
@@ -26,6 +27,8 @@ from layercard.state import State
 from layercard.stream.boundaries import Boundaries
 from layercard.stream.streamed import StreamedModel
 
+PART = "streamed-passes"
+"""Name of the part that a `State` keeps."""
 Put = Callable[[torch.Tensor], tuple[Any, ...]]
 """A block's arguments `(args, kwargs)` with given hidden states."""
 
@@ -144,37 +147,51 @@ def stream_passes(
         seed: Of the draws.
         boundaries: Where hidden states and gradients are kept; in memory when not given.
         progress: Told of blocks: `forward`, then `backward`.
-        state: Where the layers that are done are kept from time to time.
+        state: Where the blocks that are done are kept from time to time; a later call runs forward to the next one only.
 
     Raises:
         DataError: The loss is not finite.
         ModelError: The blocks hand on more than hidden states.
     """
-    kept = boundaries or Boundaries()
+    kept, state = boundaries or Boundaries(), state or State()
     fit = BlockByBlock(streamed, fit_examples, batch_size, kept, "fit")
     held = BlockByBlock(streamed, held_examples, batch_size, kept, "held")
     passes = _Passes(streamed, fit, held, samples, seed, kept)
     with walking(streamed):
-        with streamed.loaded([streamed.base.model.get_input_embeddings()]):
-            fit.enter()
-            held.enter()
-        forward(streamed, (fit, held), progress)
-        with streamed.loaded(heads(streamed)):
-            passes.head(len(held_examples))
-        return passes.backward(rank, ridge, progress, state or State())
+        done = state.load(PART)
+        enter(streamed, (fit, held))
+        if done is not None:
+            passes.restore(done)
+            forward(streamed, (fit, held), progress, until=passes.next)
+        else:
+            forward(streamed, (fit, held), progress)
+            with streamed.loaded([head_of(streamed)]):
+                passes.head(len(held_examples))
+        return passes.backward(rank, ridge, progress, state)
 
 
-def heads(streamed: StreamedModel) -> list[Any]:
-    """The output head, as the modules to load."""
+def head_of(streamed: StreamedModel) -> nn.Module:
+    """The output head.
+
+    Raises:
+        ModelError: The model names none.
+    """
     head = streamed.base.model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{streamed.base.name} names no output head, so it cannot be streamed; profile without --stream")
-    return [head]
+    return head
 
 
-def forward(streamed: StreamedModel, walks: Sequence[BlockByBlock], progress: Progress | None) -> None:
-    """Let all batches through all blocks."""
-    for block in streamed.blocks:
+def enter(streamed: StreamedModel, walks: Sequence[BlockByBlock]) -> None:
+    """Run what lies below the blocks for all batches."""
+    with streamed.loaded([streamed.base.model.get_input_embeddings()]):
+        for walk in walks:
+            walk.enter()
+
+
+def forward(streamed: StreamedModel, walks: Sequence[BlockByBlock], progress: Progress | None, until: int | None = None) -> None:
+    """Let all batches through the blocks, or through those below `until`."""
+    for block in streamed.blocks[:until]:
         with streamed.loaded([block.module]):
             for walk in walks:
                 walk.advance(block.index)
@@ -191,6 +208,32 @@ class _Passes:
         self.streamed, self.fit, self.held, self.samples, self.seed, self.boundaries = streamed, fit, held, samples, seed, boundaries
         self.labelled, self.nats, self.tokens = 0, 0.0, 0
         self.sums: HeldOut | None = None
+        self.parts: dict[str, Fit] = {}
+        self.next = len(streamed.blocks)
+
+    def restore(self, done: dict[str, Any]) -> None:
+        """Go on from what `_done` gave; the hidden states below its last block must be made anew."""
+        self.labelled, self.nats, self.tokens, self.next = done["labelled"], done["nats"], done["tokens"], done["next"]
+        self.sums, self.parts = done["sums"], done["parts"]
+        for name, gradient in done["gradients"].items():
+            kind, which, at = name.split("-")
+            self.boundaries.put(f"{kind}-gradient-{which}", int(at), self.next, gradient)
+
+    def _done(self) -> dict[str, Any]:
+        kinds = [("fit", 0, self.fit), *(("held", which, self.held) for which in range(self.samples + 1))]
+        return {
+            "labelled": self.labelled,
+            "nats": self.nats,
+            "tokens": self.tokens,
+            "next": self.next,
+            "sums": self.sums,
+            "parts": self.parts,
+            "gradients": {
+                f"{kind}-{which}-{at}": self._gradient(kind, at, which, self.next).cpu()
+                for kind, which, walk in kinds
+                for at in range(len(walk.batches))
+            },
+        }
 
     def head(self, records: int) -> None:
         """Losses, and the gradients of what leaves the last block: of the losses and, held out, of those under drawn labels."""
@@ -204,9 +247,8 @@ class _Passes:
             self.tokens += int(batch.attention_mask.sum())
             self._keep("fit", at, 0, top, hidden)
         if not math.isfinite(self.nats):
-            raise DataError(
-                f"the loss of {self.streamed.base.name} on these records is {self.nats}; check the weights and records, or use --dtype float32"
-            )
+            name = self.streamed.base.name
+            raise DataError(f"the loss of {name} on these records is {self.nats}; check the weights and records, or use --dtype float32")
         self.sums = HeldOut.empty(top, records, self.samples, ())
         for at, batch in enumerate(self.held.batches):
             self._held_out_head(at, batch, self.sums, top)
@@ -235,18 +277,19 @@ class _Passes:
     def backward(self, rank: int, ridge: float, progress: Progress | None, state: State) -> tuple[Fit, HeldOut]:
         """Down through the blocks."""
         assert self.sums is not None
-        parts: dict[str, Fit] = {}
-        for block in reversed(self.streamed.blocks):
+        for block in reversed(self.streamed.blocks[: self.next]):
             with self.streamed.loaded([block.module]):
-                part = parts[str(block.index)] = Fit(self.tokens, self.labelled, self.nats / self.labelled)
+                part = self.parts[str(block.index)] = Fit(self.tokens, self.labelled, self.nats / self.labelled)
                 moments = self._fit_block(block.index)
                 solve_layer(part, block, moments.leaders, moments.inputs, moments.gradients, rank, ridge)
                 self._held_out_block(block.index, part)
+            self.next = block.index
+            state.snapshot(PART, self._done)
             if progress:
                 progress("backward", len(self.streamed.blocks) - block.index, len(self.streamed.blocks))
         whole = Fit(self.tokens, self.labelled, self.nats / self.labelled)
         for block in self.streamed.blocks:
-            whole.extend(parts[str(block.index)])
+            whole.extend(self.parts[str(block.index)])
         return whole, self.sums
 
     def _fit_block(self, index: int) -> FitSums:

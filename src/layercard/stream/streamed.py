@@ -1,7 +1,7 @@
 """A model whose weights stay on disk, and are in memory for the length of a `with` block."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from layercard.errors import ModelError
@@ -162,32 +164,40 @@ def _empty(folder: Path, name: str, dtype: str, trust_remote_code: bool) -> tupl
 def _names(model: PreTrainedModel, weights: Weights, name: str) -> dict[str, str]:
     """The stored name of each parameter and of each stored buffer.
 
-    Files may leave out the prefix of the base model (`transformer.`), or have it where the model has not; a tied parameter is stored once.
+    A tied parameter is stored once. What is put together from several tensors, such as the experts of many models, is not found.
     """
-    prefix = f"{model.base_model_prefix}."
-    stored_of: dict[int, str] = {}
-    found: dict[str, str] = {}
-    parameters = list(model.named_parameters(remove_duplicate=False))
+    own = _own_names(model, weights)
     persistent = model.state_dict().keys()
+    parameters = list(model.named_parameters(remove_duplicate=False))
     buffers = [(path, value) for path, value in model.named_buffers(remove_duplicate=False) if path in persistent]
-    for path, value in (*parameters, *buffers):
-        spellings = (path, path.removeprefix(prefix), prefix + path)
-        stored = next((one for one in spellings if one in weights.tensors), None)
-        if stored is not None:
-            stored_of.setdefault(id(value), stored)
-            found[path] = stored
+    found = {path: own[path] for path, _ in (*parameters, *buffers) if path in own}
+    stored_of = {id(value): found[path] for path, value in parameters if path in found}
     for path, value in parameters:
         if path not in found and id(value) in stored_of:
             found[path] = stored_of[id(value)]
     missing = [path for path, _ in parameters if path not in found]
     if missing:
         raise ModelError(
-            f"{name}: its files hold no tensor of the name {missing[0]} ({len(missing)} are missing); models stored under other names, such "
-            "as mixtures of experts with a tensor for each expert, cannot be streamed: profile without --stream"
+            f"{name}: its files hold no {missing[0]} ({len(missing)} such tensors are missing); models stored under other names, such as "
+            "mixtures of experts with a tensor for each expert, cannot be streamed: profile without --stream"
         )
     for path, value in parameters:
         if weights.tensors[found[path]].shape != tuple(value.shape):
             raise ModelError(f"{name}: {found[path]} is stored as {weights.tensors[found[path]].shape}, not {tuple(value.shape)}")
+    return found
+
+
+def _own_names(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
+    """The stored name by the model's own: files may spell names as older versions did, and leave out the prefix of the base model."""
+    known = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    found = {}
+    for stored in weights.tensors:
+        path, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
+        if pattern is None:
+            found[path] = stored
     return found
 
 
@@ -201,5 +211,3 @@ def _fingerprint(model: PreTrainedModel, weights: Weights, names: dict[str, str]
         digest.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-

@@ -69,7 +69,9 @@ class Weights:
         for path in _files(folder):
             for name, stored in _header(path).items():
                 if name in self.tensors:
-                    raise ModelError(f"{path} holds {name}, and so does {self.tensors[name].path.name}; remove the file that is not the model's")
+                    raise ModelError(
+                        f"{path} holds {name}, and so does {self.tensors[name].path.name}; remove the file that is not the model's"
+                    )
                 self.tensors[name] = stored
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
