@@ -16,6 +16,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "ten_lines.py"
 GROUPS = {
     "The way through": ("profile", "LayerCard", "select", "Budgets", "Placement", "apply", "verify_adapter", "verify_config"),
     "Models and records": ("load_model", "load_data", "Dataset"),
+    "Hub": ("push", "pull"),
     "Settings": ("ProfileSettings", "TrainSettings", "FastSettings"),
     "Faster training": (
         "FastTraining",

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from layercard.fast.packing import unpadded as unpadded
     from layercard.fast.prefix import frozen_prefix as frozen_prefix
     from layercard.fast.together import fast_training as fast_training
+    from layercard.hub_cards import pull as pull
+    from layercard.hub_cards import push as push
     from layercard.models import load_model as load_model
     from layercard.profiling import ProfileSettings as ProfileSettings
     from layercard.selection import Budgets as Budgets
@@ -63,6 +65,8 @@ _HOMES = {
     "load_data": "layercard.data",
     "load_model": "layercard.models",
     "profile": "layercard.api",
+    "pull": "layercard.hub_cards",
+    "push": "layercard.hub_cards",
     "select": "layercard.selection",
     "unpadded": "layercard.fast.packing",
     "verify_adapter": "layercard.verification",
