@@ -21,11 +21,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear
 
 import tiny
-from layercard.adapters import WEIGHTS_FILE, adapted_paths, apply, check_adapted, loaded, place, unchanged
+from layercard.adapters import WEIGHTS_FILE, apply, loaded, place, unchanged
 from layercard.capture import capturing, stepped
 from layercard.card import LayerCard
 from layercard.data import Batch, Dataset, batches, load_data
-from layercard.errors import PlacementError
 from layercard.evaluation import held_out_losses
 from layercard.fast.cut import cut_backward
 from layercard.fast.labels import labels_only
@@ -39,6 +38,7 @@ from layercard.profiling import ProfileSettings, profile
 from layercard.selection import Placement, select
 from layercard.settings import TrainSettings
 from layercard.training import train
+from layercard.verification import verify_adapter
 
 YES, NONE = "yes", "none"
 RECORDED = Path(__file__).with_name("capabilities.json")
@@ -162,17 +162,13 @@ def saves_and_loads(case: Case) -> str:
 
 
 def verifies(case: Case) -> str:
-    """What is adapted is what was planned, and an adapter in another layer is found out."""
+    """The saved adapter is found to be as planned, and found out where another layer was wanted."""
     assert case.run
-    with loaded(case.base, case.folder / "run") as model:
-        assert set(adapted_paths(model)) == set(case.placement.targets)
-        (other,) = set(range(len(case.base.blocks))) - set(case.placement.layers)
-        try:
-            check_adapted(model, place(case.base, [other]))
-        except PlacementError as error:
-            assert "missing" in str(error) and "extra" in str(error)
-        else:
-            raise AssertionError("an adapter in another layer passed for the planned one")
+    found = verify_adapter(case.base.model, case.folder / "run", fingerprint=case.base.fingerprint)
+    assert found.as_planned, found.differences
+    assert (set(found.adapted), found.layers) == (set(case.placement.targets), case.placement.layers)
+    (other,) = set(range(len(case.base.blocks))) - set(case.placement.layers)
+    assert not verify_adapter(case.base.model, case.folder / "run", layers=[other]).as_planned
     return YES
 
 
