@@ -11,6 +11,7 @@ model = layercard.apply(model, placement, LoraConfig(r=16, lora_alpha=32))
 Importing the package imports nothing heavy; a name brings its module along when it is first used.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from layercard.settings import TrainSettings as TrainSettings
     from layercard.verification import verify_adapter as verify_adapter
     from layercard.verification import verify_config as verify_config
+
+# PEFT imports bitsandbytes where it is installed, which warns then that it finds no faster kernel for some CPUs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "Budgets": "layercard.selection",
