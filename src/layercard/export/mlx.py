@@ -29,14 +29,9 @@ def plan(placement: Placement, settings: Settings) -> Plan:
     refuse_parameters(placement, "mlx-lm", "keeps each map of the experts under a name of its own (switch_mlp)")
     rank = "lora_parameters.rank"
     given, usual = settings.named(rank, "lora_parameters.scale", "lora_parameters.dropout")
-    scale = settings.scaling / settings.whole_rank
-    if settings.alpha is not None or settings.rank is not None:
-        given["lora_parameters.scale"] = scale
-        usual.pop(
-            "lora_parameters.scale",
-        )
-    else:
-        usual["lora_parameters.scale"] = scale
+    usual.pop("lora_parameters.scale", None)
+    scaled = usual if settings.alpha is None and settings.rank is None else given
+    scaled["lora_parameters.scale"] = settings.scaling / settings.whole_rank
     return Plan(
         wanted={"num_layers": -1, "lora_parameters.keys": keys(placement), **given},
         usual={"fine_tune_type": "lora", **usual},

@@ -78,7 +78,7 @@ def check_landing(placement: Placement, trainer: Trainer, keys: dict[str, Any], 
     if trainer.name in ELSEWHERE:
         planned_maps(model, placement)
         return f"{name} has all {len(placement.targets)} targets; how {trainer.name} names them cannot be checked on it"
-    of_peft = "target_modules" in keys and "tuner_type" not in keys
+    of_peft = trainer.name in ("peft", "unsloth") or (trainer.name == "trl" and "use_peft" not in keys)
     config = LoraConfig(**keys) if of_peft else config_of(keys, model, trainer.name)
     verify_config(model, config, placement=placement, name=name, source=f"what {trainer.name} reads").check()
     return f"read back on {name}: exactly the {len(placement.targets)} planned targets are adapted"

@@ -70,6 +70,8 @@ def _applied(values: dict[str, Any], changes: Mapping[str, Any], removed: Sequen
     for key in removed:
         section, _, name = key.rpartition(".")
         (found[section] if section else found).pop(name, None)
+        if section and not found[section]:
+            del found[section]
     for key, value in _sections(changes).items():
         both = isinstance(value, _Section) and isinstance(found.get(key), dict)
         found[key] = {**found[key], **value} if both else dict(value) if isinstance(value, _Section) else value
@@ -97,24 +99,23 @@ def _edits(text: str, source: str, node: yaml.MappingNode, changes: Mapping[str,
         pairs[key.value] = key, value
     indent = node.start_mark.column
     edits: list[Edit] = []
-    for name in (each.partition(".")[0] for each in removed):
-        inner = [each.partition(".")[2] for each in removed if each.partition(".")[0] == name and "." in each]
-        if name in pairs and inner and isinstance(pairs[name][1], yaml.MappingNode):
-            edits += _edits(text, source, pairs[name][1], {}, inner)
-        elif name in pairs:
-            edits.append((_line_start(text, pairs[name][0].start_mark.index), _line_end(text, _end(text, pairs[name][1])), ""))
     added = ""
-    for name, value in changes.items():
+    for name in dict.fromkeys([*(each.partition(".")[0] for each in removed), *changes]):
+        inner = [each.removeprefix(f"{name}.") for each in removed if each.startswith(f"{name}.")]
+        value = changes.get(name, _Section() if inner else None)
         if name not in pairs:
-            added += "".join(_lines({name: value}, indent))
+            added += "".join(_lines({name: value}, indent)) if name in changes else ""
             continue
         key, old = pairs[name]
-        if isinstance(value, _Section) and isinstance(old, yaml.MappingNode) and not old.flow_style:
-            edits += _edits(text, source, old, value, ())
-            continue
-        if isinstance(value, _Section) and isinstance(old, yaml.MappingNode):
-            value = {**yaml.safe_load(text[old.start_mark.index : old.end_mark.index]), **value}
-        edits.append(_replaced(text, key, old, value, indent))
+        if name not in changes and len(inner) in (0, len(old.value)):
+            edits.append((_line_start(text, key.start_mark.index), _line_end(text, _end(text, old)), ""))
+        elif isinstance(value, _Section) and isinstance(old, yaml.MappingNode) and not old.flow_style:
+            edits += _edits(text, source, old, value, inner)
+        else:
+            if isinstance(value, _Section) and isinstance(old, yaml.MappingNode):
+                before = yaml.safe_load(text[old.start_mark.index : old.end_mark.index])
+                value = {each: found for each, found in before.items() if each not in inner} | value
+            edits.append(_replaced(text, key, old, value, indent))
     if added:
         at = _line_end(text, max((_end(text, value) for _, value in node.value), default=node.end_mark.index))
         edits.append((at, at, ("" if text[:at].endswith("\n") else "\n") + added))
@@ -175,5 +176,7 @@ def _lines(values: Mapping[str, Any], indent: int) -> list[str]:
 
 def _scalar(value: Any) -> str:
     """A number, word or sentence as YAML has it on one line."""
-    text: str = yaml.safe_dump(value, width=float("inf"), allow_unicode=True, default_flow_style=True)
+    quoted = isinstance(value, str) and not value.isprintable()  # else a line break would become one in the file
+    style: dict[str, Any] = {"default_style": '"'} if quoted else {"default_flow_style": True, "allow_unicode": True}
+    text: str = yaml.safe_dump(value, width=float("inf"), **style)
     return text.removesuffix("\n").removesuffix("\n...").strip()

@@ -1,0 +1,36 @@
+# layercard export: layers 3, 11 of org/model
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+peft_config = LoraConfig(
+    task_type="CAUSAL_LM",
+    r=8,
+    lora_alpha=16,
+    lora_dropout=0.0,
+    bias="none",
+    target_modules=[
+        "model.layers.3.self_attn.q_proj",
+        "model.layers.3.self_attn.k_proj",
+        "model.layers.3.self_attn.v_proj",
+        "model.layers.3.self_attn.o_proj",
+        "model.layers.3.mlp.gate_proj",
+        "model.layers.3.mlp.up_proj",
+        "model.layers.3.mlp.down_proj",
+        "model.layers.11.self_attn.q_proj",
+        "model.layers.11.self_attn.k_proj",
+        "model.layers.11.self_attn.v_proj",
+        "model.layers.11.self_attn.o_proj",
+        "model.layers.11.mlp.gate_proj",
+        "model.layers.11.mlp.up_proj",
+        "model.layers.11.mlp.down_proj",
+    ],
+)
+trainer = SFTTrainer(
+    model="org/model",
+    args=SFTConfig(output_dir="adapter"),
+    train_dataset=load_dataset("json", data_files="train.jsonl", split="train"),
+    peft_config=peft_config,
+)
+trainer.train()
+trainer.save_model()
