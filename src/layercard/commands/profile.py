@@ -1,8 +1,10 @@
 """`layercard profile`: a model and data to a Layer Card."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,6 +56,20 @@ def profile(
     cost: Annotated[
         bool, typer.Option("--cost/--no-cost", help="Time a few training steps on this machine, for what placements cost.")
     ] = True,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Leave the weights on disk and have one block in memory at a time: the same card of a model larger than the memory, "
+            "without the timing of steps.",
+        ),
+    ] = False,
+    boundaries: Annotated[
+        Path | None,
+        typer.Option(
+            "--boundaries", metavar="DIR", help="With --stream: keep what goes from block to block there; in memory when not given."
+        ),
+    ] = None,
     reuse: Annotated[
         bool,
         typer.Option(
@@ -88,9 +104,7 @@ def profile(
     refuse_existing(output, force)
     opt.check_data(data)
     from layercard.data import load_data
-    from layercard.models import load_model
     from layercard.profiling import ProfileSettings
-    from layercard.profiling import profile as make_card
     from layercard.reuse import card_folder
     from layercard.state import check_folder, discard
 
@@ -101,11 +115,10 @@ def profile(
         label_samples=label_samples,
         probe=probe,
         probe_steps=probe_steps,
-        cost=cost,
+        cost=cost and not stream,
         seed=seed,
     )
-    if reuse and count() > 1:
-        raise TrainingError(f"--reuse looks for a card in one process, and this run has {count()}; start it alone, or leave --reuse out")
+    _check(stream, boundaries, reuse)
     folder = card_folder(cache_dir)
     state = output.with_name(f"{output.name}.state")
     check_folder(state)
@@ -113,10 +126,11 @@ def profile(
         discard(state)
     started = time.perf_counter()
     with Display() as display:
-        base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
+        how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        base, make_card = _streamed(model, boundaries, how, display) if stream else _in_memory(model, how, display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
         found = _reusable(base, dataset, settings, folder, display) if reuse else None
-        card = found or make_card(base, dataset, settings, progress=display, state=state)
+        card = found or make_card(dataset, settings, display, state=state)
     if not is_first():
         return
     card.save(output, force=force)
@@ -131,6 +145,33 @@ def profile(
     for warning in card.warnings:
         console.print(f"! {warning}", style="yellow", soft_wrap=True)
     console.print(f"next: layercard show {output}", style="dim", soft_wrap=True)
+
+
+def _check(stream: bool, boundaries: Path | None, reuse: bool) -> None:
+    """Refuse what does not go together."""
+    for wanted, name in ((reuse, "--reuse looks for a card"), (stream, "--stream reads the model")):
+        if wanted and count() > 1:
+            option = name.split()[0]
+            raise TrainingError(f"{name} in one process, and this run has {count()}; start it alone, or leave {option} out")
+    if boundaries is not None and not stream:
+        raise TrainingError("--boundaries says where --stream keeps what goes from block to block; pass --stream too, or leave it out")
+
+
+def _in_memory(model: str, how: dict[str, Any], display: Display) -> "tuple[BaseModel, Callable[..., LayerCard]]":
+    """The model, and what makes its card."""
+    from layercard.models import load_model
+    from layercard.profiling import profile as make_card
+
+    base = load_model(model, progress=display, **how)
+    return base, partial(make_card, base)
+
+
+def _streamed(model: str, boundaries: Path | None, how: dict[str, Any], display: Display) -> "tuple[BaseModel, Callable[..., LayerCard]]":
+    """As `_in_memory`, with the weights left on disk."""
+    from layercard.stream import open_model, stream_profile
+
+    streamed = open_model(model, progress=display, **how)
+    return streamed.base, partial(stream_profile, streamed, boundaries=boundaries)
 
 
 def _reusable(base: "BaseModel", dataset: "Dataset", settings: "ProfileSettings", folder: Path, display: Display) -> "LayerCard | None":

@@ -1,6 +1,7 @@
 """A model whose weights stay on disk, and are in memory for the length of a `with` block."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from layercard.errors import ModelError
 from layercard.layers import Block, find_blocks
-from layercard.loading import cached_snapshot, locate, quiet_libraries, refuse_encoder_decoder
+from layercard.loading import Progress, cached_snapshot, locate, quiet_libraries, refuse_encoder_decoder
 from layercard.models import DTYPES, BaseModel, find_device, is_classifier
 from layercard.stream.weights import Weights
 
@@ -107,7 +108,14 @@ class StreamedModel:
         return found
 
 
-def open_model(name: str, *, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False) -> StreamedModel:
+def open_model(
+    name: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> StreamedModel:
     """A model by name, without reading its weights but for the fingerprint.
 
     Args:
@@ -115,13 +123,14 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "float32", trust
         device: As `load_model`; blocks go there one at a time.
         dtype: As `load_model`; `auto` takes the type that the configuration names.
         trust_remote_code: Whether code that comes with the model may run.
+        progress: Told of tensors, `fingerprint`.
 
     Raises:
         ModelError: The model cannot be found or streamed: a `.gguf` file, pickled or quantised weights, a classifier, tensors under
             names that are not the model's.
     """
-    target = find_device(device)
-    place = locate(name)
+    name, target = os.fspath(name), find_device(device)
+    place = locate(name, progress)
     if place.lower().endswith(".gguf"):
         raise ModelError(f"{name} is a GGUF file, whose weights cannot be streamed; name a folder with safetensors weights")
     folder = Path(place) if Path(place).is_dir() else Path(cached_snapshot(place))
@@ -135,7 +144,7 @@ def open_model(name: str, *, device: str = "auto", dtype: str = "float32", trust
         raise ModelError(f"{name} is a classifier, and only language models can be streamed; profile without --stream")
     weights = Weights(folder)
     names = _names(model, weights, name)
-    digest = _fingerprint(model, weights, names, kind)
+    digest = _fingerprint(model, weights, names, kind, progress)
     base = BaseModel(model, tokenizer, name, digest, find_blocks(model))
     return StreamedModel(base, weights, names, kind, target)
 
@@ -201,13 +210,16 @@ def _own_names(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
     return found
 
 
-def _fingerprint(model: PreTrainedModel, weights: Weights, names: dict[str, str], dtype: torch.dtype) -> str:
+def _fingerprint(model: PreTrainedModel, weights: Weights, names: dict[str, str], dtype: torch.dtype, progress: Progress | None) -> str:
     """What `models.fingerprint` gives for the whole model, from one tensor after another."""
     tied = {path for path, _ in model.named_parameters(remove_duplicate=False)}
     others = sorted(path for path in model.state_dict() if path not in tied)
     digest = hashlib.sha256()
-    for path in (*sorted(path for path, _ in model.named_parameters()), *others):
+    paths = [*sorted(path for path, _ in model.named_parameters()), *others]
+    for at, path in enumerate(paths):
         tensor = weights.read(names[path], dtype)
         digest.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if progress:
+            progress("fingerprint", at + 1, len(paths))
     return digest.hexdigest()[:16]

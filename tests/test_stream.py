@@ -1,0 +1,207 @@
+"""A profile of a model that stays on disk: the same card, one block in memory at a time."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from layercard.card import LayerCard
+from layercard.cli import run
+from layercard.data import Dataset, load_data
+from layercard.errors import LayercardError, ModelError, TrainingError
+from layercard.models import load_model
+from layercard.profiling import ProfileSettings, profile
+from layercard.stream import StreamedModel, open_model, stream_profile
+from layercard.stream.weights import INDEX, Weights
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
+
+SETTINGS = ProfileSettings(rank=4, batch_size=3, label_samples=2, probe_records=4)
+
+
+def saved(folder: Path, family: str, shard: str = "50GB", **changes: Any) -> Path:
+    build_tiny(family, **changes).save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def data_for(folder: Path, tokenizer: Any) -> Dataset:
+    return load_data(write_records(folder / "records.jsonl", tiny_records(14)), tokenizer)
+
+
+def comparable(card: LayerCard) -> dict[str, Any]:
+    value = card.to_json()
+    value["settings"].pop("stream", None)
+    return value
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "gpt_neox", "opt", "phi3", "mistral"])
+def test_the_card_is_that_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / family, family, shard="40KB")
+    base, streamed = load_model(folder), open_model(str(folder))
+    assert streamed.base.fingerprint == base.fingerprint
+    data = data_for(tmp_path, base.tokenizer)
+    expected, found = comparable(profile(base, data, SETTINGS)), comparable(stream_profile(streamed, data, SETTINGS))
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_block_at_a_time_is_in_memory_and_none_at_the_end(family: str, tmp_path: Path) -> None:
+    peaks = []
+    for layers in (3, 9):
+        changes = {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
+        streamed = open_model(str(saved(tmp_path / f"{family}-{layers}", family, **changes)))
+        before = streamed.weights.bytes_read
+        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(rank=2, probe="none"))
+        assert all(weight.device.type == "meta" for weight in streamed.base.model.parameters()) and streamed.resident_bytes == 0
+        peaks.append(streamed.peak_bytes)
+        blocks = sum(weight.nbytes for block in streamed.blocks for weight in block.module.parameters())
+        assert 2 * blocks <= streamed.weights.bytes_read - before <= 2 * blocks + 4 * 4 * 32 * 700
+    assert peaks[0] == peaks[1]
+
+
+def test_boundaries_on_disk_and_another_dtype(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "llama", "llama")
+    base = load_model(folder, dtype="bfloat16")
+    data = data_for(tmp_path, base.tokenizer)
+    streamed = open_model(str(folder), dtype="bfloat16")
+    found = stream_profile(streamed, data, SETTINGS, boundaries=tmp_path / "between")
+    assert comparable(found) == comparable(profile(base, data, SETTINGS))
+    assert found.settings["dtype"] == "bfloat16" and list((tmp_path / "between").iterdir())
+
+
+@pytest.mark.parametrize("stop", [("forward", 2), ("backward", 1), ("backward", 2), ("step probe", 4)])
+def test_an_interrupted_profile_goes_on_to_the_same_card(stop: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layercard.state.EVERY", 0.0)
+    monkeypatch.setattr("layercard.state.SHARE", 0.0)
+    folder = saved(tmp_path / "llama", "llama")
+    data = data_for(tmp_path, tiny_tokenizer())
+    expected = comparable(stream_profile(open_model(str(folder)), data, SETTINGS))
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if (phase, done) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream_profile(open_model(str(folder)), data, SETTINGS, interrupt, state=tmp_path / "state")
+    ran: list[tuple[str, int]] = []
+    streamed = open_model(str(folder))
+    card = stream_profile(streamed, data, SETTINGS, lambda phase, done, _: ran.append((phase, done)), state=tmp_path / "state")
+    assert comparable(card) == expected
+    if stop[0] != "forward":
+        assert ("backward", 1) not in ran, "the last block was done before the interrupt"
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, records = saved(tmp_path / "llama", "llama"), write_records(tmp_path / "r.jsonl", tiny_records(8))
+    card = tmp_path / "card.json"
+    arguments = ["profile", str(folder), "--data", str(records), "--rank", "2"]
+    assert run([*arguments, "--stream", "-o", str(card)]) == 0
+    assert run([*arguments, "--no-cost", "-o", str(tmp_path / "plain.json")]) == 0
+    assert comparable(LayerCard.load(card)) == comparable(LayerCard.load(tmp_path / "plain.json"))
+    assert LayerCard.load(card).settings["stream"]["bytes_read"] > 0
+    capsys.readouterr()
+    assert run([*arguments, "--stream", "--probe", "train", "-o", str(tmp_path / "other.json")]) == 2
+    assert "--stream leaves it on disk" in capsys.readouterr().err
+
+
+def broken_header(folder: Path, change: Any) -> None:
+    """Rewrite the header of a folder's only safetensors file."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = change(json.loads(data[8 : 8 + length]))
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def renamed(header: dict[str, Any]) -> dict[str, Any]:
+    return {("other." + name if "q_proj" in name else name): entry for name, entry in header.items()}
+
+
+def with_first(**changes: Any) -> Any:
+    def change(header: dict[str, Any]) -> dict[str, Any]:
+        name = next(name for name in header if name != "__metadata__")
+        return header | {name: header[name] | changes}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _: b"not json at all", "no whole safetensors"),
+        (lambda _: b"[1, 2]", "no whole safetensors"),
+        (lambda _: b"[" * 50_000, "no whole safetensors"),
+        (with_first(data_offsets=[0, 10**15]), "places"),
+        (with_first(data_offsets=[-4, 10]), "places"),
+        (with_first(shape=[10**9, 10**9]), "places"),
+        (with_first(shape="x"), "places"),
+        (with_first(dtype="F8_E4M3"), "quantised weights cannot be streamed"),
+        (with_first(data_offsets=7), "nothing usable"),
+        (renamed, "hold no model.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_broken_files_end_in_one_line(change: Any, words: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "llama", "llama")
+    broken_header(folder, change)
+    with pytest.raises(ModelError, match=words) as caught:
+        open_model(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "llama", "llama", shard="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    first = next(folder.glob("model-00001-*.safetensors"))
+    shutil.move(first, tmp_path / first.name)
+    with pytest.raises(ModelError, match="lacks model-00001"):
+        open_model(str(folder))
+    shutil.move(tmp_path / first.name, first)
+    first.write_bytes(first.read_bytes()[:-5])
+    with pytest.raises(ModelError, match="places"):
+        open_model(str(folder))
+    (folder / INDEX).write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    with pytest.raises(ModelError, match="no weight_map"):
+        open_model(str(folder))
+    gguf = tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="cannot be streamed"):
+        open_model(str(gguf))
+    with pytest.raises(LayercardError):
+        open_model(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="dtype"):
+        open_model(str(saved(tmp_path / "whole", "llama")), dtype="int3")
+
+
+def test_the_training_probe_and_timing_need_the_model_in_memory(tmp_path: Path) -> None:
+    streamed = open_model(str(saved(tmp_path / "llama", "llama")))
+    data = data_for(tmp_path, streamed.base.tokenizer)
+    for settings in (ProfileSettings(probe="train"), ProfileSettings(cost=True)):
+        with pytest.raises(TrainingError, match="needs the model in memory"):
+            stream_profile(streamed, data, settings)
+
+
+def test_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.randn(4).bfloat16(), "empty": torch.zeros(0, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    weights = Weights(tmp_path)
+    for name, expected in load_file(tmp_path / "model.safetensors").items():
+        torch.testing.assert_close(weights.read(name), expected, rtol=0, atol=0)
+    assert weights.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
+    assert weights.read("a", torch.bfloat16).dtype == torch.bfloat16 and weights.read("b", torch.bfloat16).dtype == torch.int64
+    with pytest.raises(ModelError, match="hold no d"):
+        weights.read("d")
+
+
+def test_streamed_weights_are_shared_where_they_are_tied(tmp_path: Path) -> None:
+    streamed: StreamedModel = open_model(str(saved(tmp_path / "gpt2", "gpt2")))
+    model = streamed.base.model
+    with streamed.loaded([model.get_input_embeddings(), model.get_output_embeddings()]):
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        assert streamed.resident_bytes == model.get_input_embeddings().weight.nbytes
+    assert model.get_input_embeddings().weight.device.type == "meta"
