@@ -146,6 +146,27 @@ def test_planted_4_indices_that_are_dropped(tmp_path: Path, layercard: Command) 
     assert "layers 7-8 are not in the model, which has layers 0-2: PEFT drops them silently" in err
 
 
+@pytest.mark.parametrize("kind", ["axolotl", "llama-factory", "other"])
+def test_configurations_of_trainers_are_read(kind: str, tmp_path: Path, layercard: Command) -> None:
+    folder = saved_model(experts(), tmp_path / "base")
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        {
+            "axolotl": "adapter: lora\nlora_target_modules: [q_proj, gate_proj, up_proj, down_proj]\npeft_layers_to_transform: [1]\n",
+            "llama-factory": "finetuning_type: lora\nlora_target: model.layers.1.self_attn.q_proj\n",
+            "other": "epochs: 3\n",
+        }[kind]
+    )
+    status, out, err = layercard("verify", file, "--model", folder, "--layers", "1", "--json")
+    if kind == "axolotl":
+        assert (status, json.loads(out)["differences"]) == (2, ["you asked for layer 1, experts of all 3 layers are adapted"])
+    elif kind == "llama-factory":
+        assert (status, err, json.loads(out)["adapted"]) == (0, "", ["model.layers.1.self_attn.q_proj"])
+    else:
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "name a configuration of one of them" in err
+
+
 def test_a_block_without_the_module_gets_nothing() -> None:
     (difference,) = differences(hybrid(), LoraConfig(target_modules=["q_proj"], layers_to_transform=[1, 2]))
     assert difference == "block 2 has no q_proj and gets nothing"

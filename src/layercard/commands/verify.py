@@ -8,15 +8,21 @@ import typer
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, emit_json, out
 from layercard.errors import ModelError, PlacementError
+from layercard.files import read_json
 from layercard.indices import listed
 
 if TYPE_CHECKING:
     from layercard.selection import Placement
+    from layercard.verification import Verification
 
 
 def verify(
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER_OR_CONFIG", help="An adapter's folder, or a configuration of PEFT's as a JSON file.")
+        Path,
+        typer.Argument(
+            metavar="ADAPTER_OR_CONFIG",
+            help="An adapter's folder, a configuration of PEFT's as JSON, or YAML or JSON of axolotl, LLaMA-Factory, ms-swift or TRL.",
+        ),
     ],
     model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The base model: a hub id, a local folder or a config.json.")],
     placement: Annotated[
@@ -41,13 +47,12 @@ def verify(
         raise PlacementError("both --placement and --layers are given; a placement names its layers, so give one of them")
     wanted = None if layers is None else parse_layers(layers)
     from layercard.selection import Placement
-    from layercard.skeleton import skeleton
-    from layercard.verification import own_placement, verify_adapter
+    from layercard.verification import own_placement
 
     chosen = Placement.load(placement) if placement is not None else None if layers is not None else own_placement(adapter)
     with Display() as display:
         fingerprint = _fingerprint(adapter, model, chosen, weights, dtype, display)
-        found = verify_adapter(skeleton(model), adapter, placement=chosen, layers=wanted, name=model, fingerprint=fingerprint)
+        found = _verified(adapter, model, chosen, wanted, fingerprint)
     if as_json:
         emit_json(found.to_json())
     else:
@@ -72,6 +77,24 @@ def parse_layers(text: str) -> list[int]:
     return sorted(set(found))
 
 
+def _verified(adapter: Path, model: str, chosen: "Placement | None", wanted: list[int] | None, fingerprint: str | None) -> "Verification":
+    from layercard.export.read import peft_config
+    from layercard.skeleton import skeleton
+    from layercard.verification import verify_adapter, verify_config
+
+    empty = skeleton(model)
+    if _is_pefts(adapter):
+        return verify_adapter(empty, adapter, placement=chosen, layers=wanted, name=model, fingerprint=fingerprint)
+    return verify_config(empty, peft_config(adapter, empty), placement=chosen, layers=wanted, name=model, source=str(adapter))
+
+
+def _is_pefts(path: Path) -> bool:
+    """Whether a path is an adapter or a configuration of PEFT's; any other file should be a trainer's configuration."""
+    if not path.is_file():
+        return True
+    return path.suffix.lower() == ".json" and "peft_type" in read_json(path, PlacementError, "configuration")
+
+
 def _fingerprint(adapter: Path, model: str, chosen: "Placement | None", weights: bool, dtype: str, display: Display) -> str | None:
     """The model's fingerprint, where it is asked for, or where the names leave open whether it is the adapter's base model."""
     from layercard.adapter_files import read_adapter_config
@@ -80,7 +103,8 @@ def _fingerprint(adapter: Path, model: str, chosen: "Placement | None", weights:
 
     if weights and chosen is None:
         raise PlacementError("--weights compares with a placement's fingerprint, and there is no placement; give --placement FILE")
-    if chosen is None or not (weights or base_words(read_adapter_config(adapter), chosen, model, None)):
+    doubtful = _is_pefts(adapter) and base_words(read_adapter_config(adapter), chosen, model, None)
+    if chosen is None or not (weights or doubtful):
         return None
     try:
         return load_model(model, dtype=dtype, device="cpu", progress=display).fingerprint
