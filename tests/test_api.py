@@ -1,10 +1,10 @@
 """The Python API: the ten lines, a user's model that comes back as it was, and names and signatures that stay."""
 
+import dataclasses
 import inspect
 import re
 import runpy
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,8 @@ def test_settings_reach_the_card(tokenizer: PreTrainedTokenizerFast, tmp_path: P
 
 def test_keywords_are_the_settings_with_their_defaults() -> None:
     known = inspect.signature(layercard.profile).parameters
-    assert {field.name: field.default for field in fields(layercard.ProfileSettings)} == {
-        field.name: known[field.name].default for field in fields(layercard.ProfileSettings)
+    assert {field.name: field.default for field in dataclasses.fields(layercard.ProfileSettings)} == {
+        field.name: known[field.name].default for field in dataclasses.fields(layercard.ProfileSettings)
     }
     select = inspect.signature(layercard.select).parameters
     method = inspect.signature(layercard.LayerCard.select).parameters
@@ -187,6 +187,15 @@ def test_a_placement_is_a_configuration_of_peft(card: layercard.LayerCard) -> No
     assert set(adapted_paths(get_peft_model(build_tiny("llama"), config))) == set(placement.paths)
     with pytest.raises(PlacementError, match="target_modules is given beside a placement"):
         placement.to_peft(target_modules=["q_proj"])
+
+
+def test_a_notebook_shows_stacked_experts_too(card: layercard.LayerCard) -> None:
+    experts = "model.layers.2.mlp.experts.gate_up_proj"
+    placement = dataclasses.replace(card.select(strategy="last", k=1), parameters=(experts,))
+    shown = placement._repr_html_()
+    assert f"{len(placement.paths) + 1}: " in shown
+    assert "gate_up_proj" in shown
+    assert "gate_up_proj" not in dataclasses.replace(placement, parameters=())._repr_html_()
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from cards import fake_card
 from hub_server import Hub, Repository, served
 from layercard.card import LayerCard
 from layercard.cli import run
+from layercard.cost import CostModel
 from layercard.data import load_data
 from layercard.errors import CardError, HubError
 from layercard.hub_cards import LARGEST, find, pull, push, without_folders
@@ -90,8 +91,10 @@ def test_a_card_comes_back_as_it_was_pushed(hub: Hub) -> None:
 def test_a_card_goes_to_a_branch_or_a_private_repository(hub: Hub) -> None:
     card, other = card_of(), card_of(warnings=[])
     push(card, "ann/one")
-    push(other, "ann/one", revision="other", force=True)
+    push(other, "ann/one", revision="other")
     assert (pull("ann/one"), pull("ann/one", revision="other")) == (card, other)
+    with pytest.raises(HubError, match="holds another card"):
+        push(card, "ann/one", revision="other")
     push(card, "ann/two", private=True)
     assert hub.repositories["ann/two"].private
     assert not hub.repositories["ann/one"].private
@@ -176,6 +179,8 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (b'{"schema": "layercard/1"}', "Field required"),
         (b"[" * 100_000, "is no whole card"),
         (json.dumps(fake_card(depth=3, warnings=["\x1b[2J"])).encode(), "control characters"),
+        (json.dumps(fake_card(depth=3, warnings=["\u202egpj"])).encode(), "control characters"),
+        (json.dumps(fake_card(depth=3, settings={"half \ud800": 1})).encode(), "control characters"),
         (json.dumps(fake_card(depth=3, coupling=[[1.0]])).encode(), "coupling must be 3 by 3"),
         (json.dumps(fake_card(depth=3)).replace('"descent": [0.5', '"descent": [NaN').encode(), "descent.0: Input should be a finite"),
     ],
@@ -236,6 +241,7 @@ def test_pictures_are_whole_and_harmless(depth: int) -> None:
 def test_folders_of_this_machine_are_not_written(hub: Hub, layercard: Layercard, tmp_path: Path) -> None:
     value = fake_card(depth=4)
     value["model"]["name"], value["data"]["source"] = "/home/ann/models/small", "C:\\data\\e2e.jsonl"
+    value["cost"] = CostModel.from_shapes([[(8, 8)]] * 4, model="/home/ann/models/small").to_json()
     (tmp_path / "card.json").write_text(json.dumps(value), encoding="utf-8")
     assert layercard("push", "card.json", "ann/one")[0] == 0
     card = pull("ann/one")

@@ -154,12 +154,13 @@ class LayerCard(_Part):
             raise CardError(f"the card has no {measure}; it has {', '.join(known)}")
         return values
 
-    def with_cost(self, cost: CostModel) -> "LayerCard":
-        """The same card with a cost model, and its times and bytes at each layer."""
+    def with_cost(self, cost: CostModel | None) -> "LayerCard":
+        """The same card with a cost model, and its times and bytes at each layer; with `None` without any."""
         names = ("forward_seconds", "backward_seconds", "adapter_seconds", "saved_bytes")
+        parts = (None,) * len(self.layers) if cost is None else cost.layers
         layers = tuple(
-            layer.model_copy(update={name: getattr(found, name) for name in names})
-            for layer, found in zip(self.layers, cost.layers, strict=True)
+            layer.model_copy(update={name: None if found is None else getattr(found, name) for name in names})
+            for layer, found in zip(self.layers, parts, strict=True)
         )
         return self.model_copy(update={"layers": layers, "cost": cost})
 

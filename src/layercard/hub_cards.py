@@ -4,6 +4,7 @@ A repository is written in one commit, so an interrupted upload leaves no half c
 read as JSON of limited size, validated as every card is, and refused where its texts hold control characters.
 """
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ LARGEST = 32 * 2**20
 """Bytes of a card from the hub; those of models with 100 layers have some hundred thousand."""
 OWN_FILES = frozenset({".gitattributes", "README.md", CARD_FILE, DEPTH, COUPLING})
 """What a card's repository holds."""
+UNSEEN = ("Cc", "Cf", "Cs")
+"""Unicode's categories of control and format characters and of halves of surrogate pairs."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ def push(
 ) -> Pushed:
     """Write a card to a data set repository, which is made where it is not there, in one commit.
 
+    Folders of this machine are left out: of a local model or data file only its own name is written (`without_folders`).
+
     Args:
         card: The card.
         name: `OWNER/NAME`, or NAME for the owner of the token.
@@ -80,15 +85,17 @@ def push(
     _check_reachable()
     if get_token() is None:
         raise HubError("there is no token for the hub, and a card is written in your name; run `hf auth login`, or set HF_TOKEN")
-    api = HfApi(endpoint=constants.ENDPOINT)
+    api, card = HfApi(endpoint=constants.ENDPOINT), without_folders(card)
     with _in_one_line(name):
         full = name if "/" in name else f"{api.whoami()['name']}/{name}"
     with _in_one_line(full):
-        held = _held(api, full, revision)
+        held, branch = _held(api, full, revision)
         if held is None:
             api.create_repo(full, repo_type="dataset", private=private, exist_ok=True)
         else:
-            _check_free(held, card, full, private, force)
+            _check_free(held, full, private, force)
+            if branch and not force:
+                _check_same(held, card, full)
         if revision is not None:
             api.create_branch(full, branch=revision, repo_type="dataset", exist_ok=True)
         value = card.to_json()
@@ -144,11 +151,12 @@ def find(fingerprint: str, limit: int = 20) -> list[str]:
 
 def without_folders(card: LayerCard) -> LayerCard:
     """The card with absolute paths of this machine, as names of a model or of records, cut to their last part."""
-    model, data = card.model, card.data
+    model, data, cost = card.model, card.data, card.cost
     return card.model_copy(
         update={
             "model": model.model_copy(update={"name": _own_name(model.name)}),
             "data": data.model_copy(update={"source": _own_name(data.source)}),
+            "cost": None if cost is None else cost.model_copy(update={"model": _own_name(cost.model)}),
         }
     )
 
@@ -170,18 +178,18 @@ def _check_reachable() -> None:
         raise HubError(f"the hub at {constants.ENDPOINT} cannot be reached; check the network, or HF_ENDPOINT")
 
 
-def _held(api: HfApi, name: str, revision: str | None) -> DatasetInfo | None:
-    """What a repository holds, on its main branch where it has not the revision; `None` where there is no repository."""
+def _held(api: HfApi, name: str, revision: str | None) -> tuple[DatasetInfo | None, bool]:
+    """What a repository holds, `None` where there is none; and whether it has the branch, else that is of its main one."""
     try:
-        return api.dataset_info(name, revision=revision)
+        return api.dataset_info(name, revision=revision), True
     except RevisionNotFoundError:
-        return api.dataset_info(name)
+        return api.dataset_info(name), False
     except RepositoryNotFoundError:
-        return None
+        return None, False
 
 
-def _check_free(held: DatasetInfo, card: LayerCard, name: str, private: bool, force: bool) -> None:
-    """Refuse to write over what is not this card, and to believe a public repository private.
+def _check_free(held: DatasetInfo, name: str, private: bool, force: bool) -> None:
+    """Refuse to write beside what belongs to no card, and to believe a public repository private.
 
     Raises:
         HubError: One of these.
@@ -192,7 +200,15 @@ def _check_free(held: DatasetInfo, card: LayerCard, name: str, private: bool, fo
     other = sorted(files - (OWN_FILES if CARD_FILE in files else {".gitattributes"}))
     if other and not force:
         raise HubError(f"{name} exists and holds {other[0]}, which is of no card; name a new repository, or pass --force to write there")
-    if CARD_FILE not in files or force:
+
+
+def _check_same(held: DatasetInfo, card: LayerCard, name: str) -> None:
+    """Refuse to write over another card.
+
+    Raises:
+        HubError: There is one.
+    """
+    if CARD_FILE not in {each.rfilename for each in held.siblings or ()}:
         return
     try:
         there = pull(name, revision=held.sha)
@@ -223,7 +239,7 @@ def _read(name: str, revision: str | None) -> bytes:
 
 
 def _check_texts(value: dict[str, Any], source: str) -> None:
-    """Refuse control characters, which terminals obey.
+    """Refuse characters that cannot be seen: terminals obey some, and half a character cannot be written again.
 
     Raises:
         CardError: There are some.
@@ -235,7 +251,7 @@ def _check_texts(value: dict[str, Any], source: str) -> None:
             waiting += [*part, *part.values()]
         elif isinstance(part, list):
             waiting += part
-        elif isinstance(part, str) and any(ord(character) < 32 or 127 <= ord(character) < 160 for character in part):
+        elif isinstance(part, str) and any(unicodedata.category(character) in UNSEEN for character in part):
             raise CardError(f"{source} holds control characters in {ascii(part)[:60]}, which no card does; name another card")
 
 

@@ -55,10 +55,11 @@ def placement_html(placement: Json) -> str:
         placement: JSON value of a `Placement`.
     """
     model, layers, reasons = placement["model"], placement["layers"], placement["reasons"]
+    targets = [*placement["paths"], *placement.get("parameters", ())]
     facts = {
         "Model": f"{model.get('name', 'not named')}, {model['layers']} layers",
         "Layers": f"{listed(layers)} ({len(layers)} of {model['layers']})",
-        "Modules": f"{len(placement['paths'])}: {', '.join(sorted({path.rpartition('.')[2] for path in placement['paths']}))}",
+        "Modules": f"{len(targets)}: {', '.join(sorted({path.rpartition('.')[2] for path in targets}))}",
         "Objective": placement["objective"],
     }
     if placement.get("asked"):

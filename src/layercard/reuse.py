@@ -63,10 +63,15 @@ def misfit(card: LayerCard, fingerprint: str, dataset: Dataset, settings: Profil
     if card.model.fingerprint != fingerprint:
         return f"it is of other weights ({card.model.fingerprint})"
     if card.data.fingerprint != dataset.fingerprint:
-        return f"it is of other records ({card.data.records} of {card.data.source})"
+        return f"it is of other records ({card.data.records} of {_short(card.data.source)})"
     wanted, found = _deciding(asdict(settings)), _deciding(card.settings)
-    other = [name for name, value in wanted.items() if found.get(name) != value]
-    return "" if not other else "it was made with " + ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in other)
+    other = [f"{name} {_short(found[name])} instead of {value}" for name, value in wanted.items() if found[name] != value]
+    return f"it was made with {', '.join(other)}" if other else ""
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def fitting(base: BaseModel, dataset: Dataset, settings: ProfileSettings, folder: Path, progress: Progress | None = None) -> Found:
@@ -121,7 +126,8 @@ def _as_made_here(card: LayerCard, base: BaseModel, dataset: Dataset, settings: 
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide about a card's numbers: those of a probe that does not run do not, nor does what is timed."""
+    """The settings that decide about a card's numbers, `None` where one is not there: neither those of a probe that does not run, nor
+    whether steps are timed."""
     probe = settings.get("probe")
     idle = {"cost"} | ({"probe_steps"} if probe != "train" else set()) | ({"probe_records"} if probe == "none" else set())
-    return {name: settings.get(name) for name in asdict(ProfileSettings()) if name not in idle}
+    return {name: None if name in idle else settings.get(name) for name in asdict(ProfileSettings())}

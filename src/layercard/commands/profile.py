@@ -184,7 +184,7 @@ def _reusable(base: "BaseModel", dataset: "Dataset", settings: "ProfileSettings"
     if found.card is None:
         typer.echo("no card to reuse; profiling", err=True)
     else:
-        typer.echo(f"reused: {found.source}", err=True)
+        typer.echo(f"reused: {found.source}, made with layercard {found.card.versions.get('layercard', 'of no version')}", err=True)
     return found.card
 
 

@@ -32,9 +32,8 @@ def push(
         raise HubError(f"--license {license_id!r} is no licence as the hub names them; write one such as cc-by-4.0 or apache-2.0")
     from layercard.card import LayerCard
     from layercard.hub_cards import push as push_card
-    from layercard.hub_cards import without_folders
 
-    pushed = push_card(without_folders(LayerCard.load(card)), name, private=private, revision=revision, license_id=license_id, force=force)
+    pushed = push_card(LayerCard.load(card), name, private=private, revision=revision, license_id=license_id, force=force)
     if as_json:
         emit_json({"name": pushed.name, "url": pushed.url, "commit": pushed.commit})
         return
