@@ -6,25 +6,23 @@ python examples/plain_loop.py [MODEL] [DATA] [OUTPUT]
 import sys
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
-from layercard import fast_training, load_data, load_model, select
+import layercard
 from layercard.data import collate
-from layercard.profiling import profile
 
 EPOCHS, RECORDS, BATCH = 3, 64, 4
 
 
 def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "loop-adapter") -> None:
-    base = load_model(model)
-    dataset = load_data(data, base.tokenizer, records=RECORDS)
-    placement = select(profile(base, dataset))
+    base = layercard.load_model(model)
+    dataset = layercard.load_data(data, base.tokenizer, records=RECORDS)
+    placement = layercard.profile(base, None, dataset).select()
     print("layers", *placement.layers)
 
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=list(placement.paths), task_type="CAUSAL_LM")
-    lora = get_peft_model(base.model, config).train()
+    lora = layercard.apply(base.model, placement, LoraConfig(r=8, lora_alpha=16)).train()
     optimizer = torch.optim.AdamW([weight for weight in lora.parameters() if weight.requires_grad], lr=2e-3)
-    with fast_training(lora, passes=EPOCHS) as speed:
+    with layercard.fast_training(lora, passes=EPOCHS) as speed:
         for epoch in range(EPOCHS):
             total = 0.0
             for rows in torch.randperm(len(dataset)).split(BATCH):

@@ -6,23 +6,20 @@ python examples/trl_targeted.py [MODEL] [DATA] [OUTPUT]
 import sys
 
 from datasets import Dataset
-from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from layercard import FastTraining, load_data, load_model, select
-from layercard.profiling import profile
-from layercard.records import read_records
+import layercard
 
 EPOCHS, RECORDS = 3, 64
 
 
 def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "trl-adapter") -> None:
-    base = load_model(model)
-    card = profile(base, load_data(data, base.tokenizer, records=RECORDS))
-    placement = select(card)
+    base = layercard.load_model(model)
+    dataset = layercard.load_data(data, base.tokenizer, records=RECORDS)
+    placement = layercard.profile(base, None, dataset).select()
     print("layers", *placement.layers)
 
-    records = [record for (_, record), _ in zip(read_records(data)[1], range(RECORDS), strict=False)]
+    records = [example.record for example in dataset.examples]
     rows = [{"prompt": record["prompt"] + "\n", "completion": record["completion"]} for record in records]
     trainer = SFTTrainer(
         base.model,
@@ -36,8 +33,8 @@ def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "tr
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=list(placement.paths), task_type="CAUSAL_LM"),
-        callbacks=[FastTraining(passes=EPOCHS)],
+        peft_config=placement.to_peft(r=8, lora_alpha=16),
+        callbacks=[layercard.FastTraining(passes=EPOCHS)],
     )
     trainer.train()
     trainer.save_model(output)
