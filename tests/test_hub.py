@@ -407,3 +407,13 @@ def test_profile_reuses(hub: Hub, layercard: Layercard, tiny_folder: Path, tiny_
     fourth = layercard("profile", tiny_folder, "--data", tiny_file, "-o", "fourth.json", *options[:-1], "file")
     assert fourth[0] == 0
     assert "not kept for --reuse" in fourth[2]
+
+
+def test_processes_do_not_look_for_a_card(
+    layercard: Layercard, tiny_folder: Path, tiny_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = layercard("profile", tiny_folder, "--data", tiny_file, "-o", "new.json", "--reuse")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--reuse looks for a card in one process, and this run has 2" in err
