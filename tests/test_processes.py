@@ -112,6 +112,32 @@ def test_torchrun_prints_once(inputs: tuple[str, ...], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "run.json").read_text())["processes"] == 2
 
 
+def numbers(value: Any, path: str = "") -> dict[str, float]:
+    """All numbers in a JSON value but readings of a clock, by their place."""
+    if isinstance(value, dict):
+        return {name: n for key, part in value.items() if key != "cost" for name, n in numbers(part, f"{path}/{key}").items()}
+    if isinstance(value, list):
+        return {name: n for at, part in enumerate(value) for name, n in numbers(part, f"{path}/{at}").items()}
+    return {path: value} if isinstance(value, float) else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("records", [3, 64], ids=["rows of tokens", "sums"])  # fewer tokens than features, and more
+def test_two_processes_profile_as_one(records: int, tiny_folder: Path, tmp_path: Path) -> None:
+    data = write_records(tmp_path / "data.jsonl", tiny_records(24) if records > 3 else [{"prompt": "a", "completion": c} for c in "bcde"])
+    arguments = ["-m", "layercard.cli", "profile", str(tiny_folder), "--data", str(data), "--rank", "2", "--device", "cpu", "--no-cost"]
+    arguments += ["--probe", "train", "--probe-steps", "4", "--batch-size", "3"]
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        command = [sys.executable, *launcher, *arguments, "-o", str(tmp_path / f"{name}.json")]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("next: layercard show") == 1
+    one, two = (numbers(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("one", "two"))
+    assert len(one) > 200
+    assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
+    assert not list(tmp_path.glob("*.state"))
+
+
 FAILING = """
 import sys
 import torch

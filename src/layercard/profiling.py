@@ -123,6 +123,8 @@ class _Profile:
         """All parts in turn."""
         settings, once = self.settings, self.state.once
         fit: Fit = once("fit", self._fit)
+        for name in ("fit-pass", "steps"):
+            self.state.drop(f"{name}-{processes.rank()}")
         held_out: HeldOut = once("held-out", lambda: self._held_out(fit))
         probe: StepProbe | None = once("step-probe", lambda: self._step_probe(fit, held_out)) if settings.probe != "none" else None
         trained = self._training_probe() if settings.probe == "train" else None

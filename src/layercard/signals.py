@@ -172,15 +172,18 @@ def fit_pass(
         DataError: The loss is not finite.
     """
     expected = sum(len(example.input_ids) for example in examples)
-    sums = _fit_sums(base, list(batches(examples, batch_size, base.pad_id, by_length=True)), expected, progress, state or State())
+    state, name = state or State(), f"steps-{processes.rank()}"
+    sums = _fit_sums(base, list(batches(examples, batch_size, base.pad_id, by_length=True)), expected, progress, state)
     sums.merge(torch.zeros(0, dtype=next(base.model.parameters()).dtype, device=base.device))
     if not math.isfinite(sums.nats):
         raise DataError(f"the loss of {base.name} on these records is {sums.nats}; check the weights and records, or use --dtype float32")
-    parts: dict[str, Fit] = {}
+    parts: dict[str, Fit] = state.load(name) or {}
     for block in base.blocks:
-        if block.index % processes.count() == processes.rank():
-            part = parts[str(block.index)] = Fit(expected, sums.labelled, sums.nats / sums.labelled)
+        if block.index % processes.count() == processes.rank() and str(block.index) not in parts:
+            part = Fit(expected, sums.labelled, sums.nats / sums.labelled)
             solve_layer(part, block, sums.leaders, sums.inputs, sums.gradients, rank, ridge)
+            parts[str(block.index)] = part
+            state.snapshot(name, lambda: parts)
         if progress:
             progress("steps", block.index + 1, len(base.blocks))
     for other in processes.gathered(saved.to_bytes(form(base), parts)) if processes.count() > 1 else ():
