@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from layercard.capture import capturing, stepped
 from layercard.data import load_data
 from layercard.experts import run_experts
-from layercard.layers import find_blocks
+from layercard.layers import find_blocks, unread_experts
 from layercard.models import BaseModel, labelled_losses, wrap_model
-from layercard.profiling import ProfileSettings, profile
+from layercard.profiling import ProfileSettings, profile, split_records
 from layercard.selection.select import select
 from layercard.settings import TrainSettings
 from layercard.signals import Fit, HeldOut, fit_pass, held_out_pass
@@ -21,6 +21,7 @@ from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual
 from layercard.training import train
 from reference import linear
+from reference.experts import Rows, resnorm_squared, rows_by_token
 from test_capture import batch_of, examples
 from tiny import HEADS, INNER, LAYERS, VOCAB, WIDTH, build_tiny, randomised, tiny_records, tiny_tokenizer, write_records
 
@@ -245,3 +246,130 @@ def test_experts_without_a_token_are_named(tmp_path: Path) -> None:
     gate_up = next(module for module in card.layers[1].modules if module.experts)
     used = [count > 0 for count in gate_up.expert_tokens]
     assert sum(used) == 1 and used == [value > 0 for value in gate_up.expert_resnorm]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_resnorm_of_each_expert_is_that_of_a_loop_over_its_tokens(family: str) -> None:
+    base, made = base_of(build(family)), examples(LENGTHS, seed=1)
+    fit, _ = passes(base)
+    module = base.blocks[1].stacks[0].module
+    seen: list[list[torch.Tensor]] = []
+
+    def keep(_: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.requires_grad_().retain_grad()
+        seen.append([*args, output])
+
+    with torch.no_grad():
+        for weight in base.model.parameters():
+            weight.requires_grad_(False)
+    rows: Rows = {}
+    handle = module.register_forward_hook(keep)
+    for example in made:  # one record after another: there is no padding
+        labelled_losses(base.model, batch_of([example]))[0].sum().backward()
+        hidden, index, weights, output = (tensor.detach() if at < 3 else tensor for at, tensor in enumerate(seen.pop()))
+        for key, found in rows_by_token(module, hidden, index, weights, output.grad).items():
+            rows.setdefault(key, []).extend(found)
+    handle.remove()
+    ridges = {signals.path: signals.ridge for signals in fit.inputs[1]}
+    checked = 0
+    for m in fit.modules[1]:
+        if m.projection.expert is not None:
+            own = rows[m.projection.name.partition("[")[0].rpartition(".")[2], m.projection.expert]
+            assert m.tokens == len(own)
+            assert m.resnorm_squared == pytest.approx(resnorm_squared(own, fit.tokens, fit.labelled, ridges[m.leader]), rel=1e-6)
+            checked += 1
+    assert checked == len(rows) >= 6
+
+
+def test_rows_of_experts_land_at_their_records() -> None:
+    base, made = base_of(build("qwen3_moe")), examples(LENGTHS, seed=2)
+    fit, held = passes(base, batch_size=4)
+    stacks = {stack.path: stack for block in base.blocks for stack in block.stacks}
+    weights = [stack.module.get_parameter(stack.parameter) for stack in stacks.values()]
+    maps = {p.path: p for block in base.blocks for p in block.projections}
+    for record, example in enumerate(made):
+        loss = labelled_losses(base.model, batch_of([example]))[0].sum()
+        slopes = torch.autograd.grad(loss, [*weights, *(p.module.weight for p in maps.values())])
+        gradients = dict(zip([*stacks, *maps], slopes, strict=True))
+        for layer, step in enumerate(fit.steps):
+            expected = 0.0
+            for path, (down, up) in step.items():
+                stack, _, number = path.rstrip("]").partition("[")
+                gradient = gradients[stack][int(number)] if number else gradients[stack]
+                expected += float((gradient * (up @ down)).sum())
+            assert float(held.slopes[layer, record]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_halves_of_the_records_add_up_to_all() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, d = torch.randn(12, 5, generator=draw).double(), torch.randn(12, 3, generator=draw).double()
+    for keep_rows in (False, True):
+        whole, first, second = (InputMoments(5, keep_rows) for _ in range(3))
+        of_whole, of_first, of_second = (GradientMoments(3, 5, keep_rows) for _ in range(3))
+        for moments, slopes, rows in ((whole, of_whole, slice(12)), (first, of_first, slice(4)), (second, of_second, slice(4, 12))):
+            moments.update(a[rows]), slopes.update(a[rows], d[rows])
+        first.merge(second), of_first.merge(of_second)
+        first.absent = whole.absent = 7
+        results = [projected_residual(m, g, Whitening.of(m, 0.2), 0.1, 2) for m, g in ((whole, of_whole), (first, of_first))]
+        assert results[0].squared == pytest.approx(results[1].squared)
+        assert first.energy() == pytest.approx(whole.energy())
+
+
+def test_padding_alone_is_no_token_of_an_expert() -> None:
+    model = build("mixtral", num_experts_per_tok=1)
+    base, made = base_of(model), examples((12, 3), seed=1)
+    block = base.blocks[0]
+    with torch.no_grad():  # the padding token, and no other, goes to the last expert
+        model.get_input_embeddings().weight[base.pad_id] = 50.0
+        block.module.mlp.gate.weight.zero_()
+        block.module.mlp.gate.weight[3] = 1.0
+        block.module.post_attention_layernorm.weight.fill_(1.0)
+        model.get_input_embeddings().weight[:, :] -= model.get_input_embeddings().weight.mean(dim=1, keepdim=True) + 1.0
+        model.get_input_embeddings().weight[base.pad_id] = 50.0
+        block.module.self_attn.o_proj.weight.zero_()
+    entered = []
+    handle = block.stacks[0].module.register_forward_pre_hook(lambda _, args: entered.append(args[1]))
+    fit = fit_pass(base, made, rank=4, ridge=1.0, batch_size=2)
+    handle.remove()
+    assert 3 in entered[0]
+    found = {m.projection.expert for m in fit.modules[0] if m.projection.expert is not None}
+    assert found and 3 not in found
+    assert all(math.isfinite(m.resnorm_squared) for layer in fit.modules for m in layer)
+
+
+def test_experts_count_as_one_input_by_their_tokens(tmp_path: Path) -> None:
+    base = base_of(build("mixtral").float())
+    data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(12)), base.tokenizer)
+    settings = ProfileSettings(rank=2, probe="none")
+    card = profile(base, data, settings)
+    fit_examples, _ = split_records(data, settings)
+    fit = fit_pass(base, fit_examples, rank=2, ridge=1.0, batch_size=8)
+    for entry, inputs, modules in zip(card.layers, fit.inputs, fit.modules, strict=True):
+        tokens = {m.projection.path: m.tokens for m in modules}
+        ranks = {signals.path: signals.energy**2 / signals.second_moment_squared for signals in inputs}
+        single = [rank for path, rank in ranks.items() if "[" not in path]
+        stacked = []
+        for name in ("gate_up_proj[", "down_proj["):
+            own = {path: rank for path, rank in ranks.items() if name in path}
+            stacked.append(sum(tokens[path] * rank for path, rank in own.items()) / sum(tokens[path] for path in own))
+        assert entry.effective_rank.value == pytest.approx(sum([*single, *stacked]) / (len(single) + 2))
+        assert entry.activation_energy.value == pytest.approx(sum(signals.energy for signals in inputs))
+
+
+def test_few_tokens_and_unread_experts_are_named(tmp_path: Path) -> None:
+    base = base_of(build("mixtral").float())
+    data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(5)), base.tokenizer)
+    card = profile(base, data, ProfileSettings(rank=2, probe="none"))
+    thin = sum(
+        count < module.in_features for layer in card.layers for module in layer.modules if module.experts for count in module.expert_tokens
+    )
+    assert thin > 0 and any(line.startswith(f"few tokens for experts: {thin} of ") for line in card.warnings)
+    module = base.blocks[1].stacks[0].module
+    module.gate_up_proj = torch.nn.Parameter(module.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    stacks = [stack.name for stack in find_blocks(base.model)[1].stacks]
+    assert stacks == ["mlp.experts.down_proj"]
+    other = AutoConfig.for_model("llama4_text", **SIZES, num_local_experts=4, intermediate_size_mlp=INNER, head_dim=8)
+    blocks = find_blocks(AutoModelForCausalLM.from_config(other))
+    assert [block.stacks for block in blocks] == [()] * LAYERS
+    assert {unread_experts(block) for block in blocks} == {("feed_forward.experts",)}
+    assert unread_experts(find_blocks(build("mixtral"))[0]) == ()

@@ -37,7 +37,7 @@ ROWS = (
     ("statistics",),
     ("probe", "fit_sums", "signals", "cost", "halving", "rates", "stamps", "adapter_timing", "timing", "meta"),
     ("card",),
-    ("assembly", "profiling", "stream", "api"),
+    ("cautions", "assembly", "profiling", "stream", "api"),
     ("selection",),
     ("transfer",),
     ("fast",),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from layercard.card import DataInfo, LayerCard, LayerEntry, ModelInfo, ModuleCard, Sampled
+from layercard.cautions import cautions
 from layercard.data import Dataset
 from layercard.halving import TrainingProbe
 from layercard.layers import ExpertStack
@@ -39,11 +40,6 @@ UNITS = {
     "adapter_seconds": "s",
     "saved_bytes": "bytes",
 }
-MASSIVE = 100.0
-"""Energy of an input over its usual energy from which on a layer is said to have massive activations."""
-STABLE = 0.8
-"""Split-half rank correlation of `gain_estimate` below which the ranking is called unstable."""
-
 _Profile = tuple[list[float], list[float], list[float]]
 """Value, low and high of one measure, layer by layer."""
 
@@ -93,7 +89,7 @@ class Assembly:
             curvature=tuple(k.diagonal().tolist()),
             stability=(stability := self._stability()),
             units=UNITS,
-            warnings=tuple(self._warnings(stability)),
+            warnings=tuple(cautions(self.base, self.fit, self.dataset, stability)),
         )
 
     def _entry(self, layer: int, measures: dict[str, _Profile]) -> LayerEntry:
@@ -177,6 +173,7 @@ class Assembly:
         }
         steps = self._layer_sums()["step"]
         for layer, inputs in enumerate(self.fit.inputs):
+            shares = self._shares(layer)
             columns: dict[str, list[torch.Tensor]] = {name: [] for name in collected}
             for signals in inputs:
                 moved = self._moved(self.held_out.inputs[signals.path], self.held_out.tokens)
@@ -192,13 +189,25 @@ class Assembly:
                     _moved_to(noise, moved[:, 3] / max(signals.noise_trace, 1e-300) * noise) / steps[layer]
                 )
             collected["activation_energy"].append(torch.stack(columns["activation_energy"]).sum(dim=0))
-            collected["effective_rank"].append(torch.stack(columns["effective_rank"]).mean(dim=0))
-            collected["condition"].append(torch.stack(columns["condition"]).mean(dim=0).exp())
+            weights = torch.tensor([shares[signals.path] for signals in inputs], dtype=torch.float64)
+            weights = weights / weights.sum()
+            collected["effective_rank"].append(weights @ torch.stack(columns["effective_rank"]))
+            collected["condition"].append((weights @ torch.stack(columns["condition"])).exp())
             collected["noise_amplification"].append(torch.stack(columns["noise_amplification"]).sum(dim=0))
         stacked = {name: torch.stack(rows, dim=1) for name, rows in collected.items()}
         return {name: _with_interval(rows[0], rows[1:]) for name, rows in stacked.items()}
 
-    # --- what a reader must know -----------------------------------------------------------------------------------------
+    def _shares(self, layer: int) -> dict[str, float]:
+        """What each input of a layer counts in a mean over inputs, by path.
+
+        All experts of a stack count as one input, each by its share of the tokens that were sent to them.
+        """
+        tokens: dict[str, dict[str, int]] = {}
+        for m in self.fit.modules[layer]:
+            tokens.setdefault(m.projection.path.partition("[")[0], {})[m.leader] = m.tokens
+        return {path: count / sum(each.values()) for each in tokens.values() for path, count in each.items()}
+
+    # --- maps of a layer ----------------------------------------------------------------------------------------------------
 
     def _modules(self, layer: int) -> tuple[ModuleCard, ...]:
         ridges = {signals.path: signals.ridge for signals in self.fit.inputs[layer]}
@@ -221,45 +230,6 @@ class Assembly:
                 "expert_resnorm": tuple(0.0 if m is None else math.sqrt(m.resnorm_squared) for m in each),
             }
         )
-
-    def _warnings(self, stability: dict[str, float]) -> list[str]:
-        found = []
-        massive = [layer for layer, inputs in enumerate(self.fit.inputs) if any(signals.massive > MASSIVE for signals in inputs)]
-        if massive:
-            found.append(
-                f"massive activations in layer {', '.join(map(str, massive))}: a few tokens or features carry over {MASSIVE:.0f} times "
-                "the usual energy; the ridge is measured against the usual energy, so the layer is not wiped out"
-            )
-        widest = max(signals.features for inputs in self.fit.inputs for signals in inputs)
-        if self.fit.tokens < widest:
-            found.append(
-                f"few tokens: {self.fit.tokens} made the steps, fewer than the {widest} features of the widest input; resnorm is an "
-                "upper bound, so profile more records"
-            )
-        found += self._idle_experts()
-        if stability["gain_estimate"] < STABLE:
-            found.append(
-                f"unstable ranking: two halves of the records agree on gain_estimate with Spearman {stability['gain_estimate']:.2f} only; "
-                "profile more records before trusting small differences"
-            )
-        if self.dataset.truncated:
-            found.append(f"{self.dataset.truncated} records were longer than the limit and were cut")
-        return found
-
-    def _idle_experts(self) -> list[str]:
-        """A warning where the records that made the steps left experts without a token."""
-        idle = {}
-        for block in self.base.blocks:
-            seen = {m.projection.path for m in self.fit.modules[block.index]}
-            count = max((sum(own.path not in seen for own in stack.maps) for stack in block.stacks), default=0)
-            if count:
-                idle[block.index] = f"{block.index} ({count} of {block.stacks[0].experts})"
-        if not idle:
-            return []
-        return [
-            f"experts that no token was sent to, in layer {', '.join(idle.values())}: they have no signals, so profile more records before "
-            "judging these layers"
-        ]
 
 
 def _shared(signals: ModuleSignals) -> str | None:

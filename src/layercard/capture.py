@@ -102,8 +102,9 @@ class Capture:
                 self.leaders.setdefault(projection.path, projection.path)
                 seen = slice(None) if self.mask is None else self.mask[tokens]
                 places = tokens if self._place is None else self._place[tokens[seen]]
-                call = self._keep(projection, x.detach())
-                y.register_hook(self._backward_hook(projection, call, lambda rows: rows[seen], places))
+                if len(places) > 0:  # not padding alone
+                    call = self._keep(projection, x.detach())
+                    y.register_hook(self._backward_hook(projection, call, lambda rows: rows[seen], places))
             return y
 
         return tap

@@ -5,9 +5,9 @@ transformers keeps the experts of a block as stacked parameters `[E, out, in]` a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import linear
 
 Tap = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -15,13 +15,11 @@ Tap = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 expert, and `x: [S, in]` and `y: [S, out]`; gives what goes on in place of `y`."""
 
 
-def run_experts(
-    module: nn.Module, tap: Tap, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def run_experts(module: Any, tap: Tap, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """The forward of an experts module of transformers (`use_experts_implementation`), expert by expert.
 
     Args:
-        module: It holds the stacked parameters and says how they are laid out.
+        module: An `nn.Module` that holds the stacked parameters and says how they are laid out.
         tap: Sees every map's input and output.
         hidden_states: `[N, width]`, padding included.
         top_k_index: The experts of each token, `[N, k]`; a number beyond the last one stands for none.

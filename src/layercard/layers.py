@@ -4,12 +4,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from peft import LoraConfig
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layercard.errors import ModelError
+
+STACKED = ("gate_up_proj", "up_proj", "down_proj")
+"""What every way of transformers to run experts calls their stacked maps."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,29 @@ def _stacks(block: nn.Module, block_path: str) -> Iterator[ExpertStack]:
         if transposed is None:
             continue
         for parameter, weight in module.named_parameters(recurse=False):
-            if weight.ndim == 3:
+            if parameter in STACKED and weight.ndim == 3 and _plain(weight):
                 experts, first, second = weight.shape
                 n_in, n_out = (first, second) if transposed else (second, first)
                 own = f"{name}.{parameter}"
                 yield ExpertStack(own, f"{block_path}.{own}", module, parameter, experts, n_in, n_out, transposed)
+
+
+def unread_experts(block: Block) -> tuple[str, ...]:
+    """Modules of a block that hold stacked weights which are in none of its `stacks`: experts that are quantised, or that the family's
+    own code runs in a way of its own (Llama 4, JetMoe). Neither signals nor adapters reach them."""
+    known = {stack.module for stack in block.stacks}
+    return tuple(
+        name
+        for name, module in block.module.named_modules()
+        if module not in known
+        and not isinstance(module, _ConvNd)
+        and any(weight.ndim == 3 and min(weight.shape) > 1 for weight in module.parameters(recurse=False))
+    )
+
+
+def _plain(weight: torch.Tensor) -> bool:
+    """Whether a weight can be multiplied with as it is: neither whole numbers nor the 8-bit numbers of quantised experts."""
+    return weight.is_floating_point() and weight.element_size() > 1
 
 
 def _shape(module: nn.Module) -> tuple[int, int, bool] | None:
