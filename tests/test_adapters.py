@@ -260,7 +260,7 @@ def test_any_method_lands_where_it_was_planned_and_leaves_no_trace(tiny_base: Ba
     config = CONFIGS[method]()
     asked = config.to_dict()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of EVA's and BOFT's own
+        warnings.simplefilter("error")
         with adapted(tiny_base, placement, config) as model:
             assert set(adapted_paths(model)) == set(placement.paths)
             assert model.peft_config["default"].target_modules == set(placement.paths)

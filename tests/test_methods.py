@@ -1,6 +1,10 @@
 """Every method by name: planned, trained, interrupted, resumed, saved and loaded, and the base model as before."""
 
+import json
 import math
+import subprocess
+import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,9 @@ from layercard.settings import FastSettings, TrainSettings
 from layercard.training import train
 from layercard.verification import verify_adapter
 from test_adapters import assert_same, base_of, mixture, state_of
+from test_processes import TESTS, TORCHRUN, environment
 from test_training import assert_equal_adapters, stop_at
+from tiny import tiny_records, write_records
 
 SETTINGS = TrainSettings(rank=2, steps=4, batch_size=4, accumulation=2, learning_rate=1e-2, warmup_ratio=0.0, save_steps=2)
 
@@ -49,7 +55,9 @@ def test_every_method_trains_saves_and_loads(method: str, tiny_base: BaseModel, 
     data = load_data(str(tiny_file), tiny_base.tokenizer)
     placement = place(tiny_base, [1, 2])
     before = state_of(tiny_base.model)
-    record = train(tiny_base, placement, data, tmp_path / "run", settings_of(method), valid=data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record = train(tiny_base, placement, data, tmp_path / "run", settings_of(method), valid=data)
     assert_same(before, state_of(tiny_base.model))
     assert record["settings"]["method"] == method
     assert record["layers_in_backward"] == "2/3"
@@ -196,6 +204,18 @@ def test_a_run_of_another_method_is_not_resumed(tiny_base: BaseModel, tiny_file:
     train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", settings_of("dora"))
     with pytest.raises(TrainingError, match="a run with method dora, not lora"):
         train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", SETTINGS, resume=True)
+
+
+@pytest.mark.slow
+def test_two_processes_begin_and_step_as_one(tiny_base: BaseModel, tmp_path: Path) -> None:
+    write_records(tmp_path / "train.jsonl", tiny_records(16))
+    command = [sys.executable, *TORCHRUN, str(TESTS / "several_methods.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = load_data(str(tmp_path / "train.jsonl"), tiny_base.tokenizer)
+    for method, losses in json.loads((tmp_path / "losses.json").read_text()).items():
+        alone = train(tiny_base, place(tiny_base, [1, 2]), data, tmp_path / f"{method} alone", settings_of(method, save_steps=0))
+        assert losses == pytest.approx(alone["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

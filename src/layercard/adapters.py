@@ -98,7 +98,7 @@ def apply(
     exact = pinned(config, placement, model)
     before = _Before(model, written_weights(config, placement))
     try:
-        with no_deprecations(), _no_pattern_warnings():
+        with no_deprecations(), no_false_warnings():
             wrapped = get_peft_model(model, exact)
         spell_out(exact, placement)
         check_adapted(wrapped, placement)
@@ -155,7 +155,7 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
         check_model(base, placement)
     with unchanged(base.model):
         try:
-            with no_deprecations(), _no_pattern_warnings():
+            with no_deprecations(), no_false_warnings():
                 wrapped = PeftModel.from_pretrained(base.model, str(folder))
         except (ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
             reason = str(error).strip().split("\n", 1)[0]
@@ -217,9 +217,21 @@ def no_deprecations() -> Iterator[None]:
         yield
 
 
+_NOT_SO = (
+    r"The following (rank|alpha)_pattern keys did not match",  # looked for among modules only; those that name parameters are heeded
+    r"lora with eva initialization used with low_cpu_mem_usage=False",
+    r"OLoRA changes the base weights",  # it is saved as plain LoRA
+    r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # AdaLoRA may leave a module a rank of 0
+    r"Invalid `oft_block_size`",
+    r"Setting boft_n_butterfly_factor",
+    r"Failed to load the CUDA extension",
+)
+
+
 @contextmanager
-def _no_pattern_warnings() -> Iterator[None]:
-    """PEFT looks for the keys of rank patterns among modules only, and warns of those that name parameters, although it heeds them."""
+def no_false_warnings() -> Iterator[None]:
+    """Keep warnings of PEFT's from the user that do not hold for what this package does, or that nothing need be done about."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match", category=RuntimeWarning)
+        for message in _NOT_SO:
+            warnings.filterwarnings("ignore", message=message)
         yield

@@ -6,7 +6,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from peft import PeftModel
 from transformers import set_seed
 
 from layercard import processes
-from layercard.adapters import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model, no_deprecations
+from layercard.adapters import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model, no_deprecations, no_false_warnings
 from layercard.beginnings import INITIAL, begin
 from layercard.data import Dataset
 from layercard.errors import OutputError, TrainingError
 from layercard.evaluation import HeldOut, describe_data, held_out_losses, reduction_interval
 from layercard.fast.together import fast_training
-from layercard.files import read_json, write_json
+from layercard.files import LOCK_FILE, alone, read_json, write_json
 from layercard.methods import REWRITING, configuration
 from layercard.models import BaseModel, Progress, describe, quiet_libraries
 from layercard.selection import Placement
@@ -101,8 +101,8 @@ def train(
             f"{processes.count()} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {processes.count()}"
         )
     plan = _plan(base, placement, data, valid, settings)
-    with processes.joined(base.device):
-        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force), base.device)
+    with processes.joined(base.device), ExitStack() as stack:
+        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force, stack), base.device)
         if finished is not None:
             return finished
         return _run(
@@ -136,7 +136,7 @@ def _run(
     if valid is not None and before is None:
         before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
     config = configuration(settings, settings.total_steps(len(data)), placement)
-    with _seeded(settings.seed), quiet_libraries(), no_deprecations(), adapted(base, placement, config) as model:
+    with _seeded(settings.seed), quiet_libraries(), no_deprecations(), no_false_warnings(), adapted(base, placement, config) as model:
         resumed = resume and last_checkpoint(output / CHECKPOINTS) is not None
         begin(model, placement, data, base.pad_id, settings, output / CHECKPOINTS, resumed=resumed)
         passes = settings.total_steps(len(data)) * settings.batch_size * settings.accumulation / len(data)
@@ -223,12 +223,16 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
     }
 
 
-def _open_folder(output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool) -> dict[str, Any] | None:
-    """Make `output` ready for a run; or give the record of the finished run that `resume` finds there."""
+def _open_folder(
+    output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool, stack: ExitStack
+) -> dict[str, Any] | None:
+    """Make `output` ready for a run that has it alone until `stack` is closed; or give the record of the finished one to resume."""
     if resume and force:
         raise OutputError("resume goes on with a run and force replaces it; give one of them")
     try:
-        occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
+        if not output.is_file():
+            stack.enter_context(alone(output))
+        occupied = output.is_file() or any(path.name != LOCK_FILE for path in output.iterdir())
         if occupied and resume:
             finished = _finished(output, plan)
             if finished is not None:
