@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,28 +102,39 @@ def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str = "in-memory
     """A `BaseModel` of a model already in memory; it is put in eval mode.
 
     Raises:
-        ModelError: The model has no decoder blocks, or is of a kind that has no placement (`check_kind`).
+        ModelError: The model has no blocks, or is of a kind that has no placement (`check_kind`).
     """
-    check_kind(model)
+    refuse_encoder_decoder(type(model).__name__, model.config)
+    blocks = find_blocks(model)
+    check_kind(model, blocks)
     _keep_in_order(model)
-    return BaseModel(model.eval(), tokenizer, name, fingerprint(model), find_blocks(model))
+    return BaseModel(model.eval(), tokenizer, name, fingerprint(model), blocks)
 
 
-def check_kind(model: PreTrainedModel) -> None:
-    """Refuse models in which layers cannot be compared, or that have no loss by classes or tokens.
+def check_kind(model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+    """Refuse models that have no loss by next tokens or by classes.
 
     Raises:
-        ModelError: An encoder-decoder, or a classifier without classes or padding.
+        ModelError: It predicts neither, or its tokens see the ones that they are to predict, or it is a classifier without classes or
+            padding.
     """
     name, config = type(model).__name__, model.config
-    refuse_encoder_decoder(name, config)
     if not is_classifier(model):
+        if model.get_output_embeddings() is None and not model.can_generate():
+            raise ModelError(f"{name} has no head: it predicts no next token and no class; use a causal model or a classifier")
+        if sees_ahead(blocks):
+            raise ModelError(f"the tokens of {name} see those behind them, so it predicts none; use a causal model or a classifier")
         return
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         found = config.problem_type or f"{config.num_labels} class"
         raise ModelError(f"{name} is no classifier into one of several classes (found {found}); use one with single labels")
     if config.get_text_config().pad_token_id is None:
         raise ModelError(f"{name} does not know its padding, so it cannot find the last token of a text; set model.config.pad_token_id")
+
+
+def sees_ahead(blocks: Sequence[Block]) -> bool:
+    """Whether the tokens of an encoder see those behind them."""
+    return any(vars(module).get("is_causal") is False for block in blocks for module in block.module.modules())
 
 
 def is_classifier(model: nn.Module) -> bool:

@@ -117,6 +117,9 @@ def test_by_command_from_folder_to_accuracy(tmp_path: Path, capsys: pytest.Captu
     assert 0 <= json.loads(capsys.readouterr().out)["accuracy"] <= 1
     assert run(["eval", model, "--data", data]) == 0
     assert "Accuracy" in capsys.readouterr().out
+    assert run(["cost", model]) == 2
+    assert "is a classifier, so a step needs texts with their classes" in capsys.readouterr().err
+    assert run(["cost", model, "--data", data, "--repeats", "1", "--batch-size", "2", "--json"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

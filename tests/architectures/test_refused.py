@@ -55,6 +55,8 @@ class Blockless(PreTrainedModel):
     [
         (t5, "T5ForConditionalGeneration is an encoder-decoder: its two stacks see different tokens"),
         (lambda: t5(T5ForSequenceClassification), "T5ForSequenceClassification is an encoder-decoder"),
+        (masked, "the tokens of BertForMaskedLM see those behind them, so it predicts none"),
+        (lambda: tiny.build_tiny("llama").model, "LlamaModel has no head: it predicts no next token and no class"),
         (Blockless, "Blockless has no list of decoder blocks with linear maps"),
     ],
 )

@@ -104,10 +104,13 @@ class _Wanted:
 
 def _measured(wanted: _Wanted, data: str | None, progress: "Progress") -> "CostModel":
     from layercard.data import load_data
+    from layercard.errors import DataError
     from layercard.models import load_model
     from layercard.timing import measure_cost, random_batch, usual_batch
 
     base = load_model(wanted.model, device=wanted.device, dtype=wanted.dtype, progress=progress)
+    if data is None and base.classes is not None:
+        raise DataError(f"{wanted.model} is a classifier, so a step needs texts with their classes; name some with --data")
     if data is None:
         batch = random_batch(base.model.get_input_embeddings().weight.shape[0], wanted.batch_size, wanted.length or LENGTH)
     else:

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from layercard.capture import replaced
 from layercard.fast.anatomy import Anatomy, anatomy, forward_names
 from layercard.fast.positions import needed, needing
+from layercard.models import sees_ahead
 
 NAME = "layercard_records"
 """The attention implementation by which transformers finds `attention` and `mask`."""
@@ -226,7 +227,7 @@ def _possible(parts: Anatomy) -> tuple[bool, str]:
         return False, f"the attention is {config._attn_implementation!r}, not 'sdpa'"
     if parts.multimodal:
         return False, f"{name} puts pictures or sound among its tokens"
-    if any(vars(module).get("is_causal") is False for module in parts.blocks[0].module.modules()):
+    if sees_ahead(parts.blocks):
         return False, f"the tokens of {name} see those behind them, too"
     if parts.mixes_records:
         return False, f"the 8-bit maps of {name} look for outliers in the whole batch"
