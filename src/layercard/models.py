@@ -102,16 +102,16 @@ def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str = "in-memory
     """A `BaseModel` of a model already in memory; it is put in eval mode.
 
     Raises:
-        ModelError: The model has no blocks, or is of a kind that has no placement (`check_kind`).
+        ModelError: The model has no blocks, or is of a kind that predicts nothing that a loss could be taken of.
     """
     refuse_encoder_decoder(type(model).__name__, model.config)
     blocks = find_blocks(model)
-    check_kind(model, blocks)
+    _check_kind(model, blocks)
     _keep_in_order(model)
     return BaseModel(model.eval(), tokenizer, name, fingerprint(model), blocks)
 
 
-def check_kind(model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+def _check_kind(model: PreTrainedModel, blocks: Sequence[Block]) -> None:
     """Refuse models that have no loss by next tokens or by classes.
 
     Raises:
