@@ -4,14 +4,14 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from layercard.errors import LayercardError, OutputError
 
 LOCK_FILE = ".lock"
-"""Held by the run that works in a folder (`alone`); it stays there, empty."""
+"""Held by the run that works in a folder (`alone`); that of a killed run stays there, empty and held by nobody."""
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -63,10 +63,12 @@ def alone(folder: Path) -> Iterator[None]:
     except Timeout:
         raise OutputError(f"another run is at work in {folder}; wait for it, or name another output") from None
     except OSError as error:
-        raise OutputError(f"cannot use the folder {folder}: {error.strerror or error}; choose another output") from error
+        raise OutputError(f"cannot write the folder {folder}: {error.strerror or error}; choose another output") from error
     try:
         yield
     finally:
+        with suppress(OSError):  # while the lock is held, so that no other run holds the file that goes
+            (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
 
 

@@ -17,9 +17,10 @@ from layercard.benchmark.times import measure_times
 from layercard.benchmark.workers import Job, Workers
 from layercard.data import load_data
 from layercard.errors import BenchmarkError
-from layercard.files import read_json, write_json
+from layercard.files import alone, read_json, write_json
 from layercard.models import Progress
 from layercard.profiling import ProfileSettings, profile
+from layercard.state import discard
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,19 @@ def bench_placements(
 
     Raises:
         BenchmarkError: Unknown task or strategy, or the folder belongs to another benchmark.
+        OutputError: Another run is at work in the folder.
     """
     folder, workers = Path(folder), workers or Workers()
     check_tasks(grid.tasks, settings.data)
     check_strategies(grid.strategies)
-    keep_settings(settings, folder)
+    with alone(folder):
+        keep_settings(settings, folder)
+        return _fill(settings, folder, grid, workers, progress or (lambda phase, done, total: None), times)
+
+
+def _fill(settings: BenchSettings, folder: Path, grid: Grid, workers: Workers, tell: Progress, times: bool) -> list[Choice]:
+    """Cards, learning rates, runs and step times in turn."""
     where = str(folder)
-    tell = progress or (lambda phase, done, total: None)
     _finish(workers, [(prepare, (settings, where, task)) for task in grid.tasks if not _prepared(folder, task)], "cards", tell)
     cells = choices(folder, grid, settings.rank)
     bench_items(settings, folder, cells, workers, tell)
@@ -110,9 +117,11 @@ def prepare(settings: BenchSettings, folder: str, task: str, progress: Progress 
     )
     card, scores = card_file(Path(folder), task), scores_file(Path(folder), task)
     if not card.exists():
-        profile(base, records, ProfileSettings(rank=settings.rank, cost=True), progress).save(card)
+        state = card.with_name(f"{card.name}.state")
+        profile(base, records, ProfileSettings(rank=settings.rank, cost=True), progress, state=state).save(card, force=True)
+        discard(state)
     if not scores.exists():
-        write_json(scores, {"task": task, "records": len(records), "scores": peer_scores(base, records.examples)})
+        write_json(scores, {"task": task, "records": len(records), "scores": peer_scores(base, records.examples)}, force=True)
 
 
 def _prepared(folder: Path, task: str) -> bool:

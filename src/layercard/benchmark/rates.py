@@ -45,7 +45,9 @@ def find_rate(settings: BenchSettings, folder: str, task: str, count: int, rank:
 
     best = climb(loss, settings.learning_rate)
     rows = [{"learning_rate": rate, "loss": value} for rate, value in sorted(tried.items())]
-    write_json(path, {"task": task, "layers": list(layers), "rank": rank, "learning_rate": best, "split": "valid", "tried": rows})
+    write_json(
+        path, {"task": task, "layers": list(layers), "rank": rank, "learning_rate": best, "split": "valid", "tried": rows}, force=True
+    )
     return best
 
 

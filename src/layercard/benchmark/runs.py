@@ -177,7 +177,7 @@ class Group:
                 info["forgetting"] = self.general.losses(lowest).mean - self.general_before.mean
                 info["peak_memory_bytes"] = self._peak(lowest) + 12 * parameters
                 info["generated"] = self._generated(adapted)
-        write_json(path, self._record(item, how, info))
+        write_json(path, self._record(item, how, info), force=True)  # a worker that was taken for lost may have written the same
 
     def _outcome(self, after: RecordLosses) -> dict[str, Any]:
         return {

@@ -46,7 +46,7 @@ def measure_times(settings: BenchSettings, folder: str, task: str, placements: S
         value |= {"step_seconds": statistics.median(own[column] for _, own in rounds), "all_layers_seconds": whole}
         value |= {"share_of_all": statistics.median(own[column] / seconds for seconds, own in rounds), "rounds": ROUNDS}
         value["threads"] = torch.get_num_threads()
-        write_json(time_file(Path(folder), task, layers, rank), value)
+        write_json(time_file(Path(folder), task, layers, rank), value, force=True)
 
 
 def step_seconds(base: BaseModel, batch: Batch, layers: Sequence[int], rank: int) -> float:
