@@ -89,6 +89,7 @@ def test_merging_touches_nothing_else(tmp_path: Path) -> None:
         ("llamafactory", "use_llama_pro: true\n", "use_llama_pro"),
         ("ms-swift", "target_modules: [all-linear]\n", "target_modules"),
         ("ms-swift", "target_regex: '.*q_proj'\n", "target_regex"),
+        ("ms-swift", "tuner_backend: other\n", "tuner_backend"),
         ("ms-swift", "tuner_type: full\n", "tuner_type"),
         ("mlx-lm", "num_layers: 16\n", "num_layers"),
         ("mlx-lm", "lora_parameters:\n  keys: [self_attn.q_proj]\n", "lora_parameters.keys"),

@@ -19,7 +19,7 @@ from layercard.pinning import task_of
 
 AXOLOTL, TRL, LLAMAFACTORY, SWIFT = "axolotl", "trl", "llamafactory", "ms-swift"
 MARKS = {
-    AXOLOTL: ("peft_layers_to_transform", "peft_layers_pattern", "lora_target_linear", "lora_rank_pattern", "base_model"),
+    AXOLOTL: ("adapter", "peft_layers_to_transform", "peft_layers_pattern", "lora_target_linear", "lora_rank_pattern", "base_model"),
     LLAMAFACTORY: ("lora_target", "finetuning_type"),
     SWIFT: ("target_regex", "tuner_type", "train_type"),
     TRL: ("use_peft", "lora_target_modules"),

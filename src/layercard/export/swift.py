@@ -1,55 +1,43 @@
-"""ms-swift's YAML or JSON, or its command line.
+"""ms-swift's YAML or JSON.
 
 Read from ms-swift 4.6.0: `arguments/tuner_args.py` (`target_regex` takes the place of `target_modules`; `target_parameters`;
-`lora_dropout` is 0.05 where nothing says), `pipelines/train/tuner.py` (`prepare_adapter` hands both to PEFT, which wants the whole path
-to match the expression), `cli/main.py` (a YAML or JSON file as first argument). There is no key for ranks of single modules.
+`lora_dropout` is 0.05 where nothing says), `pipelines/train/tuner.py` (`prepare_adapter` hands both to PEFT), `cli/main.py` (a YAML or
+JSON file as first argument). There is no key for ranks of single modules.
+
+`target_regex` would be shorter, but PEFT from 0.19 on replaces an expression by the last names of what it matches wherever a model has
+stacked experts (`utils/transformers_weight_conversion.py`, `_resolve_string_target_modules`), and so adapts all layers.
 """
 
-import re
+from typing import Any
 
-from layercard.export.plan import Plan, Settings, refuse_ranks, split
+from layercard.export.plan import Plan, Settings, refuse_ranks
 from layercard.selection import Placement
 
 NOTHING = "(?!)"
-"""An expression that no path matches."""
+"""An expression that no path matches: without any names ms-swift adapts all linear maps."""
 
 
 def plan(placement: Placement, settings: Settings) -> Plan:
-    """One regular expression that matches the full paths, and the parameters as a list."""
+    """Full paths of modules and parameters, as lists."""
     refuse_ranks(placement, "ms-swift")
     given, usual = settings.named("lora_rank", "lora_alpha", "lora_dropout")
-    parameters = {"target_parameters": list(placement.parameters)} if placement.parameters else {}
+    chosen = _chosen(placement)
+    backends = ("peft",) if placement.parameters else ("peft", "unsloth")
+    choosing = ("target_modules", "target_regex", "target_parameters")
     return Plan(
-        wanted={"target_regex": expression(placement), **parameters, **given},
+        wanted={**chosen, **given},
         usual={"tuner_type": "lora", **usual},
         harmless={
             "tuner_type": ("lora",),
-            "train_type": ("lora",),
-            "target_modules": ([],),
             "use_swift_lora": (False,),
-            "tuner_backend": ("peft",)
-            if placement.parameters
-            else (
-                "peft",
-                "unsloth",
-            ),
+            "tuner_backend": backends,
             "resume_from_checkpoint": ("",),
             "adapters": ([],),
-            **({} if placement.parameters else {"target_parameters": ([],)}),
+            **{key: ([], "") for key in choosing if key not in chosen},
         },
     )
 
 
-def expression(placement: Placement) -> str:
-    r"""A regular expression that matches the placement's module paths and nothing else.
-
-    >>> expression(Placement({"layers": 9}, (2, 8), ("h.2.up", "h.8.up"), "given"))
-    '^h\\.(2|8)\\.(up)$'
-    """
-    if not placement.paths:
-        return NOTHING
-    parts = split(placement)
-    if parts is None or parts.shared is None:
-        return "^(" + "|".join(re.escape(path) for path in placement.paths) + ")$"
-    layers, names = "|".join(map(str, parts.names)), "|".join(map(re.escape, parts.shared))
-    return rf"^{re.escape(parts.prefix)}\.({layers})\.({names})$"
+def _chosen(placement: Placement) -> dict[str, Any]:
+    modules: dict[str, Any] = {"target_modules": list(placement.paths)} if placement.paths else {"target_regex": NOTHING}
+    return modules | ({"target_parameters": list(placement.parameters)} if placement.parameters else {})

@@ -1,8 +1,8 @@
 """TRL: Python with `peft_config=`, or the YAML of its command line.
 
-Read from TRL 1.16.0: `trainer/model_config.py` (the keys; a single entry of `lora_target_modules` becomes a regular expression, which a
-full path is too) and `trainer/utils.py` (`get_peft_config`). The command line has no key for layers and none for ranks of single modules;
-in Python all that `LoraConfig` has can be said.
+Read from TRL 1.16.0: `trainer/model_config.py` (the keys; a single entry of `lora_target_modules` becomes a regular expression) and
+`trainer/utils.py` (`get_peft_config`). The command line has no key for layers and none for ranks of single modules; in Python all that
+`LoraConfig` has can be said.
 """
 
 import json
@@ -38,9 +38,10 @@ def plan(placement: Placement, settings: Settings) -> Plan:
         raise ExportError("TRL's command line has one rank for all adapters; export without --merge for Python, which has one for each")
     refuse_fractions("TRL's command line", settings, placement)
     given, usual = settings.named("lora_r", "lora_alpha", "lora_dropout")
+    paths = list(placement.paths) * (2 if len(placement.paths) == 1 else 1)  # one alone becomes an expression, which PEFT may widen
     parameters = {"lora_target_parameters": list(placement.parameters)} if placement.parameters else {}
     return Plan(
-        wanted={"use_peft": True, "lora_target_modules": list(placement.paths), **parameters, **given},
+        wanted={"use_peft": True, "lora_target_modules": paths, **parameters, **given},
         usual=usual,
         harmless={} if placement.parameters else {"lora_target_parameters": ([],)},
     )
