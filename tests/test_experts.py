@@ -23,6 +23,7 @@ from layercard.training import train
 from reference import linear
 from reference.experts import Rows, resnorm_squared, rows_by_token
 from test_capture import batch_of, examples
+from test_state import Threads
 from tiny import HEADS, INNER, LAYERS, VOCAB, WIDTH, build_tiny, randomised, tiny_records, tiny_tokenizer, write_records
 
 SIZES: dict[str, Any] = {
@@ -373,3 +374,24 @@ def test_few_tokens_and_unread_experts_are_named(tmp_path: Path) -> None:
     assert [block.stacks for block in blocks] == [()] * LAYERS
     assert {unread_experts(block) for block in blocks} == {("feed_forward.experts",)}
     assert unread_experts(find_blocks(build("mixtral"))[0]) == ()
+
+
+def test_processes_that_see_other_experts_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = examples((3, 2, 3, 2), seed=3)
+    how: dict[str, Any] = {"rank": 4, "ridge": 1.0, "batch_size": 1}
+    alone = fit_pass(base_of(build("mixtral", num_experts_per_tok=1)), made, **how)
+    found: list[Fit] = []
+    bases = [base_of(build("mixtral", num_experts_per_tok=1)) for _ in range(2)]
+    functions = [lambda base=base: found.append(fit_pass(base, made, **how)) for base in bases]
+    Threads(2, monkeypatch).run(functions)  # type: ignore[arg-type]
+    assert len(found) == 2
+    idle: set[str] = set()
+    for fit in found:
+        for layer in range(LAYERS):
+            one, other = ({m.projection.path: m for m in each.modules[layer]} for each in (alone, fit))
+            assert one.keys() == other.keys()
+            idle |= {own.path for own in find_blocks(build("mixtral"))[layer].maps} - one.keys()
+            for path, signals in one.items():
+                assert other[path].tokens == signals.tokens
+                assert other[path].resnorm_squared == pytest.approx(signals.resnorm_squared)
+    assert idle  # so few tokens that some expert is nobody's
