@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from exports import CASES
+from layercard import cli
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ADAPTER = "adapter_model.safetensors"
 
@@ -33,6 +36,33 @@ def test_an_example(
     assert {int(re.search(r"layers\.(\d+)\.", key)[1]) for key in weights} == set(layers)
     assert any(weight.abs().sum() > 0 for key, weight in weights.items() if "lora_B" in key)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_configurations_for_trainers(
+    tiny_folder: Path, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both name the selected layers only, keep every line of the files in `examples/`, and `layercard verify` reads them."""
+    monkeypatch.chdir(tmp_path)
+    run("for_trainers.py", [str(tiny_folder), str(tiny_file), "out"], monkeypatch)
+    layers = re.search(r"^layers ([\d ]+)$", capfd.readouterr().out, re.MULTILINE)[1].replace(" ", ",")
+    for name in ("axolotl.yml", "llamafactory.yaml"):
+        before, after = ((folder / name).read_text(encoding="utf-8").splitlines() for folder in (EXAMPLES, tmp_path / "out"))
+        assert [line for line in after if line in before] == before
+        assert cli.run(["verify", f"out/{name}", "--model", str(tiny_folder), "--layers", layers]) == 0
+    assert cli.run(["verify", "out/axolotl.yml", "--model", str(tiny_folder), "--layers", "0-2"]) == 2
+
+
+@pytest.mark.parametrize(("name", "trainer"), [("axolotl.yml", "axolotl"), ("llamafactory.yaml", "llamafactory")])
+def test_commands_in_the_configurations(name: str, trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The `layercard export` line in each file's head, on a copy of the file."""
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    CASES["dense"].save(tmp_path / "placement.json")
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"^#\s+layercard (export .*)$", text, re.MULTILINE)[1].split()
+    assert command[2:4] == ["--to", trainer]
+    assert cli.run(command) == 0
+    assert (tmp_path / name).read_text(encoding="utf-8").startswith(text)
 
 
 def test_examples_are_short() -> None:

@@ -219,6 +219,18 @@ class ExportError(LayercardError):
 
     symptoms = (
         Symptom("is no trainer that placements are written for", "a misspelt trainer", "the name that the message gives"),
+        Symptom(
+            "which contradicts the placement",
+            "the configuration to merge into chooses other layers or modules",
+            "take that key out, or `--force`; what was replaced is printed",
+        ),
+        Symptom("have no key for layers", "torchtune adapts the same maps in every layer", "export to another trainer"),
+        Symptom(
+            "is not known here",
+            "mlx-lm and Megatron-Bridge have names of their own, and these were not read there",
+            "train with another trainer",
+        ),
+        Symptom("is used from Python and reads no file", "`--merge` for unsloth", "export without `--merge`"),
         Symptom("select without --allocate-ranks", "the trainer has one rank for all adapters", "select without `--allocate-ranks`"),
         Symptom(
             "select without the stacked experts",
