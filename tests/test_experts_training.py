@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from layercard import state as state_module
-from layercard.adapters import adapted_paths, loaded, place
+from layercard.adapters import adapted, adapted_paths, loaded, place
 from layercard.data import Dataset
 from layercard.evaluation import held_out_losses
 from layercard.models import BaseModel, fingerprint
 from layercard.profiling import ProfileSettings, profile
 from layercard.settings import FastSettings
+from layercard.switching import merged, random_adapter, switched_on
 from test_experts import base_of, build
 from test_fast import PARTS, interrupted_and_resumed, records, run
 from test_state import Stopped, stopping
@@ -86,3 +87,23 @@ def test_an_interrupted_profile_is_the_same_card(tmp_path: Path, monkeypatch: py
             interrupts += 1
     assert interrupts >= 2
     assert card.to_json() == whole.to_json()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_experts_are_switched_and_merged_whole(family: str) -> None:
+    base = float_base(family)
+    placement = place(base, [0, 2])
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        plain = base.model(input_ids=ids).logits
+        adapter = random_adapter(base, placement, rank=2)
+        with switched_on(base, adapter):
+            found = base.model(input_ids=ids).logits
+        with switched_on(base, merged(adapter)):
+            written = base.model(input_ids=ids).logits
+    assert float((found - plain).abs().max()) > 1e-3
+    torch.testing.assert_close(written, found, rtol=1e-4, atol=1e-5)
+    with adapted(base, placement, rank=2) as model:
+        assert adapter.bytes == sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, plain)

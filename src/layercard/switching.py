@@ -118,9 +118,11 @@ def merged(adapter: Adapter) -> Adapter:
 def _merged(module: nn.Module) -> nn.Module:
     if not isinstance(module, BaseTunerLayer):
         return module
-    copied: Any = copy.deepcopy(module)
-    copied.merge()
-    return copied.get_base_layer()
+    inner: Any = copy.deepcopy(module)
+    while isinstance(inner, BaseTunerLayer):  # of several parameters of one module the wrappers nest
+        inner.merge()
+        inner = inner.base_layer
+    return inner
 
 
 def _place(base: BaseModel, path: str) -> tuple[nn.Module, str]:
@@ -129,7 +131,15 @@ def _place(base: BaseModel, path: str) -> tuple[nn.Module, str]:
 
 
 def _of_base(name: str) -> bool:
-    return name.split(".", 1)[0] in ("base_layer", "original_module")
+    """Whether a weight in a wrapper, by its name there, is the base model's.
+
+    >>> _of_base("base_layer.weight"), _of_base("lora_A.default.weight"), _of_base("base_layer.lora_A.default.weight")
+    (True, False, False)
+    """
+    inner = name
+    while inner.startswith("base_layer."):
+        inner = inner.removeprefix("base_layer.")
+    return inner.startswith("original_module.") or (inner != name and not inner.startswith("lora_"))
 
 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:
