@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,61 @@ def test_ray_gives_the_same_table(settings: BenchSettings, tmp_path: Path) -> No
     alone = whole(settings, tmp_path / "a")
     share_cards(tmp_path)
     assert outcome(whole(settings, tmp_path / "b", workers=Workers(1, "local"))) == outcome(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ray_with_a_node_killed_in_the_middle_gives_the_same_table(settings: BenchSettings, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    alone = whole(settings, tmp_path / "a")
+    share_cards(tmp_path)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    doomed = cluster.add_node(num_cpus=1)
+    killed: list[str] = []
+    heard: set[str] = set()
+
+    def progress(phase: str, done: int, total: int) -> None:
+        heard.add(phase)
+        if phase.startswith("train ") and not killed and any((tmp_path / "b" / "runs").glob("tiny-test-*")):
+            cluster.remove_node(doomed, allow_graceful=False)
+            killed.append(phase)
+
+    try:
+        found = whole(settings, tmp_path / "b", workers=Workers(2, cluster.address), progress=progress)
+    finally:
+        cluster.shutdown()
+    assert killed, heard
+    assert outcome(found) == outcome(alone)
+
+
+def _vanish(folder: str, progress: Any = None) -> str:
+    """A job whose worker is lost the first time, and answers the second."""
+    mark = Path(folder) / "was here"
+    if mark.exists():
+        return "answer"
+    mark.touch()
+    os._exit(1)
+
+
+def _vanish_always(folder: str, progress: Any = None) -> None:
+    os._exit(1)
+
+
+def test_the_job_of_a_lost_worker_is_made_again(tmp_path: Path) -> None:
+    jobs = [(_vanish, (str(tmp_path),)), (str, ("other",))]
+    assert sorted(Workers(2).run(jobs, lambda *_: None)) == ["answer", "other"]
+    with pytest.raises(BenchmarkError, match="lost 3 times"):
+        list(Workers(2).run([(_vanish_always, ("",))] * 2, lambda *_: None))
+
+
+@pytest.mark.slow
+def test_ray_says_what_it_lacks_and_what_a_run_says(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(BenchmarkError, match="has 0 GPU, and a run asks for 1"):
+        list(Workers(1, "local", gpus=1).run([(_vanish, (str(tmp_path),))], lambda *_: None))
+    assert list(Workers(1, "local").run([(_vanish, (str(tmp_path),))], lambda *_: None)) == ["answer"]
 
 
 def test_a_folder_belongs_to_one_benchmark(settings: BenchSettings, tmp_path: Path) -> None:

@@ -63,6 +63,13 @@ def placements(
     ray: Annotated[
         str | None, typer.Option("--ray", metavar="ADDRESS", help="Run on this Ray cluster; local starts one on this machine.")
     ] = None,
+    run_cpus: Annotated[float, typer.Option("--run-cpus", min=0.01, metavar="N", help="With --ray: cores that each run reserves.")] = 1.0,
+    run_gpus: Annotated[
+        float, typer.Option("--run-gpus", min=0.0, metavar="N", help="With --ray: GPUs that each run reserves; 0.5 lets two share one.")
+    ] = 0.0,
+    run_memory: Annotated[
+        int, typer.Option("--run-memory", min=0, metavar="MIB", help="With --ray: memory that each run reserves; 0 for none.")
+    ] = 0,
     times: Annotated[bool, typer.Option("--times/--no-times", help="Measure the step time of stock training too.")] = True,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "bfloat16",
@@ -72,7 +79,7 @@ def placements(
 
     All runs of a task see the same records, steps and batches; the learning rate for each number of layers is searched on
     validation records. Each run is one JSON file in the folder that is never made twice, so the command may be interrupted and
-    given again.
+    given again. With --ray all machines must see the folder; a run whose worker is lost is made again.
     """
     seen, numbers, wanted = _words(tasks, "--tasks"), _integers(k, "--k"), _words(strategies, "--strategies")
     from layercard.benchmark.choices import check_strategies
@@ -104,7 +111,9 @@ def placements(
         tuple(seen), names, numbers, _integers(seeds, "--seeds", 0), tuple(float(n) for n in _integers(budgets, "--budgets", 1, 100))
     )
     with Display() as display:
-        cells = bench_placements(settings, output, grid, Workers(workers, ray), display, times=times)
+        cells = bench_placements(
+            settings, output, grid, Workers(workers, ray, run_cpus, run_gpus, run_memory * 2**20), display, times=times
+        )
     result = summarise(output, cells)
     write_json(output / "summary.json", result, force=True)
     if as_json:
