@@ -294,9 +294,14 @@ class TestTrainers:
         assert adapted == set(placement["paths"])
 
     def test_ranks_are_taken_over(self) -> None:
-        placement = {**fake_placement(fake_card(4), [1]), "rank_pattern": {"a": 4}, "alpha_pattern": {"a": 8.0}}
-        found = trainer.lora_arguments(placement)
-        assert (found["rank_pattern"], found["alpha_pattern"]) == ({"a": 4}, {"a": 8.0})
+        placement = fake_placement(fake_card(4), [1])
+        ranks, alphas = dict.fromkeys(placement["paths"], 4), dict.fromkeys(placement["paths"], 8.0)
+        found = trainer.lora_arguments({**placement, "rank_pattern": ranks, "alpha_pattern": alphas})
+        assert (found["rank_pattern"], found["alpha_pattern"]) == (ranks, alphas)
+
+    def test_stacked_experts_are_taken_over(self) -> None:
+        placement = {**fake_placement(fake_card(4), [1]), "parameters": ["model.layers.1.mlp.experts.down_proj"]}
+        assert trainer.lora_arguments(placement)["target_parameters"] == placement["parameters"]
 
     @pytest.mark.parametrize("name", ['x"""\nimport os; os.system("id")\n"""', "\\", "'''", NASTY, "{model}"])
     def test_a_name_stays_a_string_in_the_script(self, name: str) -> None:

@@ -3,7 +3,9 @@
 import json
 from typing import Any
 
+from layercard.export import peft
 from layercard.readings import Json
+from layercard.selection import Placement
 from layercard.settings import TrainSettings
 
 LORA_FILE = "lora_config.json"
@@ -38,16 +40,8 @@ def lora_arguments(placement: Json, settings: TrainSettings | None = None) -> di
         settings: Rank, alpha and dropout; those of `layercard train` unless given.
     """
     settings = settings or TrainSettings()
-    alpha = settings.alpha
-    return {
-        "task_type": "CAUSAL_LM",
-        "r": settings.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": settings.dropout,
-        "bias": "none",
-        "target_modules": list(placement["paths"]),
-        **{name: dict(placement[name]) for name in ("rank_pattern", "alpha_pattern") if placement.get(name)},
-    }
+    chosen = Placement.from_json(placement)
+    return peft.lora_arguments(chosen, r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout)
 
 
 def lora_json(placement: Json) -> str:
