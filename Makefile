@@ -65,6 +65,7 @@ lint: setup
 	$(BIN)/python docs/generate_roadmap.py --check
 	$(BIN)/python docs/generate_api.py --check
 	$(BIN)/python docs/generate_errors.py --check
+	$(BIN)/python docs/generate_architectures.py --check
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -74,6 +75,7 @@ cli-docs: setup
 	$(BIN)/python docs/generate_roadmap.py
 	$(BIN)/python docs/generate_api.py
 	$(BIN)/python docs/generate_errors.py
+	$(BIN)/python docs/generate_architectures.py
 
 clean:
 	rm -rf site dist build $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

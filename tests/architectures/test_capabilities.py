@@ -1,5 +1,7 @@
 """Every family through profile, select, train, save, load and verify, and the faster parts of training against stock training."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,11 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_family_can_what_the_table_says(family: str, capability: str, case_of: Callable[[str], Case]) -> None:
     assert established(case_of(family), capability) == recorded()[family][capability]
+
+
+def test_page_has_the_table() -> None:
+    script = Path(__file__).resolve().parents[2] / "docs" / "generate_architectures.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0, f"run {script}"
 
 
 def test_table_has_every_family_and_no_other() -> None:
