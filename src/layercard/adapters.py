@@ -17,6 +17,7 @@ from layercard.inspection import check_adapted as check_adapted
 from layercard.models import BaseModel, describe
 from layercard.pinning import pinned, spell_out, written_weights
 from layercard.selection import Placement, check_layers
+from layercard.settings import whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -112,11 +113,6 @@ def apply(
         before.restore()
         raise
     return wrapped
-
-
-def whole(alpha: float) -> float:
-    """An integer where it can be: other tools read alpha as one."""
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 @contextmanager

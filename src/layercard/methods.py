@@ -27,10 +27,9 @@ from peft import (
     VeraConfig,
 )
 
-from layercard.adapters import whole
 from layercard.errors import PlacementError, TrainingError
 from layercard.selection import Placement
-from layercard.settings import TrainSettings
+from layercard.settings import TrainSettings, whole
 
 
 @dataclass(frozen=True)

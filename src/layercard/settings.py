@@ -178,3 +178,12 @@ class FastSettings:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
+
+
+def whole(alpha: float) -> float:
+    """An integer where it can be: other tools read alpha as one.
+
+    >>> whole(16.0), whole(2.5)
+    (16, 2.5)
+    """
+    return int(alpha) if alpha == int(alpha) else alpha

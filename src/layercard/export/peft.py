@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercard.errors import PlacementError
 from layercard.selection import Placement
+from layercard.settings import whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -106,12 +107,3 @@ def patterns(placement: Placement) -> dict[str, Any]:
     if not placement.rank_pattern:
         return {}
     return {"rank_pattern": dict(placement.rank_pattern), "alpha_pattern": {k: whole(v) for k, v in placement.alpha_pattern.items()}}
-
-
-def whole(alpha: float) -> float:
-    """An integer where it can be: most trainers read alpha as one.
-
-    >>> whole(16.0), whole(2.5)
-    (16, 2.5)
-    """
-    return int(alpha) if alpha == int(alpha) else alpha

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layercard.errors import ExportError
-from layercard.export.peft import check_settings, whole
+from layercard.export.peft import check_settings
 from layercard.indices import listed
 from layercard.selection import Placement
+from layercard.settings import whole
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.0
 
