@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from layercard.verification import verify_adapter as verify_adapter
     from layercard.verification import verify_config as verify_config
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program that imports it listens
 # PEFT imports bitsandbytes where it is installed, which warns then that it finds no faster kernel for some CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from layercard.cost import CostModel, Shape
 from layercard.errors import CardError
-from layercard.files import read_json, write_json
+from layercard.files import read_json, shown, write_json
 from layercard.notebook import card_html
 
 if TYPE_CHECKING:
@@ -69,6 +69,15 @@ class ModuleCard(_Part):
     expert_resnorm: tuple[FiniteFloat, ...] | None = None
 
 
+class PhaseInfo(_Part):
+    """What one phase of profiling took: `layercard.phases.Phase` says how it is measured."""
+
+    name: str
+    seconds: FiniteFloat
+    resident_peak_bytes: int | None = None
+    device_peak_bytes: int | None = None
+
+
 class LayerEntry(_Part):
     """One layer; `docs/card.md` has each measure with its unit. `None` was not measured."""
 
@@ -110,6 +119,8 @@ class LayerCard(_Part):
         units: Unit of each measure.
         warnings: What a reader must know before trusting the card, in words.
         cost: What placements cost on the machine that made the card; `None` was not measured (`cost_of` estimates it).
+        phases: Time and memory of the phases of profiling, in the call that finished it; like `cost` they are readings of a clock, so a
+            card that must come out the same again (`ProfileSettings.cost` off) has none.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -127,6 +138,7 @@ class LayerCard(_Part):
     units: dict[str, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     cost: CostModel | None = None
+    phases: tuple[PhaseInfo, ...] = ()
 
     @model_validator(mode="after")
     def _shapes(self) -> "LayerCard":
@@ -210,7 +222,7 @@ class LayerCard(_Part):
             CardError: Another schema, or a part is missing or of the wrong kind.
         """
         if value.get("schema") != SCHEMA:
-            raise CardError(f"{source}: schema {value.get('schema')!r} is not {SCHEMA!r}; make the card with `layercard profile`")
+            raise CardError(f"{source}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make the card with `layercard profile`")
         try:
             return cls.model_validate(value)
         except ValidationError as problem:

@@ -29,6 +29,7 @@ from layercard.commands.report import report
 from layercard.commands.roi import roi
 from layercard.commands.select import select
 from layercard.commands.show import show
+from layercard.commands.terminal import Level, logging_to_stderr
 from layercard.commands.train import train
 from layercard.commands.transfer import transfer
 from layercard.commands.verify import verify
@@ -74,15 +75,21 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def layercard(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    log_level: Annotated[
+        Level,
+        typer.Option("--log-level", help="How much of what happens is told on stderr: phases with their time and memory from info on."),
+    ] = Level.WARNING,
 ) -> None:
     """Profile a language model once, read its Layer Card, and fine-tune only the layers that matter.
 
     The way through: profile (model + data to a card), show (read it), select (card to a placement), train (adapters in
     these layers only), eval and compare.
     """
+    context.with_resource(logging_to_stderr(log_level.value))
 
 
 class _Terminated(BaseException):

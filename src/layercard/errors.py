@@ -174,7 +174,7 @@ class OutputError(LayercardError):
 class TrainingError(LayercardError):
     """A training run cannot start, resume or be trusted."""
 
-    symptoms = (
+    symptoms: ClassVar[tuple[Symptom, ...]] = (
         Symptom("probe … is unknown", "a misspelt `--probe`", "`none`, `step` or `train`"),
         Symptom("the held-out loss of layer … is", "the training probe diverged in that layer", "`--dtype float32`, or `--probe step`"),
         Symptom("has no labelled token to learn from", "every label is masked", "give records with completions"),

@@ -121,6 +121,16 @@ def read_json(path: str | Path, error: type[LayercardError], what: str) -> dict[
     return parse_json(data, str(path), error, what)
 
 
+def shown(value: object, limit: int = 60) -> str:
+    """A value as a message names it: on one line, and not longer than a line.
+
+    >>> shown("a/1"), len(shown([0] * 1000))
+    ("'a/1'", 60)
+    """
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def parse_json(data: bytes, source: str, error: type[LayercardError], what: str) -> dict[str, Any]:
     """The JSON object in `data`, UTF-8; `source` names it in messages, the rest is as in `read_json`."""
     try:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 
 from layercard import processes
 from layercard.assembly import Assembly
-from layercard.card import LayerCard
+from layercard.card import LayerCard, PhaseInfo
 from layercard.cost import CostModel
 from layercard.data import Dataset, Example
 from layercard.errors import DataError, ModelError, TrainingError
 from layercard.halving import TrainingProbe, training_probes
 from layercard.models import BaseModel, Progress
+from layercard.phases import Phases
 from layercard.probe import ProbeTraining, ReplayedSet, Step, StepProbe, step_probe
 from layercard.settings import TrainSettings
 from layercard.signals import Fit, HeldOut, fit_pass, form, held_out_pass
@@ -118,19 +120,31 @@ class _Profile:
     ) -> None:
         self.base, self.dataset, self.settings, self.state, self.progress = base, dataset, settings, state, progress
         self.fit_examples, self.held_examples = fit_examples, held_examples
+        self.phases = Phases()
 
     def card(self) -> LayerCard:
         """All parts in turn."""
-        settings, once = self.settings, self.state.once
+        settings, once = self.settings, self._once
         fit: Fit = once("fit", self._fit)
         for name in ("fit-pass", "steps"):
             self.state.drop(f"{name}-{processes.rank()}")
         held_out: HeldOut = once("held-out", lambda: self._held_out(fit))
         probe: StepProbe | None = once("step-probe", lambda: self._step_probe(fit, held_out)) if settings.probe != "none" else None
-        trained = self._training_probe() if settings.probe == "train" else None
+        trained = None
+        if settings.probe == "train":
+            with self.phases.phase("training-probe"):
+                trained = self._training_probe()
         made_with = asdict(settings) | ({"training_probe": asdict(settings.training())} if trained is not None else {})
         card = Assembly(self.base, self.dataset, made_with, fit, held_out, probe, trained, len(self.fit_examples)).card()
-        return card.with_cost(CostModel.from_json(once("cost", self._cost))) if settings.cost else card
+        if not settings.cost:
+            return card
+        card = card.with_cost(CostModel.from_json(once("cost", self._cost)))
+        return card.model_copy(update={"phases": tuple(PhaseInfo(**phase) for phase in self.state.once("phases", self.phases.to_json))})
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A part of the state, its making measured."""
+        with self.phases.phase(name):
+            return self.state.once(name, make)
 
     def _fit(self) -> Fit:
         settings = self.settings

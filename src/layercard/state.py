@@ -84,6 +84,8 @@ class State:
         Of several processes the first reads and writes it, all get it, and all take part in making it.
         """
         found = self.load(name) if processes.is_first() else None
+        if found is not None:
+            logging.getLogger(__name__).info("%s is taken from %s", name, self.folder)
         if processes.count() > 1:
             found = saved.from_bytes(self.form, processes.broadcast(saved.to_bytes(self.form, found)))
         if found is None:

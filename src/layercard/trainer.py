@@ -1,6 +1,7 @@
 """The optimisation of adapters: transformers' `Trainer` with this project's loss, data order, clock and checkpoints."""
 
 import difflib
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def fit(
     trainer.add_callback(watch)
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
+        logging.getLogger(__name__).info("going on from %s", checkpoint)
         trainer.history = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -26,6 +26,7 @@ from layercard.fast.together import fast_training
 from layercard.files import LOCK_FILE, alone, read_json, write_json
 from layercard.methods import REWRITING, configuration
 from layercard.models import BaseModel, Progress, describe, quiet_libraries
+from layercard.phases import Phases
 from layercard.selection import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.trainer import TrainLog, fit, last_checkpoint
@@ -54,6 +55,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    phases: Phases | None = None,
 ) -> dict[str, Any]:
     """Train adapters where a placement says, and save them with a record of the run.
 
@@ -79,11 +81,13 @@ def train(
             an undisturbed run gives. A finished one is returned as it is; where there is none, a new one starts.
         force: Replace a run in `output`.
         progress: Hears of the phases `loss before` (records), `train` (steps) and `loss after` (records).
+        phases: What was measured of the run before it came here (`load`); its own phases are added.
 
     Returns:
         The run record (schema `layercard-run/1`). Losses are in nats per labelled token; `loss_reduction` has a paired bootstrap
         interval over the held-out records, `losses` holds the training loss of each step. `train_seconds` is the time within steps.
-        `peak_memory_bytes` is what training takes above the frozen model: adapters, optimiser, gradients and activations.
+        `peak_memory_bytes` is what training takes above the frozen model: adapters, optimiser, gradients and activations. `phases` has
+        time and memory of each phase of the call that finished the run (`layercard.phases`).
 
     Raises:
         PlacementError: The placement is not for this model, or the method cannot adapt what it names.
@@ -116,6 +120,7 @@ def train(
             before,
             resume,
             progress if processes.is_first() else None,
+            phases or Phases(),
         )
 
 
@@ -130,17 +135,20 @@ def _run(
     before: HeldOut | None,
     resume: bool,
     progress: Progress | None,
+    phases: Phases,
 ) -> dict[str, Any]:
     """Train in an open folder, and write adapter and record."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if valid is not None and before is None:
-        before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
+        with phases.phase("loss before"):
+            before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
     config = configuration(settings, settings.total_steps(len(data)), placement)
     with _seeded(settings.seed), quiet_libraries(), no_deprecations(), no_false_warnings(), adapted(base, placement, config) as model:
         resumed = resume and last_checkpoint(output / CHECKPOINTS) is not None
-        begin(model, placement, data, base.pad_id, settings, output / CHECKPOINTS, resumed=resumed)
+        with phases.phase("begin"):
+            begin(model, placement, data, base.pad_id, settings, output / CHECKPOINTS, resumed=resumed)
         passes = settings.total_steps(len(data)) * settings.batch_size * settings.accumulation / len(data)
-        with fast_training(model, spare, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
+        with phases.phase("train"), fast_training(model, spare, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
             log = fit(
                 model,
                 data,
@@ -151,9 +159,13 @@ def _run(
                 resume=resume,
                 progress=progress,
             )
-        after = None if valid is None else held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
+        after = None
+        if valid is not None:
+            with phases.phase("loss after"):
+                after = held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
-        processes.by_first(lambda: _save_adapter(model, output, settings.method), base.device)
+        with phases.phase("save"):
+            processes.by_first(lambda: _save_adapter(model, output, settings.method), base.device)
     record = {
         "schema": SCHEMA,
         "started": started,
@@ -167,6 +179,7 @@ def _run(
         "trainable_parameters": sum(weight.numel() for weight in trainable),
         "adapter_bytes": (output / WEIGHTS_FILE).stat().st_size,
         "processes": processes.count(),
+        "phases": phases.to_json(),
         "versions": versions(),
     }
     return processes.by_first(lambda: _save_record(record, output), base.device) or record

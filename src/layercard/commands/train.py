@@ -80,14 +80,32 @@ def train(
     from layercard.adapters import without_experts
     from layercard.data import load_data
     from layercard.models import load_model
+    from layercard.phases import Phases
     from layercard.training import train as run
 
+    phases = Phases()
     with Display() as display:
-        base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
-        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
-        held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes) if valid else None
+        with phases.phase("load"):
+            base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
+        with phases.phase("data"):
+            dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
+            held_out = (
+                load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes) if valid else None
+            )
         chosen = chosen if experts else without_experts(chosen)
-        record = run(base, chosen, dataset, output, settings, valid=held_out, spare=spare, resume=resume, force=force, progress=display)
+        record = run(
+            base,
+            chosen,
+            dataset,
+            output,
+            settings,
+            valid=held_out,
+            spare=spare,
+            resume=resume,
+            force=force,
+            progress=display,
+            phases=phases,
+        )
     if not is_first():
         return
     if as_json:
