@@ -55,6 +55,7 @@ class ExpertStack:
         in_features: Width of what enters an expert's map.
         out_features: Width of what leaves it.
         transposed: Whether the parameter is `[E, in, out]` and not `[E, out, in]`.
+        active: Number of experts that a token is sent to; the usual 2 where the configuration does not say.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ExpertStack:
     in_features: int
     out_features: int
     transposed: bool
+    active: int = 2
 
     @cached_property
     def maps(self) -> tuple[Projection, ...]:
@@ -161,12 +163,13 @@ def _stacks(block: nn.Module, block_path: str) -> Iterator[ExpertStack]:
         transposed = vars(module).get("is_transposed")
         if transposed is None:
             continue
+        active = vars(module.config).get("num_experts_per_tok") or ExpertStack.active
         for parameter, weight in module.named_parameters(recurse=False):
             if parameter in STACKED and weight.ndim == 3 and _plain(weight):
                 experts, first, second = weight.shape
                 n_in, n_out = (first, second) if transposed else (second, first)
                 own = f"{name}.{parameter}"
-                yield ExpertStack(own, f"{block_path}.{own}", module, parameter, experts, n_in, n_out, transposed)
+                yield ExpertStack(own, f"{block_path}.{own}", module, parameter, experts, n_in, n_out, transposed, min(active, experts))
 
 
 def unread_experts(block: Block) -> tuple[str, ...]:

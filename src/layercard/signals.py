@@ -220,7 +220,7 @@ def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Pr
 
 def fit_sink(sums: FitSums, capture: Capture, blocks: Sequence[Block], tokens: int) -> SignalSink:
     """What adds the signals of a backward pass to the moments; `tokens` are expected in the whole pass."""
-    shares = {own.path: 1 / stack.experts for block in blocks for stack in block.stacks for own in stack.maps}
+    shares = {own.path: stack.active / stack.experts for block in blocks for stack in block.stacks for own in stack.maps}
 
     def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
         dual = tokens * shares.get(projection.path, 1) < projection.in_features
