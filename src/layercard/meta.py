@@ -40,8 +40,6 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 
 ROOM = 0.7
 """Share of the free memory that a random model with its training may take."""
-USUAL_EXPERTS = 2
-"""Experts that a token enters where the configuration does not say."""
 UNKNOWN_BYTES = 4 * 2**30
 """Free memory that is assumed where the system does not say."""
 
@@ -116,11 +114,10 @@ def random_model(config: PreTrainedConfig, name: str, device: torch.device, dtyp
 
 def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dtype: str, device: str = "", **sizes: Any) -> CostModel:
     """`CostModel.from_rates` for a model that may be empty; `sizes` are `batch_size`, `length` and `rank`."""
-    active = float(model.config.get_text_config().to_dict().get("num_experts_per_tok") or USUAL_EXPERTS)
     shapes = [
         [
             *(Shape(p.in_features, p.out_features) for p in block.projections),
-            *(Shape(s.in_features, s.out_features, s.experts, min(active, s.experts)) for s in block.stacks),
+            *(Shape(s.in_features, s.out_features, s.experts, float(s.active)) for s in block.stacks),
         ]
         for block in find_blocks(model)
     ]
