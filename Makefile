@@ -6,15 +6,17 @@ READY := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 DEMO  := demo
+SECONDS := 600
 SAMPLE := benchmarks/results/placements
 
-.PHONY: help setup demo test test-slow bench bench-tables report-sample lint docs cli-docs clean
+.PHONY: help setup demo test test-slow fuzz bench bench-tables report-sample lint docs cli-docs clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV) with everything for development"
 	@echo "make demo       profile, show, select and compare on the embedded model; results in $(DEMO)/"
 	@echo "make test       all quick tests"
 	@echo "make test-slow  the tests that take minutes or need the 135M model"
+	@echo "make fuzz       broken files for every reader, SECONDS=600 each"
 	@echo "make bench      every benchmark, results in benchmarks/results/, then the tables in README.md and docs/"
 	@echo "make report-sample  the report of the committed benchmark files, in build/"
 	@echo "make lint       ruff, mypy, generated tables and command line page"
@@ -38,6 +40,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+fuzz: setup
+	cd tests && ../$(BIN)/python -m fuzzing.run --seconds $(SECONDS)
 
 bench: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"

@@ -248,8 +248,13 @@ def cost_of(card: LayerCard) -> CostModel:
         batch_size=size,
         length=max(1, round(card.data.tokens / records)),
         labelled=max(1, round(size * card.data.labelled_tokens / records)),
-        rank=int(card.settings.get("rank", 8)),
+        rank=_rank(card.settings.get("rank")),
     )
+
+
+def _rank(found: Any) -> int:
+    """The rank of a card's settings, which hold what any version wrote; 8 where they do not say."""
+    return found if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**31 else 8
 
 
 def _shape(module: ModuleCard, data: DataInfo) -> Shape:

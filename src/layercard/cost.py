@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from layercard.errors import CardError, PlacementError
-from layercard.files import read_json, write_json
+from layercard.files import read_json, shown, write_json
 
 SCHEMA = "layercard-cost/1"
 WEIGHT_BYTES = 4
@@ -233,7 +233,7 @@ class CostModel(_Part):
             CardError: Another schema, or a part is missing or of the wrong kind.
         """
         if value.get("schema") != SCHEMA:
-            raise CardError(f"{source}: schema {value.get('schema')!r} is not {SCHEMA!r}; make the file with `layercard cost`")
+            raise CardError(f"{source}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make the file with `layercard cost`")
         try:
             return cls.model_validate(value)
         except ValidationError as problem:

@@ -77,7 +77,7 @@ def read_config(name: str) -> PreTrainedConfig:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as a configuration ({_one_line(error)}); name a model's config.json") from error
     if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
         raise ModelError(f"{path} names no model_type; name the config.json of a transformers model")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from layercard.card import LayerCard, check_model
 from layercard.cost import CostModel
 from layercard.errors import CardError, PlacementError, ReportError
+from layercard.files import shown
 from layercard.selection.pareto import SCHEMA as FRONT
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement, check_layers
@@ -204,7 +205,7 @@ def _layers(card: LayerCard, chosen: Chosen) -> list[int]:
 def _whole(value: Mapping[str, Any], schema: str, command: str) -> Iterator[None]:
     """Refuse a value of another schema, and one that turns out not to be whole."""
     if value.get("schema") != schema:
-        raise ReportError(f"schema {value.get('schema')!r} is not {schema!r}; make the value with `{command}`")
+        raise ReportError(f"schema {shown(value.get('schema'))} is not {schema!r}; make the value with `{command}`")
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as problem:

@@ -30,9 +30,13 @@ def number(raw: Any) -> Number | None:
             return None
         low, high = number(raw.get("low")), number(raw.get("high"))
         return Number(value.value, low.value if low else None, high.value if high else None)
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
+    if isinstance(raw, bool) or not isinstance(raw, int | float):
         return None
-    return Number(float(raw))
+    try:
+        found = float(raw)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return Number(found) if math.isfinite(found) else None
 
 
 def profile_of(card: Json, key: str) -> list[Number | None]:

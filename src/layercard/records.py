@@ -137,7 +137,7 @@ def _read_parquet(path: Path) -> Located:
             for rows in file.iter_batches(batch_size=256):
                 for record in rows.to_pylist():
                     yield f"row {next(numbers)}", record
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # a ValueError: text that is no UTF-8
         detail = " ".join(str(error).split())[:120]
         raise DataError(f"{path} cannot be read as Parquet ({detail}); it may be cut short, so write it again") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercard.errors import TrainingError
-from layercard.files import read_json
+from layercard.files import read_json, shown
 from layercard.readings import Json, Number, interval, number, profile_of, short
 
 if TYPE_CHECKING:
@@ -207,7 +207,8 @@ def read_comparison(path: str | Path) -> dict[str, Any]:
     rows = value.get("rows")
     whole = isinstance(rows, list) and all(isinstance(row, dict) and "name" in row and isinstance(row.get("layers"), list) for row in rows)
     if value.get("schema") != COMPARISON or not whole or not isinstance(value.get("model"), dict):
-        raise TrainingError(f"{path}: schema {value.get('schema')!r} or its rows are no {COMPARISON!r}; make it with `layercard compare`")
+        found = shown(value.get("schema"))
+        raise TrainingError(f"{path}: schema {found} or its rows are no {COMPARISON!r}; make it with `layercard compare`")
     return value
 
 

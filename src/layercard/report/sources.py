@@ -7,7 +7,7 @@ from typing import Any
 
 from layercard.card import LayerCard
 from layercard.errors import ReportError
-from layercard.files import read_json
+from layercard.files import read_json, shown
 from layercard.readings import Json
 from layercard.report.frames import read_comparison
 from layercard.report.trials import Trial, compared, of_bench, of_comparison, of_run
@@ -128,7 +128,7 @@ def _take(found: Sources, file: Path, value: Json, shares: dict[Any, float], *, 
     """Put a value where it belongs; gives its kind, or `None` where it is of no use."""
     schema = value.get("schema")
     if schema is None and value.keys() >= _TABLE:
-        found.tables.append(value)
+        found.tables.append(_table(file, value))
         return "table"
     if schema is None and value.keys() >= _TIMING:
         shares[str(value["task"]), tuple(value["layers"]), value.get("rank")] = 100 * float(value["share_of_all"])
@@ -139,7 +139,7 @@ def _take(found: Sources, file: Path, value: Json, shares: dict[Any, float], *, 
     if take is not None:
         return take(found, file, dict(value))
     if explicit and schema not in _BY_THE_WAY:
-        raise ReportError(f"{file}: schema {schema!r} is none of a report's; name cards, placements, runs, comparisons, fronts or tables")
+        raise ReportError(f"{file}: schema {shown(schema)} is none of a report's; name cards, placements, runs, fronts or tables")
     return None
 
 
@@ -161,7 +161,8 @@ def _run(found: Sources, file: Path, value: dict[str, Any]) -> str:
 
 def _bench(found: Sources, file: Path, value: dict[str, Any]) -> str | None:
     if value["schema"] == "layercard-bench/1":
-        found.tables += [{"title": name.replace("_", " "), **table} for name, table in value["tables"].items()]
+        tables = _whole(file, lambda whole: list(whole["tables"].items()), value)
+        found.tables += [_table(file, {"title": str(name).replace("_", " "), **table}) for name, table in tables if isinstance(table, dict)]
         return "table"
     _expect(file, value, "layercard-bench-run/1", "layercard bench")
     trial = _whole(file, of_bench, value)
@@ -200,9 +201,22 @@ _TAKERS: Mapping[str, Callable[[Sources, Path, dict[str, Any]], str | None]] = {
 }
 
 
+def _table(file: Path, value: Json) -> Json:
+    """A table whose rows are as long as its head.
+
+    Raises:
+        ReportError: It is none.
+    """
+    columns, rows = value.get("columns"), value.get("rows")
+    whole = isinstance(columns, list) and isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(columns) for row in rows)
+    if not whole:
+        raise ReportError(f"{file} is no table: each of its rows must have a value for every column; make it again")
+    return value
+
+
 def _expect(file: Path, value: Json, schema: str, command: str) -> None:
     if value.get("schema") != schema:
-        raise ReportError(f"{file}: schema {value.get('schema')!r} is not {schema!r}; make the file again with `{command}`")
+        raise ReportError(f"{file}: schema {shown(value.get('schema'))} is not {schema!r}; make the file again with `{command}`")
 
 
 def _whole(file: Path, make: Callable[[dict[str, Any]], Any], value: dict[str, Any]) -> Any:

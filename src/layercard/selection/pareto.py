@@ -12,7 +12,7 @@ from typing import Any
 from layercard.card import LayerCard, cost_of
 from layercard.cost import What
 from layercard.errors import SelectionError
-from layercard.files import read_json, write_json
+from layercard.files import read_json, shown, write_json
 from layercard.selection.budgets import Budgets
 from layercard.selection.objectives import question
 from layercard.selection.select import predict
@@ -70,7 +70,7 @@ def load_front(path: str | Path) -> dict[str, Any]:
     """
     value = read_json(path, SelectionError, "front")
     if value.get("schema") != SCHEMA:
-        raise SelectionError(f"{path}: schema {value.get('schema')!r} is not {SCHEMA!r}; make it with `layercard pareto`")
+        raise SelectionError(f"{path}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make it with `layercard pareto`")
     return value
 
 

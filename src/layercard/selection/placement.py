@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercard.errors import PlacementError
-from layercard.files import read_json, write_json
+from layercard.files import read_json, shown, write_json
 from layercard.notebook import placement_html
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Placement:
         for path, rank in self.rank_pattern.items():
             alpha = self.alpha_pattern[path]
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise PlacementError(f"rank_pattern has {rank!r} for {path}; ranks are whole numbers of at least 1, so select again")
+                raise PlacementError(f"rank_pattern has {shown(rank)} for {path}; ranks are whole numbers of at least 1, so select again")
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-                raise PlacementError(f"alpha_pattern has {alpha!r} for {path}; alphas are numbers above 0, so select again")
+                raise PlacementError(f"alpha_pattern has {shown(alpha)} for {path}; alphas are numbers above 0, so select again")
 
     def to_peft(self, r: int = 8, lora_alpha: float | None = None, lora_dropout: float = 0.0, **options: Any) -> "LoraConfig":
         """A `LoraConfig` that names the targets by their exact paths, for `peft_config=` of a trainer and for `get_peft_model`.
@@ -107,7 +107,7 @@ class Placement:
     def from_json(cls, value: dict[str, Any], source: str = "placement") -> "Placement":
         """Check and read a JSON object; `source` names it in messages."""
         if value.get("schema") != SCHEMA:
-            raise PlacementError(f"{source}: schema {value.get('schema')!r} is not {SCHEMA!r}; make it with `layercard select`")
+            raise PlacementError(f"{source}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make it with `layercard select`")
         try:
             return cls(
                 model=dict(value["model"]),
@@ -121,7 +121,7 @@ class Placement:
                 alpha_pattern=dict(value.get("alpha_pattern") or {}),
                 parameters=tuple(value.get("parameters") or ()),
             )
-        except (KeyError, TypeError, ValueError) as problem:
+        except (AttributeError, KeyError, TypeError, ValueError) as problem:
             raise PlacementError(f"{source}: not a whole placement ({problem}); make it with `layercard select`") from None
 
     def _repr_html_(self) -> str:

@@ -145,12 +145,12 @@ def _header(path: Path) -> dict[str, Stored]:
 def _stored(path: Path, data: int, size: int, name: str, entry: Any) -> Stored:
     """One entry of a header, checked against the file's size."""
     try:
-        kind, shape, (low, high) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        kind, shape, (low, high) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(number) is int and number >= 0 for number in (*shape, low, high))
     except (TypeError, KeyError, ValueError) as error:
         raise ModelError(f"{path} says nothing usable of {name}; save the model again") from error
     if kind not in DTYPES:
-        raise ModelError(f"{path} stores {name} as {kind!s:.20}, and quantised weights cannot be streamed; profile without --stream")
+        raise ModelError(f"{path} stores {name} as {kind:.20}, and quantised weights cannot be streamed; profile without --stream")
     stored = Stored(path, data + low if whole else 0, DTYPES[kind], shape)
     if not whole or high - low != stored.size or data + high > size:
         raise ModelError(f"{path} places {name} where the file is not; copy it again, or save the model again")
