@@ -1,0 +1,205 @@
+"""Every long command, killed at random points and started again, ends as if nothing had happened."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Killings, Warm
+from safetensors.torch import load_file
+
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
+
+DEPTH = 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, records and a placement."""
+    folder = tmp_path_factory.mktemp("faults")
+    build_tiny("llama", num_hidden_layers=DEPTH).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    write_records(folder / "data.jsonl", tiny_records(24))
+    write_records(folder / "valid.jsonl", tiny_records(8, 50))
+    task = folder / "tasks" / "tiny"
+    task.mkdir(parents=True)
+    for at, split in enumerate(("train", "valid", "test")):
+        write_records(task / f"{split}.jsonl", tiny_records(12, start=100 * at))
+    from layercard.adapters import place as placed
+    from layercard.models import load_model
+
+    placed(load_model(str(folder / "model"), device="cpu"), [2, 3]).save(folder / "placement.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    with Warm(tmp_path_factory.mktemp("logs")) as found:
+        yield found
+
+
+# --- the commands: arguments, and what of their result must be equal ---------------------------------------------------------
+
+
+def card(output: Path) -> Any:
+    assert not output.with_name(f"{output.name}.state").exists()
+    return json.loads(output.read_text())
+
+
+def adapter(output: Path) -> dict[str, Any]:
+    """Weights and losses; rounded, since a kept prefix was computed beside other records after a resumption."""
+    record = json.loads((output / "run.json").read_text())
+    weights = load_file(output / "adapter_model.safetensors")
+    return {"weights": weights, "losses": torch.tensor(record["losses"]), "after": torch.tensor(record["loss_after"])}
+
+
+def comparison(output: Path) -> dict[str, Any]:
+    return {path.parent.name: adapter(path.parent) for path in sorted(output.glob("*/run.json"))}
+
+
+def table(output: Path) -> Any:
+    return json.loads((output / "summary.json").read_text())
+
+
+def profile(place: Path, output: Path, *more: str) -> list[str]:
+    where = ["profile", str(place / "model"), "--data", str(place / "data.jsonl"), "-o", str(output)]
+    return [*where, "--rank", "2", "--device", "cpu", "--no-cost", "--batch-size", "2", *more]
+
+
+def training(place: Path, output: Path) -> list[str]:
+    where = ["train", str(place / "model"), "--data", str(place / "data.jsonl"), "--valid", str(place / "valid.jsonl")]
+    where += ["--placement", str(place / "placement.json"), "-o", str(output), "--cache", str(output.with_name(f"{output.name}-cache"))]
+    return [*where, "--rank", "2", "--device", "cpu", "--steps", "30", "--resume"]
+
+
+def comparing(place: Path, output: Path) -> list[str]:
+    where = ["compare", str(place / "model"), "--data", str(place / "data.jsonl"), "--valid", str(place / "valid.jsonl")]
+    return [*where, "--placements", "all,last:2", "-o", str(output), "--rank", "2", "--device", "cpu", "--steps", "12", "--resume"]
+
+
+def bench(place: Path, output: Path) -> list[str]:
+    where = ["bench", "placements", "--model", str(place / "model"), "--data", str(place / "tasks"), "--tasks", "tiny", "-o", str(output)]
+    where += ["--strategies", "random,last,snr", "--k", "2", "--seeds", "0,1", "--steps", "2", "--card-records", "8", "--no-times"]
+    where += ["--batch-tokens", "100", "--test-tokens", "120", "--valid-tokens", "60", "--rank", "2"]
+    return [*where, "--dtype", "float32", "--device", "cpu"]
+
+
+Command = tuple[Callable[[Path, Path], list[str]], Callable[[Path], Any]]
+COMMANDS: dict[str, Command] = {
+    "profile": (profile, card),
+    "profile train": (lambda place, output: profile(place, output, "--probe", "train", "--probe-steps", "8"), card),
+    "profile stream": (lambda place, output: profile(place, output, "--stream"), card),
+    "train": (training, adapter),
+    "compare": (comparing, comparison),
+    "bench": (bench, table),
+}
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert_equal(found[name], wanted[name])
+    elif isinstance(wanted, torch.Tensor):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    else:
+        assert found == wanted
+
+
+def undisturbed(warm: Warm, place: Path, name: str, output: Path) -> tuple[Any, float]:
+    """The result of a command that nobody kills, and its seconds."""
+    arguments, result = COMMANDS[name]
+    started = time.monotonic()
+    status, said = warm.run(arguments(place, output))
+    assert status == 0, said
+    return result(output), time.monotonic() - started
+
+
+def kill_and_resume(warm: Warm, place: Path, folder: Path, name: str, wanted: int) -> Killings:
+    """Start, kill and resume a command, from scratch again when it is done, until so many kills hit; each result is that undisturbed."""
+    arguments, result = COMMANDS[name]
+    whole, seconds = undisturbed(warm, place, name, folder / "undisturbed")
+    killings, rounds = Killings(warm, seconds), 0
+    while killings.total < wanted:
+        rounds += 1
+        assert rounds <= 4 * wanted, f"only {killings.total} kills hit in {rounds} rounds"
+        output = folder / f"round-{rounds}"
+        if name == "bench":  # a card holds step times, which differ from call to call and decide about placements
+            for part in ("cards", "scores"):
+                shutil.copytree(folder / "undisturbed" / part, output / part)
+        killings.until_done(arguments(place, output), min(8, wanted - killings.total))
+        assert_equal(result(output), whole)
+    return killings
+
+
+def test_a_few_kills(warm: Warm, place: Path, tmp_path: Path) -> None:
+    assert kill_and_resume(warm, place, tmp_path, "profile", 4).total == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_kills_at_random_points(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
+    """18 for each of six commands: 108."""
+    killings = kill_and_resume(warm, place, tmp_path, name, 18)
+    assert killings.total == 18
+    assert all(killings.kills.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["profile train", "train", "bench"])
+def test_two_runs_in_one_folder(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
+    """The second says so and ends, or finds the first one's result; nothing is spoilt."""
+    arguments, result = COMMANDS[name]
+    whole, seconds = undisturbed(warm, place, name, tmp_path / "undisturbed")
+    output = tmp_path / "both"
+    if name == "bench":
+        for part in ("cards", "scores"):
+            shutil.copytree(tmp_path / "undisturbed" / part, output / part)
+    first, _ = warm.start(arguments(place, output))
+    time.sleep(seconds / 2)
+    second, log = warm.start(arguments(place, output))
+    statuses = (warm.wait(first), warm.wait(second))
+    assert statuses[0] == 0
+    if statuses[1] != 0:
+        assert statuses[1] == 2
+        assert log.read_text().splitlines()[-1].startswith("error: another run is at work in")
+    assert_equal(result(output), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["profile train", "train", "bench"])
+def test_a_full_disk(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
+    """One line, and after room was made the same command goes on to the same result."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("a small disk needs the right to mount one")
+    try:
+        arguments, result = COMMANDS[name]
+        whole, _ = undisturbed(warm, place, name, tmp_path / "undisturbed")
+        output = disk / "out"
+        if name == "bench":
+            for part in ("cards", "scores"):
+                (output / part).mkdir(parents=True)
+            (output / "cards" / "tiny.json").symlink_to(tmp_path / "undisturbed" / "cards" / "tiny.json")
+            (output / "scores" / "tiny.json").symlink_to(tmp_path / "undisturbed" / "scores" / "tiny.json")
+            (disk / "ballast").write_bytes(bytes(24 * 1024))
+        status, said = warm.run(arguments(place, output))
+        assert status == 2, said
+        assert "Traceback" not in said
+        assert said.splitlines()[-1].startswith("error: ")
+        assert "No space left" in said
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        status, said = warm.run(arguments(place, output))
+        assert status == 0, said
+        assert_equal(result(output), whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=False, cwd=os.sep)
