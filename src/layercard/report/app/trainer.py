@@ -40,7 +40,7 @@ def lora_arguments(placement: Json, settings: TrainSettings | None = None) -> di
         settings: Rank, alpha and dropout; those of `layercard train` unless given.
     """
     settings = settings or TrainSettings()
-    chosen = Placement.from_json(placement)
+    chosen = Placement.from_json(dict(placement))
     return peft.lora_arguments(chosen, r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout)
 
 
