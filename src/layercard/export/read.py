@@ -21,7 +21,7 @@ AXOLOTL, TRL, LLAMAFACTORY, SWIFT = "axolotl", "trl", "llamafactory", "ms-swift"
 MARKS = {
     AXOLOTL: ("adapter", "peft_layers_to_transform", "peft_layers_pattern", "lora_target_linear", "lora_rank_pattern", "base_model"),
     LLAMAFACTORY: ("lora_target", "finetuning_type"),
-    SWIFT: ("target_regex", "tuner_type", "train_type"),
+    SWIFT: ("target_regex", "target_modules", "tuner_type", "train_type"),
     TRL: ("use_peft", "lora_target_modules"),
 }
 """Keys by which a configuration is known to be a trainer's; the first trainer with one of them is taken."""
