@@ -1,14 +1,17 @@
 """From a model and records to a card."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from transformers import PreTrainedModel
 
 from layercard import profiling as profile_module
 from layercard.card import LayerCard, check_model
 from layercard.data import Dataset
-from layercard.errors import CardError, DataError, OutputError
+from layercard.errors import CardError, DataError, ModelError, OutputError
 from layercard.models import BaseModel, describe, wrap_model
 from layercard.profiling import ProfileSettings, profile, split_records
 from test_capture import assert_same, examples, state
@@ -177,3 +180,30 @@ def test_a_model_in_half_precision_gets_nearly_the_same_card(card: LayerCard, dt
     assert half.settings["dtype"] == str(dtype).removeprefix("torch.")
     for measure in ("resnorm", "gradient_norm", "activation_energy", "effective_rank"):
         assert half.values(measure) == pytest.approx(card.values(measure), rel=0.05)
+
+
+def split_by_accelerate(disk: str | None = None) -> PreTrainedModel:
+    """A model whose parts accelerate has placed one by one, with its hooks; with `disk` two blocks are left there."""
+    away = "cpu" if disk is None else "disk"
+    inner = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.2": away}
+    places |= {f"model.layers.1.{name}": away for name in inner} | {"model.norm": "cpu", "lm_head": "cpu"}
+    model = build_tiny("llama", tie_word_embeddings=False)
+    return dispatch_model(model, places, main_device="cpu", offload_dir=disk, force_hooks=True)
+
+
+def test_a_model_that_accelerate_has_split_is_profiled_as_it_is() -> None:
+    how = ProfileSettings(rank=2, batch_size=3)
+    whole = profile(wrap_model(build_tiny("llama", tie_word_embeddings=False), tiny_tokenizer()), dataset(), how)
+    base = wrap_model(split_by_accelerate(), tiny_tokenizer())
+    before = state(base.model)
+    hooks = [module._hf_hook for module in base.model.modules() if "_hf_hook" in vars(module)]
+    assert len(hooks) > 20
+    assert profile(base, dataset(), how).to_json() == whole.to_json()
+    assert_same(before, state(base.model))
+    assert [module._hf_hook for module in base.model.modules() if "_hf_hook" in vars(module)] == hooks
+
+
+def test_offloaded_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"layers\.1\..* is offloaded.*--stream"):
+        wrap_model(split_by_accelerate(str(tmp_path)), tiny_tokenizer())

@@ -100,8 +100,8 @@ class Capture:
             projection = maps.get((parameter, expert))
             if projection is not None and y.requires_grad:
                 self.leaders.setdefault(projection.path, projection.path)
-                seen = slice(None) if self.mask is None else self.mask[tokens]
-                places = tokens if self._place is None else self._place[tokens[seen]]
+                seen = slice(None) if self.mask is None else self.mask.to(tokens.device)[tokens]
+                places = tokens if self._place is None else self._place.to(tokens.device)[tokens[seen]]
                 if len(places) > 0:  # not padding alone
                     call = self._keep(projection, x.detach())
                     y.register_hook(self._backward_hook(projection, call, lambda rows: rows[seen], places))
@@ -124,13 +124,13 @@ class Capture:
         def hook(gradient: torch.Tensor) -> None:
             entering = self._inputs[projection.path, call] if self.keep else self._inputs.pop((projection.path, call))
             if self.sink is not None:
-                self.sink(projection, seen(entering), seen(gradient), tokens)
+                self.sink(projection, seen(entering.to(gradient.device)), seen(gradient), tokens)
 
         return hook
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
         flat = tensor.reshape(-1, tensor.shape[-1])
-        return flat if self.mask is None else flat[self.mask]
+        return flat if self.mask is None else flat[self.mask.to(flat.device)]
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def stepped(block: Block, steps: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
     def moved(path: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         down, up = steps[path]
-        return y + (alpha * ((x.to(down.dtype) @ down.T) @ up.T)).to(y.dtype)
+        return y + (alpha * ((x.to(down) @ down.T) @ up.T)).to(y)
 
     def adder(path: str) -> Callable[..., torch.Tensor]:
         return lambda module, args, output: moved(path, args[0], output)

@@ -170,6 +170,8 @@ def fingerprint(model: nn.Module) -> str:
     others = [(name, value) for name, value in sorted(saved.items()) if name not in tied and isinstance(value, torch.Tensor)]
     digest = hashlib.sha256()
     for name, weight in (*sorted(model.named_parameters()), *others):
+        if weight.is_meta:
+            raise ModelError(f"{name} is offloaded, so its values are not there; load the model without offload, or profile with --stream")
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
