@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from layercard.card import LayerCard
 from layercard.cli import run
 from layercard.data import Dataset, load_data
-from layercard.errors import LayercardError, ModelError, TrainingError
-from layercard.models import load_model
+from layercard.errors import LayercardError, ModelError, OutputError, TrainingError
+from layercard.files import LOCK_FILE, alone
+from layercard.models import labelled_logits, load_model
 from layercard.profiling import ProfileSettings, profile
 from layercard.stream import StreamedModel, open_model, stream_profile
 from layercard.stream.weights import INDEX, Weights
+from test_experts import build as with_experts
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 SETTINGS = ProfileSettings(rank=4, batch_size=3, label_samples=2, probe_records=4)
@@ -71,7 +74,29 @@ def test_boundaries_on_disk_and_another_dtype(tmp_path: Path) -> None:
     streamed = open_model(str(folder), dtype="bfloat16")
     found = stream_profile(streamed, data, SETTINGS, boundaries=tmp_path / "between")
     assert comparable(found) == comparable(profile(base, data, SETTINGS))
-    assert found.settings["dtype"] == "bfloat16" and list((tmp_path / "between").iterdir())
+    assert found.settings["dtype"] == "bfloat16"
+    assert {path.name for path in (tmp_path / "between").iterdir()} <= {LOCK_FILE}, "nothing is left there"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_head_runs_on_a_few_positions_at_a_time(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / family, family)
+    data = data_for(tmp_path, tiny_tokenizer())
+    whole = stream_profile(open_model(str(folder)), data, SETTINGS)
+    sizes: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        found = labelled_logits(*args)
+        sizes.append(len(found[1]))
+        return found
+
+    monkeypatch.setattr("layercard.stream.walk.LOGITS", 2 * 3 * 128)
+    monkeypatch.setattr("layercard.stream.walk.labelled_logits", watched)
+    parts = stream_profile(open_model(str(folder)), data, SETTINGS)
+    assert max(sizes) <= 2 * SETTINGS.batch_size
+    assert parts.data.loss == pytest.approx(whole.data.loss, rel=1e-6)
+    for measure in ("resnorm", "centrality", "step_probe", "predicted_gain"):
+        assert parts.values(measure) == pytest.approx(whole.values(measure), rel=1e-3, abs=1e-6), measure
 
 
 @pytest.mark.parametrize("stop", [("forward", 2), ("backward", 1), ("backward", 2), ("step probe", 4)])
@@ -94,13 +119,15 @@ def test_an_interrupted_profile_goes_on_to_the_same_card(stop: tuple[str, int], 
     assert comparable(card) == expected
     if stop[0] != "forward":
         assert ("backward", 1) not in ran, "the last block was done before the interrupt"
+    if stop[0] == "step probe":
+        assert ("step probe", stop[1] - 1) not in ran and ("step probe", stop[1] + 1) in ran
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, records = saved(tmp_path / "llama", "llama"), write_records(tmp_path / "r.jsonl", tiny_records(8))
     card = tmp_path / "card.json"
     arguments = ["profile", str(folder), "--data", str(records), "--rank", "2"]
-    assert run([*arguments, "--stream", "-o", str(card)]) == 0
+    assert run([*arguments, "--stream", "--no-cost", "-o", str(card)]) == 0
     assert run([*arguments, "--no-cost", "-o", str(tmp_path / "plain.json")]) == 0
     assert comparable(LayerCard.load(card)) == comparable(LayerCard.load(tmp_path / "plain.json"))
     assert LayerCard.load(card).settings["stream"]["bytes_read"] > 0
@@ -178,12 +205,55 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
         open_model(str(saved(tmp_path / "whole", "llama")), dtype="int3")
 
 
-def test_the_training_probe_and_timing_need_the_model_in_memory(tmp_path: Path) -> None:
+def test_the_training_probe_needs_the_model_in_memory(tmp_path: Path) -> None:
+    streamed = open_model(str(saved(tmp_path / "llama", "llama")))
+    with pytest.raises(TrainingError, match="needs the model in memory"):
+        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="train"))
+
+
+def test_costs_are_estimated_from_shapes(tmp_path: Path) -> None:
+    streamed = open_model(str(saved(tmp_path / "llama", "llama")))
+    card = stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="none", rank=2, cost=True))
+    assert card.cost is not None and len(card.cost.layers) == 3
+    assert all(layer.forward_seconds > 0 and layer.adapter_parameters > 0 for layer in card.cost.layers)
+    weights = sum(weight.numel() for weight in streamed.base.model.parameters())
+    assert card.cost.weights_bytes == 4 * weights and streamed.resident_bytes == 0
+
+
+def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streamed = open_model(str(saved(tmp_path / "llama", "llama")))
     data = data_for(tmp_path, streamed.base.tokenizer)
-    for settings in (ProfileSettings(probe="train"), ProfileSettings(cost=True)):
-        with pytest.raises(TrainingError, match="needs the model in memory"):
-            stream_profile(streamed, data, settings)
+    seen: list[list[str]] = []
+
+    def watch(phase: str, done: int, total: int) -> None:
+        folder = tmp_path / "state" / "boundaries"
+        seen.append([path.name for path in folder.glob("fit-*")] if folder.exists() else [])
+
+    monkeypatch.setattr("layercard.stream.profile.free_bytes", lambda _: 4 * 4 * data.tokens * 32 * 4 - 1)
+    settings = ProfileSettings(probe="none", rank=2)
+    expected = comparable(stream_profile(streamed, data, settings))
+    found = stream_profile(streamed, data, settings, watch, state=tmp_path / "state")
+    assert comparable(found) == expected and "fit-0-0.safetensors" in seen[0]
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    streamed = open_model(str(saved(tmp_path / "llama", "llama")))
+    data = data_for(tmp_path, streamed.base.tokenizer)
+    with alone(tmp_path / "between"), pytest.raises(OutputError, match="another run"):
+        stream_profile(streamed, data, SETTINGS, boundaries=tmp_path / "between")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_one_by_one(family: str, tmp_path: Path) -> None:
+    folder = tmp_path / family
+    with_experts(family).float().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert any(".experts.1." in name for name in file.keys())  # noqa: SIM118
+    base, streamed = load_model(folder), open_model(str(folder))
+    assert streamed.base.fingerprint == base.fingerprint
+    data = data_for(tmp_path, base.tokenizer)
+    assert comparable(stream_profile(streamed, data, SETTINGS)) == comparable(profile(base, data, SETTINGS))
 
 
 def test_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:

@@ -60,14 +60,17 @@ def profile(
         bool,
         typer.Option(
             "--stream",
-            help="Leave the weights on disk and have one block in memory at a time: the same card of a model larger than the memory, "
-            "without the timing of steps.",
+            help="Leave the weights on disk and have one block in memory at a time: the same card of a model larger than the memory; "
+            "costs are estimated and not timed.",
         ),
     ] = False,
     boundaries: Annotated[
         Path | None,
         typer.Option(
-            "--boundaries", metavar="DIR", help="With --stream: keep what goes from block to block there; in memory when not given."
+            "--boundaries",
+            metavar="DIR",
+            help="With --stream: keep what goes from block to block there. When not given: in memory if a quarter of what is free holds it, else "
+            "beside the card.",
         ),
     ] = None,
     reuse: Annotated[
@@ -115,7 +118,7 @@ def profile(
         label_samples=label_samples,
         probe=probe,
         probe_steps=probe_steps,
-        cost=cost and not stream,
+        cost=cost,
         seed=seed,
     )
     _check(stream, boundaries, reuse)

@@ -18,7 +18,7 @@ class Boundaries:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._kept: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._kept: dict[tuple[str, int, int], torch.Tensor | None] = {}
 
     def put(self, kind: str, batch: int, block: int, tensor: torch.Tensor) -> None:
         """Keep a tensor.
@@ -27,8 +27,8 @@ class Boundaries:
             OutputError: It cannot be written.
         """
         tensor = tensor.detach().cpu()
+        self._kept[kind, batch, block] = tensor if self.folder is None else None
         if self.folder is None:
-            self._kept[kind, batch, block] = tensor
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -38,15 +38,21 @@ class Boundaries:
 
     def get(self, kind: str, batch: int, block: int, device: torch.device) -> torch.Tensor:
         """A tensor that was kept."""
-        found = self._kept[kind, batch, block] if self.folder is None else load_file(self._path(kind, batch, block))["tensor"]
+        found = self._kept[kind, batch, block]
+        if found is None:
+            found = load_file(self._path(kind, batch, block))["tensor"]
         return found.to(device)
 
     def drop(self, kind: str, batch: int, block: int) -> None:
         """Forget a tensor; one that was never kept is none."""
-        if self.folder is None:
-            self._kept.pop((kind, batch, block), None)
-        else:
+        self._kept.pop((kind, batch, block), None)
+        if self.folder is not None:
             self._path(kind, batch, block).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        for key in list(self._kept):
+            self.drop(*key)
 
     def _path(self, kind: str, batch: int, block: int) -> Path:
         assert self.folder is not None

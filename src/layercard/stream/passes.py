@@ -7,117 +7,25 @@ held-out batches reach it. The numbers are those of the passes over a model in m
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
-from layercard.capture import capturing, entering, frozen, replaced, skip
-from layercard.data import Batch, Example, batches
-from layercard.errors import DataError, ModelError
+from layercard.capture import capturing
+from layercard.data import IGNORED, Batch, Example
+from layercard.errors import DataError
 from layercard.fit_sums import FitSums
 from layercard.loading import Progress
-from layercard.models import labelled_logits
 from layercard.signals import Fit, HeldOut, HeldOutSums, drawn_slopes, fit_sink, label_thresholds, solve_layer
 from layercard.state import State
 from layercard.stream.boundaries import Boundaries
 from layercard.stream.streamed import StreamedModel
+from layercard.stream.walk import BlockByBlock, enter, forward, head_of, walking
 
 PART = "streamed-passes"
 """Name of the part that a `State` keeps."""
-Put = Callable[[torch.Tensor], tuple[Any, ...]]
-"""A block's arguments `(args, kwargs)` with given hidden states."""
-
-
-class _Reached(Exception):
-    """The last block was reached; the head need not run."""
-
-
-class BlockByBlock:
-    """Batches on their way through a streamed model.
-
-    Attributes:
-        batches: The batches.
-        boundaries: What enters each block, kind `hidden`.
-
-    Args:
-        streamed: The model.
-        examples: The records.
-        batch_size: Records in a batch.
-        boundaries: Where hidden states are kept.
-        kind: What they are called there.
-    """
-
-    def __init__(self, streamed: StreamedModel, examples: Sequence[Example], batch_size: int, boundaries: Boundaries, kind: str) -> None:
-        self.streamed, self.boundaries, self.kind = streamed, boundaries, kind
-        pad_id = streamed.base.pad_id
-        self.batches = [batch.to(streamed.device) for batch in batches(examples, batch_size, pad_id, by_length=True)]
-        self.calls: list[list[Put]] = []
-
-    def enter(self) -> None:
-        """Run what lies below the blocks, and keep what each block is called with. The embedding must be in memory."""
-        for at, batch in enumerate(self.batches):
-            calls: list[Put] = []
-            with ExitStack() as stack:
-                for block in self.streamed.blocks:
-                    stack.enter_context(replaced(block.module, partial(self._record, at, calls)))
-                try:
-                    labelled_logits(self.streamed.base.model, batch)
-                except _Reached:
-                    self.calls.append(calls)
-                    continue
-            raise ModelError("the model runs its blocks in no order of their own, so it cannot be streamed; profile without --stream")
-
-    def _record(self, at: int, calls: list[Put], *args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden, put = entering(args, kwargs)
-        if not calls:
-            self.boundaries.put(self.kind, at, 0, hidden)
-        calls.append(put)
-        if len(calls) == len(self.streamed.blocks):
-            raise _Reached
-        return hidden
-
-    def hidden(self, at: int, block: int) -> torch.Tensor:
-        """What enters a block in batch `at`; for one beyond the last, what leaves that."""
-        return self.boundaries.get(self.kind, at, block, self.streamed.device)
-
-    def run(self, at: int, block: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What leaves a block, which must be in memory."""
-        args, kwargs = self.calls[at][block](hidden)
-        found = self.streamed.blocks[block].module(*args, **kwargs)
-        if isinstance(found, tuple):
-            if any(isinstance(part, torch.Tensor) for part in found[1:]):
-                raise ModelError("the blocks hand on more than hidden states, so they cannot be streamed; profile without --stream")
-            found = found[0]
-        return found
-
-    def advance(self, block: int) -> None:
-        """Let all batches through a block without a graph."""
-        with torch.no_grad():
-            for at in range(len(self.batches)):
-                self.boundaries.put(self.kind, at, block + 1, self.run(at, block, self.hidden(at, block)))
-
-    def logits(self, at: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`labelled_logits` of batch `at` where the last block gives `hidden`; the head must be in memory."""
-        model, blocks = self.streamed.base.model, self.streamed.blocks
-        first = self.hidden(at, 0)
-        with ExitStack() as stack:
-            stack.enter_context(replaced(model.get_input_embeddings(), lambda *_, **__: first))
-            for block in blocks[:-1]:
-                stack.enter_context(replaced(block.module, skip))
-            stack.enter_context(replaced(blocks[-1].module, lambda *_, **__: hidden))
-            return labelled_logits(model, self.batches[at])
-
-
-@contextmanager
-def walking(streamed: StreamedModel) -> Iterator[None]:
-    """The model frozen, with what lies outside its blocks, embedding and head in memory."""
-    with frozen(streamed.base.model), streamed.loaded(streamed.outside()):
-        yield
 
 
 def stream_passes(
@@ -170,33 +78,9 @@ def stream_passes(
         return passes.backward(rank, ridge, progress, state)
 
 
-def head_of(streamed: StreamedModel) -> nn.Module:
-    """The output head.
-
-    Raises:
-        ModelError: The model names none.
-    """
-    head = streamed.base.model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{streamed.base.name} names no output head, so it cannot be streamed; profile without --stream")
-    return head
-
-
-def enter(streamed: StreamedModel, walks: Sequence[BlockByBlock]) -> None:
-    """Run what lies below the blocks for all batches."""
-    with streamed.loaded([streamed.base.model.get_input_embeddings()]):
-        for walk in walks:
-            walk.enter()
-
-
-def forward(streamed: StreamedModel, walks: Sequence[BlockByBlock], progress: Progress | None, until: int | None = None) -> None:
-    """Let all batches through the blocks, or through those below `until`."""
-    for block in streamed.blocks[:until]:
-        with streamed.loaded([block.module]):
-            for walk in walks:
-                walk.advance(block.index)
-        if progress:
-            progress("forward", block.index + 1, len(streamed.blocks))
+def _gradient_of(hidden: torch.Tensor, value: torch.Tensor, slope: torch.Tensor | None, *, keep: bool) -> torch.Tensor:
+    """What `value.backward(slope)` gives to `hidden`; the graph stays where it is to be kept."""
+    return torch.autograd.grad(value, hidden, slope, retain_graph=keep)[0]
 
 
 class _Passes:
@@ -240,10 +124,11 @@ class _Passes:
         top = len(self.streamed.blocks)
         for at, batch in enumerate(self.fit.batches):
             hidden = self.fit.hidden(at, top).requires_grad_(True)
-            logits, targets, _ = self.fit.logits(at, hidden)
-            loss = cross_entropy(logits.float(), targets, reduction="sum")
-            loss.backward()
-            self.labelled, self.nats = self.labelled + len(targets), self.nats + float(loss.detach())
+            for logits, targets, _, _ in self.fit.logits(at, hidden):
+                loss = cross_entropy(logits.float(), targets, reduction="sum")
+                del logits
+                loss.backward()
+                self.labelled, self.nats = self.labelled + len(targets), self.nats + float(loss.detach())
             self.tokens += int(batch.attention_mask.sum())
             self._keep("fit", at, 0, top, hidden)
         if not math.isfinite(self.nats):
@@ -255,23 +140,27 @@ class _Passes:
 
     def _held_out_head(self, at: int, batch: Batch, sums: HeldOut, top: int) -> None:
         hidden = self.held.hidden(at, top).requires_grad_(True)
-        logits, targets, rows = self.held.logits(at, hidden)
-        losses = cross_entropy(logits.float(), targets, reduction="none")
-        record = torch.tensor(batch.rows)[rows.cpu()]
-        sums.nats.index_add_(0, record, losses.detach().double().cpu())
-        sums.labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
         sums.tokens.index_add_(0, torch.tensor(batch.rows), batch.attention_mask.sum(dim=1).double().cpu())
-        losses.sum().backward(retain_graph=self.samples > 0)
-        self._keep("held", at, 0, top, hidden)
-        for sample, slope in enumerate(drawn_slopes(logits, label_thresholds(record, self.samples, self.seed))):
-            logits.backward(slope, retain_graph=sample + 1 < self.samples)
-            self._keep("held", at, sample + 1, top, hidden)
+        rows = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)[0]
+        thresholds = label_thresholds(torch.tensor(batch.rows)[rows.cpu()], self.samples, self.seed)
+        slopes = [torch.zeros_like(hidden) for _ in range(self.samples + 1)]
+        for logits, targets, rows, chosen in self.held.logits(at, hidden):
+            losses = cross_entropy(logits.float(), targets, reduction="none")
+            record = torch.tensor(batch.rows)[rows.cpu()]
+            sums.nats.index_add_(0, record, losses.detach().double().cpu())
+            sums.labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
+            slopes[0] += _gradient_of(hidden, losses.sum(), None, keep=self.samples > 0)
+            for sample, slope in enumerate(drawn_slopes(logits, thresholds[:, chosen.cpu()])):
+                slopes[sample + 1] += _gradient_of(hidden, logits, slope, keep=sample + 1 < self.samples)
+        for which, slope in enumerate(slopes):
+            self.boundaries.put(f"held-gradient-{which}", at, top, slope)
 
     def _keep(self, kind: str, at: int, which: int, block: int, hidden: torch.Tensor) -> None:
         """Keep the gradient of what enters a block, and clear it; `which` is 0 for the true labels, else the sample counted from 1."""
         assert hidden.grad is not None
         self.boundaries.put(f"{kind}-gradient-{which}", at, block, hidden.grad)
         self.boundaries.drop(f"{kind}-gradient-{which}", at, block + 1)
+        self.boundaries.drop(kind, at, block + 1)
         hidden.grad = None
 
     def backward(self, rank: int, ridge: float, progress: Progress | None, state: State) -> tuple[Fit, HeldOut]:
@@ -290,6 +179,7 @@ class _Passes:
         whole = Fit(self.tokens, self.labelled, self.nats / self.labelled)
         for block in self.streamed.blocks:
             whole.extend(self.parts[str(block.index)])
+        self.boundaries.clear()
         return whole, self.sums
 
     def _fit_block(self, index: int) -> FitSums:

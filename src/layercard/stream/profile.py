@@ -1,22 +1,33 @@
 """From a model on disk and records to a Layer Card."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layercard.assembly import Assembly
 from layercard.card import LayerCard
+from layercard.cost import CostModel
 from layercard.data import Dataset
 from layercard.errors import TrainingError
+from layercard.files import alone
 from layercard.loading import Progress
+from layercard.meta import device_rates, estimated_cost, free_bytes
 from layercard.probe import StepProbe
 from layercard.profiling import ProfileSettings, plan_of, scaled_steps, split_records
+from layercard.settings import TrainSettings
 from layercard.signals import Fit, HeldOut, form
 from layercard.state import opened
 from layercard.stream.boundaries import Boundaries
 from layercard.stream.passes import stream_passes
 from layercard.stream.probe import stream_step_probe
 from layercard.stream.streamed import StreamedModel
+from layercard.timing import device_name, usual_batch
+
+ROOM = 0.25
+"""Share of the free memory that what goes from block to block may take."""
 
 
 def stream_profile(
@@ -37,23 +48,31 @@ def stream_profile(
     Args:
         streamed: The model.
         dataset: Reference records, at least 4.
-        settings: How; neither the training probe nor the timing of steps can be had, since both need the model in memory.
+        settings: How. The training probe cannot be had, since it needs the model in memory; costs are estimated from the shapes and
+            this device's rates, for the same reason.
         progress: Told of each phase.
-        boundaries: Folder for hidden states and gradients.
+        boundaries: Folder for hidden states and gradients, which this run has for itself; they are gone at the end. When not given they
+            are in memory, or in `state` where they would take more than `ROOM` of it.
         state: Folder where finished parts are kept, as for `profile`.
 
     Raises:
-        TrainingError: The training probe or timing is asked for.
+        TrainingError: The training probe is asked for.
+        OutputError: A folder cannot be written, or another run is at work in it.
         DataError, ModelError: As `stream_passes`.
     """
     settings = settings or ProfileSettings()
     if settings.probe == "train":
         raise TrainingError("the training probe needs the model in memory, and --stream leaves it on disk; use --probe step or none")
-    if settings.cost:
-        raise TrainingError("timing a training step needs the model in memory, and --stream leaves it on disk; use --no-cost")
-    base, kept = streamed.base, Boundaries(boundaries)
+    base = streamed.base
     fit_examples, held_examples = split_records(dataset, settings)
-    with opened(state, plan_of(base, dataset, settings) | {"device": streamed.device.type, "streamed": True}, form(base)) as parts:
+    if boundaries is None and state is not None and _passing_bytes(streamed, dataset) > ROOM * free_bytes(torch.device("cpu")):
+        boundaries = state / "boundaries"
+    kept = Boundaries(boundaries)
+    with ExitStack() as stack:
+        plan = plan_of(base, dataset, settings) | {"device": streamed.device.type, "streamed": True}
+        parts = stack.enter_context(opened(state, plan, form(base)))
+        if boundaries is not None:
+            stack.enter_context(alone(boundaries))
         fit: Fit
         held_out: HeldOut
         fit, held_out = parts.once(
@@ -76,11 +95,38 @@ def stream_profile(
         def probed() -> StepProbe:
             steps, slopes = scaled_steps(fit, held_out)
             examples = held_examples[: settings.probe_records]
-            return stream_step_probe(streamed, steps, slopes, examples, settings.batch_size, boundaries=kept, progress=progress)
+            return stream_step_probe(
+                streamed, steps, slopes, examples, settings.batch_size, boundaries=kept, progress=progress, state=parts
+            )
 
         probe: StepProbe | None = parts.once("step-probe", probed) if settings.probe == "step" else None
     card = Assembly(base, dataset, asdict(settings), fit, held_out, probe, None, len(fit_examples)).card()
-    return card.model_copy(update={"settings": card.settings | _read(streamed)})
+    card = card.model_copy(update={"settings": card.settings | _read(streamed)})
+    return card.with_cost(_cost(streamed, dataset, settings)) if settings.cost else card
+
+
+def _passing_bytes(streamed: StreamedModel, dataset: Dataset) -> int:
+    """Bytes of the hidden states between all blocks, padding not counted."""
+    width = streamed.base.model.get_input_embeddings().weight.shape[1]
+    return (len(streamed.blocks) + 1) * dataset.tokens * width * streamed.dtype.itemsize
+
+
+def _cost(streamed: StreamedModel, dataset: Dataset, settings: ProfileSettings) -> CostModel:
+    """What a training step would cost with the model in memory, from its shapes and what this device reaches."""
+    base, size = streamed.base, TrainSettings().batch_size
+    length = usual_batch(dataset.examples, size, base.pad_id, settings.seed).input_ids.shape[1]
+    flops, bandwidth = device_rates(streamed.device, streamed.dtype, rows=size * length)
+    return estimated_cost(
+        base.model,
+        flops=flops,
+        bandwidth=bandwidth,
+        name=base.name,
+        dtype=str(streamed.dtype).removeprefix("torch."),
+        device=device_name(streamed.device),
+        batch_size=size,
+        length=length,
+        rank=settings.rank,
+    )
 
 
 def _read(streamed: StreamedModel) -> dict[str, Any]:

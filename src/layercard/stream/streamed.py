@@ -12,14 +12,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from layercard.errors import ModelError
 from layercard.layers import Block, find_blocks
 from layercard.loading import Progress, cached_snapshot, locate, quiet_libraries, refuse_encoder_decoder
-from layercard.models import DTYPES, BaseModel, find_device, is_classifier
+from layercard.models import DTYPES, BaseModel, find_device, is_classifier, shared_keys
+from layercard.stream.sources import Source, find_sources
 from layercard.stream.weights import Weights
 
 
@@ -30,7 +29,7 @@ class StreamedModel:
     Attributes:
         base: The model with its parameters on the meta device; buffers that are not stored are real.
         weights: The tensors on disk.
-        names: For each parameter and stored buffer by its name in the model the name of its tensor. Tied ones share a tensor.
+        sources: For each parameter and stored buffer, by its name in the model, where it comes from. Tied ones share a source.
         dtype: What parameters are read as.
         device: Where they are read to.
         resident_bytes: Bytes of the parameters in memory now.
@@ -39,7 +38,7 @@ class StreamedModel:
 
     base: BaseModel
     weights: Weights
-    names: dict[str, str]
+    sources: dict[str, Source]
     dtype: torch.dtype
     device: torch.device
     resident_bytes: int = 0
@@ -75,17 +74,17 @@ class StreamedModel:
         return self._paths[module]
 
     def _fill(self, module: nn.Module, path: str, read: dict[str, Any], was: list[tuple[nn.Module, str, Any]]) -> None:
-        """Put the tensors of one module in place of what it has; `read` has those that are in memory already, by stored name."""
+        """Put the tensors of one module in place of what it has; `read` has those that are in memory already, by their source."""
         for kind in (module._parameters, module._buffers):
             for name, tensor in list(kind.items()):
-                stored = self.names.get(f"{path}.{name}")
-                if tensor is None or stored is None:
+                source = self.sources.get(f"{path}.{name}")
+                if tensor is None or source is None:
                     continue
-                if stored not in read:
-                    value = self.weights.read(stored, self.dtype, self.device)
-                    read[stored] = nn.Parameter(value, requires_grad=False) if kind is module._parameters else value
+                if source.path not in read:
+                    value = source.read(self.weights, self.dtype, self.device)
+                    read[source.path] = nn.Parameter(value, requires_grad=False) if kind is module._parameters else value
                 was.append((module, name, tensor))
-                kind[name] = read[stored]
+                kind[name] = read[source.path]
 
     def outside(self) -> list[nn.Module]:
         """Modules with weights that are neither in a block nor the embedding or the head: norms, positions."""
@@ -121,7 +120,7 @@ def open_model(
     Args:
         name: A local folder with safetensors weights, a hub id whose files are in the cache, or `smollm2-135m`.
         device: As `load_model`; blocks go there one at a time.
-        dtype: As `load_model`; `auto` takes the type that the configuration names.
+        dtype: As `load_model`; `auto` takes the type that the configuration names, else that of the files.
         trust_remote_code: Whether code that comes with the model may run.
         progress: Told of tensors, `fingerprint`.
 
@@ -134,23 +133,26 @@ def open_model(
     if place.lower().endswith(".gguf"):
         raise ModelError(f"{name} is a GGUF file, whose weights cannot be streamed; name a folder with safetensors weights")
     folder = Path(place) if Path(place).is_dir() else Path(cached_snapshot(place))
+    weights = Weights(folder)
+    stored = next((each.dtype for each in weights.tensors.values() if each.dtype.is_floating_point), torch.float32)
     with quiet_libraries():
-        model, kind = _empty(folder, name, dtype, trust_remote_code)
+        model, kind = _empty(folder, name, dtype, stored, trust_remote_code)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises many kinds
             raise ModelError(f"{folder}: its tokenizer cannot be read ({' '.join(str(error).split())[:120]})") from error
     if is_classifier(model):
         raise ModelError(f"{name} is a classifier, and only language models can be streamed; profile without --stream")
-    weights = Weights(folder)
-    names = _names(model, weights, name)
-    digest = _fingerprint(model, weights, names, kind, progress)
+    if shared_keys(model):
+        raise ModelError(f"blocks of {name} share keys and values, so it cannot be streamed; profile without --stream")
+    sources = find_sources(model, weights, name)
+    digest = _fingerprint(model, weights, sources, kind, progress)
     base = BaseModel(model, tokenizer, name, digest, find_blocks(model))
-    return StreamedModel(base, weights, names, kind, target)
+    return StreamedModel(base, weights, sources, kind, target)
 
 
-def _empty(folder: Path, name: str, dtype: str, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model without memory for its parameters; buffers that are computed are real."""
+def _empty(folder: Path, name: str, dtype: str, stored: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model without memory for its parameters, and their type; buffers that are computed are real."""
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
@@ -160,7 +162,7 @@ def _empty(folder: Path, name: str, dtype: str, trust_remote_code: bool) -> tupl
         raise ModelError(f"{name} has quantised weights, which cannot be streamed; profile without --stream")
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    kind = DTYPES[dtype] if dtype != "auto" else config.dtype or torch.float32
+    kind: torch.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or stored
     try:
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
@@ -170,54 +172,16 @@ def _empty(folder: Path, name: str, dtype: str, trust_remote_code: bool) -> tupl
     return model.eval(), kind
 
 
-def _names(model: PreTrainedModel, weights: Weights, name: str) -> dict[str, str]:
-    """The stored name of each parameter and of each stored buffer.
-
-    A tied parameter is stored once. What is put together from several tensors, such as the experts of many models, is not found.
-    """
-    own = _own_names(model, weights)
-    persistent = model.state_dict().keys()
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    buffers = [(path, value) for path, value in model.named_buffers(remove_duplicate=False) if path in persistent]
-    found = {path: own[path] for path, _ in (*parameters, *buffers) if path in own}
-    stored_of = {id(value): found[path] for path, value in parameters if path in found}
-    for path, value in parameters:
-        if path not in found and id(value) in stored_of:
-            found[path] = stored_of[id(value)]
-    missing = [path for path, _ in parameters if path not in found]
-    if missing:
-        raise ModelError(
-            f"{name}: its files hold no {missing[0]} ({len(missing)} such tensors are missing); models stored under other names, such as "
-            "mixtures of experts with a tensor for each expert, cannot be streamed: profile without --stream"
-        )
-    for path, value in parameters:
-        if weights.tensors[found[path]].shape != tuple(value.shape):
-            raise ModelError(f"{name}: {found[path]} is stored as {weights.tensors[found[path]].shape}, not {tuple(value.shape)}")
-    return found
-
-
-def _own_names(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
-    """The stored name by the model's own: files may spell names as older versions did, and leave out the prefix of the base model."""
-    known = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    found = {}
-    for stored in weights.tensors:
-        path, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
-        if pattern is None:
-            found[path] = stored
-    return found
-
-
-def _fingerprint(model: PreTrainedModel, weights: Weights, names: dict[str, str], dtype: torch.dtype, progress: Progress | None) -> str:
+def _fingerprint(
+    model: PreTrainedModel, weights: Weights, sources: dict[str, Source], dtype: torch.dtype, progress: Progress | None
+) -> str:
     """What `models.fingerprint` gives for the whole model, from one tensor after another."""
     tied = {path for path, _ in model.named_parameters(remove_duplicate=False)}
     others = sorted(path for path in model.state_dict() if path not in tied)
     digest = hashlib.sha256()
     paths = [*sorted(path for path, _ in model.named_parameters()), *others]
     for at, path in enumerate(paths):
-        tensor = weights.read(names[path], dtype)
+        tensor = sources[path].read(weights, dtype)
         digest.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if progress:

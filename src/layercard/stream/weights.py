@@ -84,7 +84,7 @@ class Weights:
             raise ModelError(f"the model's files hold no {name}; use a whole model")
         stored = self.tensors[name]
         raw = torch.empty(stored.size, dtype=torch.uint8)
-        _fill(stored, memoryview(raw.numpy()), name)
+        _fill(stored, raw.numpy().data, name)
         self.bytes_read += stored.size
         found = raw.view(stored.dtype).reshape(stored.shape)
         return found.to(device, dtype if dtype is not None and found.is_floating_point() else found.dtype)
