@@ -69,8 +69,8 @@ def profile(
         typer.Option(
             "--boundaries",
             metavar="DIR",
-            help="With --stream: keep what goes from block to block there. When not given: in memory if a quarter of what is free holds it, else "
-            "beside the card.",
+            help="With --stream: keep what goes from block to block there. When not given: in memory if a quarter of what is free "
+            "holds it, else beside the card.",
         ),
     ] = None,
     reuse: Annotated[
