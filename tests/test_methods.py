@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from layercard import beginnings
 from layercard.adapters import adapted, adapted_paths, loaded, place, without_experts
@@ -22,7 +23,7 @@ from layercard.evaluation import held_out_losses
 from layercard.fast.lora import fused_lora
 from layercard.files import read_json
 from layercard.methods import METHODS, configuration
-from layercard.models import BaseModel
+from layercard.models import BaseModel, wrap_model
 from layercard.settings import METHODS as HAS
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training import train
@@ -30,7 +31,7 @@ from layercard.verification import verify_adapter
 from test_adapters import assert_same, base_of, mixture, state_of
 from test_processes import TESTS, TORCHRUN, environment
 from test_training import assert_equal_adapters, stop_at
-from tiny import tiny_records, write_records
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 SETTINGS = TrainSettings(rank=2, steps=4, batch_size=4, accumulation=2, learning_rate=1e-2, warmup_ratio=0.0, save_steps=2)
 
@@ -204,6 +205,27 @@ def test_a_run_of_another_method_is_not_resumed(tiny_base: BaseModel, tiny_file:
     train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", settings_of("dora"))
     with pytest.raises(TrainingError, match="a run with method dora, not lora"):
         train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", SETTINGS, resume=True)
+
+
+@pytest.mark.parametrize("method", ["pissa", "eva", "adalora"])
+def test_a_classifiers_head_is_trained_interrupted_and_saved_along(method: str, tmp_path: Path) -> None:
+    config = LlamaConfig(**{**build_tiny("llama").config.to_dict(), "num_labels": 2})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = wrap_model(LlamaForSequenceClassification(config), tiny_tokenizer(), name="classifier")
+    records = [{"text": record["prompt"], "label": at % 2} for at, record in enumerate(tiny_records(12))]
+    data = load_data(str(write_records(tmp_path / "data.jsonl", records)), base.tokenizer, classes=base.classes)
+    placement, settings, before = place(base, [1, 2]), settings_of(method), state_of(base.model)
+    spare = FastSettings(prefix_cache=False)
+    whole = train(base, placement, data, tmp_path / "whole", settings, spare=spare, valid=data)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, placement, data, tmp_path / "cut", settings, spare=spare, valid=data, progress=stop_at(3))
+    train(base, placement, data, tmp_path / "cut", settings, spare=spare, valid=data, resume=True)
+    assert_equal_adapters(tmp_path / "whole", tmp_path / "cut")
+    assert any("score" in name for name in load_file(tmp_path / "whole" / "adapter_model.safetensors"))
+    with loaded(base, tmp_path / "whole") as model:
+        assert held_out_losses(model, base.pad_id, data).loss == pytest.approx(whole["loss_after"], abs=1e-5)
+    assert_same(before, state_of(base.model))
 
 
 @pytest.mark.slow

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -188,6 +199,7 @@ def test_a_block_without_the_module_gets_nothing() -> None:
         ({"layers_to_transform": [-1]}, None, "layer -1 is not in the model"),
         ({"layers_to_transform": [-1]}, None, "PEFT refuses it"),
         ({"target_modules": ["q_proj", "lm_head"]}, [0, 1, 2], "lm_head is adapted too"),
+        ({"bias": "all"}, [0, 1, 2], "bias='all' trains the biases of every layer"),
     ],
 )
 def test_what_differs_is_said(settings: dict[str, Any], layers: list[int] | None, words: str) -> None:
@@ -281,6 +293,8 @@ def test_what_is_no_adapter_ends_in_one_line(tmp_path: Path, layercard: Command)
     (tmp_path / "empty").mkdir()
     strange = tmp_path / "strange.json"
     strange.write_text('{"peft_type": "MAGIC"}')
+    worded = tmp_path / "worded.json"
+    worded.write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "layers_to_transform": ["a"]}')
     raised = tmp_path / "raised.json"
     raised.write_text('{"peft_type": "LORA", "target_modules": "all-linear", "layers_to_transform": [1]}')
     pickled = tmp_path / "pickled"
@@ -290,6 +304,7 @@ def test_what_is_no_adapter_ends_in_one_line(tmp_path: Path, layercard: Command)
         (tmp_path / "empty", (), "lacks adapter_config.json"),
         (tmp_path / "absent", (), "lacks adapter_config.json"),
         (strange, (), "peft_type 'MAGIC'"),
+        (worded, (), "layers_to_transform has 'a', which is no index"),
         (raised, (), "PEFT refuses this configuration"),
         (pickled, (), "only pickled weights"),
         (pickled, ("--layers", "5-"), "--layers has '5-'"),
@@ -306,6 +321,21 @@ def test_verify_of_a_placement_for_another_depth_says_so() -> None:
     base = wrap_model(build_tiny("llama", num_hidden_layers=5), tiny_tokenizer())
     words = differences(build_tiny("llama"), LoraConfig(target_modules=["q_proj"], layers_to_transform=[1]), placement=place(base, [1, 4]))
     assert any("which this model does not have" in each for each in words)
+
+
+def test_what_trains_beside_the_adapters_and_keys_of_a_later_peft_are_noted(tmp_path: Path) -> None:
+    file = tmp_path / "later.json"
+    file.write_text('{"peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "of_2030": 1}')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = verify_adapter(build_tiny("llama"), file)
+    assert found.as_planned
+    assert found.notes == ("lm_head trained whole and saved along", "this PEFT leaves out of_2030, which it does not know")
+
+
+def test_a_method_without_modules_adapts_nothing() -> None:
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    assert differences(build_tiny("llama"), config) == ("no module of this model is adapted",)
 
 
 def test_check_raises_the_first_difference() -> None:

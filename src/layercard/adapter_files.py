@@ -1,7 +1,10 @@
 """Adapters and configurations that others wrote: what they say, what their weights hold, and whether those have an effect."""
 
+import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
@@ -26,19 +29,34 @@ def read_adapter_config(path: str | Path) -> PeftConfig:
     Raises:
         PlacementError: There is none, or PEFT does not understand it.
     """
+    file, values = _values(path)
+    kinds = [kind.value for kind in PeftType]
+    if values.get("peft_type") not in kinds:
+        raise PlacementError(f"{file} has peft_type {values.get('peft_type')!r}; name a configuration that PEFT wrote (peft_type LORA, …)")
+    layers = values.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise PlacementError(f"{file}: layers_to_transform has {layer!r}, which is no index; write whole numbers")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that it does not know: `unknown_keys`
+            return PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**values))
+    except (TypeError, ValueError, KeyError) as error:
+        raise PlacementError(f"{file}: PEFT refuses this configuration ({one_line(error)}); mend it") from error
+
+
+def unknown_keys(path: str | Path, config: PeftConfig) -> list[str]:
+    """Keys of a configuration's file that this PEFT does not know, and so leaves out."""
+    return sorted(set(_values(path)[1]) - {field.name for field in dataclasses.fields(config)})
+
+
+def _values(path: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(path)
     file = path / CONFIG_FILE if path.is_dir() else path
     if not file.is_file():
         raise PlacementError(f"{path} is no adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
     values = read_json(file, PlacementError, "adapter configuration")
-    kinds = [kind.value for kind in PeftType]
-    if values.get("peft_type") not in kinds:
-        raise PlacementError(f"{file} has peft_type {values.get('peft_type')!r}; name a configuration that PEFT wrote (peft_type LORA, …)")
-    try:
-        values = PeftConfig.check_kwargs(**{name: value for name, value in values.items() if name != "runtime_config"})
-        return PeftConfig.from_peft_type(**values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise PlacementError(f"{file}: PEFT refuses this configuration ({one_line(error)}); mend it") from error
+    return file, {name: value for name, value in values.items() if name != "runtime_config"}
 
 
 def read_weights(folder: str | Path) -> dict[str, torch.Tensor] | None:

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from layercard import processes
 from layercard.adapters import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model, no_deprecations, no_false_warnings
-from layercard.beginnings import INITIAL, begin
+from layercard.beginnings import INITIAL, begin, save_as_plain_lora
 from layercard.data import Dataset
 from layercard.errors import OutputError, TrainingError
 from layercard.evaluation import HeldOut, describe_data, held_out_losses, reduction_interval
@@ -29,6 +29,7 @@ from layercard.models import BaseModel, Progress, describe, quiet_libraries
 from layercard.phases import Phases
 from layercard.selection import Placement
 from layercard.settings import FastSettings, TrainSettings
+from layercard.soundness import check_ids
 from layercard.trainer import TrainLog, fit, last_checkpoint
 
 __all__ = ["RUN_FILE", "SCHEMA", "TrainSettings", "train"]
@@ -100,6 +101,7 @@ def train(
     check_model(base, placement)
     if data.labelled_tokens == 0:
         raise TrainingError(f"{data.source} has no labelled token to learn from; give records with completions")
+    check_ids(base.model, data)
     if settings.batch_size % processes.count():
         raise TrainingError(
             f"{processes.count()} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {processes.count()}"
@@ -292,14 +294,13 @@ def _clear(output: Path, force: bool) -> None:
 
 
 def _save_adapter(model: PeftModel, output: Path, method: str) -> None:
-    """Write the adapter's two files, each whole or not at all.
-
-    What began out of the weights is saved as plain LoRA of twice the rank, `B A − B₀ A₀`, which loads on the weights as they were.
-    """
-    initial = {"path_initial_model_for_weight_conversion": str(output / CHECKPOINTS / INITIAL)} if method in REWRITING else {}
+    """Write the adapter's two files, each whole or not at all."""
     try:
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as part:
-            model.save_pretrained(part, save_embedding_layers=False, **initial)
+            if method in REWRITING:
+                save_as_plain_lora(model, Path(part), output / CHECKPOINTS / INITIAL)
+            else:
+                model.save_pretrained(part, save_embedding_layers=False)
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 (Path(part) / name).replace(output / name)
     except OSError as error:

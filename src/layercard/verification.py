@@ -17,11 +17,11 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedModel
 
-from layercard.adapter_files import load_weights, one_line, read_adapter_config, read_weights, saved_modules, without_effect
+from layercard.adapter_files import load_weights, one_line, read_adapter_config, read_weights, saved_modules, unknown_keys, without_effect
 from layercard.adapters import PLACEMENT_FILE, no_deprecations, unchanged
 from layercard.differences import Asked, Blocks, index_words, layer_words, name_words, partial_words, path_words, tower_words
 from layercard.errors import PlacementError
-from layercard.inspection import adapted_paths, adapted_ranks
+from layercard.inspection import adapted_paths, adapted_ranks, few
 from layercard.selection import Placement
 
 SCHEMA = "layercard-verification/1"
@@ -138,7 +138,12 @@ def verify_adapter(
         placement = own_placement(folder)
     found = _verify(model, config, read_weights(folder), placement, layers, name, str(folder))
     base = base_words(config, placement, name, fingerprint)
-    return found if not base else dataclasses.replace(found, differences=(base, *found.differences))
+    unknown = unknown_keys(folder, config)
+    return dataclasses.replace(
+        found,
+        differences=((base, *found.differences) if base else found.differences),
+        notes=((*found.notes, f"this PEFT leaves out {few(unknown)}, which it does not know") if unknown else found.notes),
+    )
 
 
 def own_placement(folder: str | Path) -> Placement | None:
@@ -172,16 +177,18 @@ def _verify(
     blocks, asked = Blocks.of(model), asked_of(config)
     wanted = placement.layers if placement is not None else layers if layers is not None else asked.layers
     adapted: tuple[str, ...] = ()
-    notes = _pattern_notes(config)
+    notes = _config_notes(config)
     try:
         with _wrapped(model, config) as wrapped:
             adapted = adapted_paths(wrapped)
             asked = _as_converted(asked, wrapped.peft_config["default"])
             words = _landed_words(blocks, asked, wanted, placement, adapted)
-            words += _rank_words(wrapped, placement)
+            words += _rank_words(wrapped, placement) + _beside_words(config, wanted)
             words += [] if weights is None else load_weights(wrapped, weights)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         words = [*index_words(blocks, asked, wanted), *name_words(blocks, asked), f"PEFT refuses it: {one_line(error)}"]
+    if not adapted and not words:
+        words = ["no module of this model is adapted"]
     if wanted is None:
         notes += tower_words(blocks, adapted, wanted=False)
     notes += partial_words(blocks, asked, wanted, adapted)
@@ -248,13 +255,21 @@ def _rank_words(model: PeftModel, placement: Placement | None) -> list[str]:
     ]
 
 
-def _pattern_notes(config: PeftConfig) -> list[str]:
-    """Ranks of single modules without an alpha change the scale alpha / rank there."""
+def _beside_words(config: PeftConfig, wanted: Sequence[int] | None) -> list[str]:
+    """What a configuration trains that no layer limits."""
+    everywhere = wanted is not None and vars(config).get("bias") == "all"
+    return ["bias='all' trains the biases of every layer"] if everywhere else []
+
+
+def _config_notes(config: PeftConfig) -> list[str]:
+    """Ranks of single modules without an alpha, which change the scale alpha / rank there; modules trained whole."""
     given = vars(config)
+    whole = [f"{few(given['modules_to_save'])} trained whole and saved along"] if given.get("modules_to_save") else []
     if config.peft_type not in (PeftType.LORA, PeftType.LOHA, PeftType.LOKR) or not given.get("rank_pattern"):
-        return []
+        return whole
     alone = sorted(set(given["rank_pattern"]) - set(given.get("alpha_pattern") or {}))
-    return [f"rank_pattern names {alone[0]!r} and alpha_pattern does not, so the scale alpha / rank is another there"] if alone else []
+    scaled = [f"rank_pattern names {name!r} and alpha_pattern does not, so the scale alpha / rank is another there" for name in alone[:1]]
+    return scaled + whole
 
 
 def _chosen_by(config: PeftConfig) -> dict[str, Any]:
