@@ -30,6 +30,8 @@ from layercard.signals import fit_pass, held_out_pass
 FOLDER = RESULTS / "profile_scaling"
 SHAPES = ((128, 4), (256, 6), (512, 8), (1024, 12), (1536, 16), (2048, 20))
 """Width and number of blocks."""
+WIDE = 1024
+"""Width from which on a run takes so long that it is made once, without one to warm up."""
 RECORDS, LENGTH, VOCABULARY = 8, 64, 8192
 TOKEN_SHAPE = (512, 8)
 TOKEN_RECORDS = (4, 8, 16, 32, 64)
@@ -78,11 +80,12 @@ def cost(base: BaseModel, records: int) -> float:
 
 
 def measured(width: int, depth: int, records: int, repeats: int) -> dict[str, Any]:
-    """One point: the least of a few runs, after a small one to warm up."""
+    """One point: the least of a few runs, after a small one to warm up where that could matter."""
     path = FOLDER / f"w{width}-l{depth}-n{records}.json"
     if not path.exists():
         base = random_base(width, depth)
-        cost(base, 4)
+        if width < WIDE:
+            cost(base, 4)
         seconds = [cost(base, records) for _ in range(repeats)]
         parameters = sum(weight.numel() for weight in base.model.parameters())
         write_json(path, {"parameters": parameters, "tokens": records * LENGTH, "runs": seconds, "cpu_seconds": min(seconds)})
@@ -106,7 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tokens = [measured(*TOKEN_SHAPE, records, repeats=2) for records in TOKEN_RECORDS]
     shapes = [(w, depth) for w, depth in SHAPES if depth * (4 * w * w + 33 * w * w // 4) <= options.largest * 1e6]
-    sizes = [measured(w, depth, RECORDS, repeats=1 if w > 1024 else 2) for w, depth in shapes]
+    sizes = [measured(w, depth, RECORDS, repeats=1 if w >= WIDE else 2) for w, depth in shapes]
     by_size, by_tokens = exponent(sizes, "parameters"), exponent(tokens, "tokens")
     upper = exponent(sizes[-4:], "parameters")
     rows: list[list[Any]] = [

@@ -145,6 +145,7 @@ def open_model(
         raise ModelError(f"{name} is a classifier, and only language models can be streamed; profile without --stream")
     if shared_keys(model):
         raise ModelError(f"blocks of {name} share keys and values, so it cannot be streamed; profile without --stream")
+    _place_buffers(model, target)
     sources = find_sources(model, weights, name)
     digest = _fingerprint(model, weights, sources, kind, progress)
     base = BaseModel(model, tokenizer, name, digest, find_blocks(model))
@@ -170,6 +171,13 @@ def _empty(folder: Path, name: str, dtype: str, stored: torch.dtype, trust_remot
         raise ModelError(f"{name} cannot be built as a causal language model ({' '.join(str(error).split())[:120]})") from error
     model.tie_weights()
     return model.eval(), kind
+
+
+def _place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move what a model computes when it is built to where its blocks will run."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def _fingerprint(
