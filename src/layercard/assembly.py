@@ -16,6 +16,7 @@ from layercard.layers import ExpertStack
 from layercard.models import BaseModel, describe
 from layercard.probe import StepProbe
 from layercard.signals import Fit, HeldOut, ModuleSignals
+from layercard.soundness import check_held_out
 from layercard.statistics.coupling import centrality, correlation, curvature, descent, single_gain
 from layercard.statistics.coverage import gain_estimate, similarity
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
@@ -65,7 +66,12 @@ class Assembly:
         self.shrink = math.sqrt(self.records / fit_records)
 
     def card(self) -> LayerCard:
-        """The whole card."""
+        """The whole card.
+
+        Raises:
+            DataError: What was measured on the held-out records is not finite.
+        """
+        check_held_out(self.dataset.source, self.held_out.tensors())
         measures = {**self._fitted(), **self._bootstrapped()}
         depth = len(self.base.blocks)
         k = curvature(self.held_out.drawn, self.held_out.labelled)
@@ -89,7 +95,7 @@ class Assembly:
             curvature=tuple(k.diagonal().tolist()),
             stability=(stability := self._stability()),
             units=UNITS,
-            warnings=tuple(cautions(self.base, self.fit, self.dataset, stability)),
+            warnings=tuple(cautions(self.base, self.fit, self.dataset, stability, self.probe)),
         )
 
     def _entry(self, layer: int, measures: dict[str, _Profile]) -> LayerEntry:

@@ -3,6 +3,7 @@
 from layercard.data import Dataset
 from layercard.layers import unread_experts
 from layercard.models import BaseModel
+from layercard.probe import StepProbe
 from layercard.signals import Fit
 
 MASSIVE = 100.0
@@ -11,7 +12,7 @@ STABLE = 0.8
 """Split-half rank correlation of `gain_estimate` below which the ranking is called unstable."""
 
 
-def cautions(base: BaseModel, fit: Fit, dataset: Dataset, stability: dict[str, float]) -> list[str]:
+def cautions(base: BaseModel, fit: Fit, dataset: Dataset, stability: dict[str, float], probe: StepProbe | None = None) -> list[str]:
     """The card's warnings, one sentence each.
 
     Args:
@@ -19,14 +20,18 @@ def cautions(base: BaseModel, fit: Fit, dataset: Dataset, stability: dict[str, f
         fit: What the fit pass found.
         dataset: The records.
         stability: Split-half rank correlation of each measure.
+        probe: What the step probe found, where there was one.
     """
     found = []
-    massive = [layer for layer, inputs in enumerate(fit.inputs) if any(signals.massive > MASSIVE for signals in inputs)]
+    massive = [
+        layer for layer, inputs in enumerate(fit.inputs) if any(signals.massive > MASSIVE and signals.energy > 0 for signals in inputs)
+    ]
     if massive:
         found.append(
             f"massive activations in layer {', '.join(map(str, massive))}: a few tokens or features carry over {MASSIVE:.0f} times "
             "the usual energy; the ridge is measured against the usual energy, so the layer is not wiped out"
         )
+    found += [*_silent(fit), *_diverged(probe)]
     widest = max(signals.features for inputs in fit.inputs for signals in inputs)
     if fit.tokens < widest:
         found.append(
@@ -42,6 +47,38 @@ def cautions(base: BaseModel, fit: Fit, dataset: Dataset, stability: dict[str, f
     if dataset.truncated:
         found.append(f"{dataset.truncated} records were longer than the limit and were cut")
     return found
+
+
+def _silent(fit: Fit) -> list[str]:
+    """Layers that nothing enters, and layers that no gradient comes back to."""
+    nothing, alone = [], []
+    for layer, (inputs, modules) in enumerate(zip(fit.inputs, fit.modules, strict=True)):
+        zeros = sum(signals.energy == 0 for signals in inputs)
+        if zeros:
+            nothing.append(f"{layer} ({zeros} of {len(inputs)} inputs)")
+        elif all(signals.residual_energy == 0 for signals in modules):
+            alone.append(str(layer))
+    found = []
+    if nothing:
+        found.append(
+            f"no activation in layer {', '.join(nothing)}: these inputs are zero for every token, so adapters there would learn nothing"
+        )
+    if alone:
+        found.append(
+            f"no gradient reaches layer {', '.join(alone)}: its output changes no loss here, or numbers are too small for the dtype; "
+            "compare with --dtype float32"
+        )
+    return found
+
+
+def _diverged(probe: StepProbe | None) -> list[str]:
+    """Layers whose step probe is not finite."""
+    if probe is None or not probe.diverged:
+        return []
+    return [
+        f"the step probe's loss is not finite in layer {', '.join(map(str, probe.diverged))}: that length of the step counts as no gain; "
+        "compare with --dtype float32"
+    ]
 
 
 def _idle_experts(base: BaseModel, fit: Fit) -> list[str]:

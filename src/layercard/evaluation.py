@@ -13,6 +13,7 @@ from layercard.data import IGNORED, Dataset, Example, batches
 from layercard.errors import DataError, ModelError
 from layercard.metrics import exact_match, overlap
 from layercard.models import BaseModel, Progress, describe, labelled_logits, quiet_libraries
+from layercard.soundness import check_ids
 
 SCHEMA = "layercard-eval/1"
 RESAMPLES = 1000
@@ -58,11 +59,12 @@ def held_out_losses(
     Records of similar length share a batch; the result is in the order of `dataset`. `progress` hears of `phase`, in records.
 
     Raises:
-        DataError: No record has a labelled token.
+        DataError: No record has a labelled token, or one has ids that the model does not have.
         ModelError: The model gives losses that are no numbers.
     """
     if dataset.labelled_tokens == 0:
         raise DataError(f"{dataset.source} has no labelled token to measure on; give records with completions")
+    check_ids(model, dataset)
     nats, labelled, right = (torch.zeros(len(dataset), dtype=torch.float64) for _ in range(3))
     device, training, done = next(model.parameters()).device, model.training, 0
     model.eval()

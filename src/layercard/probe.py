@@ -134,12 +134,19 @@ class StepProbe:
     def gain(self, weights_n: torch.Tensor) -> torch.Tensor:
         """Largest loss reduction that either length reaches, at least 0: `[layers]`, nats per labelled token.
 
+        A length at which the loss of some record is not finite reaches nothing; `diverged` says where that is so.
+
         Args:
             weights_n: How often each record counts; those beyond the records of the probe are not used.
         """
         weights = weights_n[: len(self.tokens)]
         reduction = ((self.before - self.after) * weights).sum(dim=2) / (weights * self.tokens).sum().clamp(min=1.0)
-        return reduction.max(dim=1).values.clamp(min=0)
+        return reduction.where(self.after.isfinite().all(dim=2), 0.0).max(dim=1).values.clamp(min=0)
+
+    @property
+    def diverged(self) -> list[int]:
+        """Layers in which a step led to a loss that is not finite."""
+        return (~self.after.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
 
 
 def step_probe(

@@ -22,6 +22,7 @@ from layercard.phases import Phases
 from layercard.probe import ProbeTraining, ReplayedSet, Step, StepProbe, step_probe
 from layercard.settings import TrainSettings
 from layercard.signals import Fit, HeldOut, fit_pass, form, held_out_pass
+from layercard.soundness import check_ids, check_labels
 from layercard.state import SCHEMA, State, opened
 from layercard.statistics.coupling import curvature, descent
 from layercard.timing import measure_cost, usual_batch
@@ -95,11 +96,14 @@ def profile(
             there is used, to the same card bit for bit (on a CPU). It is the caller's to remove (`state.discard`).
 
     Raises:
-        DataError: Fewer than 4 records, or a loss that is not finite.
+        DataError: Fewer than 4 records, one without a labelled token or with ids that the model does not have, or a loss that is not
+            finite.
+        ModelError: Activations or gradients are not finite: half precision overflows.
         OutputError: `state` is something else, another run works there, or it cannot be written.
         TrainingError: A loss of the training probe is not finite.
     """
     settings = settings or ProfileSettings()
+    check_ids(base.model, dataset)
     split = split_records(dataset, settings)
     with processes.joined(base.device), opened(state, plan_of(base, dataset, settings), form(base)) as kept:
         return _Profile(base, dataset, settings, *split, kept, progress if processes.is_first() else None).card()
@@ -221,6 +225,7 @@ def split_records(dataset: Dataset, settings: ProfileSettings) -> tuple[list[Exa
     """Records that make the steps, and records that measure them; the split depends on the seed alone."""
     if len(dataset) < 4:
         raise DataError(f"{dataset.source} gives {len(dataset)} records; a card needs at least 4, and 64 are a good start")
+    check_labels(dataset)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     cut = min(max(round(settings.fit_share * len(order)), 2), len(order) - 2)
     return [dataset.examples[row] for row in sorted(order[:cut])], [dataset.examples[row] for row in sorted(order[cut:])]

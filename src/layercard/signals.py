@@ -20,6 +20,7 @@ from layercard.fit_sums import FitSums, own_batches
 from layercard.layers import Block, Projection
 from layercard.models import BaseModel, Progress, labelled_logits
 from layercard.probe import Step, StepProbe
+from layercard.soundness import check_signals
 from layercard.state import State
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual, ridge_scale
@@ -247,6 +248,7 @@ def solve_layer(
     present = [projection for projection in block.maps if projection.path in gradients]
     for projection in present:
         leader = leaders[projection.path]
+        check_signals(projection.path, inputs[leader], gradients[projection.path], next(block.module.parameters()).dtype)
         if leader not in whitenings:
             moments = inputs[leader]
             moments.absent = fit.tokens - moments.tokens if projection.expert is not None else 0
