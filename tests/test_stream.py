@@ -236,6 +236,21 @@ def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, m
     assert comparable(found) == expected and "fit-0-0.safetensors" in seen[0]
 
 
+def test_a_model_on_the_hub_is_fetched_and_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "llama", "llama")
+    monkeypatch.setattr("layercard.stream.streamed.hub_answers", lambda: True)
+    monkeypatch.setattr("layercard.stream.streamed.snapshot_download", lambda name, allow_patterns: str(folder))
+    assert open_model("someone/llama").base.fingerprint == open_model(str(folder)).base.fingerprint
+
+    def refused(name: str, allow_patterns: list[str]) -> str:
+        raise OSError("401 of\nthe server")
+
+    monkeypatch.setattr("layercard.stream.streamed.snapshot_download", refused)
+    with pytest.raises(ModelError, match="did not give it") as caught:
+        open_model("someone/llama")
+    assert "(401 of the server)" in str(caught.value)
+
+
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     streamed = open_model(str(saved(tmp_path / "llama", "llama")))
     data = data_for(tmp_path, streamed.base.tokenizer)

@@ -19,6 +19,7 @@ from layercard.probe import StepProbe
 from layercard.profiling import ProfileSettings, plan_of, scaled_steps, split_records
 from layercard.settings import TrainSettings
 from layercard.signals import Fit, HeldOut, form
+from layercard.soundness import check_ids
 from layercard.state import opened
 from layercard.stream.boundaries import Boundaries
 from layercard.stream.passes import stream_passes
@@ -64,6 +65,7 @@ def stream_profile(
     if settings.probe == "train":
         raise TrainingError("the training probe needs the model in memory, and --stream leaves it on disk; use --probe step or none")
     base = streamed.base
+    check_ids(base.model, dataset)
     fit_examples, held_examples = split_records(dataset, settings)
     if boundaries is None and state is not None and _passing_bytes(streamed, dataset) > ROOM * free_bytes(torch.device("cpu")):
         boundaries = state / "boundaries"

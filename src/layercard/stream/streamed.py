@@ -10,16 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from layercard.errors import ModelError
+from layercard.hub import hub_answers
 from layercard.layers import Block, find_blocks
 from layercard.loading import Progress, cached_snapshot, locate, quiet_libraries, refuse_encoder_decoder
 from layercard.models import DTYPES, BaseModel, find_device, is_classifier, shared_keys
 from layercard.stream.sources import Source, find_sources
 from layercard.stream.weights import Weights
+
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+"""What of a model on the hub is fetched."""
 
 
 @dataclass
@@ -118,7 +123,7 @@ def open_model(
     """A model by name, without reading its weights but for the fingerprint.
 
     Args:
-        name: A local folder with safetensors weights, a hub id whose files are in the cache, or `smollm2-135m`.
+        name: A local folder with safetensors weights, a hub id (its files are fetched to the cache), or `smollm2-135m`.
         device: As `load_model`; blocks go there one at a time.
         dtype: As `load_model`; `auto` takes the type that the configuration names, else that of the files.
         trust_remote_code: Whether code that comes with the model may run.
@@ -132,7 +137,7 @@ def open_model(
     place = locate(name, progress)
     if place.lower().endswith(".gguf"):
         raise ModelError(f"{name} is a GGUF file, whose weights cannot be streamed; name a folder with safetensors weights")
-    folder = Path(place) if Path(place).is_dir() else Path(cached_snapshot(place))
+    folder = _folder(place)
     weights = Weights(folder)
     stored = next((each.dtype for each in weights.tensors.values() if each.dtype.is_floating_point), torch.float32)
     with quiet_libraries():
@@ -150,6 +155,19 @@ def open_model(
     digest = _fingerprint(model, weights, sources, kind, progress)
     base = BaseModel(model, tokenizer, name, digest, find_blocks(model))
     return StreamedModel(base, weights, sources, kind, target)
+
+
+def _folder(place: str) -> Path:
+    """Where a model's files are; those of one on the hub are fetched to its cache first, where it answers."""
+    if Path(place).is_dir():
+        return Path(place)
+    if not hub_answers():
+        return Path(cached_snapshot(place))
+    try:
+        return Path(snapshot_download(place, allow_patterns=FILES))
+    except Exception as error:  # the hub client raises many kinds
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"{place!r} is no local folder, and the hub did not give it ({reason}); name a folder or another model") from error
 
 
 def _empty(folder: Path, name: str, dtype: str, stored: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:
