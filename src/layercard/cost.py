@@ -44,8 +44,8 @@ Shapes = Sequence[Sequence[tuple[int, int] | Shape]]
 """For each layer the `(in, out)` of its linear maps; a `Shape` for stacked experts."""
 
 _Amount = Annotated[FiniteFloat, Field(ge=0)]
-_Count = Annotated[int, Field(ge=0)]
-_Positive = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Positive = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 @dataclass(frozen=True)

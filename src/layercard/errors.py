@@ -37,10 +37,19 @@ class Symptom(NamedTuple):
     mend: str
 
 
+LONGEST = 1000
+"""Characters of a message; of a longer one, which quotes what a broken file holds, the middle is left out."""
+
+
 class LayercardError(Exception):
     """Base of every error that a user can mend."""
 
     symptoms: ClassVar[tuple[Symptom, ...]] = ()
+
+    def __str__(self) -> str:
+        """The message, on one line and not without end whatever it quotes."""
+        text = " ".join(super().__str__().split())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class ModelError(LayercardError):

@@ -44,7 +44,7 @@ def from_rates(
     """Costs of a model from its shapes and a device's rates; each operation takes `max(FLOPs / flops, bytes / bandwidth, launch)`.
 
     Against what was measured of a 135M model on a CPU, with that CPU's rates: memory within 5 %, the shares of placements in the
-    step time of all layers within 8 points; of a small model of experts (4 layers, 4 of 16 experts a token) memory within 20 %, the
+    step time of all layers within 8 points; of a small model of experts (4 layers, 4 of 16 experts a token) memory within 21 %, the
     shares within 15 points. A measured model is better wherever it can be had.
 
     Args:

@@ -3,7 +3,7 @@
     python -m fuzzing.run jsonl card --seconds 600 --seed 1
     python -m fuzzing.run merge --engine atheris          byte by byte, led by coverage; needs the extra `fuzz`
 
-A finding is an exception other than `LayercardError`, a message of several lines, over ten seconds, or more memory than the limit. It is
+A finding is an exception other than `LayercardError`, a message of several lines, over ten seconds of processor time, or more memory than the limit. It is
 written to `corpus/TARGET/`, where the tests read it again.
 """
 
@@ -32,7 +32,7 @@ from layercard.errors import LayercardError
 
 CORPUS = Path(__file__).with_name("corpus")
 SLOWEST = 10
-"""Seconds that one file may take."""
+"""Seconds of processor time that one file may take."""
 MEMORY = 4 * 2**30
 """Bytes of address space beyond what the process has when it starts."""
 
@@ -73,13 +73,13 @@ def _limited() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _TooSlow
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SLOWEST)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SLOWEST)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def cases(target: Target, seed: int) -> Iterator[bytes]:
