@@ -3,8 +3,8 @@
     python -m fuzzing.run jsonl card --seconds 600 --seed 1
     python -m fuzzing.run merge --engine atheris          byte by byte, led by coverage; needs the extra `fuzz`
 
-A finding is an exception other than `LayercardError`, a message of several lines, over ten seconds of processor time, or more memory than the limit. It is
-written to `corpus/TARGET/`, where the tests read it again.
+A finding is an exception other than `LayercardError`, a message of several lines, over ten seconds of processor time, or more memory than
+the limit. It is written to `corpus/TARGET/`, where the tests read it again.
 """
 
 import argparse
