@@ -3,6 +3,7 @@
 import difflib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -19,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from layercard import processes
 from layercard.adalora import RankAllocation
 from layercard.data import IGNORED, Batch, Dataset, Example, collate, shuffled
-from layercard.errors import ProcessError, TrainingError
+from layercard.errors import OutputError, ProcessError, TrainingError
 from layercard.files import read_json, write_json
 from layercard.memory import PeakMemory
 from layercard.models import Progress, labelled_losses
@@ -77,7 +79,8 @@ def fit(
         trainer.history = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        _explain_writing(error, folder)
         _explain(error, settings)
         raise
     finally:
@@ -88,7 +91,17 @@ def fit(
     return trainer.history
 
 
-def _explain(error: RuntimeError, settings: TrainSettings) -> None:
+def _explain_writing(error: Exception, folder: Path) -> None:
+    """Raise an `OutputError` in place of an error that came of writing a checkpoint."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, (OSError, SafetensorError)) and "inline_container" not in said and "PytorchStreamWriter" not in said:
+        return
+    full = shutil.disk_usage(folder).free < 2**20  # torch does not say why it could not write
+    reason = "No space left on device" if full else said
+    raise OutputError(f"cannot write a checkpoint to {folder}: {reason}; make room, then pass --resume") from error
+
+
+def _explain(error: Exception, settings: TrainSettings) -> None:
     """Raise a `TrainingError` in place of an error whose cause is known."""
     alone = processes.count() == 1
     if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):

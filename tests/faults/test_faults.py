@@ -49,7 +49,9 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 def card(output: Path) -> Any:
     assert not output.with_name(f"{output.name}.state").exists()
-    return json.loads(output.read_text())
+    value = json.loads(output.read_text())
+    value["settings"].get("stream", {}).pop("bytes_read", None)  # a resumed call reads less
+    return value
 
 
 def adapter(output: Path) -> dict[str, Any]:
