@@ -104,6 +104,11 @@ def profile(
     With --reuse a card of the same weights, records and settings is taken instead: one that was made on this machine, else one from the
     hub, which is asked for the weights' fingerprint.
     """
+    state = output.with_name(f"{output.name}.state")
+    if output.exists() and state.exists() and not force:  # a run that was killed when its card was written
+        from layercard.state import discard
+
+        discard(state)
     refuse_existing(output, force)
     opt.check_data(data)
     from layercard.data import load_data
@@ -123,7 +128,6 @@ def profile(
     )
     _check(stream, boundaries, reuse)
     folder = card_folder(cache_dir)
-    state = output.with_name(f"{output.name}.state")
     check_folder(state)
     if force and is_first():
         discard(state)
