@@ -23,9 +23,10 @@ from typing import Any
 from common import report, task_file
 from layercard.benchmark.peers import aletheia_scores
 from layercard.data import Dataset, batches, load_data
+from layercard.held_out import held_out_pass
 from layercard.models import BaseModel, labelled_losses, load_model
 from layercard.profiling import ProfileSettings, split_records
-from layercard.signals import fit_pass, held_out_pass
+from layercard.signals import fit_pass
 
 
 def plain(base: BaseModel, dataset: Dataset, size: int) -> None:

@@ -22,10 +22,11 @@ from common import RESULTS, report
 from layercard.data import Example
 from layercard.errors import BenchmarkError
 from layercard.files import read_json, write_json
+from layercard.held_out import held_out_pass
 from layercard.layers import find_blocks
 from layercard.models import BaseModel
 from layercard.profiling import ProfileSettings
-from layercard.signals import fit_pass, held_out_pass
+from layercard.signals import fit_pass
 
 FOLDER = RESULTS / "profile_scaling"
 SHAPES = ((128, 4), (256, 6), (512, 8), (1024, 12), (1536, 16), (2048, 20))

@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from layercard.capture import capturing, stepped
 from layercard.data import load_data
 from layercard.experts import run_experts
+from layercard.held_out import held_out_pass
 from layercard.layers import find_blocks, unread_experts
 from layercard.models import BaseModel, labelled_losses, wrap_model
 from layercard.profiling import ProfileSettings, profile, split_records
 from layercard.selection.select import select
 from layercard.settings import TrainSettings
-from layercard.signals import Fit, HeldOut, fit_pass, held_out_pass
+from layercard.signals import Fit, HeldOut, fit_pass
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual
 from layercard.training import train

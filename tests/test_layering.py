@@ -35,7 +35,7 @@ ROWS = (
     ),
     ("experts", "capture"),
     ("statistics",),
-    ("soundness", "probe", "fit_sums", "signals", "cost", "halving", "rates", "stamps", "adapter_timing", "timing", "meta"),
+    ("soundness", "probe", "fit_sums", "signals", "held_out", "cost", "halving", "rates", "stamps", "adapter_timing", "timing", "meta"),
     ("card",),
     ("cautions", "assembly", "profiling", "stream", "api"),
     ("selection",),

@@ -17,11 +17,12 @@ from layercard.cost import CostModel
 from layercard.data import Dataset, Example
 from layercard.errors import DataError, ModelError, TrainingError
 from layercard.halving import TrainingProbe, training_probes
+from layercard.held_out import held_out_pass
 from layercard.models import BaseModel, Progress
 from layercard.phases import Phases
 from layercard.probe import ProbeTraining, ReplayedSet, Step, StepProbe, step_probe
 from layercard.settings import TrainSettings
-from layercard.signals import Fit, HeldOut, fit_pass, form, held_out_pass
+from layercard.signals import Fit, HeldOut, fit_pass, form
 from layercard.soundness import check_ids, check_labels
 from layercard.state import SCHEMA, State, opened
 from layercard.statistics.coupling import curvature, descent

@@ -17,8 +17,9 @@ from layercard.capture import capturing
 from layercard.data import IGNORED, Batch, Example
 from layercard.errors import DataError
 from layercard.fit_sums import FitSums
+from layercard.held_out import HeldOutSums, drawn_slopes, label_thresholds
 from layercard.loading import Progress
-from layercard.signals import Fit, HeldOut, HeldOutSums, drawn_slopes, fit_sink, label_thresholds, solve_layer
+from layercard.signals import Fit, HeldOut, fit_sink, solve_layer
 from layercard.state import State
 from layercard.stream.boundaries import Boundaries
 from layercard.stream.streamed import StreamedModel
