@@ -16,6 +16,7 @@ from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 if TYPE_CHECKING:
     from layercard.models import BaseModel
 
+collect_ignore = ["golden"]  # files that were written for others to read
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
