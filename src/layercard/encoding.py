@@ -153,7 +153,8 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             found = ", ".join(f"{key}: {type(value).__name__}" for key, value in message.items()) if isinstance(message, dict) else message
             raise DataError(f"message {number} must have a role and a content, both strings; found {found!s:.80}")
-        _valid(message["content"], f"message {number}")
+        for part in ("role", "content"):
+            _valid(message[part], f"the {part} of message {number}")
     if all(message["role"] != "assistant" for message in messages):
         raise DataError("messages have no assistant turn, so no token carries loss; add one, or remove the record")
 

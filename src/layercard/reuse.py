@@ -122,7 +122,8 @@ def _found(fingerprint: str, reasons: list[str]) -> list[str]:
 def _as_made_here(card: LayerCard, base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> LayerCard:
     data = card.data.model_copy(update={"source": dataset.source})
     made_with = {**card.settings, "cost": settings.cost}
-    return card.model_copy(update={"model": ModelInfo(**describe(base)), "data": data, "settings": made_with})
+    timed = {"phases": card.phases if settings.cost else ()}
+    return card.model_copy(update={"model": ModelInfo(**describe(base)), "data": data, "settings": made_with} | timed)
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:

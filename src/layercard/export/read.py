@@ -51,7 +51,10 @@ def config_of(
     makers = {AXOLOTL: _axolotl, TRL: _trl, LLAMAFACTORY: _llamafactory, SWIFT: _swift}
     if known not in makers:
         raise ExportError(f"{source} has no key of {', '.join(makers)}; name a configuration of one of them, or an adapter of PEFT's")
-    arguments = makers[known](values, model)
+    try:
+        arguments = makers[known](values, model)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ExportError(f"{source} has values that {known} cannot use ({' '.join(str(error).split())[:160]}); mend it") from error
     if arguments is None:
         raise ExportError(f"{source} trains without LoRA, so it adapts nothing; name a configuration with an adapter")
     try:

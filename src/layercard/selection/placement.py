@@ -121,7 +121,7 @@ class Placement:
                 alpha_pattern=dict(value.get("alpha_pattern") or {}),
                 parameters=tuple(value.get("parameters") or ()),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as problem:
             raise PlacementError(f"{source}: not a whole placement ({problem}); make it with `layercard select`") from None
 
     def _repr_html_(self) -> str:
