@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -24,9 +25,12 @@ def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     """
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
+        _check_blocks(path)
         with _without_bars():
             marked = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(**place)
+    except ModelError:
+        raise
     except Exception as error:  # the readers raise struct, key, value and their own errors on broken files
         detail = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(f"{path} cannot be read as a GGUF model ({detail}); it may be cut short or of an unknown family") from error
@@ -39,6 +43,16 @@ def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     if marked.generation_config is not None:
         model.generation_config = marked.generation_config
     return model.eval(), tokenizer
+
+
+def _check_blocks(path: Path) -> None:
+    """Raise `ModelError` where the header counts other blocks than there are tensors of: the rest would be filled at random."""
+    reader = GGUFReader(path)
+    family = str(reader.fields["general.architecture"].contents())
+    said = int(reader.fields[f"{family}.block_count"].contents())
+    held = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    if said != len(held):
+        raise ModelError(f"{path} says that it has {said} blocks and holds the tensors of {len(held)}; it is damaged, so fetch it again")
 
 
 @contextmanager
