@@ -92,7 +92,8 @@ class Killings:
             time.sleep(self.random.uniform(0.0, self.seconds))
             os.kill(pid, number)  # a child that has ended is there until it is waited for
             status, said = self.warm.wait(pid), log.read_text()
-            assert "Traceback" not in said, said
+            ignored = status == 0 and "Exception ignored in" in said  # the signal fell into a destructor: Python goes on, to the end
+            assert ignored or "Traceback" not in said, said
             if status == 0 or (self.total and status == 2 and "exists already" in said):  # the kill before came after the result
                 return
             assert status in (SIGNALS[number], -number), f"{number.name}: {status}: {said}"

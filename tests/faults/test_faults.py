@@ -104,12 +104,19 @@ COMMANDS: dict[str, Command] = {
 
 
 def assert_equal(found: Any, wanted: Any) -> None:
+    """Equal, numbers to rounding: sums may differ in their last digits from process to process, with where their terms lie in memory."""
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys()
         for name in wanted:
             assert_equal(found[name], wanted[name])
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_equal(one, other)
     elif isinstance(wanted, torch.Tensor):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    elif isinstance(wanted, float):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     else:
         assert found == wanted
 
