@@ -28,7 +28,12 @@ class Warm:
     def __enter__(self) -> "Warm":
         with (self.folder / "warm.log").open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, str(WARM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                [sys.executable, str(WARM)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         assert json.loads(self.process.stdout.readline()) == {"ready": True}
         return self

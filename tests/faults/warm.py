@@ -10,8 +10,6 @@ import signal
 import sys
 from functools import partial
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
 import peft  # noqa: F401
 import torch
 import transformers
@@ -28,12 +26,15 @@ import layercard.stream.profile
 import layercard.training
 from layercard import cli
 
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-layercard.state.EVERY = layercard.state.SHARE = 0.0
-layercard.benchmark.peers.aletheia_scores = lambda base, examples: [1.0] * len(base.blocks)  # its package is an extra
-for command in (layercard.commands.compare, layercard.commands.train):
-    command.TrainSettings = partial(command.TrainSettings, save_steps=3)
+
+def prepare() -> None:
+    """Settings of this process alone: one thread, little to say, and checkpoints and snapshots that come often."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    layercard.state.EVERY = layercard.state.SHARE = 0.0
+    layercard.benchmark.peers.aletheia_scores = lambda base, examples: [1.0] * len(base.blocks)  # its package is an extra
+    for command in (layercard.commands.compare, layercard.commands.train):
+        command.TrainSettings = partial(command.TrainSettings, save_steps=3)
 
 
 def child(arguments: list[str], log: str) -> None:
@@ -58,6 +59,7 @@ def child(arguments: list[str], log: str) -> None:
 
 def main() -> None:
     """Answer until stdin ends; several commands may run at a time."""
+    prepare()
     sys.stdout.write('{"ready": true}\n')
     sys.stdout.flush()
     for line in sys.stdin:
