@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
@@ -16,6 +17,7 @@ from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 if TYPE_CHECKING:
     from layercard.models import BaseModel
 
+torch.set_num_threads(1)  # results are compared bit for bit, and with those of child processes
 collect_ignore = ["golden", "faults/warm.py"]  # files for others to read; a program of its own
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
