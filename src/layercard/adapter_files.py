@@ -13,7 +13,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from layercard.errors import PlacementError
+from layercard.errors import PlacementError, one_line
 from layercard.files import read_json
 
 CONFIG_FILE = "adapter_config.json"
@@ -42,7 +42,7 @@ def read_adapter_config(path: str | Path) -> PeftConfig:
             warnings.simplefilter("ignore")  # of keys that it does not know: `unknown_keys`
             return PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**values))
     except (TypeError, ValueError, KeyError) as error:
-        raise PlacementError(f"{file}: PEFT refuses this configuration ({one_line(error)}); mend it") from error
+        raise PlacementError(f"{file}: PEFT refuses this configuration ({one_line(error, 200)}); mend it") from error
 
 
 def unknown_keys(path: str | Path, config: PeftConfig) -> list[str]:
@@ -76,7 +76,7 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor] | None:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise PlacementError(f"{file} cannot be read ({one_line(error)}); copy it again") from error
+        raise PlacementError(f"{file} cannot be read ({one_line(error, 200)}); copy it again") from error
 
 
 def load_weights(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> list[str]:
@@ -126,12 +126,6 @@ def saved_modules(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tu
     return tuple(sorted({module.removeprefix("base_model.model.").replace(".base_layer", "") for module in found}))
 
 
-def one_line(error: Exception) -> str:
-    """An error's message in one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
 def _prefix(config: PeftConfig) -> str:
     return str(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)])
 
@@ -152,4 +146,4 @@ def _in_memory(model: PeftModel) -> None:
 def _mismatch(error: Exception) -> str:
     """The first shape that does not fit, or the message as it is."""
     lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-    return one_line(ValueError(lines[0].rstrip("."))) if lines else one_line(error)
+    return one_line(ValueError(lines[0].rstrip(".")), 200) if lines else one_line(error, 200)

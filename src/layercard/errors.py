@@ -286,3 +286,9 @@ class ReportError(LayercardError):
         Symptom("a report is of one model with one set", "files of several models", "make one report for each"),
         Symptom("is no figure of the calculator", "a misspelt name in `roi --inputs`", "the name that the message gives"),
     )
+
+
+def one_line(error: Exception, longest: int = 160) -> str:
+    """What another package's exception says, on one line and not longer than that; the name of its class where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from layercard.conversion import read_gguf
 from layercard.embedded import EMBEDDED, embedded_folder
-from layercard.errors import ModelError
+from layercard.errors import ModelError, one_line
 from layercard.hub import hub_answers
 
 Progress = Callable[[str, int, int], None]
@@ -93,7 +93,7 @@ def read_model(place: str, dtype: torch.dtype | str, trust_remote_code: bool = F
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise ModelError(f"{place}: its tokenizer cannot be read ({_one_line(error)}); put the tokenizer's files beside it") from error
+        raise ModelError(f"{place}: its tokenizer cannot be read ({one_line(error)}); put the tokenizer's files beside it") from error
     return model, tokenizer
 
 
@@ -188,10 +188,5 @@ def _reading_failed(place: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"{place} needs code that comes with the model; read that code, then allow it with trust_remote_code"
     if Path(place).is_dir():
-        return f"{place} cannot be read as a causal language model ({_one_line(error)}); mend the folder or name another model"
-    return f"{place!r} is no local folder{_near(place)}, and the hub did not give it ({_one_line(error)}); {_CHOICES}"
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "…"
+        return f"{place} cannot be read as a causal language model ({one_line(error)}); mend the folder or name another model"
+    return f"{place!r} is no local folder{_near(place)}, and the hub did not give it ({one_line(error)}); {_CHOICES}"

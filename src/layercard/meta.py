@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from layercard.cost import CostModel, Shape
-from layercard.errors import ModelError
+from layercard.errors import ModelError, one_line
 from layercard.hub import hub_answers
 from layercard.layers import find_blocks
 from layercard.loading import quiet_libraries
@@ -71,14 +71,14 @@ def read_config(name: str) -> PreTrainedConfig:
         with quiet_libraries():
             return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=not hub_answers())
     except Exception as error:  # transformers and the hub client each raise their own kinds
-        raise ModelError(f"{name!r}: its config.json cannot be had ({_one_line(error)}); {known}") from error
+        raise ModelError(f"{name!r}: its config.json cannot be had ({one_line(error)}); {known}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as a configuration ({_one_line(error)}); name a model's config.json") from error
+        raise ModelError(f"{path} cannot be read as a configuration ({one_line(error)}); name a model's config.json") from error
     if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
         raise ModelError(f"{path} names no model_type; name the config.json of a transformers model")
     return value
@@ -88,7 +88,7 @@ def _from_values(values: dict[str, Any], name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**{key: value for key, value in values.items() if key != "quantization_config"})
     except Exception as error:  # an unknown architecture, or values that its configuration refuses
-        raise ModelError(f"{name}: transformers cannot use this configuration ({_one_line(error)}); name another model") from error
+        raise ModelError(f"{name}: transformers cannot use this configuration ({one_line(error)}); name another model") from error
 
 
 def empty_model(config: PreTrainedConfig, name: str) -> Any:
@@ -101,7 +101,7 @@ def empty_model(config: PreTrainedConfig, name: str) -> Any:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # as above
-        raise ModelError(f"{name} cannot be built as a causal language model ({_one_line(error)}); name another model") from error
+        raise ModelError(f"{name} cannot be built as a causal language model ({one_line(error)}); name another model") from error
 
 
 def random_model(config: PreTrainedConfig, name: str, device: torch.device, dtype: torch.dtype) -> BaseModel:
@@ -166,8 +166,3 @@ def _best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> 
         synchronize(device)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "…"

@@ -17,10 +17,10 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedModel
 
-from layercard.adapter_files import load_weights, one_line, read_adapter_config, read_weights, saved_modules, unknown_keys, without_effect
+from layercard.adapter_files import load_weights, read_adapter_config, read_weights, saved_modules, unknown_keys, without_effect
 from layercard.adapters import PLACEMENT_FILE, no_deprecations, unchanged
 from layercard.differences import Asked, Blocks, index_words, layer_words, name_words, partial_words, path_words, tower_words
-from layercard.errors import PlacementError
+from layercard.errors import PlacementError, one_line
 from layercard.inspection import adapted_paths, adapted_ranks, few
 from layercard.selection import Placement
 
@@ -186,7 +186,7 @@ def _verify(
             words += _rank_words(wrapped, placement) + _beside_words(config, wanted)
             words += [] if weights is None else load_weights(wrapped, weights)
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        words = [*index_words(blocks, asked, wanted), *name_words(blocks, asked), f"PEFT refuses it: {one_line(error)}"]
+        words = [*index_words(blocks, asked, wanted), *name_words(blocks, asked), f"PEFT refuses it: {one_line(error, 200)}"]
     if not adapted and not words:
         words = ["no module of this model is adapted"]
     if wanted is None:
