@@ -106,7 +106,7 @@ def child(options: argparse.Namespace) -> None:
     opened, opened_busy = time.perf_counter() - started, time.process_time() - busy
     data = load_data(task_file("e2e", "train"), streamed.base.tokenizer, records=options.records)
     between = Path(options.child) / "between" if options.on_disk else None
-    settings = ProfileSettings(probe="none", batch_size=4)
+    settings = ProfileSettings(probe="step" if options.probe_records else "none", probe_records=options.probe_records, batch_size=4)
     card = stream_profile(streamed, data, settings, _tell, boundaries=between, state=Path(options.child) / "state")
     shutil.rmtree(Path(options.child) / "between", ignore_errors=True)
     shutil.rmtree(Path(options.child) / "state", ignore_errors=True)
@@ -125,6 +125,8 @@ def child(options: argparse.Namespace) -> None:
                 "largest_weights_bytes": streamed.peak_bytes,
                 "bytes_read": streamed.weights.bytes_read,
                 "loss": card.data.loss,
+                "probe_records": options.probe_records,
+                "phases": [phase.model_dump() for phase in card.phases],
             }
         )
     )
@@ -139,9 +141,10 @@ def _tell(phase: str, done: int, total: int) -> None:
     print(f"{phase}: {done} of {total}", file=sys.stderr, flush=True)
 
 
-def apart(model: Path, *, records: int, threads: int, on_disk: bool, cap: int = 0) -> dict[str, Any]:
+def apart(model: Path, *, records: int, threads: int, on_disk: bool, cap: int = 0, probe_records: int = 0) -> dict[str, Any]:
     """`child` in a process of its own."""
     arguments = ["--child", str(model), "--records", str(records), "--threads", str(threads), "--cap", str(cap)]
+    arguments += ["--probe-records", str(probe_records)]
     environment = os.environ | {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
         [sys.executable, __file__, *arguments, *(["--on-disk"] if on_disk else [])],
@@ -191,6 +194,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=16)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--cap", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--probe-records", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--on-disk", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -208,7 +212,12 @@ def main() -> None:
             for depth in DEPTHS
         ],
         "8b": lambda: apart(
-            write_model(options.work / "qwen3-8b", QWEN3_8B), records=options.records, threads=options.threads, on_disk=False, cap=CAP
+            write_model(options.work / "qwen3-8b", QWEN3_8B),
+            records=options.records,
+            threads=options.threads,
+            on_disk=False,
+            cap=CAP,
+            probe_records=2,
         ),
     }
     found: dict[str, Any] = {}
@@ -255,7 +264,9 @@ def tables(found: dict[str, Any]) -> None:
             ["largest weights in memory, MiB", round(run["largest_weights_bytes"] / mib)],
             ["read, GiB", round(run["bytes_read"] / 2**30, 1)],
             ["tokens", run["tokens"]],
+            ["records of the step probe", run["probe_records"]],
         ]
+        rows += [[f"phase {phase['name']}, minutes", round(phase["seconds"] / 60, 1)] for phase in run["phases"]]
         report("stream_8b", "Qwen3-8B's shape in bfloat16, address space capped at 6 GiB", ["", "measured"], rows, **run)
 
 

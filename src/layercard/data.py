@@ -114,6 +114,11 @@ def batches(examples: Sequence[Example], size: int, pad_id: int, *, by_length: b
         yield collate(examples, order[start : start + size], pad_id)
 
 
+def positions(found: Sequence[Batch]) -> list[int]:
+    """Positions, padding included, in the first batch, the first two and so on: how far a pass is, where batches differ in length."""
+    return list(itertools.accumulate(batch.input_ids.numel() for batch in found))
+
+
 def encode_pair(tokenizer: Any, record: dict[str, Any], separator: str, max_length: int) -> tuple[Example, bool]:
     """Tokens of a `prompt` + `completion` record, loss on the completion and its end token; whether it was cut."""
     return _example(record, *encode(tokenizer, record, "pair", separator), max_length)

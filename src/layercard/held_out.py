@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from layercard import processes
 from layercard.capture import Capture, SignalSink, capturing
-from layercard.data import Batch, Example, batches
+from layercard.data import Batch, Example, batches, positions
 from layercard.fit_sums import own_batches
 from layercard.layers import Projection
 from layercard.models import BaseModel, Progress, labelled_logits
@@ -100,7 +100,7 @@ def held_out_pass(
         samples: How many times labels are drawn from the model.
         seed: Of the draws; those of a record are its own, whatever batch it is in.
         batch_size: Records in a batch.
-        progress: Told of each backward pass.
+        progress: Told of each batch, counted in positions.
         state: Where the scalars are kept from time to time.
     """
     state, name = state or State(), f"held-out-pass-{processes.rank()}"
@@ -108,6 +108,7 @@ def held_out_pass(
     held: HeldOut = kept["held"]
     sums = HeldOutSums(base, fit, held)
     found = list(batches(examples, batch_size, base.pad_id, by_length=True))
+    spent = positions(found)
     with capturing(base.model, base.blocks) as capture:
         for at in own_batches(kept["batches"], len(found)):
             batch = found[at].to(base.device)
@@ -124,7 +125,7 @@ def held_out_pass(
             kept["batches"] = at + 1
             state.snapshot(name, lambda: kept)
             if progress:
-                progress("held-out pass", min(at + processes.count(), len(found)), len(found))
+                progress("held-out pass", spent[min(at + processes.count(), len(found)) - 1], spent[-1])
     for tensor in held.tensors():
         processes.add_up(tensor)
     return held

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from layercard import processes
 from layercard.capture import entries, frozen, replayed, stepped
-from layercard.data import Batch, Example, batches, shuffled
+from layercard.data import Batch, Example, batches, positions, shuffled
 from layercard.models import BaseModel, Progress, labelled_logits, labelled_losses, shared_keys
 from layercard.state import State
 
@@ -47,7 +47,7 @@ class ReplayedSet:
         layers: The blocks that will be entered.
         batch_size: Rows in a batch.
         by_length: Put rows of similar length together; else keep the order.
-        progress: Told of each batch.
+        progress: Told of each batch, counted in positions.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class ReplayedSet:
         self.batches: list[Batch] = []
         self.entries: list[dict[int, torch.Tensor]] = []
         found = list(batches(examples, batch_size, base.pad_id, by_length=by_length))
-        layers = [0] if self.whole else layers
+        layers, spent = [0] if self.whole else layers, positions(found)
         with torch.no_grad(), frozen(base.model):
             for at, batch in enumerate(found):
                 batch = batch.to(base.device)
                 self.batches.append(batch)
                 self.entries.append(entries(partial(labelled_losses, base.model, batch), base.blocks, layers))
                 if progress:
-                    progress("entries", at + 1, len(found))
+                    progress("entries", spent[at], spent[-1])
 
     def move(self, layer: int) -> None:
         """Keep the entries of `layer` alone, from the nearest kept ones at or below it: only the blocks in between run."""
@@ -167,7 +167,7 @@ def step_probe(
         steps: For each layer its low-rank step, such that α = 1 is a sensible length.
         slopes: For each layer the decrease of the held-out loss per unit of α at α = 0, nats per labelled token.
         held_out: Records that had no part in making the steps, with entries for every layer.
-        progress: Told of each layer.
+        progress: Told of each layer, counted in the blocks that run for it.
         state: Where the losses are kept from time to time.
     """
     state, name = state or State(), f"step-probe-{processes.rank()}"
@@ -177,6 +177,7 @@ def step_probe(
         "after": torch.zeros(len(steps), 2, held_out.records, dtype=torch.float64),
     }
     alphas, after = kept["alphas"], kept["after"]
+    runs = [len(steps) if held_out.whole else len(steps) - layer for layer in range(len(steps))]
     with frozen(base.model):
         before = held_out.losses(len(steps) - 1)
         for layer in range(kept["layers"], len(steps)):
@@ -185,7 +186,7 @@ def step_probe(
                 kept["layers"] = layer + 1
                 state.snapshot(name, lambda: kept)
             if progress:
-                progress("step probe", layer + 1, len(steps))
+                progress("step probe", sum(runs[: layer + 1]), sum(runs))
     for tensor in (alphas, after):
         processes.add_up(tensor)
     return StepProbe(alphas, before.nats, after, before.tokens)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from layercard import processes, saved
 from layercard.capture import Capture, SignalSink, capturing
-from layercard.data import Batch, Example, batches
+from layercard.data import Batch, Example, batches, positions
 from layercard.errors import DataError
 from layercard.fit_sums import FitSums, own_batches
 from layercard.layers import Block, Projection
@@ -166,7 +166,7 @@ def fit_pass(
         rank: Rank of the steps.
         ridge: λ as a share of `ridge_scale`.
         batch_size: Records in a batch.
-        progress: Told of batches and layers.
+        progress: Told of each batch, counted in positions, and of layers.
         state: Where the sums are kept from time to time.
 
     Raises:
@@ -198,7 +198,7 @@ def fit_pass(
 def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Progress | None, state: State) -> FitSums:
     """This process's share of the pass, from where the state has it."""
     name = f"fit-pass-{processes.rank()}"
-    sums = state.load(name) or FitSums()
+    sums, spent = state.load(name) or FitSums(), positions(found)
     with capturing(base.model, base.blocks) as capture:
         capture.leaders.update(sums.leaders)
 
@@ -215,7 +215,7 @@ def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Pr
             sums.leaders = dict(capture.leaders)
             state.snapshot(name, lambda: sums)
             if progress:
-                progress("fit pass", min(at + processes.count(), len(found)), len(found))
+                progress("fit pass", spent[min(at + processes.count(), len(found)) - 1], spent[-1])
     return sums
 
 

@@ -19,6 +19,7 @@ from layercard.errors import DataError
 from layercard.fit_sums import FitSums
 from layercard.held_out import HeldOutSums, drawn_slopes, label_thresholds
 from layercard.loading import Progress
+from layercard.phases import Phases
 from layercard.signals import Fit, HeldOut, fit_sink, solve_layer
 from layercard.state import State
 from layercard.stream.boundaries import Boundaries
@@ -42,6 +43,7 @@ def stream_passes(
     boundaries: Boundaries | None = None,
     progress: Progress | None = None,
     state: State | None = None,
+    phases: Phases | None = None,
 ) -> tuple[Fit, HeldOut]:
     """Both passes of a profile over a model on disk.
 
@@ -57,26 +59,28 @@ def stream_passes(
         boundaries: Where hidden states and gradients are kept; in memory when not given.
         progress: Told of blocks: `forward`, then `backward`.
         state: Where the blocks that are done are kept from time to time; a later call runs forward to the next one only.
+        phases: Where time and memory of `forward`, `head` and `backward` are noted.
 
     Raises:
         DataError: The loss is not finite.
         ModelError: The blocks hand on more than hidden states.
     """
-    kept, state = boundaries or Boundaries(), state or State()
+    kept, state, phases = boundaries or Boundaries(), state or State(), phases or Phases()
     fit = BlockByBlock(streamed, fit_examples, batch_size, kept, "fit")
     held = BlockByBlock(streamed, held_examples, batch_size, kept, "held")
     passes = _Passes(streamed, fit, held, samples, seed, kept)
     with walking(streamed):
         done = state.load(PART)
-        enter(streamed, (fit, held))
         if done is not None:
             passes.restore(done)
+        with phases.phase("forward"):
+            enter(streamed, (fit, held))
             forward(streamed, (fit, held), progress, until=passes.next)
-        else:
-            forward(streamed, (fit, held), progress)
-            with streamed.loaded([head_of(streamed)]):
+        if done is None:
+            with phases.phase("head"), streamed.loaded([head_of(streamed)]):
                 passes.head(len(held_examples))
-        return passes.backward(rank, ridge, progress, state)
+        with phases.phase("backward"):
+            return passes.backward(rank, ridge, progress, state)
 
 
 def _gradient_of(hidden: torch.Tensor, value: torch.Tensor, slope: torch.Tensor | None, *, keep: bool) -> torch.Tensor:

@@ -39,7 +39,7 @@ def stream_step_probe(
         examples: Records that had no part in making the steps.
         batch_size: Records in a batch.
         boundaries: Where hidden states are kept; in memory when not given.
-        progress: Told of blocks, `step probe`.
+        progress: Told of batches that were let through a block, `step probe`.
         state: Where it is kept from time to time how far the steps have come.
     """
     kept, state, depth = boundaries or Boundaries(), state or State(), len(streamed.blocks)
@@ -82,16 +82,17 @@ class _Sweeps:
 
     def run(self, progress: Progress | None, state: State) -> None:
         """Once through the blocks."""
-        streamed = self.walk.streamed
-        depth = len(streamed.blocks)
+        streamed, batches = self.walk.streamed, len(self.walk.batches)
+        whole = batches * len(streamed.blocks) * (len(streamed.blocks) + 1) // 2
         for block in streamed.blocks[self.next :]:
             with streamed.loaded([block.module]):
-                for at in range(len(self.walk.batches)):
+                for at in range(batches):
                     self._advance(at, block.index)
+                    if progress:
+                        done = batches * block.index * (block.index + 1) // 2 + (at + 1) * (block.index + 1)
+                        progress("step probe", self.trial * whole + done, 2 * whole)
             self.next = block.index + 1
             state.snapshot(PART, self._done)
-            if progress:
-                progress("step probe", self.trial * depth + self.next, 2 * depth)
 
     def _advance(self, at: int, index: int) -> None:
         """Let a batch through a block: with the steps of the layers below, and with the block's own."""

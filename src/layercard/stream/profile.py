@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from layercard.assembly import Assembly
-from layercard.card import LayerCard
+from layercard.card import LayerCard, PhaseInfo
 from layercard.cost import CostModel
 from layercard.data import Dataset
 from layercard.errors import TrainingError
 from layercard.files import alone
 from layercard.loading import Progress
 from layercard.meta import device_rates, estimated_cost, free_bytes
+from layercard.phases import Phases
 from layercard.probe import StepProbe
 from layercard.profiling import ProfileSettings, plan_of, scaled_steps, split_records
 from layercard.settings import TrainSettings
@@ -69,7 +70,7 @@ def stream_profile(
     fit_examples, held_examples = split_records(dataset, settings)
     if boundaries is None and state is not None and _passing_bytes(streamed, dataset) > ROOM * free_bytes(torch.device("cpu")):
         boundaries = state / "boundaries"
-    kept = Boundaries(boundaries)
+    kept, phases = Boundaries(boundaries), Phases()
     with ExitStack() as stack:
         plan = plan_of(base, dataset, settings) | {"device": streamed.device.type, "streamed": True}
         parts = stack.enter_context(opened(state, plan, form(base)))
@@ -91,20 +92,26 @@ def stream_profile(
                 boundaries=kept,
                 progress=progress,
                 state=parts,
+                phases=phases,
             ),
         )
 
         def probed() -> StepProbe:
             steps, slopes = scaled_steps(fit, held_out)
             examples = held_examples[: settings.probe_records]
-            return stream_step_probe(
-                streamed, steps, slopes, examples, settings.batch_size, boundaries=kept, progress=progress, state=parts
-            )
+            with phases.phase("step-probe"):
+                return stream_step_probe(
+                    streamed, steps, slopes, examples, settings.batch_size, boundaries=kept, progress=progress, state=parts
+                )
 
         probe: StepProbe | None = parts.once("step-probe", probed) if settings.probe == "step" else None
+        took = parts.once("phases", phases.to_json)
     card = Assembly(base, dataset, asdict(settings), fit, held_out, probe, None, len(fit_examples)).card()
     card = card.model_copy(update={"settings": card.settings | _read(streamed)})
-    return card.with_cost(_cost(streamed, dataset, settings)) if settings.cost else card
+    if not settings.cost:
+        return card
+    card = card.with_cost(_cost(streamed, dataset, settings))
+    return card.model_copy(update={"phases": tuple(PhaseInfo(**phase) for phase in took)})
 
 
 def _passing_bytes(streamed: StreamedModel, dataset: Dataset) -> int:
