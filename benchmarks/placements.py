@@ -12,14 +12,15 @@ import json
 from pathlib import Path
 
 from common import RESULTS, data_folder, report
-from layercard.benchmark.placements import Grid, bench_placements, choices
+from layercard.benchmark.placements import Grid, Sheet, bench_placements, choices
 from layercard.benchmark.runs import BenchSettings
+from layercard.benchmark.storage import Storage
 from layercard.benchmark.summary import Measured, measured, reduction_table, trade_off_table
 from layercard.benchmark.times import measure_times
 from layercard.benchmark.workers import Workers
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-FOLDER = RESULTS / "placements"
+STORAGE = Storage.at(RESULTS / "placements")
 TITLES = {
     "placements": "Loss reduction with five layers",
     "equal_parameters": "As many parameters as all layers",
@@ -71,14 +72,14 @@ def main() -> None:
     for name in options.experiments:
         grid = grid_of(name)
         if options.tables:
-            cells = choices(FOLDER, grid, settings.rank)
+            cells = choices(STORAGE, grid, settings.rank)
         else:
-            cells = bench_placements(settings, FOLDER, grid, Workers(options.workers), tell, times=False)
+            (cells,) = bench_placements([Sheet(settings, STORAGE)], grid, Workers(options.workers), tell, times=False)
         if name == "placements" and not (options.tables or options.no_times):
             for task in grid.tasks:
                 shown = {(cell.layers, cell.rank) for cell in cells if cell.task == task and cell.strategy in TRADE_OFF}
-                measure_times(settings, str(FOLDER), task, sorted(shown), tell)
-        write_tables(name, measured(FOLDER, cells))
+                measure_times(settings, STORAGE, task, sorted(shown), tell)
+        write_tables(name, measured(STORAGE, cells))
 
 
 if __name__ == "__main__":

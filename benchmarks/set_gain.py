@@ -20,14 +20,13 @@ from common import RESULTS, data_folder, report, rounded
 from layercard.benchmark.choices import Chooser
 from layercard.benchmark.placements import keep_settings, prepare
 from layercard.benchmark.rates import find_rate
-from layercard.benchmark.runs import BenchSettings, Item, run_file, run_items
+from layercard.benchmark.runs import BenchSettings, Item, run_items, run_name
+from layercard.benchmark.storage import Storage
 from layercard.card import LayerCard
-from layercard.errors import BenchmarkError
-from layercard.files import read_json
 from layercard.selection.models import SET_MODELS
 from layercard.statistics.intervals import spearman
 
-FOLDER = RESULTS / "placements"
+STORAGE = Storage.at(RESULTS / "placements")
 SIZES = range(1, 11)
 EACH = 2
 """Random sets of each size."""
@@ -46,21 +45,21 @@ def items(task: str, seed: int, depth: int, settings: BenchSettings) -> list[Ite
     """The runs of a task and seed; the learning rate of each number of layers is searched where it is not known yet."""
     found = []
     for layers in random_sets(depth):
-        rate = find_rate(settings, str(FOLDER), task, len(layers), settings.rank)
+        rate = find_rate(settings, STORAGE, task, len(layers), settings.rank)
         found.append(Item(task, layers, seed, settings.rank, rate))
     return found
 
 
 def reductions(runs: list[Item]) -> np.ndarray:
     """Measured loss reduction of each run, nats per labelled token."""
-    records = [read_json(run_file(FOLDER, item), BenchmarkError, "run") for item in runs]
+    records = [STORAGE.read(run_name(item), "run") for item in runs]
     return np.array([record["train_info"]["metrics"]["loss_reduction"] for record in records])
 
 
 def complete(task: str, depth: int, settings: BenchSettings, seeds: Iterable[int]) -> dict[int, list[Item]]:
     """By seed the runs of those seeds that were trained on all sets."""
     runs = {seed: items(task, seed, depth, settings) for seed in seeds}
-    return {seed: group for seed, group in runs.items() if all(run_file(FOLDER, item).exists() for item in group)}
+    return {seed: group for seed, group in runs.items() if all(STORAGE.exists(run_name(item)) for item in group)}
 
 
 def attainable(measured: np.ndarray) -> float | None:
@@ -93,16 +92,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds to train where they are missing.")
     options = parser.parse_args()
     settings = BenchSettings(options.model, data_folder())
-    keep_settings(settings, FOLDER)
+    keep_settings(settings, STORAGE)
     columns: dict[str, dict[str, tuple[float, float, float]]] = {}
     heads: dict[str, str] = {}
     best: dict[str, float | None] = {}
     for task in options.tasks:
-        prepare(settings, str(FOLDER), task)
-        card = Chooser(FOLDER, task, settings.rank).card
+        prepare(settings, STORAGE, task)
+        card = Chooser(STORAGE, task, settings.rank).card
         depth = card.model.layers
         for seed in options.seeds:
-            run_items(settings, str(FOLDER), items(task, seed, depth, settings))
+            run_items(settings, STORAGE, items(task, seed, depth, settings))
         trained = complete(task, depth, settings, range(SEEDS))
         measured = np.array([reductions(group) for group in trained.values()])
         heads[task], best[task] = f"{task}, {len(trained)} seed(s)", attainable(measured)

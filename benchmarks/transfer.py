@@ -12,14 +12,15 @@ import numpy as np
 
 from common import RESULTS, data_folder, report
 from layercard.benchmark.choices import Choice, Chooser
-from layercard.benchmark.placements import bench_items, keep_settings, prepare, record_of
+from layercard.benchmark.placements import Sheet, bench_items, keep_settings, prepare, record_of
 from layercard.benchmark.runs import BenchSettings
+from layercard.benchmark.storage import Storage
 from layercard.benchmark.summary import Mean
 from layercard.benchmark.workers import Workers
 from layercard.card import LayerCard
 from layercard.transfer import Pair, Swap, Transfer, transfer
 
-FOLDER = RESULTS / "placements"
+STORAGE = Storage.at(RESULTS / "placements")
 K = 5
 
 
@@ -30,7 +31,7 @@ def swapped(task: str, layers: tuple[int, ...], seed: int, rank: int) -> Choice:
 
 def reduction(cell: Choice) -> float:
     """Measured loss reduction, nats per labelled token."""
-    return float(record_of(FOLDER, cell)["train_info"]["metrics"]["loss_reduction"])
+    return float(record_of(STORAGE, cell)["train_info"]["metrics"]["loss_reduction"])
 
 
 def trained_loss(swap: Swap, seeds: list[int], rank: int, depth: int) -> tuple[Mean, Mean]:
@@ -51,10 +52,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
     settings = BenchSettings(options.model, data_folder())
-    keep_settings(settings, FOLDER)
+    keep_settings(settings, STORAGE)
     for task in options.tasks:
-        prepare(settings, str(FOLDER), task)
-    cards = [(task, Chooser(FOLDER, task, settings.rank).card) for task in options.tasks]
+        prepare(settings, STORAGE, task)
+    cards = [(task, Chooser(STORAGE, task, settings.rank).card) for task in options.tasks]
     depth = cards[0][1].model.layers
     found = transfer(cards, k=K)
     swaps = [(pair, swap) for pair in found.pairs for swap in pair.swaps]
@@ -65,7 +66,7 @@ def main() -> None:
         for layers in (swap.layers, swap.own)
         for seed in options.seeds
     ]
-    bench_items(settings, FOLDER, cells, Workers())
+    bench_items([(Sheet(settings, STORAGE), cells)], Workers())
     write(cards, found, swaps, options.seeds, settings.rank)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from layercard.benchmark import placements as stage
 from layercard.benchmark.choices import KNOWN, STRATEGIES, Choice, Chooser, check_strategies
 from layercard.benchmark.peers import linear_cka, peer_scores, weight_snr
-from layercard.benchmark.placements import Grid, bench_placements
+from layercard.benchmark.placements import Grid, bench_placements, sheets
 from layercard.benchmark.rates import climb, find_rate
-from layercard.benchmark.runs import BenchSettings, Group, Item, base_model, compact, run_file, run_items
-from layercard.benchmark.summary import Mean, measured, regrets, summarise
+from layercard.benchmark.runs import BenchSettings, Group, Item, base_model, compact, run_items, run_name
+from layercard.benchmark.storage import Storage
+from layercard.benchmark.summary import Mean, measured, regrets, side_by_side, summarise
 from layercard.benchmark.tasks import general_examples, known_tasks, training_order, up_to
 from layercard.benchmark.workers import Workers
 from layercard.cli import run
@@ -65,7 +67,13 @@ GRID = Grid(("tiny",), STRATEGIES_HERE, ks=(2,), seeds=(0, 1))
 
 def whole(settings: BenchSettings, folder: Path, **more: Any) -> dict[str, Any]:
     """The summary of a finished grid."""
-    return summarise(folder, bench_placements(settings, folder, GRID, times=False, **more))
+    return finished(settings, folder, GRID, times=False, **more)
+
+
+def finished(settings: BenchSettings, place: str | Path, grid: Grid, **more: Any) -> dict[str, Any]:
+    """The summary of a grid in a place."""
+    (part,) = sheets([settings], place)
+    return summarise(part.storage, bench_placements([part], grid, **more)[0])
 
 
 def share_cards(tmp_path: Path) -> None:
@@ -91,12 +99,12 @@ def test_killed_twice_and_resumed_gives_the_same_table(settings: BenchSettings, 
     real, calls = Group.run, 0
 
     def run_until(limit: int) -> Any:
-        def run(self: Group, item: Item, folder: Path, progress: Any = None) -> None:
+        def run(self: Group, item: Item, storage: Storage, progress: Any = None) -> None:
             nonlocal calls
             calls += 1
             if calls == limit:
                 raise Killed
-            real(self, item, folder, progress)
+            real(self, item, storage, progress)
 
         return run
 
@@ -122,12 +130,51 @@ def test_two_processes_give_the_same_table(settings: BenchSettings, tmp_path: Pa
     assert outcome(whole(settings, tmp_path / "b", workers=Workers(2))) == outcome(alone)
 
 
+def shared_address(folder: Path) -> str:
+    """An address of fsspec that several processes see as the same storage; everything goes through fsspec and not through paths."""
+    return f"local://{folder}"
+
+
+def test_results_at_an_address_are_the_same(settings: BenchSettings, tmp_path: Path) -> None:
+    in_folder = whole(settings, tmp_path / "a")
+    share_cards(tmp_path)
+    assert outcome(whole(settings, shared_address(tmp_path / "b"), workers=Workers(2))) == outcome(in_folder)
+    names = [sorted(str(path.relative_to(tmp_path / place)) for path in (tmp_path / place).rglob("*.json")) for place in "ab"]
+    assert names[0] == names[1]
+    assert not list((tmp_path / "b").rglob("*.part"))
+
+
+def test_several_models_make_one_table(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_tiny("gpt2", num_hidden_layers=4).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    grid = Grid(("tiny",), ("last", "performance"), ks=(2,), seeds=(0,))
+    every = [settings, replace(settings, model=str(tmp_path / "other"))]
+    parts = sheets(every, tmp_path / "both")
+    assert len({part.storage.place for part in parts}) == 2
+    heard: set[str] = set()
+    found = bench_placements(parts, grid, progress=lambda phase, done, total: heard.add(phase), times=False)
+    assert [max(max(cell.layers) for cell in cells) for cells in found] == [5, 3]
+    assert all(any(phase.startswith(f"{part.title}: ") for phase in heard) for part in parts)
+    summary = side_by_side({part.title: summarise(part.storage, cells) for part, cells in zip(parts, found, strict=True)})
+    for table in summary["tables"].values():
+        assert table["columns"][0] == "model"
+        assert [row[0] for row in table["rows"]] == [part.title for part in parts for _ in range(3)]
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    assert {run["model"] for run in summary["runs"]} == {part.title for part in parts}
+    by_itself = finished(settings, tmp_path / "alone", grid, times=False)
+    assert [run["layers"] for run in summary["runs"]][:3] == [run["layers"] for run in by_itself["runs"]]
+    monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
+    assert bench_placements(parts, grid, times=False) == found
+    with pytest.raises(BenchmarkError, match="name each model once"):
+        sheets([settings, settings], tmp_path)
+
+
 @pytest.mark.slow
 def test_ray_gives_the_same_table(settings: BenchSettings, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     alone = whole(settings, tmp_path / "a")
     share_cards(tmp_path)
-    assert outcome(whole(settings, tmp_path / "b", workers=Workers(1, "local"))) == outcome(alone)
+    assert outcome(whole(settings, shared_address(tmp_path / "b"), workers=Workers(1, "local"))) == outcome(alone)
 
 
 @pytest.mark.slow
@@ -178,18 +225,23 @@ def test_the_job_of_a_lost_worker_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_says_what_it_lacks_and_what_a_run_says(tmp_path: Path) -> None:
+def test_ray_says_what_it_lacks_and_what_a_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where workers find the job
     with pytest.raises(BenchmarkError, match="has 0 GPU, and a run asks for 1"):
         list(Workers(1, "local", gpus=1).run([(_vanish, (str(tmp_path),))], lambda *_: None))
     assert list(Workers(1, "local").run([(_vanish, (str(tmp_path),))], lambda *_: None)) == ["answer"]
 
 
 def test_a_folder_belongs_to_one_benchmark(settings: BenchSettings, tmp_path: Path) -> None:
-    stage.keep_settings(settings, tmp_path)
-    stage.keep_settings(settings, tmp_path)
+    storage = Storage.at(tmp_path)
+    stage.keep_settings(settings, storage)
+    stage.keep_settings(settings, storage)
+    older = {name: value for name, value in vars(settings).items() if name != "probe"}
+    storage.write("settings.json", older)  # of a version that did not have the setting
+    stage.keep_settings(settings, storage)
     with pytest.raises(BenchmarkError, match="steps = 2, now it is 3"):
-        stage.keep_settings(BenchSettings(**{**vars(settings), "steps": 3}), tmp_path)
+        stage.keep_settings(BenchSettings(**{**vars(settings), "steps": 3}), storage)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------------
@@ -241,8 +293,8 @@ def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
 @pytest.mark.parametrize("layers", [(1, 4), (0, 1, 2, 3, 4, 5), (5,)])
 def test_a_run_equals_stock_training(settings: BenchSettings, tmp_path: Path, layers: tuple[int, ...]) -> None:
     item = Item("tiny", layers, 3, 2, 0.02)
-    run_items(settings, str(tmp_path), [item])
-    found = json.loads(run_file(tmp_path, item).read_text())["train_info"]["metrics"]
+    run_items(settings, Storage.at(tmp_path), [item])
+    found = json.loads((tmp_path / run_name(item)).read_text())["train_info"]["metrics"]
     before, after = stock_reduction(settings, item)
     assert found["loss_before"] == pytest.approx(before, abs=1e-5)
     assert found["loss_after"] == pytest.approx(after, abs=1e-5)
@@ -253,10 +305,10 @@ def test_a_run_leaves_the_model_alone_and_has_the_shape_of_method_comparison(set
     base = base_model(settings)
     before, modules = fingerprint(base.model), [name for name, _ in base.model.named_modules()]
     item = Item("tiny", (2, 5), 0, 2, 0.02)
-    run_items(settings, str(tmp_path), [item])
+    run_items(settings, Storage.at(tmp_path), [item])
     assert fingerprint(base.model) == before
     assert [name for name, _ in base.model.named_modules()] == modules
-    record = json.loads(run_file(tmp_path, item).read_text())
+    record = json.loads((tmp_path / run_name(item)).read_text())
     assert {"run_info", "train_info", "meta_info"} <= set(record)
     assert {"train_time", "num_trainable_params", "file_size", "forgetting", "peak_memory_bytes"} <= set(record["train_info"])
     assert record["run_info"]["layers"] == [2, 5]
@@ -274,7 +326,7 @@ def test_placements_see_the_same_batches_and_seeds_do_not(settings: BenchSetting
 
 
 def test_learning_rate_is_the_best_on_validation(settings: BenchSettings, tmp_path: Path) -> None:
-    found = find_rate(settings, str(tmp_path), "tiny", 2, 2)
+    found = find_rate(settings, Storage.at(tmp_path), "tiny", 2, 2)
     kept = json.loads(next((tmp_path / "rates").iterdir()).read_text())
     losses = {row["learning_rate"]: row["loss"] for row in kept["tried"]}
     assert found == kept["learning_rate"] == min(losses, key=losses.__getitem__)
@@ -290,8 +342,8 @@ def test_climb_stops() -> None:
 
 
 def test_every_strategy_chooses_k_layers(settings: BenchSettings, tmp_path: Path) -> None:
-    stage.prepare(settings, str(tmp_path), "tiny")
-    chooser = Chooser(tmp_path, "tiny", 2)
+    stage.prepare(settings, Storage.at(tmp_path), "tiny")
+    chooser = Chooser(Storage.at(tmp_path), "tiny", 2)
     for strategy in KNOWN:
         choice = chooser.choose(strategy, 2, seed=0)
         assert set(choice.layers) <= set(range(6))
@@ -355,15 +407,16 @@ def test_peer_scores_have_a_number_a_layer(tiny_base: BaseModel, tiny_file: Path
 
 
 def test_summary_kept_regret_and_intervals(settings: BenchSettings, tmp_path: Path) -> None:
-    cells = bench_placements(settings, tmp_path, GRID, times=False)
-    results = measured(tmp_path, cells)
+    (part,) = sheets([settings], tmp_path)
+    (cells,) = bench_placements([part], GRID, times=False)
+    results = measured(part.storage, cells)
     for one in results:
         reference = next(r for r in results if r.cell.strategy == "all" and r.cell.seed == one.cell.seed)
         assert one.kept == pytest.approx(100 * one.reduction / reference.reduction)
     found = regrets(results)
     assert ("all", 6, None) not in found
     assert min(mean.value for mean in found.values()) == pytest.approx(0, abs=1e-9)
-    columns, rows = (summarise(tmp_path, cells)["tables"]["reduction"][part] for part in ("columns", "rows"))
+    columns, rows = (summarise(part.storage, cells)["tables"]["reduction"][name] for name in ("columns", "rows"))
     assert all(len(row) == len(columns) for row in rows)
 
 
@@ -374,10 +427,10 @@ def test_interval_is_students() -> None:
 
 def test_step_times_are_measured_once(settings: BenchSettings, tmp_path: Path) -> None:
     small = Grid(("tiny",), ("last",), ks=(2,), seeds=(0,))
-    bench_placements(settings, tmp_path, small)
+    finished(settings, tmp_path, small)
     files = {path: path.read_text() for path in (tmp_path / "times").iterdir()}
     assert len(files) == 2
-    table = summarise(tmp_path, bench_placements(settings, tmp_path, small))["tables"]["trade_off"]
+    table = finished(settings, tmp_path, small)["tables"]["trade_off"]
     assert {path: path.read_text() for path in (tmp_path / "times").iterdir()} == files
     assert all(row[table["columns"].index("step time % of all")] is not None for row in table["rows"])
 
@@ -394,6 +447,8 @@ def test_step_times_are_measured_once(settings: BenchSettings, tmp_path: Path) -
         (["--tasks", "tiny", "--k", "five"], "'five' is no whole number"),
         (["--tasks", "tiny", "--budgets", "140"], "'140' is no whole number"),
         (["--tasks", "tiny", "--k", "9"], "k = 9"),
+        (["--tasks", "tiny", "--probe", "stepp"], "did you mean step?"),
+        (["--tasks", "tiny", "-o", "nosuch://place/bench"], "nosuch"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
@@ -439,6 +494,9 @@ def test_command_prints_tables_and_json(settings: BenchSettings, tmp_path: Path,
     assert run([*arguments, "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert {one["strategy"] for one in value["runs"]} == {"all", "last", "performance"}
+    arguments[arguments.index("-o") + 1] = "memory://bench/o"
+    assert run([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tables"]["reduction"]["columns"] == value["tables"]["reduction"]["columns"]
 
 
 def test_small_helpers() -> None:

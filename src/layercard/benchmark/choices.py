@@ -3,13 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from layercard.benchmark.peers import PEERS
 from layercard.benchmark.rates import RATE_COUNTS, nearest_count
+from layercard.benchmark.storage import Storage
 from layercard.card import LayerCard
 from layercard.errors import BenchmarkError
-from layercard.files import read_json
 from layercard.selection import ALIASES, Budgets, cost_of, predict, select, strategy_layers, top_layers
 
 FIXED = ("random", "uniform", "last", "middle", "first", "all")
@@ -81,12 +80,12 @@ def check_strategies(strategies: Sequence[str]) -> tuple[str, ...]:
 
 
 class Chooser:
-    """Applies strategies to the card and scores of one task, as they lie in a benchmark's folder."""
+    """Applies strategies to the card and scores of one task, as they lie in a benchmark's storage."""
 
-    def __init__(self, folder: Path, task: str, rank: int) -> None:
+    def __init__(self, storage: Storage, task: str, rank: int) -> None:
         self.task, self.rank = task, rank
-        self.card = LayerCard.load(card_file(folder, task))
-        self.scores = read_json(scores_file(folder, task), BenchmarkError, "scores")["scores"]
+        self.card = LayerCard.from_json(storage.read(card_name(task), "card"))
+        self.scores = storage.read(scores_name(task), "scores")["scores"]
         self.scores["resnorm"] = self.card.values("resnorm")
         self.depth = self.card.model.layers
 
@@ -129,11 +128,11 @@ class Chooser:
         return strategy_layers("last", self.depth, count)
 
 
-def card_file(folder: Path, task: str) -> Path:
+def card_name(task: str) -> str:
     """Where the card of a task lies."""
-    return folder / "cards" / f"{task}.json"
+    return f"cards/{task}.json"
 
 
-def scores_file(folder: Path, task: str) -> Path:
+def scores_name(task: str) -> str:
     """Where the peers' scores of a task lie."""
-    return folder / "scores" / f"{task}.json"
+    return f"scores/{task}.json"

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from layercard.benchmark.runs import BenchSettings, Item, base_model, run_file, run_items
-from layercard.errors import BenchmarkError
-from layercard.files import read_json, write_json
+from layercard.benchmark.runs import BenchSettings, Item, base_model, run_items, run_name
+from layercard.benchmark.storage import Storage
 from layercard.models import Progress
 from layercard.selection import strategy_layers
 
@@ -17,37 +15,35 @@ RATE_COUNTS = (1, 3, 5, 8, 13, 21)
 """Numbers of layers for which a learning rate is searched, besides all layers; others take that of the nearest."""
 
 
-def rate_file(folder: Path, task: str, count: int, rank: int) -> Path:
+def rate_name(task: str, count: int, rank: int) -> str:
     """Where the result of a search lies."""
-    return folder / "rates" / f"{task}-r{rank}-n{count:02d}.json"
+    return f"rates/{task}-r{rank}-n{count:02d}.json"
 
 
-def find_rate(settings: BenchSettings, folder: str, task: str, count: int, rank: int, progress: Progress | None = None) -> float:
+def find_rate(settings: BenchSettings, storage: Storage, task: str, count: int, rank: int, progress: Progress | None = None) -> float:
     """The best learning rate for the `count` middle layers, seed 0: doubled from the start while that helps, else halved.
 
     One placement stands for all of as many layers, so none is favoured; the middle ones are neither the dearest nor the cheapest.
 
     Searches for other numbers of layers are not consulted, so the result does not depend on the order of searches.
     """
-    path = rate_file(Path(folder), task, count, rank)
-    if path.exists():
-        return float(known_rate(path)["learning_rate"])
+    name = rate_name(task, count, rank)
+    if storage.exists(name):
+        return known_rate(storage, task, count, rank)
     layers = tuple(strategy_layers("middle", len(base_model(settings).blocks), count))
     tried: dict[float, float] = {}
 
     def loss(rate: float) -> float:
         if rate not in tried:
             item = Item(task, layers, 0, rank, rate, "valid")
-            run_items(settings, folder, [item], progress)
-            value = read_json(run_file(Path(folder), item), BenchmarkError, "run")["train_info"]["metrics"]["loss_after"]
+            run_items(settings, storage, [item], progress)
+            value = storage.read(run_name(item), "run")["train_info"]["metrics"]["loss_after"]
             tried[rate] = value if value == value else float("inf")
         return tried[rate]
 
     best = climb(loss, settings.learning_rate)
     rows = [{"learning_rate": rate, "loss": value} for rate, value in sorted(tried.items())]
-    write_json(
-        path, {"task": task, "layers": list(layers), "rank": rank, "learning_rate": best, "split": "valid", "tried": rows}, force=True
-    )
+    storage.write(name, {"task": task, "layers": list(layers), "rank": rank, "learning_rate": best, "split": "valid", "tried": rows})
     return best
 
 
@@ -68,9 +64,9 @@ def climb(loss: Any, start: float) -> float:
     return best
 
 
-def known_rate(path: Path) -> dict[str, Any]:
+def known_rate(storage: Storage, task: str, count: int, rank: int) -> float:
     """The result of a search that was made."""
-    return read_json(path, BenchmarkError, "learning rate")
+    return float(storage.read(rate_name(task, count, rank), "learning rate")["learning_rate"])
 
 
 def nearest_count(count: int, counts: Sequence[int]) -> int:

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from layercard.benchmark.storage import Storage
 from layercard.benchmark.tasks import TaskData, general_examples, load_task, training_order
 from layercard.data import Example
 from layercard.evaluation import generate, score_texts
-from layercard.files import write_json
 from layercard.indices import stretches
 from layercard.memory import PeakMemory
 from layercard.models import BaseModel, Progress, describe, load_model
@@ -49,6 +48,7 @@ class BenchSettings:
         card_records: Records that cards and the peers' scores are made from.
         learning_rate: Where the search for a learning rate starts; it doubles or halves from there.
         generate: Test records to generate an answer for and score (BLEU, ROUGE-L, exact match); 0 for none.
+        probe: What cards measure on held-out records: `step`, `train` (every layer trained by itself too) or `none`.
     """
 
     model: str
@@ -65,6 +65,7 @@ class BenchSettings:
     card_records: int = 64
     learning_rate: float = 4e-3
     generate: int = 0
+    probe: str = "step"
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def compact(layers: Sequence[int]) -> str:
     return ".".join(words)
 
 
-def run_file(folder: Path, item: Item) -> Path:
+def run_name(item: Item) -> str:
     """Where the result of a run lies."""
-    return folder / "runs" / f"{item.name}.json"
+    return f"runs/{item.name}.json"
 
 
 _LOADED: dict[tuple[str, str, str], BaseModel] = {}
@@ -145,10 +146,9 @@ class Group:
             self.general = ReplayedSet(self.base, general_examples(self.base, settings.max_length), ends, EVAL_BATCH)
             self.general_before = self.general.losses(ends[-1])
 
-    def run(self, item: Item, folder: Path, progress: Progress | None = None) -> None:
+    def run(self, item: Item, storage: Storage, progress: Progress | None = None) -> None:
         """Train, measure and write the record; a record that is there is kept."""
-        path = run_file(folder, item)
-        if path.exists():
+        if storage.exists(run_name(item)):
             return
         lowest = min(item.layers)
         how = ProbeTraining(
@@ -177,7 +177,7 @@ class Group:
                 info["forgetting"] = self.general.losses(lowest).mean - self.general_before.mean
                 info["peak_memory_bytes"] = self._peak(lowest) + 12 * parameters
                 info["generated"] = self._generated(adapted)
-        write_json(path, self._record(item, how, info), force=True)  # a worker that was taken for lost may have written the same
+        storage.write(run_name(item), self._record(item, how, info))  # a worker that was taken for lost may have written the same
 
     def _outcome(self, after: RecordLosses) -> dict[str, Any]:
         return {
@@ -255,13 +255,13 @@ def _group(settings: BenchSettings, items: Sequence[Item], progress: Progress | 
     return _KEPT[key]
 
 
-def run_items(settings: BenchSettings, folder: str, items: Sequence[Item], progress: Progress | None = None) -> int:
+def run_items(settings: BenchSettings, storage: Storage, items: Sequence[Item], progress: Progress | None = None) -> int:
     """Make the runs of one task, seed and split that are missing; gives their number."""
-    missing = [item for item in items if not run_file(Path(folder), item).exists()]
+    missing = [item for item in items if not storage.exists(run_name(item))]
     if missing:
         group = _group(settings, missing, progress)
         for at, item in enumerate(missing):
-            group.run(item, Path(folder), progress)
+            group.run(item, storage, progress)
             if progress:
                 progress(f"{item.task} seed {item.seed}", at + 1, len(missing))
     return len(missing)

@@ -4,9 +4,8 @@ A result is read from the records alone; nothing is trained here.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from scipy.stats import t as student
 
 from layercard.benchmark.choices import LABELS, Choice
 from layercard.benchmark.placements import record_of
-from layercard.benchmark.times import time_file
-from layercard.errors import BenchmarkError
-from layercard.files import read_json
+from layercard.benchmark.storage import Storage
+from layercard.benchmark.times import time_name
 from layercard.statistics.intervals import LEVEL
 
 
@@ -79,22 +77,22 @@ class Measured:
     generated: dict[str, Any] | None
 
 
-def measured(folder: Path, cells: Iterable[Choice]) -> list[Measured]:
+def measured(storage: Storage, cells: Iterable[Choice]) -> list[Measured]:
     """Read the records of finished cells."""
     cells = list(cells)
     whole = {
-        (cell.task, cell.seed): record_of(folder, cell)["train_info"]["metrics"]["loss_reduction"]
+        (cell.task, cell.seed): record_of(storage, cell)["train_info"]["metrics"]["loss_reduction"]
         for cell in cells
         if cell.strategy == "all"
     }
-    return [_measured(folder, cell, whole[cell.task, cell.seed]) for cell in cells]
+    return [_measured(storage, cell, whole[cell.task, cell.seed]) for cell in cells]
 
 
-def _measured(folder: Path, cell: Choice, whole: float) -> Measured:
-    record = record_of(folder, cell)
+def _measured(storage: Storage, cell: Choice, whole: float) -> Measured:
+    record = record_of(storage, cell)
     info = record["train_info"]
-    timed = time_file(folder, cell.task, cell.layers, cell.rank)
-    share = 100 * read_json(timed, BenchmarkError, "step time")["share_of_all"] if timed.exists() else None
+    timed = time_name(cell.task, cell.layers, cell.rank)
+    share = 100 * storage.read(timed, "step time")["share_of_all"] if storage.exists(timed) else None
     if cell.strategy == "all" and share is not None:
         share = 100.0  # the reference itself; a second timing of it differs by noise
     reduction = info["metrics"]["loss_reduction"]
@@ -222,9 +220,9 @@ def trade_off_table(results: Sequence[Measured]) -> tuple[list[str], list[list[A
     return columns, body
 
 
-def summarise(folder: str | Path, cells: Iterable[Choice]) -> dict[str, Any]:
+def summarise(storage: Storage, cells: Iterable[Choice]) -> dict[str, Any]:
     """All tables of a finished grid as one JSON value (`layercard-bench/1`)."""
-    results = measured(Path(folder), cells)
+    results = measured(storage, cells)
     tables = {}
     for name, make in (("reduction", reduction_table), ("trade_off", trade_off_table)):
         columns, rows = make(results)
@@ -248,4 +246,15 @@ def summarise(folder: str | Path, cells: Iterable[Choice]) -> dict[str, Any]:
         }
         for one in results
     ]
+    return {"schema": "layercard-bench/1", "tables": tables, "runs": runs}
+
+
+def side_by_side(models: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The summaries of several models as one: a column and a key `model` more."""
+    tables: dict[str, dict[str, list[Any]]] = {}
+    for model, summary in models.items():
+        for name, table in summary["tables"].items():
+            rows = tables.setdefault(name, {"columns": ["model", *table["columns"]], "rows": []})["rows"]
+            rows += [[model, *row] for row in table["rows"]]
+    runs = [{"model": model, **run} for model, summary in models.items() for run in summary["runs"]]
     return {"schema": "layercard-bench/1", "tables": tables, "runs": runs}

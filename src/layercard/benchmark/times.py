@@ -3,14 +3,13 @@
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from layercard.benchmark.runs import BenchSettings, base_model, compact, task_data
+from layercard.benchmark.storage import Storage
 from layercard.data import Batch
-from layercard.files import write_json
 from layercard.models import BaseModel, Progress
 from layercard.timing import adapted_layers, training_step, usual_batch
 
@@ -21,14 +20,14 @@ Sized = tuple[tuple[int, ...], int]
 """Layers, and rank of their adapters."""
 
 
-def time_file(folder: Path, task: str, layers: Sequence[int], rank: int) -> Path:
+def time_name(task: str, layers: Sequence[int], rank: int) -> str:
     """Where the step time of a placement lies."""
-    return folder / "times" / f"{task}-r{rank}-l{compact(layers)}.json"
+    return f"times/{task}-r{rank}-l{compact(layers)}.json"
 
 
-def measure_times(settings: BenchSettings, folder: str, task: str, placements: Sequence[Sized], tell: Progress) -> None:
+def measure_times(settings: BenchSettings, storage: Storage, task: str, placements: Sequence[Sized], tell: Progress) -> None:
     """Time the placements that were not timed yet, in turn and beside all layers; medians over rounds, and of the ratios in a round."""
-    missing = [(layers, rank) for layers, rank in placements if not time_file(Path(folder), task, layers, rank).exists()]
+    missing = [(layers, rank) for layers, rank in placements if not storage.exists(time_name(task, layers, rank))]
     if not missing:
         return
     base = base_model(settings)
@@ -46,7 +45,7 @@ def measure_times(settings: BenchSettings, folder: str, task: str, placements: S
         value |= {"step_seconds": statistics.median(own[column] for _, own in rounds), "all_layers_seconds": whole}
         value |= {"share_of_all": statistics.median(own[column] / seconds for seconds, own in rounds), "rounds": ROUNDS}
         value["threads"] = torch.get_num_threads()
-        write_json(time_file(Path(folder), task, layers, rank), value, force=True)
+        storage.write(time_name(task, layers, rank), value)
 
 
 def step_seconds(base: BaseModel, batch: Batch, layers: Sequence[int], rank: int) -> float:

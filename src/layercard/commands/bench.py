@@ -1,6 +1,6 @@
 """`layercard bench placements`: strategies side by side under equal conditions, from a table to the JSON of each run."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -20,9 +20,18 @@ def _group() -> None:
 @bench.command("placements")
 def placements(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for cards, runs and tables; one that is there is gone on with.")
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for cards, runs and tables, or an address such as s3://bucket/bench (fsspec); one that is there is gone on with.",
+        ),
     ],
-    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="Named as in `layercard profile`.")] = "smollm2-135m",
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="MODEL", help="Named as in `layercard profile`; give it again for more models.  [smollm2-135m]"),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="DIR", help="Folder with a sub-folder for each task: train.jsonl, valid.jsonl and test.jsonl."),
@@ -58,6 +67,9 @@ def placements(
         int, typer.Option("--valid-tokens", min=1, metavar="N", help="Held-out tokens to choose learning rates on.")
     ] = 3000,
     card_records: Annotated[int, typer.Option("--card-records", min=4, metavar="N", help="Records that cards are made from.")] = 64,
+    probe: Annotated[
+        str, typer.Option("--probe", metavar="NAME", help="What cards measure, as in `layercard profile`: step, train or none.")
+    ] = "step",
     generate: Annotated[int, typer.Option("--generate", min=0, metavar="N", help="Test records to write answers for and score.")] = 0,
     workers: Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Runs at a time.")] = 1,
     ray: Annotated[
@@ -79,7 +91,8 @@ def placements(
 
     All runs of a task see the same records, steps and batches; the learning rate for each number of layers is searched on
     validation records. Each run is one JSON file in the folder that is never made twice, so the command may be interrupted and
-    given again. With --ray all machines must see the folder; a run whose worker is lost is made again.
+    given again. With --ray all machines must see model, data and results: the latter in a shared folder, or at an address. A run whose
+    worker is lost is made again. Several models share the workers and come into one table.
     """
     seen, numbers, wanted = _words(tasks, "--tasks"), _integers(k, "--k"), _words(strategies, "--strategies")
     from layercard.benchmark.choices import check_strategies
@@ -87,14 +100,17 @@ def placements(
 
     check_tasks(seen, data)
     names = check_strategies(wanted)
-    from layercard.benchmark.placements import Grid, bench_placements
+    from layercard.benchmark.placements import Grid, bench_placements, sheets
     from layercard.benchmark.runs import BenchSettings
-    from layercard.benchmark.summary import summarise
+    from layercard.benchmark.storage import Storage
+    from layercard.benchmark.summary import side_by_side, summarise
     from layercard.benchmark.workers import Workers
-    from layercard.files import write_json
+    from layercard.profiling import ProfileSettings
 
+    ProfileSettings(probe=probe)  # refuses an unknown one
+    models = list(dict.fromkeys(model or ["smollm2-135m"]))
     settings = BenchSettings(
-        model=model,
+        model=models[0],
         data=data,
         dtype=dtype,
         device=device,
@@ -106,16 +122,18 @@ def placements(
         valid_tokens=valid_tokens,
         card_records=card_records,
         generate=generate,
+        probe=probe,
     )
+    parts = sheets([replace(settings, model=name) for name in models], output)
     grid = Grid(
         tuple(seen), names, numbers, _integers(seeds, "--seeds", 0), tuple(float(n) for n in _integers(budgets, "--budgets", 1, 100))
     )
     with Display() as display:
-        cells = bench_placements(
-            settings, output, grid, Workers(workers, ray, run_cpus, run_gpus, run_memory * 2**20), display, times=times
-        )
-    result = summarise(output, cells)
-    write_json(output / "summary.json", result, force=True)
+        found = bench_placements(parts, grid, Workers(workers, ray, run_cpus, run_gpus, run_memory * 2**20), display, times=times)
+    summaries = {part.settings.model: summarise(part.storage, cells) for part, cells in zip(parts, found, strict=True)}
+    result = side_by_side(summaries) if len(summaries) > 1 else summaries[models[0]]
+    storage = Storage.at(output)
+    storage.write("summary.json", result)
     if as_json:
         emit_json(result)
         return
@@ -124,7 +142,8 @@ def placements(
     console = out()
     for title, table in zip(("Loss reduction", "Cost and performance"), result["tables"].values(), strict=True):
         console.print(plain_table(title, table["columns"], table["rows"]))
-    console.print(f"wrote {output / 'summary.json'} and a record of each run in {output / 'runs'}", style="dim", soft_wrap=True)
+    runs = " and ".join(part.storage.named("runs") for part in parts)
+    console.print(f"wrote {storage.named('summary.json')} and a record of each run in {runs}", style="dim", soft_wrap=True)
 
 
 def _words(text: str, option: str) -> tuple[str, ...]:
