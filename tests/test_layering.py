@@ -38,7 +38,7 @@ ROWS = (
     ("statistics",),
     ("soundness", "probe", "fit_sums", "signals", "held_out", "cost", "halving", "rates", "stamps", "adapter_timing", "timing", "meta"),
     ("card",),
-    ("cautions", "assembly", "profiling", "stream", "api"),
+    ("cautions", "assembly", "profiling", "stream", "workload", "api"),
     ("selection",),
     ("transfer",),
     ("fast",),

@@ -1,6 +1,7 @@
 """What is told of a run while it goes on: remaining time, phases with time and memory, the log."""
 
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import torch
 from cards import fake_card
 from layercard.adapters import place
 from layercard.cli import run
-from layercard.commands.terminal import Display, Pace
+from layercard.commands.remaining import Pace, Whole
+from layercard.commands.terminal import Display
+from layercard.compare import compare
 from layercard.data import Dataset
 from layercard.models import BaseModel
 from layercard.phases import Phases
 from layercard.profiling import ProfileSettings, profile
+from layercard.stream import open_model, stream_profile
 from layercard.training import train
+from layercard.workload import comparison_work, profile_work, training_work
 from test_cli import saved
 from test_profile import dataset
 from test_training import FAST, data, valid  # noqa: F401  fixtures
@@ -98,6 +103,88 @@ def test_bars_of_a_phase_that_starts_over_begin_anew() -> None:
         for phase, done in (("train", 1), ("train", 2), ("train", 1)):
             display(phase, done, 2)
         assert len(display._bars.tasks) == 2
+
+
+def watched(work: dict[str, float], seconds: dict[str, float], parts: int = 10) -> list[tuple[float | None, float, float]]:
+    """Phases one after another, each part of a phase taking as long; what was said remains after each part, what did, and the share."""
+    clock, whole, said = Clock(), Whole(work), []
+    left = sum(seconds.values())
+    for name, took in seconds.items():
+        whole.paces[name] = Pace(clock)
+        for done in range(parts + 1):
+            if done:
+                clock.now += took / parts
+                left -= took / parts
+            whole.paces[name].update(done, parts)
+            said.append((whole.remaining(), left, whole.share))
+    return said
+
+
+def test_the_whole_is_right_from_the_first_part_on_where_the_work_is_known() -> None:
+    said = watched({"fit": 1.0, "held-out": 3.0, "probe": 6.0}, {"fit": 20.0, "held-out": 60.0, "probe": 120.0})
+    assert said[0][0] is None
+    assert [one for one, _, _ in said[1:]] == pytest.approx([left for _, left, _ in said[1:]])
+    assert [share for _, _, share in said] == pytest.approx([1 - left / 200 for _, left, _ in said])
+
+
+def test_work_that_was_guessed_wrongly_misleads_until_its_phase_begins() -> None:
+    said = watched({"fit": 1.0, "probe": 1.0}, {"fit": 10.0, "probe": 90.0})
+    assert said[5][0] == pytest.approx(15.0) and said[5][1] == pytest.approx(95.0)
+    assert [one for one, _, _ in said[12:]] == pytest.approx([left for _, left, _ in said[12:]])
+
+
+def test_phases_that_were_passed_over_count_as_done() -> None:
+    clock = Clock()
+    whole = Whole({"fit": 4.0, "held-out": 1.0, "probe": 5.0})
+    whole.paces["probe"] = Pace(clock)  # the others were finished by an interrupted run
+    whole.paces["probe"].update(4, 10)
+    assert whole.share == pytest.approx(0.7) and whole.remaining() is None
+    clock.now += 3.0
+    whole.paces["probe"].update(5, 10)
+    assert whole.remaining() == pytest.approx(15.0)
+    whole.paces["other"] = Pace(clock)
+    whole.paces["other"].update(1, 2)
+    assert whole.remaining() == pytest.approx(15.0), "a phase that was not expected counts nothing"
+
+
+def heard(run_it: Callable[[Callable[[str, int, int], None]], object]) -> list[str]:
+    """The phases that progress is told of, in their order."""
+    names: list[str] = []
+    run_it(lambda phase, done, total: names.append(phase))
+    return list(dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("probe", ["none", "step", "train"])
+def test_the_phases_of_a_profile_are_the_expected_ones(probe: str, tiny_base: BaseModel) -> None:
+    settings = ProfileSettings(rank=2, batch_size=3, probe=probe, probe_steps=4, cost=probe == "step")
+    work = profile_work(tiny_base, dataset(), settings)
+    assert heard(lambda tell: profile(tiny_base, dataset(), settings, tell)) == list(work)
+    assert all(amount > 0 for amount in work.values())
+
+
+def test_the_phases_of_a_streamed_profile_are_the_expected_ones(tiny_folder: Path) -> None:
+    settings, streamed = ProfileSettings(rank=2, batch_size=3), open_model(str(tiny_folder), device="cpu")
+    work = profile_work(streamed.base, dataset(), settings, stream=True)
+    assert heard(lambda tell: stream_profile(streamed, dataset(), settings, tell)) == list(work)
+
+
+def test_the_phases_of_training_are_the_expected_ones(tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path) -> None:  # noqa: F811
+    placement = place(tiny_base, [2])
+    work = training_work(data, valid, FAST)
+    assert heard(lambda tell: train(tiny_base, placement, data, tmp_path / "a", FAST, valid=valid, progress=tell)) == list(work)
+    work = dict(comparison_work(["one", "two"], data, valid, FAST))
+    both = [("one", placement), ("two", place(tiny_base, [1]))]
+    names = heard(lambda tell: compare(tiny_base, both, data, valid, FAST, progress=tell))
+    assert [name for name in names if name != "compare"] == list(work)
+
+
+def test_the_bar_of_the_whole_is_full_at_the_end() -> None:
+    with Display() as display:
+        display.expect({"train": 2.0, "loss after": 1.0})
+        display("train", 1, 2)
+        (bar,) = (task for task in display._bars.tasks if task.description == "all")
+        assert bar.completed == pytest.approx(1 / 3)
+    assert bar.completed == 1.0
 
 
 def test_phases_are_measured_and_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -137,7 +137,7 @@ class _Halving:
         self.base, self.held_out, self.settings, self.batch_size = base, held_out, settings, batch_size
         self.ordered, self.state, self.progress = settings.batches(examples), state, progress
         self.rungs = rungs(settings.steps)
-        self.done, self.total = 0, _total_steps(len(base.blocks), self.rungs)
+        self.done, self.total = 0, planned_steps(len(base.blocks), settings.steps)
 
     def run(self) -> TrainingProbe:
         """Climb the rungs."""
@@ -205,8 +205,13 @@ class _Halving:
             self.progress("training probe", self.done, self.total)
 
 
-def _total_steps(depth: int, marks: Sequence[int]) -> int:
+def planned_steps(depth: int, steps: int) -> int:
+    """Training steps of all layers together, where the best ones take `steps`.
+
+    >>> planned_steps(4, 4)
+    8
+    """
     total, layers, start = 0, depth, 0
-    for stop in marks:
+    for stop in rungs(steps):
         total, layers, start = total + layers * (stop - start), (layers + 1) // 2, stop
     return total

@@ -91,12 +91,14 @@ def compare(
     from layercard.compare import compare as run
     from layercard.data import load_data
     from layercard.models import load_model
+    from layercard.workload import comparison_work
 
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
         found = [(name, chosen if experts else without_experts(chosen)) for name, chosen in resolve(base, wanted, card, seed)]
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
         held_out = load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes)
+        display.expect(comparison_work([name for name, _ in found], dataset, held_out, settings))
         result = run(
             base, found, dataset, held_out, settings, spare=spare, output=output, resume=resume, force=force, progress=display
         ).to_json()

@@ -115,6 +115,7 @@ def profile(
     from layercard.profiling import ProfileSettings
     from layercard.reuse import card_folder
     from layercard.state import check_folder, discard
+    from layercard.workload import profile_work
 
     settings = ProfileSettings(
         rank=rank,
@@ -137,6 +138,8 @@ def profile(
         base, make_card = _streamed(model, boundaries, how, display) if stream else _in_memory(model, how, display)
         dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
         found = _reusable(base, dataset, settings, folder, display) if reuse else None
+        if found is None:
+            display.expect(profile_work(base, dataset, settings, stream=stream))
         card = found or make_card(dataset, settings, display, state=state)
     if not is_first():
         return

@@ -5,8 +5,7 @@ import logging
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from layercard.commands.remaining import Pace, Whole
 from layercard.processes import is_first
 
 
@@ -65,44 +65,8 @@ PROGRESS = "LAYERCARD_PROGRESS"
 """Environment variable; with the value `lines` progress is written for programs: a tab-separated line `progress PHASE DONE TOTAL`."""
 
 
-class Pace:
-    """How long the rest of a phase takes, judged by the parts that were done while this watched.
-
-    A part's time is a mean over them in which each counts nine tenths of the next, so that a slow beginning is soon forgotten and one slow
-    part moves little. What was done before the first call, by an interrupted run, says nothing about time and counts nothing.
-    """
-
-    FADING = 0.9
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._done: int | None = None
-        self._total = 0
-        self._at = self._seconds = self._parts = 0.0
-
-    def update(self, done: int, total: int) -> None:
-        """`done` of `total` parts are behind us now."""
-        now = self._clock()
-        if self._done is not None and done > self._done:
-            new = done - self._done
-            kept = self.FADING**new
-            counted = (1 - kept) / (1 - self.FADING)
-            self._seconds = kept * self._seconds + counted * (now - self._at) / new
-            self._parts = kept * self._parts + counted
-        if done != self._done:
-            self._at = now
-        self._done, self._total = done, total
-
-    def remaining(self) -> float | None:
-        """Seconds; they run down while a part is at work, and stand where it takes longer than others. `None`: nothing to judge by."""
-        if self._done is None or not self._parts:
-            return 0.0 if self._done is not None and self._done >= self._total else None
-        each, left = self._seconds / self._parts, self._total - self._done
-        return max(each * left - (self._clock() - self._at), each * (left - 1), 0.0)
-
-
 class _Remaining(ProgressColumn):
-    """The remaining time of a phase; a dash until two parts are known."""
+    """The remaining time of a phase, or of the command; a dash until there is something to judge by."""
 
     max_refresh = 0.5
 
@@ -115,8 +79,8 @@ class _Remaining(ProgressColumn):
 class Display:
     """Progress bars on stderr, one for each phase; it is itself the callback that the library calls.
 
-    A phase that starts over (its count falls) gets a new bar. Where stderr is no terminal, nothing is drawn, and of
-    several processes only the first draws.
+    A phase that starts over (its count falls) gets a new bar. Where it is known how much work the phases are (`expect`), one more bar
+    is of the whole command. Where stderr is no terminal, nothing is drawn, and of several processes only the first draws.
     """
 
     def __init__(self) -> None:
@@ -125,13 +89,21 @@ class Display:
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         self._bars = Progress(*columns, console=console, disable=not (console.is_terminal and is_first()))
         self._tasks: dict[str, tuple[TaskID, int, Pace]] = {}
+        self._whole: tuple[TaskID, Whole] | None = None
 
     def __enter__(self) -> "Display":
         self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._whole is not None and kind is None:
+            self._bars.update(self._whole[0], completed=1.0)
         self._bars.stop()
+
+    def expect(self, work: Mapping[str, float]) -> None:
+        """How much work the phases of the command are, in any unit and in their order: one bar, `all`, shows the time to its end."""
+        whole = Whole(work)
+        self._whole = self._bars.add_task("all", total=1.0, pace=whole), whole
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a phase are behind us."""
@@ -147,3 +119,7 @@ class Display:
         pace.update(done, total)
         self._tasks[phase] = (task, done, pace)
         self._bars.update(task, completed=done, total=total)
+        if self._whole is not None:
+            bar, whole = self._whole
+            whole.paces[phase] = pace
+            self._bars.update(bar, completed=whole.share)

@@ -82,6 +82,7 @@ def train(
     from layercard.models import load_model
     from layercard.phases import Phases
     from layercard.training import train as run
+    from layercard.workload import training_work
 
     phases = Phases()
     with Display() as display:
@@ -93,6 +94,7 @@ def train(
                 load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes) if valid else None
             )
         chosen = chosen if experts else without_experts(chosen)
+        display.expect(training_work(dataset, held_out, settings))
         record = run(
             base,
             chosen,
