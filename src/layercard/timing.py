@@ -145,19 +145,22 @@ def _run(base: BaseModel, batch: Batch, rank: int, repeats: int, progress: Progr
     """All the steps, kinds alternating; the first round counts bytes and warms up."""
     steps, depth = Steps(), len(base.blocks)
     token = Batch(batch.input_ids[:1, :1], batch.attention_mask[:1, :1], batch.labels[:1, :1], (0,))
+    parts = (repeats + 1) * 3
     for at in range(repeats + 1):
-        progress("cost", at, repeats + 1)
+        progress("cost", 3 * at, parts)
         with adapted_layers(base, [depth - 1], rank) as (model, optimizer):
             if at == 0:
                 steps.last_bytes = _counted(base, model, batch, optimizer)
             else:
                 steps.last += _timed(base, model, batch, optimizer)
+        progress("cost", 3 * at + 1, parts)
         with through_all(base) as model:
             if at == 0:
                 steps.through_bytes = _counted(base, model, batch, None)
             else:
                 steps.through += _timed(base, model, batch, None)
                 steps.token_plain += _token(base, model, token)
+        progress("cost", 3 * at + 2, parts)
         with adapted_layers(base, range(depth), rank) as (model, optimizer):
             if at == 0:
                 training_step(model, batch, optimizer, lambda _: None)  # makes the optimiser's state, which is not to be counted
@@ -165,7 +168,7 @@ def _run(base: BaseModel, batch: Batch, rank: int, repeats: int, progress: Progr
             else:
                 steps.all += _timed(base, model, batch, optimizer)
                 steps.token_adapted += _token(base, model, token)
-    progress("cost", repeats + 1, repeats + 1)
+    progress("cost", parts, parts)
     return steps
 
 
