@@ -126,7 +126,6 @@ def child(options: argparse.Namespace) -> None:
                 "bytes_read": streamed.weights.bytes_read,
                 "loss": card.data.loss,
                 "probe_records": options.probe_records,
-                "phases": [phase.model_dump() for phase in card.phases],
             }
         )
     )
@@ -266,7 +265,6 @@ def tables(found: dict[str, Any]) -> None:
             ["tokens", run["tokens"]],
             ["records of the step probe", run["probe_records"]],
         ]
-        rows += [[f"phase {phase['name']}, minutes", round(phase["seconds"] / 60, 1)] for phase in run["phases"]]
         report("stream_8b", "Qwen3-8B's shape in bfloat16, address space capped at 6 GiB", ["", "measured"], rows, **run)
 
 

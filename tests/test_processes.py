@@ -24,6 +24,8 @@ from several import SETTINGS
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 TESTS = Path(__file__).parent
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2")
+ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -127,14 +129,16 @@ def test_two_processes_profile_as_one(records: int, tiny_folder: Path, tmp_path:
     data = write_records(tmp_path / "data.jsonl", tiny_records(24) if records > 3 else [{"prompt": "a", "completion": c} for c in "bcde"])
     arguments = ["-m", "layercard.cli", "profile", str(tiny_folder), "--data", str(data), "--rank", "2", "--device", "cpu", "--no-cost"]
     arguments += ["--probe", "train", "--probe-steps", "4", "--batch-size", "3"]
-    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+    for name, launcher in (("one", ()), ("two", TORCHRUN), ("accelerated", ACCELERATE)):
         command = [sys.executable, *launcher, *arguments, "-o", str(tmp_path / f"{name}.json")]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("next: layercard show") == 1
-    one, two = (numbers(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("one", "two"))
+    one, two, accelerated = (numbers(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("one", "two", "accelerated"))
     assert len(one) > 200
     assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
+    assert accelerated == pytest.approx(one, rel=2e-3, abs=1e-5)
+    assert records == 3 or accelerated != one, "one process would give the same sums to the last digit"
     assert not list(tmp_path.glob("*.state"))
 
 
