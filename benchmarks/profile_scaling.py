@@ -35,7 +35,7 @@ WIDE = 1024
 """Width from which on a run takes so long that it is made once, without one to warm up."""
 RECORDS, LENGTH, VOCABULARY = 8, 64, 8192
 TOKEN_SHAPE = (512, 8)
-TOKEN_RECORDS = (4, 8, 16, 32, 64)
+TOKEN_RECORDS = (4, 8, 16, 32, 64, 128, 256)
 
 
 class _NoTokenizer:
@@ -70,14 +70,19 @@ def random_examples(count: int) -> list[Example]:
     return [Example(tuple(row), (-100,) * (LENGTH // 2) + tuple(row[LENGTH // 2 :]), {}) for row in ids]
 
 
-def cost(base: BaseModel, records: int) -> float:
-    """Seconds of a core for the two passes."""
+def cost(base: BaseModel, records: int) -> tuple[float, float]:
+    """Seconds of a core for the two passes, and how many of them were spent on solving for the steps."""
+    stamps: dict[str, float] = {}
+
+    def tell(phase: str, done: int, total: int) -> None:
+        stamps[phase] = time.process_time()
+
     settings, examples = ProfileSettings(), random_examples(records)
     cut = round(settings.fit_share * records)
     started = time.process_time()
-    fit = fit_pass(base, examples[:cut], rank=settings.rank, ridge=settings.ridge, batch_size=settings.batch_size)
+    fit = fit_pass(base, examples[:cut], rank=settings.rank, ridge=settings.ridge, batch_size=settings.batch_size, progress=tell)
     held_out_pass(base, examples[cut:], fit, samples=settings.label_samples, seed=0, batch_size=settings.batch_size)
-    return time.process_time() - started
+    return time.process_time() - started, stamps["steps"] - stamps["fit pass"]
 
 
 def measured(width: int, depth: int, records: int, repeats: int) -> dict[str, Any]:
@@ -87,9 +92,12 @@ def measured(width: int, depth: int, records: int, repeats: int) -> dict[str, An
         base = random_base(width, depth)
         if width < WIDE:
             cost(base, 4)
-        seconds = [cost(base, records) for _ in range(repeats)]
+        runs = [cost(base, records) for _ in range(repeats)]
+        seconds, solving = min(runs)
         parameters = sum(weight.numel() for weight in base.model.parameters())
-        write_json(path, {"parameters": parameters, "tokens": records * LENGTH, "runs": seconds, "cpu_seconds": min(seconds)})
+        write_json(
+            path, {"parameters": parameters, "tokens": records * LENGTH, "runs": runs, "cpu_seconds": seconds, "solving_seconds": solving}
+        )
         del base
         gc.collect()
     found = read_json(path, BenchmarkError, "result")
@@ -97,9 +105,10 @@ def measured(width: int, depth: int, records: int, repeats: int) -> dict[str, An
     return found
 
 
-def exponent(points: list[dict[str, Any]], by: str) -> float:
-    """Slope of log seconds over log `by`."""
-    return float(np.polyfit(np.log([p[by] for p in points]), np.log([p["cpu_seconds"] for p in points]), 1)[0])
+def exponent(points: list[dict[str, Any]], by: str, solving: bool = True) -> float:
+    """Slope of log seconds over log `by`, with or without the solving."""
+    seconds = [p["cpu_seconds"] - (0 if solving else p["solving_seconds"]) for p in points]
+    return float(np.polyfit(np.log([p[by] for p in points]), np.log(seconds), 1)[0])
 
 
 def main() -> None:
@@ -112,22 +121,22 @@ def main() -> None:
     shapes = [(w, depth) for w, depth in SHAPES if depth * (4 * w * w + 33 * w * w // 4) <= options.largest * 1e6]
     sizes = [measured(w, depth, RECORDS, repeats=1 if w >= WIDE else 2) for w, depth in shapes]
     by_size, by_tokens = exponent(sizes, "parameters"), exponent(tokens, "tokens")
-    upper = exponent(sizes[-4:], "parameters")
+    upper, passes = exponent(sizes[-4:], "parameters"), exponent(tokens, "tokens", solving=False)
     rows: list[list[Any]] = [
-        [axis, point["parameters"], point["tokens"], round(point["cpu_seconds"], 2)]
+        [axis, point["parameters"], point["tokens"], round(point["cpu_seconds"], 2), round(point["solving_seconds"], 2)]
         for axis, points in (("size", sizes), ("tokens", tokens))
         for point in points
     ]
     title = (
         f"Cost of the two passes grows with the parameters to the power {by_size:.2f} ({upper:.2f} over the {len(sizes[-4:])} largest), "
-        f"with the tokens to the power {by_tokens:.2f}"
+        f"with the tokens to the power {by_tokens:.2f} ({passes:.2f} without the solving)"
     )
     report(
         "profile_scaling",
         title,
-        ["series", "parameters", "tokens", "seconds of a core"],
+        ["series", "parameters", "tokens", "seconds of a core", "of them solving"],
         rows,
-        exponents={"parameters": by_size, "parameters_upper": upper, "tokens": by_tokens},
+        exponents={"parameters": by_size, "parameters_upper": upper, "tokens": by_tokens, "tokens_passes": passes},
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layercard.models import BaseModel
 
 torch.set_num_threads(1)  # results are compared bit for bit, and with those of child processes
-collect_ignore = ["golden", "faults/warm.py"]  # files for others to read; a program of its own
+collect_ignore = ["golden", "faults/warm.py", "fuzzing/coverage.py"]  # files for others to read; programs of their own
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,7 +1,8 @@
 """Run one target, or all, for a while, and keep every input that is not read well.
 
     python -m fuzzing.run jsonl card --seconds 600 --seed 1
-    python -m fuzzing.run merge --engine atheris          byte by byte, led by coverage; needs the extra `fuzz`
+
+`fuzzing.coverage` runs a target led by coverage.
 
 A finding is an exception other than `LayercardError`, a message of several lines, over ten seconds of processor time, or more memory than
 the limit. It is written to `corpus/TARGET/`, where the tests read it again.
@@ -20,7 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,10 +30,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fuzzing.targets import TARGETS, Target
 from layercard.errors import LayercardError
+from layercard.files import write_json
 
 CORPUS = Path(__file__).with_name("corpus")
 SLOWEST = 10
 """Seconds of processor time that one file may take."""
+KEPT = 200
+"""Files that are changed further, at most."""
 MEMORY = 4 * 2**30
 """Bytes of address space beyond what the process has when it starts."""
 
@@ -82,15 +86,14 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def cases(target: Target, seed: int) -> Iterator[bytes]:
-    """Mutated files without end: of valid ones and, now and then, of mutated ones that were read without a word."""
+def cases(target: Target, seed: int) -> Generator[bytes, str | None]:
+    """Mutated files without end: of valid ones, and of mutated ones for which `ok` is sent back, so that changes that pass pile up."""
     random, pool = Random(seed), list(target.seeds())
     first = len(pool)
     while True:
         data = target.mutate(random.choice(pool), random)
-        yield data
-        if random.random() < 0.05:
-            if len(pool) > 200:
+        if (yield data) == "ok" and data not in pool:
+            if len(pool) >= KEPT:
                 pool.pop(random.randrange(first, len(pool)))
             pool.append(data)
 
@@ -102,12 +105,14 @@ def fuzz(name: str, seconds: float, seed: int, corpus: Path = CORPUS) -> dict[st
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"case{target.suffix}"
-        for data in cases(target, seed):
-            if time.monotonic() > ended:
-                break
+        made = cases(target, seed)
+        data = next(made)
+        while time.monotonic() < ended:
             path.write_bytes(data)
+            outcome = None
             try:
-                counts[check(target, path)] += 1
+                outcome = check(target, path)
+                counts[outcome] += 1
             except Finding as finding:
                 counts["findings"] += 1
                 word = str(finding).partition(": ")[0]
@@ -115,6 +120,7 @@ def fuzz(name: str, seconds: float, seed: int, corpus: Path = CORPUS) -> dict[st
                     found[word] = str(finding)
                     keep(corpus / name, data, target.suffix)
                     print(f"{name}: {finding}", flush=True)
+            data = made.send(outcome)
     return {"target": name, "seconds": seconds, "seed": seed, **counts, "found": found}
 
 
@@ -124,47 +130,24 @@ def keep(folder: Path, data: bytes, suffix: str) -> None:
     (folder / f"{hashlib.sha256(data).hexdigest()[:12]}{suffix}").write_bytes(data)
 
 
-def with_atheris(name: str, seconds: float) -> None:
-    """The same reader, led by coverage."""
-    import atheris
-
-    target, folder = TARGETS[name], tempfile.mkdtemp()
-    path, seeds = Path(folder) / f"case{target.suffix}", Path(folder) / "seeds"
-    for data in target.seeds():
-        keep(seeds, data, target.suffix)
-
-    def one(data: bytes) -> None:
-        path.write_bytes(data)
-        check(target, path)
-
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], str(seeds), f"-max_total_time={int(seconds)}", f"-timeout={SLOWEST}"], one)
-    atheris.Fuzz()
-
-
 def main() -> int:
     """Run what is named; 1 where there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="all when none is named")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engine", choices=["mutations", "atheris"], default="mutations")
-    parser.add_argument("--output", type=Path, help="write the counts there, one JSON object a line")
+    parser.add_argument("--output", type=Path, help="folder for the counts, a JSON file a target")
     options = parser.parse_args()
     names = options.targets or list(TARGETS)
-    if options.engine == "atheris":
-        with_atheris(names[0], options.seconds)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     failed = False
     for name in names:
         result = fuzz(name, options.seconds, options.seed)
         failed = failed or bool(result["findings"])
-        line = json.dumps(result)
-        print(line, flush=True)
+        print(json.dumps(result), flush=True)
         if options.output:
-            with options.output.open("a") as file:
-                file.write(line + "\n")
+            write_json(options.output / f"{name}.json", result, force=True)
     return int(failed)
 
 
