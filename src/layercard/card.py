@@ -28,6 +28,13 @@ class Sampled(_Part):
     high: FiniteFloat
 
 
+MOST = 2**50
+"""Records or tokens that a card may count."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""Features or experts of a map."""
+
+
 class ModelInfo(_Part):
     """The profiled model: the name it was asked for by, a hash of its weights, its number of blocks."""
 
@@ -41,11 +48,11 @@ class DataInfo(_Part):
 
     source: str
     fingerprint: str
-    records: Annotated[int, Field(ge=1)]
-    tokens: Annotated[int, Field(ge=1)]
-    labelled_tokens: Annotated[int, Field(ge=1)]
-    fit_records: int | None = None
-    truncated: int = 0
+    records: Count
+    tokens: Count
+    labelled_tokens: Count
+    fit_records: Count | None = None
+    truncated: Annotated[int, Field(ge=0, le=MOST)] = 0
     loss: FiniteFloat | None = None
 
 
@@ -57,15 +64,15 @@ class ModuleCard(_Part):
     """
 
     path: str
-    in_features: Annotated[int, Field(ge=1)]
-    out_features: Annotated[int, Field(ge=1)]
+    in_features: Size
+    out_features: Size
     resnorm: FiniteFloat
     resnorm_rank: FiniteFloat
     gradient_norm: FiniteFloat
     ridge: FiniteFloat
     shares_input_with: str | None = None
-    experts: Annotated[int, Field(ge=1)] | None = None
-    expert_tokens: tuple[int, ...] | None = None
+    experts: Size | None = None
+    expert_tokens: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] | None = None
     expert_resnorm: tuple[FiniteFloat, ...] | None = None
 
 

@@ -10,7 +10,8 @@ one batch, in seconds; bytes are of tensors above the frozen model. The numbers 
 device's rates (`layercard.rates`), or from shapes alone, where the unit of time is the step of all layers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -251,14 +252,25 @@ class CostModel(_Part):
         """Relative costs of a model of which only the shapes are known (`layercard.rates.from_shapes`)."""
         from layercard import rates
 
-        return rates.from_shapes(shapes, **sizes)
+        with _within_bounds():
+            return rates.from_shapes(shapes, **sizes)
 
     @classmethod
     def from_rates(cls, shapes: Shapes, *, flops: float, bandwidth: float, **sizes: Any) -> "CostModel":
         """Costs of a model from its shapes and a device's rates (`layercard.rates.from_rates`)."""
         from layercard import rates
 
-        return rates.from_rates(shapes, flops=flops, bandwidth=bandwidth, **sizes)
+        with _within_bounds():
+            return rates.from_rates(shapes, flops=flops, bandwidth=bandwidth, **sizes)
+
+
+@contextmanager
+def _within_bounds() -> Iterator[None]:
+    """Raise `CardError` where costs that follow from given sizes are no numbers that a cost model can hold."""
+    try:
+        yield
+    except (ValidationError, OverflowError):
+        raise CardError("the maps, records or tokens are so large that no cost follows from them; check these sizes") from None
 
 
 def _held(layer: LayerCost) -> int:

@@ -25,6 +25,7 @@ from layercard.adapters import WEIGHTS_FILE, apply, loaded, place, unchanged
 from layercard.capture import capturing, stepped
 from layercard.card import LayerCard
 from layercard.data import Batch, Dataset, batches, load_data
+from layercard.errors import ModelError
 from layercard.evaluation import held_out_losses
 from layercard.fast.cut import cut_backward
 from layercard.fast.labels import labels_only
@@ -37,10 +38,12 @@ from layercard.probe import ReplayedSet
 from layercard.profiling import ProfileSettings, profile
 from layercard.selection import Placement, select
 from layercard.settings import TrainSettings
+from layercard.stream import open_model, stream_profile
 from layercard.training import train
 from layercard.verification import verify_adapter
 
 YES, NONE = "yes", "none"
+PROFILE = ProfileSettings(rank=2, batch_size=4, label_samples=1, probe_records=4)
 RECORDED = Path(__file__).with_name("capabilities.json")
 
 
@@ -70,7 +73,7 @@ class Case:
 
     @cached_property
     def card(self) -> LayerCard:
-        return profile(self.base, self.data, ProfileSettings(rank=2, batch_size=4, label_samples=1, probe_records=4))
+        return profile(self.base, self.data, PROFILE)
 
     @cached_property
     def placement(self) -> Placement:
@@ -112,6 +115,22 @@ def profiles(case: Case) -> str:
     for p, gradient in zip(projections, gradients, strict=True):
         torch.testing.assert_close(signals[p.path], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=p.path)
     assert fingerprint(case.base.model) == before
+    return YES
+
+
+def streams(case: Case) -> str:
+    """From a folder, one block in memory at a time, the card has the numbers of the one of the model in memory."""
+    folder = case.folder / "model"
+    case.base.model.save_pretrained(folder)
+    case.base.tokenizer.save_pretrained(folder)
+    try:
+        streamed = open_model(str(folder), device="cpu")
+    except ModelError as error:
+        return str(error).replace(str(folder), "the model").partition(" (")[0].partition(";")[0].partition(", so it")[0]
+    card = stream_profile(streamed, case.data, PROFILE)
+    assert card.model.fingerprint == case.base.fingerprint
+    for name in ("resnorm", "effective_rank", "predicted_gain", "centrality", "step_probe", "gain_estimate"):
+        torch.testing.assert_close(torch.tensor(card.values(name)), torch.tensor(case.card.values(name)), rtol=1e-4, atol=1e-6, msg=name)
     return YES
 
 
@@ -267,6 +286,7 @@ def fuses(case: Case) -> str:
 CAPABILITIES: dict[str, Callable[[Case], str]] = {
     "profile": profiles,
     "experts": profiles_experts,
+    "stream": streams,
     "select": selects,
     "train": trains,
     "save and load": saves_and_loads,

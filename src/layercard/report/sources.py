@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layercard.card import LayerCard
-from layercard.errors import ReportError
+from layercard.errors import PlacementError, ReportError
 from layercard.files import read_json, shown
 from layercard.readings import Json
 from layercard.report.frames import read_comparison
@@ -222,7 +222,7 @@ def _expect(file: Path, value: Json, schema: str, command: str) -> None:
 def _whole(file: Path, make: Callable[[dict[str, Any]], Any], value: dict[str, Any]) -> Any:
     try:
         return make(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, PlacementError) as problem:
         raise ReportError(f"{file} is no whole {value['schema']} ({type(problem).__name__}: {problem}); make it again") from None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from layercard.indices import listed
 from layercard.readings import Json, Number, number
 from layercard.report.costs import threads
+from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES
 
 REPEATS = 1000
@@ -70,13 +71,14 @@ class Trial:
 def of_run(record: Json) -> Trial:
     """The trial of a run record (`layercard train`)."""
     settings, data, model = record.get("settings") or {}, record.get("data") or {}, record["model"]
+    depth = int(record["placement"]["model"]["layers"])
     held = (record.get("valid") or {}).get("per_record") or {}
     before, after = held.get("nats_before"), held.get("nats_after")
     return Trial(
         name="",
         task=task_word(str(data.get("source", "data"))),
-        layers=tuple(record["placement"]["layers"]),
-        depth=int(record["placement"]["model"]["layers"]),
+        layers=check_layers(record["placement"]["layers"], depth),
+        depth=depth,
         seed=int(settings.get("seed") or 0),
         rank=settings.get("rank"),
         reduction=_with_ends(record.get("loss_reduction"), record.get("loss_reduction_interval")),
@@ -97,12 +99,12 @@ def of_bench(record: Json) -> Trial | None:
         return None
     value, error = _float(metrics.get("loss_reduction")), _float(metrics.get("reduction_standard_error"))
     half = None if error is None else NORMAL_95 * error
-    system = meta.get("system_info") or {}
+    system, depth = meta.get("system_info") or {}, int(meta["model_info"]["layers"])
     return Trial(
         name="",
         task=str(run["task"]),
-        layers=tuple(run["layers"]),
-        depth=int(meta["model_info"]["layers"]),
+        layers=check_layers(run["layers"], depth),
+        depth=depth,
         seed=int(run["train_config"].get("seed") or 0),
         rank=run["train_config"].get("rank"),
         reduction=None if value is None else Number(value) if half is None else Number(value, value - half, value + half),
@@ -122,7 +124,7 @@ def of_comparison(value: Json) -> list[Trial]:
         Trial(
             name=str(row["name"]),
             task=task,
-            layers=tuple(row["layers"]),
+            layers=check_layers(row["layers"], depth),
             depth=depth,
             seed=int(settings.get("seed") or 0),
             rank=settings.get("rank"),

@@ -1,7 +1,7 @@
 """A placement: which layers get adapters, as exact module paths, and why."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from layercard.export.peft import LoraConfig
 
 SCHEMA = "layercard-placement/1"
+PREDICTED = ("performance_kept", "step_time", "peak_memory", "parameters", "latency")
+"""Predictions that are read; each is an object."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Placement:
                 layers=tuple(value["layers"]),
                 paths=tuple(value["paths"]),
                 objective=str(value["objective"]),
-                predicted=dict(value.get("predicted") or {}),
+                predicted=_checked_predictions(value.get("predicted") or {}),
                 reasons={str(k): str(v) for k, v in (value.get("reasons") or {}).items()},
                 asked=dict(value.get("asked") or {}),
                 rank_pattern=dict(value.get("rank_pattern") or {}),
@@ -136,6 +138,14 @@ class Placement:
     def load(cls, path: str | Path) -> "Placement":
         """Read a placement from a file."""
         return cls.from_json(read_json(path, PlacementError, "placement"), str(path))
+
+
+def _checked_predictions(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What is predicted, if the parts that are read later are objects; a `TypeError` says which is not."""
+    for name in PREDICTED:
+        if not isinstance(value.get(name) or {}, dict):
+            raise TypeError(f"predicted.{name} is {shown(value[name])}, and not an object")
+    return dict(value)
 
 
 def check_layers(layers: Iterable[Any], depth: int) -> tuple[int, ...]:

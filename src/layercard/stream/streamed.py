@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from layercard.errors import ModelError
+from layercard.errors import ModelError, one_line
 from layercard.hub import hub_answers
 from layercard.layers import Block, find_blocks
 from layercard.loading import Progress, cached_snapshot, locate, quiet_libraries, refuse_encoder_decoder
-from layercard.models import DTYPES, BaseModel, find_device, is_classifier, shared_keys
+from layercard.models import DTYPES, BaseModel, find_device, shared_keys
 from layercard.stream.sources import Source, find_sources
 from layercard.stream.weights import Weights
 
@@ -145,9 +145,7 @@ def open_model(
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises many kinds
-            raise ModelError(f"{folder}: its tokenizer cannot be read ({' '.join(str(error).split())[:120]})") from error
-    if is_classifier(model):
-        raise ModelError(f"{name} is a classifier, and only language models can be streamed; profile without --stream")
+            raise ModelError(f"{folder}: its tokenizer cannot be read ({one_line(error, 120)})") from error
     if shared_keys(model):
         raise ModelError(f"blocks of {name} share keys and values, so it cannot be streamed; profile without --stream")
     _place_buffers(model, target)
@@ -175,8 +173,10 @@ def _empty(folder: Path, name: str, dtype: str, stored: torch.dtype, trust_remot
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
-        raise ModelError(f"{folder} has no usable configuration ({' '.join(str(error).split())[:120]}); copy it again") from error
+        raise ModelError(f"{folder} has no usable configuration ({one_line(error, 120)}); copy it again") from error
     refuse_encoder_decoder(name, config)
+    if any(each.endswith("ForSequenceClassification") for each in config.architectures or ()):
+        raise ModelError(f"{name} is a classifier, and only language models can be streamed; profile without --stream")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{name} has quantised weights, which cannot be streamed; profile without --stream")
     if dtype not in DTYPES:
@@ -186,7 +186,9 @@ def _empty(folder: Path, name: str, dtype: str, stored: torch.dtype, trust_remot
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     except Exception as error:  # values that the model's class refuses, each in its own way
-        raise ModelError(f"{name} cannot be built as a causal language model ({' '.join(str(error).split())[:120]})") from error
+        raise ModelError(
+            f"{name} cannot be built as a causal language model ({one_line(error, 120)}), as --stream needs it; profile without"
+        ) from error
     model.tie_weights()
     return model.eval(), kind
 

@@ -26,12 +26,17 @@ class _Reached(Exception):
     """The last block was reached; the head need not run."""
 
 
+class _Indexed(Exception):
+    """The model takes the first of what a block gives, so blocks give tuples."""
+
+
 class BlockByBlock:
     """Batches on their way through a streamed model.
 
     Attributes:
         batches: The batches.
         boundaries: What enters each block, kind `hidden`.
+        tuples: Whether blocks give tuples, the hidden states first.
 
     Args:
         streamed: The model.
@@ -46,29 +51,44 @@ class BlockByBlock:
         pad_id = streamed.base.pad_id
         self.batches = [batch.to(streamed.device) for batch in batches(examples, batch_size, pad_id, by_length=True)]
         self.calls: list[list[Put]] = []
+        self.tuples = False
 
     def enter(self) -> None:
         """Run what lies below the blocks, and keep what each block is called with. The embedding must be in memory."""
-        for at, batch in enumerate(self.batches):
-            calls: list[Put] = []
-            with ExitStack() as stack:
-                for block in self.streamed.blocks:
-                    stack.enter_context(replaced(block.module, partial(self._record, at, calls)))
-                try:
-                    labelled_logits(self.streamed.base.model, batch)
-                except _Reached:
-                    self.calls.append(calls)
-                    continue
-            raise ModelError("the model runs its blocks in no order of their own, so it cannot be streamed; profile without --stream")
+        self.calls = [self._tried(at) for at in range(len(self.batches))]
 
-    def _record(self, at: int, calls: list[Put], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _tried(self, at: int) -> list[Put]:
+        try:
+            return self._enter(at)
+        except _Indexed:
+            self.tuples = True
+            return self._enter(at)
+
+    def _enter(self, at: int) -> list[Put]:
+        calls: list[Put] = []
+        with ExitStack() as stack:
+            for block in self.streamed.blocks:
+                stack.enter_context(replaced(block.module, partial(self._record, at, calls)))
+            try:
+                labelled_logits(self.streamed.base.model, self.batches[at])
+            except _Reached:
+                return calls
+        raise ModelError("the model runs its blocks in no order of their own, so it cannot be streamed; profile without --stream")
+
+    def _record(self, at: int, calls: list[Put], *args: Any, **kwargs: Any) -> Any:
         hidden, put = entering(args, kwargs)
         if not calls:
             self.boundaries.put(self.kind, at, 0, hidden)
+        elif hidden.dim() < 3:
+            raise _Indexed
         calls.append(put)
         if len(calls) == len(self.streamed.blocks):
             raise _Reached
-        return hidden
+        return self._given(hidden)
+
+    def _given(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which a block gives them."""
+        return (hidden,) if self.tuples else hidden
 
     def hidden(self, at: int, block: int) -> torch.Tensor:
         """What enters a block in batch `at`; for one beyond the last, what leaves that."""
@@ -79,9 +99,10 @@ class BlockByBlock:
         args, kwargs = self.calls[at][block](hidden)
         found = self.streamed.blocks[block].module(*args, **kwargs)
         if isinstance(found, tuple):
-            if any(isinstance(part, torch.Tensor) for part in found[1:]):
+            self.tuples = True
+            found, *others = found
+            if any(isinstance(part, torch.Tensor) and not _is_attention(part, found) for part in others):
                 raise ModelError("the blocks hand on more than hidden states, so they cannot be streamed; profile without --stream")
-            found = found[0]
         return found
 
     def advance(self, block: int) -> None:
@@ -102,10 +123,16 @@ class BlockByBlock:
             with ExitStack() as stack:
                 stack.enter_context(replaced(model.get_input_embeddings(), lambda *_, **__: first))
                 for block in blocks[:-1]:
-                    stack.enter_context(replaced(block.module, skip))
-                stack.enter_context(replaced(blocks[-1].module, lambda *_, **__: hidden))
+                    stack.enter_context(replaced(block.module, lambda *args, **kwargs: self._given(skip(*args, **kwargs))))
+                stack.enter_context(replaced(blocks[-1].module, lambda *_, **__: self._given(hidden)))
                 found = labelled_logits(model, part)
             yield *found, chosen
+
+
+def _is_attention(part: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether what a block gives beside hidden states `[B, T, width]` is its attention `[B, heads, T, T]`, which no block takes."""
+    batch, length = hidden.shape[:2]
+    return part.dim() == 4 and (part.shape[0], *part.shape[2:]) == (batch, length, length)
 
 
 def _portions(model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, torch.Tensor]]:
