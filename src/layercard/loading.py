@@ -78,7 +78,7 @@ def read_model(place: str, dtype: torch.dtype | str, trust_remote_code: bool = F
         return read_gguf(Path(place), dtype if isinstance(dtype, torch.dtype) else torch.float32)
     source = place if Path(place).is_dir() or hub_answers() else cached_snapshot(place)
     try:
-        kind = _auto_class(place, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
+        kind = auto_class(place, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
         model, info = kind.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -106,7 +106,7 @@ def refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _auto_class(place: str, config: PreTrainedConfig) -> Any:
+def auto_class(place: str, config: PreTrainedConfig) -> Any:
     """The class of transformers that reads a model, by what its configuration says it was saved as.
 
     Raises:

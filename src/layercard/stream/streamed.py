@@ -12,13 +12,13 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from layercard.errors import ModelError, one_line
 from layercard.hub import hub_answers
 from layercard.layers import Block, find_blocks
-from layercard.loading import Progress, cached_snapshot, locate, quiet_libraries, refuse_encoder_decoder
+from layercard.loading import Progress, auto_class, cached_snapshot, locate, quiet_libraries
 from layercard.models import DTYPES, BaseModel, find_device, shared_keys
 from layercard.stream.sources import Source, find_sources
 from layercard.stream.weights import Weights
@@ -174,8 +174,8 @@ def _empty(folder: Path, name: str, dtype: str, stored: torch.dtype, trust_remot
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
         raise ModelError(f"{folder} has no usable configuration ({one_line(error, 120)}); copy it again") from error
-    refuse_encoder_decoder(name, config)
-    if any(each.endswith("ForSequenceClassification") for each in config.architectures or ()):
+    whole = auto_class(name, config)
+    if whole is AutoModelForSequenceClassification:
         raise ModelError(f"{name} is a classifier, and only language models can be streamed; profile without --stream")
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{name} has quantised weights, which cannot be streamed; profile without --stream")
@@ -184,10 +184,10 @@ def _empty(folder: Path, name: str, dtype: str, stored: torch.dtype, trust_remot
     kind: torch.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or stored
     try:
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
+            model = whole.from_config(config, dtype=kind, trust_remote_code=trust_remote_code)
     except Exception as error:  # values that the model's class refuses, each in its own way
         raise ModelError(
-            f"{name} cannot be built as a causal language model ({one_line(error, 120)}), as --stream needs it; profile without"
+            f"{name} cannot be built from its configuration ({one_line(error, 120)}); mend it, or profile without --stream"
         ) from error
     model.tie_weights()
     return model.eval(), kind
