@@ -312,6 +312,8 @@ def test_a_run_leaves_the_model_alone_and_has_the_shape_of_method_comparison(set
     assert {"run_info", "train_info", "meta_info"} <= set(record)
     assert {"train_time", "num_trainable_params", "file_size", "forgetting", "peak_memory_bytes"} <= set(record["train_info"])
     assert record["run_info"]["layers"] == [2, 5]
+    assert [phase["name"] for phase in record["train_info"]["phases"]] == ["train", "evaluate", "forgetting", "memory", "generate"]
+    assert record["train_info"]["train_time"] == record["train_info"]["phases"][0]["seconds"] > 0
     expected = 2 * sum(p.in_features + p.out_features for layer in (2, 5) for p in base.blocks[layer].projections)
     assert record["train_info"]["num_trainable_params"] == expected
 

@@ -246,6 +246,9 @@ def test_evaluate_with_and_without_adapters(tiny_base: BaseModel, data: Dataset)
         changed = evaluate(tiny_base, data, model=model, max_new_tokens=5)
     assert changed["loss"] != plain["loss"]
     assert [one["text"] for one in changed["generation"]["texts"]] != [one["text"] for one in plain["generation"]["texts"]]
-    assert evaluate(tiny_base, data, with_generation=False) == plain | {"generation": None}
+    assert [phase["name"] for phase in plain["phases"]] == ["evaluate", "generate"]
+    without = evaluate(tiny_base, data, with_generation=False)
+    assert without == plain | {"generation": None, "phases": without["phases"]}
+    assert [phase["name"] for phase in without["phases"]] == ["evaluate"]
     bare = replace(data, examples=tuple(replace(example, record={"prompt": "p"}) for example in data.examples))
     assert evaluate(tiny_base, bare)["generation"] is None

@@ -13,6 +13,7 @@ from layercard.data import IGNORED, Dataset, Example, batches
 from layercard.errors import DataError, ModelError
 from layercard.metrics import exact_match, overlap
 from layercard.models import BaseModel, Progress, describe, labelled_logits, quiet_libraries
+from layercard.phases import Phases
 from layercard.soundness import check_ids
 
 SCHEMA = "layercard-eval/1"
@@ -204,15 +205,19 @@ def evaluate(
     Returns:
         `loss` (nats per labelled token) and `perplexity` with intervals over records; `accuracy` (0 to 1) with an interval for a
         classifier, else `None`; `generation` is `None`, or has `bleu`, `chrf`
-        and `rouge_l` (0 to 100) where there are references, `exact_match` (0 to 1) where there are answers, and the `texts`.
+        and `rouge_l` (0 to 100) where there are references, `exact_match` (0 to 1) where there are answers, and the `texts`; `phases` has
+        the time and memory of each phase.
     """
-    losses = held_out_losses(base.model if model is None else model, base.pad_id, dataset, batch_size=batch_size, progress=progress)
+    phases = Phases()
+    with phases.phase("evaluate"):
+        losses = held_out_losses(base.model if model is None else model, base.pad_id, dataset, batch_size=batch_size, progress=progress)
     low, high = losses.interval()
     writes = with_generation and base.classes is None
     asked = [example for example in dataset.examples if writes and ("references" in example.record or "answer" in example.record)]
     generation = None
     if asked:
-        texts = generate(base, asked, model=model, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        with phases.phase("generate"):
+            texts = generate(base, asked, model=model, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
         generation = score_texts([example.record for example in asked], texts) | {"max_new_tokens": max_new_tokens}
     return {
         "schema": SCHEMA,
@@ -224,6 +229,7 @@ def evaluate(
         "perplexity_interval": [math.exp(min(low, 700.0)), math.exp(min(high, 700.0))],
         **_accuracy(base, losses),
         "generation": generation,
+        "phases": phases.to_json(),
     }
 
 

@@ -6,8 +6,8 @@ computed once (`probe.ReplayedSet`). The records have the shape of PEFT's method
 
 import os
 import platform
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from layercard.evaluation import generate, score_texts
 from layercard.indices import stretches
 from layercard.memory import PeakMemory
 from layercard.models import BaseModel, Progress, describe, load_model
+from layercard.phases import Phases
 from layercard.probe import ProbeTraining, RecordLosses, ReplayedSet, trained
 
 SCHEMA = "layercard-bench-run/1"
@@ -159,14 +160,16 @@ class Group:
             learning_rate=item.learning_rate,
             seed=item.seed,
         )
-        started = time.perf_counter()
-        with trained(self.base, item.layers, self.train, how, progress) as adapted:
-            seconds = time.perf_counter() - started
+        phases = Phases()
+        with ExitStack() as stack:
+            with phases.phase("train"):
+                adapted = stack.enter_context(trained(self.base, item.layers, self.train, how, progress))
+            with phases.phase("evaluate"):
+                after = self.test.losses(lowest)
             parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-            after = self.test.losses(lowest)
             info: dict[str, Any] = {
                 "status": "success" if bool(torch.isfinite(after.nats).all()) else "diverged",
-                "train_time": seconds,
+                "train_time": phases.found[0].seconds,
                 "frozen_prefix_kept": True,
                 "num_trainable_params": parameters,
                 "num_total_params": sum(p.numel() for p in adapted.parameters()),
@@ -174,9 +177,13 @@ class Group:
                 "metrics": self._outcome(after),
             }
             if self.split == "test":
-                info["forgetting"] = self.general.losses(lowest).mean - self.general_before.mean
-                info["peak_memory_bytes"] = self._peak(lowest) + 12 * parameters
-                info["generated"] = self._generated(adapted)
+                with phases.phase("forgetting"):
+                    info["forgetting"] = self.general.losses(lowest).mean - self.general_before.mean
+                with phases.phase("memory"):
+                    info["peak_memory_bytes"] = self._peak(lowest) + 12 * parameters
+                with phases.phase("generate"):
+                    info["generated"] = self._generated(adapted)
+            info["phases"] = phases.to_json()
         storage.write(run_name(item), self._record(item, how, info))  # a worker that was taken for lost may have written the same
 
     def _outcome(self, after: RecordLosses) -> dict[str, Any]:
