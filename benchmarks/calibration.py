@@ -39,12 +39,25 @@ class Points:
     kept: np.ndarray
 
 
+def searched(task: str) -> dict[int, float]:
+    """The learning rate that was searched for each number of layers."""
+    found = [json.loads(path.read_text()) for path in (FOLDER / "rates").glob(f"{task}-r{RANK}-*.json")]
+    return {len(one["layers"]): one["learning_rate"] for one in found}
+
+
+def _at_searched_rate(path: Path, rates: dict[int, float]) -> bool:
+    """Whether a run has the rate of its own number of layers: of two runs of one set and seed that one counts, and is read last."""
+    run = json.loads(path.read_text())["run_info"]
+    return bool(run["train_config"]["learning_rate"] == rates.get(len(run["layers"])))
+
+
 def points_of(task: str) -> Points:
     """The points of a task, from its card and the runs that have all layers of the same seed to compare with."""
     card = LayerCard.load(FOLDER / "cards" / f"{task}.json")
     coverage, depth = coverage_of(card), card.model.layers
     gains: dict[tuple[int, ...], dict[int, float]] = {}
-    for path in sorted((FOLDER / "runs").glob(f"{task}-test-*.json")):
+    rates = searched(task)
+    for path in sorted((FOLDER / "runs").glob(f"{task}-test-*.json"), key=lambda path: _at_searched_rate(path, rates)):
         record = json.loads(path.read_text())
         config = record["run_info"]["train_config"]
         if config["rank"] == RANK:
