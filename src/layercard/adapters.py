@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from layercard.errors import PlacementError
+from layercard.errors import PlacementError, one_line
 from layercard.inspection import adapted_paths as adapted_paths
 from layercard.inspection import check_adapted as check_adapted
 from layercard.models import BaseModel, describe
@@ -105,7 +105,7 @@ def apply(
         check_adapted(wrapped, placement)
     except (ValueError, TypeError, RuntimeError) as error:
         before.restore()
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise PlacementError(
             f"PEFT cannot put adapters there ({reason}); use another method, or a base model whose maps it knows"
         ) from error

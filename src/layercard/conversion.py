@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from layercard.errors import ModelError
+from layercard.errors import ModelError, one_line
 from layercard.gguf_header import read_header
 
 TOLERATED = 1.5
@@ -35,7 +35,7 @@ def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     except ModelError:
         raise
     except Exception as error:  # the readers raise struct, key, value and their own errors on broken files
-        detail = " ".join(str(error).split())[:160] or type(error).__name__
+        detail = one_line(error)
         raise ModelError(f"{path} cannot be read as a GGUF model ({detail}); it may be cut short or of an unknown family") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{path} holds no weights for {missing[0]}, which would be random ({len(missing)} such); fetch it again")

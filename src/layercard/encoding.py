@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from layercard.errors import DataError
+from layercard.errors import DataError, one_line
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -163,7 +163,7 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], **how: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, **how)
     except Exception as error:  # templates raise their own kinds, also by calling raise_exception
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        detail = one_line(error, 120)
         raise DataError(f"the chat template refuses these messages ({detail}); mend their roles or order") from error
 
 

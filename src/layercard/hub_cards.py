@@ -27,7 +27,7 @@ from huggingface_hub.hf_api import DatasetInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from layercard.card import LayerCard
-from layercard.errors import CardError, HubError
+from layercard.errors import CardError, HubError, one_line
 from layercard.files import json_text, parse_json
 from layercard.hub import hub_answers
 from layercard.report.hub_page import COUPLING, DEPTH, fingerprint_tag, readme
@@ -285,7 +285,7 @@ def _words(error: Exception, name: str) -> str:
     if isinstance(error, EntryNotFoundError):
         return f"{name} holds no card ({CARD_FILE}); name a repository that `layercard push` made"
     if not isinstance(error, HfHubHTTPError):
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
+        detail = one_line(error, 120)
         return f"{hub} stopped answering about {name} ({detail}); try again"
     status = error.response.status_code
     if status == 401:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from layercard.errors import DataError
+from layercard.errors import DataError, one_line
 from layercard.hub import hub_answers
 from layercard.synthetic import SPLITS, synthetic_records
 
@@ -138,7 +138,7 @@ def _read_parquet(path: Path) -> Located:
                 for record in rows.to_pylist():
                     yield f"row {next(numbers)}", record
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # a ValueError: text that is no UTF-8
-        detail = " ".join(str(error).split())[:120]
+        detail = one_line(error, 120)
         raise DataError(f"{path} cannot be read as Parquet ({detail}); it may be cut short, so write it again") from error
 
 
@@ -157,5 +157,5 @@ def _read_hub(source: str) -> Located:
         for number, record in enumerate(rows, 1):
             yield f"record {number}", dict(record)
     except Exception as error:  # datasets, the hub client and the readers behind them each raise their own kinds
-        detail = " ".join(str(error).split())[:160] or type(error).__name__
+        detail = one_line(error)
         raise DataError(f"{source} cannot be read ({detail}); check the name and the split") from error

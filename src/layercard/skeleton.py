@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from layercard.errors import ModelError
+from layercard.errors import ModelError, one_line
 from layercard.loading import locate, quiet_libraries
 from layercard.meta import empty_model, read_config
 
@@ -35,7 +35,7 @@ def skeleton(name: str) -> PreTrainedModel:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             return kind(config).eval()
     except Exception as error:  # values that the model's class refuses, each in its own way
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise ModelError(f"{name} cannot be built as {kind.__name__} ({reason}); name another model") from error
 
 

@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
-from layercard.errors import BenchmarkError, LayercardError
+from layercard.errors import BenchmarkError, LayercardError, one_line
 from layercard.models import Progress
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -103,7 +103,7 @@ def _on_ray(jobs: Sequence[Job], workers: Workers, progress: Progress) -> Iterat
             where: dict[str, Any] = {"num_cpus": workers.count} if address == "local" else {}
             ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False, **where)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BenchmarkError(f"no Ray cluster at {address!r} ({' '.join(str(error).split())[:100]}); start one or use --workers") from None
+        raise BenchmarkError(f"no Ray cluster at {address!r} ({one_line(error, 100)}); start one or use --workers") from None
     try:
         _check_resources(ray.cluster_resources(), workers)
         resources: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "memory": workers.memory or None}
@@ -121,7 +121,7 @@ def _on_ray(jobs: Sequence[Job], workers: Workers, progress: Progress) -> Iterat
     except WorkerCrashedError:
         raise BenchmarkError(_LOST.format(times=ATTEMPTS)) from None
     except RayError as error:
-        raise BenchmarkError(f"Ray lost a job ({' '.join(str(error).split())[:100]}); give the same command again, which goes on") from None
+        raise BenchmarkError(f"Ray lost a job ({one_line(error, 100)}); give the same command again, which goes on") from None
     finally:
         if started:
             ray.shutdown()

@@ -6,7 +6,7 @@ layers of a vision tower for those of the text model, and leaves out without a w
 
 from typing import TYPE_CHECKING, Any
 
-from layercard.errors import PlacementError
+from layercard.errors import PlacementError, one_line
 from layercard.selection import Placement
 from layercard.settings import whole
 
@@ -80,7 +80,7 @@ def lora_config(
     try:
         return LoraConfig(**arguments)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise PlacementError(f"peft.LoraConfig refuses these options ({reason}); change or leave out {', '.join(options)}") from error
 
 

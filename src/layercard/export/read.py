@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from layercard.errors import ExportError
+from layercard.errors import ExportError, one_line
 from layercard.export import json_text, yaml_text
 from layercard.export.merge import read_text
 from layercard.layers import find_blocks
@@ -54,13 +54,13 @@ def config_of(
     try:
         arguments = makers[known](values, model)
     except (AttributeError, TypeError, ValueError) as error:
-        raise ExportError(f"{source} has values that {known} cannot use ({' '.join(str(error).split())[:160]}); mend it") from error
+        raise ExportError(f"{source} has values that {known} cannot use ({one_line(error)}); mend it") from error
     if arguments is None:
         raise ExportError(f"{source} trains without LoRA, so it adapts nothing; name a configuration with an adapter")
     try:
         return LoraConfig(task_type=task_of(model), **arguments)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise ExportError(f"{source}: PEFT refuses what {known} makes of it ({reason}); mend it") from error
 
 

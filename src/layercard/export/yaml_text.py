@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from layercard.errors import ExportError
+from layercard.errors import ExportError, one_line
 
 STEP = 2
 """Blanks by which what is added is indented."""
@@ -26,7 +26,7 @@ def read(text: str, source: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise ExportError(f"{source} cannot be read as YAML ({reason}); mend it, or export to a new file") from error
     if value is None:
         return {}

@@ -164,7 +164,7 @@ def _folder(place: str) -> Path:
     try:
         return Path(snapshot_download(place, allow_patterns=FILES))
     except Exception as error:  # the hub client raises many kinds
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise ModelError(f"{place!r} is no local folder, and the hub did not give it ({reason}); name a folder or another model") from error
 
 
