@@ -27,6 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer().save_pretrained(folder / "model")
     write_records(folder / "data.jsonl", tiny_records(24))
     write_records(folder / "valid.jsonl", tiny_records(8, 50))
+    write_records(folder / "many.jsonl", tiny_records(240))
     task = folder / "tasks" / "tiny"
     task.mkdir(parents=True)
     for at, split in enumerate(("train", "valid", "test")):
@@ -74,10 +75,23 @@ def profile(place: Path, output: Path, *more: str) -> list[str]:
     return [*where, "--rank", "2", "--device", "cpu", "--no-cost", "--batch-size", "2", *more]
 
 
-def training(place: Path, output: Path) -> list[str]:
-    where = ["train", str(place / "model"), "--data", str(place / "data.jsonl"), "--valid", str(place / "valid.jsonl")]
+def training(place: Path, output: Path, data: str = "data.jsonl", length: tuple[str, str] = ("--steps", "30")) -> list[str]:
+    where = ["train", str(place / "model"), "--data", str(place / data), "--valid", str(place / "valid.jsonl")]
     where += ["--placement", str(place / "placement.json"), "-o", str(output), "--cache", str(output.with_name(f"{output.name}-cache"))]
-    return [*where, "--rank", "2", "--device", "cpu", "--steps", "30", "--resume"]
+    return [*where, "--rank", "2", "--device", "cpu", *length, "--resume"]
+
+
+def filling(place: Path, output: Path) -> list[str]:
+    """Two passes over many records: half of the time goes by with the cache being filled."""
+    return training(place, output, "many.jsonl", ("--epochs", "2"))
+
+
+def filled(output: Path) -> Any:
+    """The adapter; every shard of the cache is whole (a resumed run fills it with what it still reads)."""
+    cache = output.with_name(f"{output.name}-cache")
+    kept = {tuple(key) for shard in cache.rglob("*.safetensors") for key in load_file(shard)["keys"].tolist()}
+    assert 0 < len(kept) <= 240
+    return adapter(output)
 
 
 def comparing(place: Path, output: Path) -> list[str]:
@@ -98,6 +112,7 @@ COMMANDS: dict[str, Command] = {
     "profile train": (lambda place, output: profile(place, output, "--probe", "train", "--probe-steps", "8"), card),
     "profile stream": (lambda place, output: profile(place, output, "--stream"), card),
     "train": (training, adapter),
+    "cache fill": (filling, filled),
     "compare": (comparing, comparison),
     "bench": (bench, table),
 }
@@ -155,7 +170,7 @@ def test_a_few_kills(warm: Warm, place: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_kills_at_random_points(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
-    """18 for each of six commands: 108."""
+    """18 for each of seven commands: 126."""
     killings = kill_and_resume(warm, place, tmp_path, name, 18)
     assert killings.total == 18
     assert all(killings.kills.values())
