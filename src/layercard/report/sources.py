@@ -131,7 +131,8 @@ def _take(found: Sources, file: Path, value: Json, shares: dict[Any, float], *, 
         found.tables.append(_table(file, value))
         return "table"
     if schema is None and value.keys() >= _TIMING:
-        shares[str(value["task"]), tuple(value["layers"]), value.get("rank")] = 100 * float(value["share_of_all"])
+        place, share = _whole(file, _timing, dict(value))
+        shares[place] = share
         return "timing"
     if comparison_near:
         return None
@@ -141,6 +142,13 @@ def _take(found: Sources, file: Path, value: Json, shares: dict[Any, float], *, 
     if explicit and schema not in _BY_THE_WAY:
         raise ReportError(f"{file}: schema {shown(schema)} is none of a report's; name cards, placements, runs, fronts or tables")
     return None
+
+
+def _timing(value: dict[str, Any]) -> tuple[Any, float]:
+    """Task, layers and rank of a step time, and its share of that of all layers, %."""
+    place = str(value["task"]), tuple(value["layers"]), value.get("rank")
+    hash(place)
+    return place, 100 * float(value["share_of_all"])
 
 
 def _card(found: Sources, file: Path, value: dict[str, Any]) -> str:
@@ -223,7 +231,7 @@ def _whole(file: Path, make: Callable[[dict[str, Any]], Any], value: dict[str, A
     try:
         return make(value)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, PlacementError) as problem:
-        raise ReportError(f"{file} is no whole {value['schema']} ({type(problem).__name__}: {problem}); make it again") from None
+        raise ReportError(f"{file} is no whole {value.get('schema', 'step time')} ({type(problem).__name__}: {problem}); make it again") from None
 
 
 def _fresh(taken: Mapping[str, Json], file: Path) -> str:

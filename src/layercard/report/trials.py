@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from layercard.files import shown
 from layercard.indices import listed
 from layercard.readings import Json, Number, number
 from layercard.report.costs import threads
@@ -80,7 +81,7 @@ def of_run(record: Json) -> Trial:
         layers=check_layers(record["placement"]["layers"], depth),
         depth=depth,
         seed=int(settings.get("seed") or 0),
-        rank=settings.get("rank"),
+        rank=_rank(settings.get("rank")),
         reduction=_with_ends(record.get("loss_reduction"), record.get("loss_reduction_interval")),
         seconds=_float(record.get("train_seconds")),
         memory=_float(record.get("peak_memory_bytes")),
@@ -106,7 +107,7 @@ def of_bench(record: Json) -> Trial | None:
         layers=check_layers(run["layers"], depth),
         depth=depth,
         seed=int(run["train_config"].get("seed") or 0),
-        rank=run["train_config"].get("rank"),
+        rank=_rank(run["train_config"].get("rank")),
         reduction=None if value is None else Number(value) if half is None else Number(value, value - half, value + half),
         seconds=None if trained.get("frozen_prefix_kept") else _float(trained.get("train_time")),
         memory=_float(trained.get("peak_memory_bytes")),
@@ -127,7 +128,7 @@ def of_comparison(value: Json) -> list[Trial]:
             layers=check_layers(row["layers"], depth),
             depth=depth,
             seed=int(settings.get("seed") or 0),
-            rank=settings.get("rank"),
+            rank=_rank(settings.get("rank")),
             reduction=number(row.get("loss_reduction")),
             kept=number(row.get("performance_kept")),
             seconds=_float(row.get("train_seconds")),
@@ -152,6 +153,17 @@ def task_word(source: str) -> str:
     parts = [part for part in source.partition(" (")[0].replace("\\", "/").split("/") if part not in ("", ".", "..")]
     stem = parts[-1].partition(".")[0].partition(":")[0] if parts else source
     return parts[-2] if len(parts) > 1 and stem in ("train", "valid", "test") else stem
+
+
+def _rank(found: Any) -> int | None:
+    """A rank, `None` where none is said.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if found is None or (isinstance(found, int) and not isinstance(found, bool)):
+        return found
+    raise TypeError(f"rank is {shown(found)}")
 
 
 def compared(trials: Sequence[Trial], shares: Mapping[tuple[str, tuple[int, ...], int | None], float] | None = None) -> list[Trial]:
