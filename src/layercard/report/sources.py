@@ -231,7 +231,8 @@ def _whole(file: Path, make: Callable[[dict[str, Any]], Any], value: dict[str, A
     try:
         return make(value)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, PlacementError) as problem:
-        raise ReportError(f"{file} is no whole {value.get('schema', 'step time')} ({type(problem).__name__}: {problem}); make it again") from None
+        kind = value.get("schema", "step time")
+        raise ReportError(f"{file} is no whole {kind} ({type(problem).__name__}: {problem}); make it again") from None
 
 
 def _fresh(taken: Mapping[str, Json], file: Path) -> str:
