@@ -57,6 +57,9 @@ class ModelError(LayercardError):
 
     symptoms = (
         Symptom("no such model", "the name is no folder, file or known model", "check the path; the message names what comes close"),
+        Symptom("cannot be read as a GGUF model", "damaged, cut short, or of an unknown family", "fetch the file again"),
+        Symptom("asks for a model of … weights and holds …", "the header of a GGUF file is damaged", "fetch the file again"),
+        Symptom("holds no weights for …, which would be random", "a GGUF file lacks tensors", "fetch the file again"),
         Symptom("has a config.json but no weights", "a folder without safetensors", "name a folder that a trainer saved"),
         Symptom("has only pickled weights", "pickles can run code when they are read", "save the weights as safetensors"),
         Symptom("has no list of decoder blocks", "no transformer decoder", "profile a decoder"),
@@ -176,6 +179,7 @@ class OutputError(LayercardError):
         Symptom("holds an unfinished run", "an interrupted training run", "`--resume` or `--force`"),
         Symptom("where the state of the run would be kept", "`CARD.state` is something else", "move it away"),
         Symptom("another run is at work in", "two runs were given one folder", "wait for the other, or name another folder"),
+        Symptom("cannot be reached", "results lie at an address, and its storage does not answer", "check the address and the access to it"),
         Symptom("make room", "the disk is full", "make room; what was written whole is still there, so `--resume` goes on"),
     )
 
@@ -273,6 +277,7 @@ class BenchmarkError(LayercardError):
     symptoms = (
         Symptom("task … is unknown", "a misspelt name, or a folder without train, valid and test files", "the name that the message gives"),
         Symptom("strategy … is unknown", "a misspelt name", "the name that the message gives"),
+        Symptom("two models would have the folder", "one model was named twice", "name each model once"),
         Symptom("holds a benchmark with …", "the folder was begun with other settings", "the same settings, or another folder"),
         Symptom("--ray needs Ray", "the extra is not installed", "`pip install 'layercard[ray]'`, or `--workers`"),
     )
