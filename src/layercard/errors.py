@@ -179,7 +179,7 @@ class OutputError(LayercardError):
         Symptom("holds an unfinished run", "an interrupted training run", "`--resume` or `--force`"),
         Symptom("where the state of the run would be kept", "`CARD.state` is something else", "move it away"),
         Symptom("another run is at work in", "two runs were given one folder", "wait for the other, or name another folder"),
-        Symptom("cannot be reached", "results lie at an address, and its storage does not answer", "check the address and the access to it"),
+        Symptom("cannot be reached", "the storage of an address does not answer", "check the address and the access to it"),
         Symptom("make room", "the disk is full", "make room; what was written whole is still there, so `--resume` goes on"),
     )
 
