@@ -13,6 +13,8 @@ from layercard.errors import ExportError, one_line
 
 STEP = 2
 """Blanks by which what is added is indented."""
+MOST = 100_000
+"""Values that a configuration may have."""
 Edit = tuple[int, int, str]
 """Beginning and end of a stretch of text, and what takes its place."""
 
@@ -24,8 +26,9 @@ def read(text: str, source: str) -> dict[str, Any]:
         ExportError: It is no YAML, or no mapping.
     """
     try:
+        _measured(yaml.compose(text, Loader=yaml.SafeLoader), source, {})
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = one_line(error, 120)
         raise ExportError(f"{source} cannot be read as YAML ({reason}); mend it, or export to a new file") from error
     if value is None:
@@ -33,6 +36,27 @@ def read(text: str, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ExportError(f"{source} holds a {type(value).__name__} and no keys; name a trainer's configuration")
     return value
+
+
+def _measured(node: yaml.Node | None, source: str, known: dict[int, int]) -> int:
+    """How many values a node has, those that aliases repeat counted each time; `known` are those of nodes that were seen, 0 on the way.
+
+    Raises:
+        ExportError: A value holds itself, or aliases repeat more than `MOST` values.
+    """
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    size = known.get(id(node))
+    if size == 0:
+        raise ExportError(f"{source} has a value that holds itself by an alias (*); write it without")
+    if size is None:
+        known[id(node)] = 0
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
+        size = 1 + sum(_measured(each, source, known) for each in parts)
+        known[id(node)] = size
+    if size > MOST:
+        raise ExportError(f"{source} repeats over {MOST:,} values by aliases (*); write it without")
+    return size
 
 
 def edited(text: str, source: str, changes: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
