@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from layercard.cost import Linear
@@ -62,6 +62,7 @@ def test_the_largest_coverage_is_what_enumeration_finds(seed: int, depth: int, c
 
 
 @given(seed=st.integers(0, 100_000), depth=st.integers(1, 9), coupled=st.booleans(), budgets=st.integers(0, 2), share=st.floats(0.2, 1.05))
+@example(seed=7, depth=7, coupled=False, budgets=0, share=0.25)  # a lowest layer that does not reach the coverage alone
 @settings(max_examples=60, deadline=None)
 def test_the_least_cost_is_what_enumeration_finds(seed: int, depth: int, coupled: bool, budgets: int, share: float) -> None:
     problem = problem_of(seed, depth, coupled, budgets)

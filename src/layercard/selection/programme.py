@@ -136,6 +136,8 @@ class Programme:
 
     def least_price(self, own: np.ndarray, tolerance: float, seconds: float) -> Found:
         """The set of least Σ own that reaches the needed coverage, to an absolute `tolerance` of that sum; the bound is of the sum."""
+        if not len(self.gains) and self.sure < self.problem.needed * (1 - SLACK):
+            return Found(None, None, True)  # m alone does not reach it
         row = LinearConstraint(self.gains[None, :], self.problem.needed * (1 - SLACK) - self.sure, np.inf)
         objective = np.concatenate([own[self.candidates], np.zeros(len(self.gains) - len(self.candidates))])
         largest = float(own[self.candidates].sum()) or 1.0
