@@ -151,6 +151,8 @@ def test_several_models_make_one_table(settings: BenchSettings, tmp_path: Path, 
     every = [settings, replace(settings, model=str(tmp_path / "other"))]
     parts = sheets(every, tmp_path / "both")
     assert len({part.storage.place for part in parts}) == 2
+    work, arguments = parts[1].job(lambda *given: given, "tiny")
+    assert work(*arguments) == (parts[1].settings, parts[1].storage, "tiny"), "as it runs in another process of this machine"
     heard: set[str] = set()
     found = bench_placements(parts, grid, progress=lambda phase, done, total: heard.add(phase), times=False)
     assert [max(max(cell.layers) for cell in cells) for cells in found] == [5, 3]
@@ -343,6 +345,13 @@ def test_climb_stops() -> None:
 # --- choices --------------------------------------------------------------------------------------------------------------
 
 
+def test_scores_are_made_as_they_are_asked_for(settings: BenchSettings, tmp_path: Path) -> None:
+    storage = Storage.at(tmp_path)
+    for wanted, there in (((), set()), (("snr",), {"snr"}), (("activation_norm",), {"snr", "activation_norm"})):
+        stage.prepare(settings, storage, "tiny", wanted)
+        assert set(storage.read("scores/tiny.json", "scores")["scores"]) == there
+
+
 def test_every_strategy_chooses_k_layers(settings: BenchSettings, tmp_path: Path) -> None:
     stage.prepare(settings, Storage.at(tmp_path), "tiny")
     chooser = Chooser(Storage.at(tmp_path), "tiny", 2)
@@ -463,7 +472,10 @@ def test_bad_input_is_one_line_and_exit_2(
     assert error.count("\n") == 1
 
 
-def test_command_prints_tables_and_json(settings: BenchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_tables_and_json(
+    settings: BenchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layercard.benchmark.peers.aletheia_scores", lambda *_: pytest.fail("nobody asked for gradient_norm"))
     arguments = [
         "bench",
         "placements",

@@ -1,6 +1,7 @@
 """Measured performance of single layers: the step probe (no training) and the training probe."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -318,15 +319,20 @@ def adapting(base: BaseModel, layers: Sequence[int], settings: ProbeTraining) ->
     from peft import LoraConfig, get_peft_model
 
     blocks = [base.blocks[layer] for layer in layers]
+    transposed = [projection.transposed for block in blocks for projection in block.projections]
+    stacked = any(block.stacks for block in blocks)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=[projection.path for block in blocks for projection in block.projections],
         target_parameters=[stack.path for block in blocks for stack in block.stacks] or None,
+        fan_in_fan_out=not stacked and all(transposed),
     )
     with frozen(base.model), torch.enable_grad():
         torch.manual_seed(settings.seed)
-        adapted = get_peft_model(base.model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers say to each other
+            adapted = get_peft_model(base.model, config)
         try:
             yield Adaptation(adapted, layers, settings)
         finally:

@@ -26,19 +26,21 @@ ALETHEIA_BATCHES = 5
 """Records that aletheia-lora's probe looks at unless told otherwise."""
 
 
-def peer_scores(base: BaseModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, list[float]]:
-    """All scores, one number a layer; layers with the largest are chosen.
+def peer_scores(base: BaseModel, examples: Sequence[Example], wanted: Sequence[str] = PEERS, batch_size: int = 8) -> dict[str, list[float]]:
+    """The wanted scores of `PEERS`, one number a layer; layers with the largest are chosen.
 
     Raises:
-        BenchmarkError: aletheia-lora is not installed.
+        BenchmarkError: `gradient_norm` is wanted, and aletheia-lora is not installed.
     """
-    norms, cka = _streams(base, examples, batch_size)
-    return {
-        "gradient_norm": aletheia_scores(base, examples),
-        "activation_norm": norms,
-        "one_minus_cka": [1 - value for value in cka],
-        "snr": snr_scores(base),
-    }
+    found: dict[str, list[float]] = {}
+    if "gradient_norm" in wanted:
+        found["gradient_norm"] = aletheia_scores(base, examples)
+    if {"activation_norm", "one_minus_cka"} & set(wanted):
+        norms, cka = _streams(base, examples, batch_size)
+        found |= {"activation_norm": norms, "one_minus_cka": [1 - value for value in cka]}
+    if "snr" in wanted:
+        found["snr"] = snr_scores(base)
+    return found
 
 
 def linear_cka(x_td: torch.Tensor, y_td: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layercard.benchmark.choices import Choice, Chooser, card_name, check_strategies, scores_name
-from layercard.benchmark.peers import peer_scores
+from layercard.benchmark.peers import PEERS, peer_scores
 from layercard.benchmark.rates import find_rate, known_rate, rate_name
 from layercard.benchmark.runs import BenchSettings, Item, base_model, run_items, run_name
 from layercard.benchmark.storage import Storage
@@ -71,7 +71,10 @@ class Sheet:
         return not self.storage.exists(name)
 
 
-def _titled(title: str, function: Callable[..., Any], arguments: tuple[Any, ...], progress: Progress) -> Any:
+def _titled(title: str, function: Callable[..., Any], arguments: tuple[Any, ...], progress: Progress | None = None) -> Any:
+    """A job with its model's title before what it tells; in other local processes it tells nothing."""
+    if progress is None:
+        return function(*arguments)
     return function(*arguments, lambda phase, done, total: progress(f"{title}: {phase}", done, total))
 
 
@@ -131,7 +134,8 @@ def bench_placements(
 
 def _fill(parts: Sequence[Sheet], grid: Grid, workers: Workers, tell: Progress, times: bool) -> list[list[Choice]]:
     """Cards, learning rates, runs and step times in turn."""
-    cards = [part.job(prepare, task) for part in parts for task in grid.tasks if not _prepared(part, task)]
+    peers = tuple(name for name in PEERS if name in grid.strategies)
+    cards = [part.job(prepare, task, peers) for part in parts for task in grid.tasks if not _prepared(part, task, peers)]
     _finish(workers, cards, "cards", tell)
     found = [choices(part.storage, grid, part.settings.rank) for part in parts]
     bench_items(list(zip(parts, found, strict=True)), workers, tell)
@@ -174,8 +178,8 @@ def keep_settings(settings: BenchSettings, storage: Storage) -> None:
         )
 
 
-def prepare(settings: BenchSettings, storage: Storage, task: str, progress: Progress | None = None) -> None:
-    """Make the card and the peers' scores of a task, from the same records."""
+def prepare(settings: BenchSettings, storage: Storage, task: str, peers: Sequence[str] = PEERS, progress: Progress | None = None) -> None:
+    """Make the card and the peers' scores of a task, from the same records, where they are missing."""
     base = base_model(settings)
     records = load_data(
         split_source(task, "train", settings.data), base.tokenizer, records=settings.card_records, max_length=settings.max_length
@@ -186,12 +190,22 @@ def prepare(settings: BenchSettings, storage: Storage, task: str, progress: Prog
         made = profile(base, records, ProfileSettings(rank=settings.rank, cost=True, probe=settings.probe), progress, state=state)
         storage.write(card, made.to_json())
         discard(state)
-    if not storage.exists(scores):
-        storage.write(scores, {"task": task, "records": len(records), "scores": peer_scores(base, records.examples)})
+    there = _scores(storage, task)
+    if there is None or not set(peers) <= set(there):
+        missing = [name for name in peers if name not in (there or ())]
+        storage.write(
+            scores, {"task": task, "records": len(records), "scores": (there or {}) | peer_scores(base, records.examples, missing)}
+        )
 
 
-def _prepared(part: Sheet, task: str) -> bool:
-    return not (part.missing(card_name(task)) or part.missing(scores_name(task)))
+def _scores(storage: Storage, task: str) -> dict[str, Any] | None:
+    """The peers' scores that are there."""
+    return storage.read(scores_name(task), "scores")["scores"] if storage.exists(scores_name(task)) else None
+
+
+def _prepared(part: Sheet, task: str, peers: Sequence[str]) -> bool:
+    there = _scores(part.storage, task)
+    return not part.missing(card_name(task)) and there is not None and set(peers) <= set(there)
 
 
 def choices(storage: Storage, grid: Grid, rank: int) -> list[Choice]:
