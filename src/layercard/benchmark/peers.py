@@ -40,7 +40,7 @@ def peer_scores(base: BaseModel, examples: Sequence[Example], wanted: Sequence[s
         found |= {"activation_norm": norms, "one_minus_cka": [1 - value for value in cka]}
     if "snr" in wanted:
         found["snr"] = snr_scores(base)
-    return found
+    return {name: found[name] for name in wanted}
 
 
 def linear_cka(x_td: torch.Tensor, y_td: torch.Tensor) -> float:
