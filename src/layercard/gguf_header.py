@@ -7,6 +7,7 @@ Layout (GGUF 2 and 3): `GGUF`, version, number of tensors, number of fields; fie
 offset).
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -42,13 +43,7 @@ class Header:
     @property
     def weights(self) -> int:
         """Numbers in all tensors."""
-        total = 0
-        for shape in self.tensors.values():
-            size = 1
-            for length in shape:
-                size *= length
-            total += size
-        return total
+        return sum(map(math.prod, self.tensors.values()))
 
 
 def read_header(path: Path) -> Header:
