@@ -18,10 +18,9 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from common import RESULTS, report
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard
 from layercard.files import write_json
-from layercard.selection.calibration import CEILING
-from layercard.selection.models import coverage_of
+from layercard.selection.select import CEILING, coverage_of
 from layercard.statistics.ranks import spearman
 
 FOLDER = RESULTS / "placements"

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from common import report, task_file
-from layercard.adapters import adapted, no_deprecations, place
-from layercard.cost import CostModel
-from layercard.data import Batch, load_data
-from layercard.memory import PeakMemory
-from layercard.models import BaseModel, load_model
-from layercard.selection import strategy_layers
-from layercard.stamps import training_step
-from layercard.timing import measure_cost, usual_batch
+from layercard.adapters.apply import adapted, no_deprecations, place
+from layercard.cost.measure import measure_cost, training_step, usual_batch
+from layercard.cost.model import CostModel
+from layercard.data.load import Batch, load_data
+from layercard.measure import PeakMemory
+from layercard.models.load import BaseModel, load_model
+from layercard.selection.strategies import strategy_layers
 
 STRATEGIES = ("first", "middle", "last", "uniform")
 MIB = 2**20

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from common import report, rounded
-from layercard.adapters import place
-from layercard.latency import measure_latency
-from layercard.models import BaseModel, load_model
-from layercard.serving import Continuation, SharedPrefix
-from layercard.switching import Adapter, random_adapter, switched_on
+from layercard.adapters.apply import place
+from layercard.models.load import BaseModel, load_model
+from layercard.serving.adapter_switch import Adapter, random_adapter, switched_on
+from layercard.serving.latency import measure_latency
+from layercard.serving.shared_prefix import Continuation, SharedPrefix
 
 SELECTED = (5, 11, 17, 22, 25)
 MIB = 2**20

@@ -12,12 +12,12 @@ import json
 from pathlib import Path
 
 from common import RESULTS, data_folder, report
-from layercard.benchmark.placements import Grid, Sheet, bench_placements, choices
-from layercard.benchmark.runs import BenchSettings
-from layercard.benchmark.storage import Storage
-from layercard.benchmark.summary import Measured, measured, reduction_table, trade_off_table
-from layercard.benchmark.times import measure_times
-from layercard.benchmark.workers import Workers
+from layercard.trials.placements import Grid, Sheet, bench_placements, choices
+from layercard.trials.runs import BenchSettings
+from layercard.trials.storage import Storage
+from layercard.trials.summary import Measured, measured, reduction_table, trade_off_table
+from layercard.trials.times import measure_times
+from layercard.trials.workers import Workers
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 STORAGE = Storage.at(RESULTS / "placements")

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from common import report, task_file
-from layercard.benchmark.peers import aletheia_scores
-from layercard.data import Dataset, batches, load_data
-from layercard.held_out import held_out_pass
-from layercard.models import BaseModel, labelled_losses, load_model
-from layercard.profiling import ProfileSettings, split_records
-from layercard.signals import fit_pass
+from layercard.data.load import Dataset, batches, load_data
+from layercard.models.load import BaseModel, labelled_losses, load_model
+from layercard.profiling.fit import fit_pass
+from layercard.profiling.held_out import held_out_pass
+from layercard.profiling.profile import ProfileSettings, split_records
+from layercard.trials.peers import aletheia_scores
 
 
 def plain(base: BaseModel, dataset: Dataset, size: int) -> None:

@@ -19,14 +19,14 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from common import RESULTS, report
-from layercard.data import Example
+from layercard.data.load import Example
 from layercard.errors import BenchmarkError
 from layercard.files import read_json, write_json
-from layercard.held_out import held_out_pass
-from layercard.layers import find_blocks
-from layercard.models import BaseModel
-from layercard.profiling import ProfileSettings
-from layercard.signals import fit_pass
+from layercard.models.layers import find_blocks
+from layercard.models.load import BaseModel
+from layercard.profiling.fit import fit_pass
+from layercard.profiling.held_out import held_out_pass
+from layercard.profiling.profile import ProfileSettings
 
 FOLDER = RESULTS / "profile_scaling"
 SHAPES = ((128, 4), (256, 6), (512, 8), (1024, 12), (1536, 16), (2048, 20))

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from common import RESULTS, report, rounded, task_file
-from layercard.card import LayerCard
-from layercard.data import load_data
-from layercard.models import BaseModel, load_model
-from layercard.probe import ProbeTraining
-from layercard.profiling import ProfileSettings, profile
+from layercard.card.card import LayerCard
+from layercard.data.load import load_data
+from layercard.models.load import BaseModel, load_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.step_probe import ProbeTraining
 from layercard.statistics.ranks import spearman
 from single_layer import BATCH, MAX_LENGTH, arguments, measure, run_file
 

@@ -17,14 +17,14 @@ from itertools import combinations
 import numpy as np
 
 from common import RESULTS, data_folder, report, rounded
-from layercard.benchmark.choices import Chooser
-from layercard.benchmark.placements import keep_settings, prepare
-from layercard.benchmark.rates import find_rate
-from layercard.benchmark.runs import BenchSettings, Item, run_items, run_name
-from layercard.benchmark.storage import Storage
-from layercard.card import LayerCard
-from layercard.selection.models import SET_MODELS
+from layercard.card.card import LayerCard
+from layercard.selection.select import SET_MODELS
 from layercard.statistics.intervals import spearman
+from layercard.trials.choices import Chooser
+from layercard.trials.placements import keep_settings, prepare
+from layercard.trials.rates import find_rate
+from layercard.trials.runs import BenchSettings, Item, run_items, run_name
+from layercard.trials.storage import Storage
 
 STORAGE = Storage.at(RESULTS / "placements")
 SIZES = range(1, 11)

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common import RESULTS, machine, task_file
-from layercard.data import load_data
+from layercard.data.load import load_data
 from layercard.files import write_json
-from layercard.models import BaseModel, load_model
-from layercard.probe import ProbeTraining, ReplayedSet, training_probe
+from layercard.models.load import BaseModel, load_model
+from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, training_probe
 
 LAYERS = (0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 29)
 BATCH = {"e2e": 4, "webnlg": 4, "gsm8k": 2}

@@ -28,14 +28,16 @@ import torch
 from safetensors.torch import save_file
 
 from common import RESULTS, report, task_file
-from layercard.card import LayerCard
-from layercard.data import load_data
-from layercard.embedded import embedded_folder
+from layercard.card.card import LayerCard
+from layercard.data.load import load_data
 from layercard.errors import BenchmarkError
 from layercard.files import read_json, write_json
-from layercard.models import load_model
-from layercard.profiling import ProfileSettings, profile
-from layercard.stream import open_model, stream_profile
+from layercard.models.embedded import embedded_folder
+from layercard.models.load import load_model
+from layercard.models.streamed import open_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.streamed import stream_profile
 
 FOLDER = RESULTS / "stream_profile"
 DEPTHS = (8, 16, 32, 64)

@@ -30,18 +30,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common import RESULTS, machine, report, task_file
-from layercard.adapters import no_deprecations, place
-from layercard.card import LayerCard
-from layercard.data import Dataset, collate, load_data, shuffled
-from layercard.evaluation import held_out_losses
-from layercard.fast.together import fast_training
+from layercard.adapters.apply import no_deprecations, place
+from layercard.card.card import LayerCard
+from layercard.data.load import Dataset, collate, load_data, shuffled
+from layercard.fast.fast_training import fast_training
 from layercard.files import write_json
-from layercard.memory import PeakMemory
-from layercard.meta import BUILT_IN, read_config
-from layercard.models import BaseModel, load_model, quiet_libraries, wrap_model
-from layercard.selection import Placement
+from layercard.measure import PeakMemory
+from layercard.models.load import BaseModel, load_model, quiet_libraries, wrap_model
+from layercard.models.skeleton import BUILT_IN, read_config
 from layercard.selection.budgets import Budgets
+from layercard.selection.placement import Placement
 from layercard.selection.select import select
+from layercard.training.evaluate import held_out_losses
 
 EPOCHS, BATCH, RANK = 3, 4, 8
 RATES = {1: 0.016, 8: 0.008}

@@ -11,14 +11,14 @@ import argparse
 import numpy as np
 
 from common import RESULTS, data_folder, report
-from layercard.benchmark.choices import Choice, Chooser
-from layercard.benchmark.placements import Sheet, bench_items, keep_settings, prepare, record_of
-from layercard.benchmark.runs import BenchSettings
-from layercard.benchmark.storage import Storage
-from layercard.benchmark.summary import Mean
-from layercard.benchmark.workers import Workers
-from layercard.card import LayerCard
-from layercard.transfer import Pair, Swap, Transfer, transfer
+from layercard.card.card import LayerCard
+from layercard.selection.transfer import Pair, Swap, Transfer, transfer
+from layercard.trials.choices import Choice, Chooser
+from layercard.trials.placements import Sheet, bench_items, keep_settings, prepare, record_of
+from layercard.trials.runs import BenchSettings
+from layercard.trials.storage import Storage
+from layercard.trials.summary import Mean
+from layercard.trials.workers import Workers
 
 STORAGE = Storage.at(RESULTS / "placements")
 K = 5

@@ -42,7 +42,7 @@ heavy, and the library prints nothing: it raises `LayercardError` and gives valu
 ```
 
 The card and the placement show themselves as tables in a notebook, and `layercard.plots` draws them ([Report](report.md)). Who only wants
-PEFT's configuration takes `peft_config=placement.to_peft(r=16)`.
+PEFT's configuration takes `peft_config=layercard.lora_config(placement, r=16)`.
 """
 
 

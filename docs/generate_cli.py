@@ -18,7 +18,7 @@ def command_line_page() -> str:
     """The page: one section a command, each with its help text as it is printed at 80 columns."""
     from typer.testing import CliRunner
 
-    from layercard.cli import app
+    from layercard.commands.main import app
 
     environment = {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
     os.environ.update(environment)

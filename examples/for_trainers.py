@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import layercard
-from layercard.export import configuration
+from layercard.export.export import configuration
 
 HERE = Path(__file__).parent
 FILES = {"axolotl": "axolotl.yml", "llamafactory": "llamafactory.yaml"}
 
 
 def main(name: str, records: str, output: str = "configurations") -> None:
-    placement = layercard.profile(name, None, records).select(k=2)
+    placement = layercard.select(layercard.profile(name, None, records), k=2)
     print("layers", *placement.layers)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

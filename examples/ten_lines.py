@@ -19,7 +19,7 @@ def main(name: str, records: str, output: str = "ten-lines-adapter") -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     data = Dataset.from_list([json.loads(line) for line in Path(records).read_text(encoding="utf-8").splitlines()])
     card = layercard.profile(model, tokenizer, data, separator="")
-    placement = card.select(k=2)
+    placement = layercard.select(card, k=2)
     print("layers", *placement.layers)
     model = layercard.apply(model, placement, LoraConfig(r=16, lora_alpha=32))
     arguments = SFTConfig(output, num_train_epochs=1, per_device_train_batch_size=4, report_to="none", bf16=False)

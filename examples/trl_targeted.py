@@ -16,7 +16,7 @@ EPOCHS, RECORDS = 3, 64
 def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "trl-adapter") -> None:
     base = layercard.load_model(model)
     dataset = layercard.load_data(data, base.tokenizer, records=RECORDS)
-    placement = layercard.profile(base, None, dataset).select()
+    placement = layercard.select(layercard.profile(base, None, dataset))
     print("layers", *placement.layers)
 
     records = [example.record for example in dataset.examples]
@@ -33,7 +33,7 @@ def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "tr
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
-        peft_config=placement.to_peft(r=8, lora_alpha=16),
+        peft_config=layercard.lora_config(placement, r=8, lora_alpha=16),
         callbacks=[layercard.FastTraining(passes=EPOCHS)],
     )
     trainer.train()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 if TYPE_CHECKING:
-    from layercard.models import BaseModel
+    from layercard.models.load import BaseModel
 
 torch.set_num_threads(1)  # results are compared bit for bit, and with those of child processes
 collect_ignore = ["golden", "faults/warm.py", "fuzzing/coverage.py"]  # files for others to read; programs of their own
@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_base() -> "BaseModel":
     """A tiny Llama with its tokenizer, as `load_model` would give it."""
-    from layercard.models import wrap_model
+    from layercard.models.load import wrap_model
 
     return wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny-llama")
 

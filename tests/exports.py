@@ -7,7 +7,7 @@ from typing import Any
 from layercard.export.plan import Settings
 from layercard.export.trainers import TRAINERS
 from layercard.export.writing import exported
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 GOLDEN = Path(__file__).parent / "golden" / "export"
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -17,11 +17,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from layercard import cut_backward, processes
-from layercard.adapters import place
-from layercard.data import load_data
+from layercard.adapters.apply import place
+from layercard.data.load import load_data
 from layercard.errors import LayercardError
-from layercard.models import wrap_model
-from layercard.training import TrainSettings, train
+from layercard.models.load import wrap_model
+from layercard.training.train import TrainSettings, train
 from test_cut import batches, enable, peft_model
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from layercard import processes
-from layercard.adapters import place
-from layercard.data import load_data
-from layercard.models import wrap_model
-from layercard.training import train
+from layercard.adapters.apply import place
+from layercard.data.load import load_data
+from layercard.models.load import wrap_model
+from layercard.training.train import train
 from test_methods import settings_of
 from tiny import build_tiny, tiny_tokenizer
 

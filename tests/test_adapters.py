@@ -30,12 +30,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, MixtralConfig
 
-from layercard import adapters
-from layercard.adapters import adapted, adapted_paths, apply, check_adapted, loaded, place, without_experts
+from layercard.adapters import apply as adapters
+from layercard.adapters.apply import adapted, adapted_paths, apply, check_adapted, loaded, place, task_of, without_experts
 from layercard.errors import PlacementError
-from layercard.layers import find_blocks
-from layercard.models import BaseModel, wrap_model
-from layercard.pinning import task_of
+from layercard.models.layers import find_blocks
+from layercard.models.load import BaseModel, wrap_model
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 
 MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

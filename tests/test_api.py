@@ -18,7 +18,7 @@ import generate_api
 import layercard
 import pages
 from cards import fake_card
-from layercard.adapters import adapted_paths
+from layercard.adapters.apply import adapted_paths
 from layercard.errors import DataError, ModelError, PlacementError
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
@@ -172,26 +172,28 @@ def test_the_ten_lines(tiny_folder: Path, tiny_file: Path, tmp_path: Path, capsy
 
 
 def test_a_card_selects(card: layercard.LayerCard) -> None:
-    assert card.select(k=2).to_json() == layercard.select(card, k=2).to_json()
-    assert card.select(strategy="random", k=1, seed=3).to_json() == layercard.select(card, strategy="random", k=1, seed=3).to_json()
+    assert layercard.select(card, k=2).to_json() == layercard.select(card, k=2).to_json()
+    assert (
+        layercard.select(card, strategy="random", k=1, seed=3).to_json() == layercard.select(card, strategy="random", k=1, seed=3).to_json()
+    )
     deep = layercard.LayerCard.from_json(fake_card())
     asked = {"objective": "performance", "budgets": layercard.Budgets(max_time="60%")}
-    assert deep.select(**asked).to_json() == layercard.select(deep, **asked).to_json()
-    assert deep.select(**asked).predicted["step_time"]["share"] <= 0.6
+    assert layercard.select(deep, **asked).to_json() == layercard.select(deep, **asked).to_json()
+    assert layercard.select(deep, **asked).predicted["step_time"]["share"] <= 0.6
 
 
 def test_a_placement_is_a_configuration_of_peft(card: layercard.LayerCard) -> None:
-    placement = card.select(strategy="last", k=1)
-    config = placement.to_peft(r=16, use_rslora=True)
+    placement = layercard.select(card, strategy="last", k=1)
+    config = layercard.lora_config(placement, r=16, use_rslora=True)
     assert (config.r, config.lora_alpha, config.use_rslora, config.task_type) == (16, 32, True, "CAUSAL_LM")
     assert set(adapted_paths(get_peft_model(build_tiny("llama"), config))) == set(placement.paths)
     with pytest.raises(PlacementError, match="target_modules is given beside a placement"):
-        placement.to_peft(target_modules=["q_proj"])
+        layercard.lora_config(placement, target_modules=["q_proj"])
 
 
 def test_a_notebook_shows_stacked_experts_too(card: layercard.LayerCard) -> None:
     experts = "model.layers.2.mlp.experts.gate_up_proj"
-    placement = dataclasses.replace(card.select(strategy="last", k=1), parameters=(experts,))
+    placement = dataclasses.replace(layercard.select(card, strategy="last", k=1), parameters=(experts,))
     shown = placement._repr_html_()
     assert f"{len(placement.paths) + 1}: " in shown
     assert "gate_up_proj" in shown

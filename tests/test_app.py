@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from cards import fake_card, fake_comparison, fake_placement
-from layercard.card import LayerCard
-from layercard.cli import run
+from layercard.card.card import LayerCard
+from layercard.commands.main import run
 from layercard.errors import CardError, OutputError, ReportError
 from layercard.report.app import drawing, money, trainer, views
 from layercard.report.app.choice import Choice, Fronts, by_hand, changes, choose, command_line, rows, wishes
@@ -29,7 +29,8 @@ from layercard.report.app.explorer import Explorer
 from layercard.report.app.guard import Guard, is_local, own_names
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Jobs, Progress, card_name, follow, profile_command
 from layercard.report.app.library import LARGEST, MOST_FOLDERS, Entry, Library, find, read_entry, read_upload
-from layercard.selection import Placement, select
+from layercard.selection import select
+from layercard.selection.placement import Placement
 from tiny import build_tiny, tiny_tokenizer
 
 NASTY = "<script>alert(1)</script>${alert(2)}{{alert}}@children"
@@ -284,8 +285,8 @@ class TestTrainers:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        from layercard.adapters import place
-        from layercard.models import wrap_model
+        from layercard.adapters.apply import place
+        from layercard.models.load import wrap_model
 
         base = wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny")
         placement = place(base, [1, 2]).to_json()
@@ -511,7 +512,7 @@ class TestJobs:
 
     def test_the_command_names_files_and_no_shell(self) -> None:
         words = profile_command(Path("/models/a b"), "/data/x;y.jsonl", Path("/tmp/c.json"), 8)
-        assert words[1:5] == ["-m", "layercard.cli", "profile", "/models/a b"] and "/data/x;y.jsonl" in words
+        assert words[1:5] == ["-m", "layercard.commands.main", "profile", "/models/a b"] and "/data/x;y.jsonl" in words
 
 
 class TestGuard:
@@ -576,7 +577,7 @@ class TestServer:
         folder = tmp_path_factory.mktemp("cards")
         saved(folder / "card.json", fake_card(8))
         saved(folder.parent / "outside.json", fake_card(8, model={"name": "outside", "fingerprint": "o", "layers": 8}))
-        command = [sys.executable, "-m", "layercard.cli", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
+        command = [sys.executable, "-m", "layercard.commands.main", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()

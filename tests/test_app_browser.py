@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cards import fake_card
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytest.importorskip("gradio", reason="needs gradio")
@@ -36,7 +36,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path_name = fake_card(6, model={"name": "../../../etc/passwd", "fingerprint": "p", "layers": 6})
     for name, value in {"a": good, "nasty": nasty, "million": million, "nan": no_number, "path": path_name}.items():
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
-    command = [sys.executable, "-m", "layercard.cli", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
+    command = [sys.executable, "-m", "layercard.commands.main", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())

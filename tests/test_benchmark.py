@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from layercard.benchmark import placements as stage
-from layercard.benchmark.choices import KNOWN, STRATEGIES, Choice, Chooser, check_strategies
-from layercard.benchmark.peers import linear_cka, peer_scores, weight_snr
-from layercard.benchmark.placements import Grid, bench_placements, sheets
-from layercard.benchmark.rates import climb, find_rate
-from layercard.benchmark.runs import BenchSettings, Group, Item, base_model, compact, run_items, run_name
-from layercard.benchmark.storage import Storage
-from layercard.benchmark.summary import Mean, measured, regrets, side_by_side, summarise
-from layercard.benchmark.tasks import general_examples, known_tasks, training_order, up_to
-from layercard.benchmark.workers import Workers
-from layercard.cli import run
-from layercard.data import load_data
+from layercard.commands.main import run
+from layercard.data.load import load_data
 from layercard.errors import BenchmarkError
-from layercard.models import BaseModel, fingerprint
+from layercard.models.load import BaseModel, fingerprint
+from layercard.trials import placements as stage
+from layercard.trials.choices import KNOWN, STRATEGIES, Choice, Chooser, check_strategies
+from layercard.trials.peers import linear_cka, peer_scores, weight_snr
+from layercard.trials.placements import Grid, bench_placements, sheets
+from layercard.trials.rates import climb, find_rate
+from layercard.trials.runs import BenchSettings, Group, Item, base_model, compact, run_items, run_name
+from layercard.trials.storage import Storage
+from layercard.trials.summary import Mean, measured, regrets, side_by_side, summarise
+from layercard.trials.tasks import general_examples, known_tasks, training_order, up_to
+from layercard.trials.workers import Workers
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 STRATEGIES_HERE = ("random", "uniform", "last", "performance", "balanced", "snr")
@@ -59,7 +59,7 @@ def settings(tmp_path: Path) -> BenchSettings:
 @pytest.fixture(autouse=True)
 def no_aletheia(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peer's package is an extra; its score has a test of its own."""
-    monkeypatch.setattr("layercard.benchmark.peers.aletheia_scores", lambda base, examples: [1.0] * len(base.blocks))
+    monkeypatch.setattr("layercard.trials.peers.aletheia_scores", lambda base, examples: [1.0] * len(base.blocks))
 
 
 GRID = Grid(("tiny",), STRATEGIES_HERE, ks=(2,), seeds=(0, 1))
@@ -253,10 +253,10 @@ def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
     """The same training by stock PEFT on the whole model, no kept prefix: held-out loss before and after."""
     from peft import LoraConfig, get_peft_model
 
-    from layercard.benchmark.runs import task_data
-    from layercard.data import batches
-    from layercard.models import labelled_losses
-    from layercard.probe import ProbeTraining
+    from layercard.data.load import batches
+    from layercard.models.load import labelled_losses
+    from layercard.profiling.step_probe import ProbeTraining
+    from layercard.trials.runs import task_data
 
     base = base_model(settings)
     data = task_data(base, settings, item.task)
@@ -475,7 +475,7 @@ def test_bad_input_is_one_line_and_exit_2(
 def test_command_prints_tables_and_json(
     settings: BenchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layercard.benchmark.peers.aletheia_scores", lambda *_: pytest.fail("nobody asked for gradient_norm"))
+    monkeypatch.setattr("layercard.trials.peers.aletheia_scores", lambda *_: pytest.fail("nobody asked for gradient_norm"))
     arguments = [
         "bench",
         "placements",
@@ -532,5 +532,5 @@ def test_choice_takes_the_learning_rate_of_the_nearest_number() -> None:
 
 
 def test_help_is_light() -> None:
-    code = "import sys, layercard.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, layercard.commands.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from layercard.adapters import place
-from layercard.card import LayerCard
-from layercard.data import IGNORED, Dataset, Example
+from layercard.adapters.apply import place
+from layercard.card.card import LayerCard
+from layercard.data.checks import check_signals
+from layercard.data.load import IGNORED, Dataset, Example
 from layercard.errors import DataError, LayercardError, ModelError, TrainingError
-from layercard.models import BaseModel, wrap_model
-from layercard.probe import StepProbe
-from layercard.profiling import ProfileSettings, profile
-from layercard.soundness import check_signals
+from layercard.models.load import BaseModel, wrap_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.step_probe import StepProbe
 from layercard.statistics.moments import GradientMoments, InputMoments
-from layercard.training import train
+from layercard.training.train import train
 from test_profile import base_of, dataset
 from test_training import FAST
 from tiny import build_tiny, tiny_tokenizer
@@ -89,7 +90,7 @@ def test_a_backward_pass_that_overflows_behind_a_finite_loss_is_refused() -> Non
 
 
 def test_held_out_records_without_finite_slopes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from layercard import profiling
+    from layercard.profiling import profile as profiling
 
     found = profiling.held_out_pass
 
@@ -142,7 +143,7 @@ def test_a_step_that_diverges_gains_nothing_and_is_named() -> None:
 
 
 def test_a_diverged_step_probe_is_in_the_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from layercard import profiling
+    from layercard.profiling import profile as profiling
 
     found = profiling.step_probe
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from layercard.capture import capturing, entries, frozen, replayed, stepped
-from layercard.data import Batch, Example, collate
-from layercard.layers import find_blocks
-from layercard.models import labelled_losses
+from layercard.data.load import Batch, Example, collate
+from layercard.models.hooks import capturing, entries, frozen, replayed, stepped
+from layercard.models.layers import find_blocks
+from layercard.models.load import labelled_losses
 from tiny import TINY_FAMILIES, VOCAB, build_tiny
 
 

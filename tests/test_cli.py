@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from cards import fake_card, fake_comparison, fake_placement
-from layercard.cli import app, run
+from layercard.commands.main import app, run
 
 COMPARED = ("compare/compare.json", "again/compare/compare.json")
 COMMANDS = [command.name for command in app.registered_commands]
@@ -74,7 +74,7 @@ def test_no_command_gives_the_help(layercard: Layercard) -> None:
 
 def test_help_is_quick() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "layercard.cli", "--help"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "layercard.commands.main", "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
@@ -393,7 +393,7 @@ def test_defaults_are_those_of_the_library() -> None:
 
     from layercard.commands.profile import profile
     from layercard.commands.train import train
-    from layercard.profiling import ProfileSettings
+    from layercard.profiling.profile import ProfileSettings
     from layercard.settings import TrainSettings
 
     for command, settings in ((profile, ProfileSettings()), (train, TrainSettings())):
@@ -412,7 +412,7 @@ def test_a_placement_of_another_model_is_one_line(layercard: Layercard, tiny_fol
 def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
     script = "import signal, sys, time; from layercard import cli; from layercard.commands import show\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent in the background may have it ignored
-    script += "import layercard.card as card\ncard.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
+    script += "import layercard.card.card as card\ncard.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
     script += "sys.exit(cli.run(['show', 'card.json']))"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
@@ -428,7 +428,7 @@ def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_traceback(card: Path) -> None:
-    command = f"{sys.executable} -m layercard.cli show {card} | head -n 1"
+    command = f"{sys.executable} -m layercard.commands.main show {card} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
@@ -437,7 +437,7 @@ def test_a_closed_pipe_is_no_traceback(card: Path) -> None:
 def test_a_plain_terminal_still_gets_the_numbers(card: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
     done = subprocess.run(
-        [sys.executable, "-m", "layercard.cli", "show", str(card)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "layercard.commands.main", "show", str(card)], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0
     assert "11.7" in done.stdout

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from layercard import compare as compare_module
-from layercard.adapters import place
-from layercard.compare import compare
-from layercard.data import Dataset, load_data
+from layercard.adapters.apply import place
+from layercard.data.load import Dataset, load_data
 from layercard.errors import DataError, OutputError, PlacementError, TrainingError
-from layercard.models import BaseModel
-from layercard.selection import Placement
-from layercard.training import TrainSettings, train
+from layercard.models.load import BaseModel
+from layercard.selection.placement import Placement
+from layercard.training.train import TrainSettings, train
+from layercard.trials import compare as compare_module
+from layercard.trials.compare import compare
 from test_adapters import assert_same, base_of, state_of
 from tiny import tiny_records, write_records
 

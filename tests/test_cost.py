@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cards import fake_card
-from layercard.card import LayerCard, cost_of
-from layercard.cost import CostModel, LayerCost, Linear
+from layercard.card.card import LayerCard, cost_of
+from layercard.cost.model import CostModel, LayerCost, Linear
 from layercard.errors import CardError, OutputError, PlacementError
 
 LLAMA = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from layercard.cli import run
-from layercard.cost import CostModel
+from layercard.commands.main import run
+from layercard.cost.model import CostModel
 from test_cost import measured
 from tiny import LAYERS, build_tiny
 
@@ -38,7 +38,7 @@ def test_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     status, out, err = printed(capsys, "cost", tmp_path, "--meta", *QUICK, "--length", 16, "--json")
     assert (status, err) == (0, "")
     assert CostModel.from_json(json.loads(out)).source == "measured"
-    monkeypatch.setattr("layercard.meta.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("layercard.cost.estimate.free_bytes", lambda device: 1000)
     status, out, err = printed(capsys, "cost", tmp_path, "--meta", *QUICK, "--length", 16, "--json")
     assert CostModel.from_json(json.loads(out)).source == "rates"
     status, out, err = printed(capsys, "cost", "qwen3-8b", "--meta", "--flops", 4e14, "--bandwidth", 3e12, "--dtype", "bfloat16")

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from layercard import CutBackward, FrozenPrefix, cut_backward
 from layercard.errors import TrainingError
 from layercard.fast.anatomy import anatomy
-from layercard.layers import find_blocks
+from layercard.models.layers import find_blocks
 from test_adapters import state_of
 from tiny import TINY_FAMILIES, VOCAB, build_tiny, tiny_records, tiny_tokenizer
 

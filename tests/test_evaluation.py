@@ -11,12 +11,23 @@ import pytest
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
-from layercard.adapters import adapted, place
-from layercard.data import IGNORED, Dataset, Example, collate, load_data
+from layercard.adapters.apply import adapted, place
+from layercard.data.load import IGNORED, Dataset, Example, collate, load_data
 from layercard.errors import DataError, ModelError
-from layercard.evaluation import HeldOut, evaluate, generate, held_out_losses, prompt_of, ratio_interval, reduction_interval, score_texts
-from layercard.metrics import exact_match, final_number, overlap
-from layercard.models import BaseModel
+from layercard.models.load import BaseModel
+from layercard.training.evaluate import (
+    HeldOut,
+    evaluate,
+    exact_match,
+    final_number,
+    generate,
+    held_out_losses,
+    overlap,
+    prompt_of,
+    ratio_interval,
+    reduction_interval,
+    score_texts,
+)
 from test_adapters import assert_same, base_of, state_of
 from tiny import TINY_FAMILIES, tiny_records, write_records
 

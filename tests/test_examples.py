@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from exports import CASES
-from layercard import cli
+from layercard.commands import main as cli
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ADAPTER = "adapter_model.safetensors"

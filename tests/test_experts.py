@@ -8,19 +8,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from layercard.capture import capturing, stepped
-from layercard.data import load_data
-from layercard.experts import run_experts
-from layercard.held_out import held_out_pass
-from layercard.layers import find_blocks, unread_experts
-from layercard.models import BaseModel, labelled_losses, wrap_model
-from layercard.profiling import ProfileSettings, profile, split_records
+from layercard.data.load import load_data
+from layercard.models.hooks import capturing, run_experts, stepped
+from layercard.models.layers import find_blocks, unread_experts
+from layercard.models.load import BaseModel, labelled_losses, wrap_model
+from layercard.profiling.fit import Fit, HeldOut, fit_pass
+from layercard.profiling.held_out import held_out_pass
+from layercard.profiling.profile import ProfileSettings, split_records
+from layercard.profiling.profile import profile_records as profile
 from layercard.selection.select import select
 from layercard.settings import TrainSettings
-from layercard.signals import Fit, HeldOut, fit_pass
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual
-from layercard.training import train
+from layercard.training.train import train
 from reference import linear
 from reference.experts import Rows, resnorm_squared, rows_by_token
 from test_capture import batch_of, examples

@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 from torch import nn
 
-from layercard import meta
-from layercard.adapters import adapted, place
-from layercard.card import cost_of
-from layercard.cost import CostModel, Shape
-from layercard.data import Dataset
-from layercard.models import BaseModel
-from layercard.profiling import ProfileSettings, profile
-from layercard.timing import measure_cost, random_batch
+from layercard.adapters.apply import adapted, place
+from layercard.card.card import cost_of
+from layercard.cost import estimate as meta
+from layercard.cost.measure import measure_cost, random_batch
+from layercard.cost.model import CostModel, Shape
+from layercard.data.load import Dataset
+from layercard.models.load import BaseModel
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
 from test_capture import assert_same, examples
 from test_experts import base_of, build
 from test_timing import everything, measured_memory

@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layercard import state as state_module
-from layercard.adapters import adapted, adapted_paths, loaded, place
-from layercard.data import Dataset
-from layercard.evaluation import held_out_losses
-from layercard.models import BaseModel, fingerprint
-from layercard.profiling import ProfileSettings, profile
+from layercard import checkpoint as state_module
+from layercard.adapters.apply import adapted, adapted_paths, loaded, place
+from layercard.data.load import Dataset
+from layercard.models.load import BaseModel, fingerprint
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.serving.adapter_switch import merged, random_adapter, switched_on
 from layercard.settings import FastSettings
-from layercard.switching import merged, random_adapter, switched_on
+from layercard.training.evaluate import held_out_losses
 from test_experts import base_of, build
 from test_fast import PARTS, interrupted_and_resumed, records, run
 from test_state import Stopped, stopping

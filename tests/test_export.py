@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exports import CASES, GOLDEN, REFUSED, golden, placed, ranked
-from layercard import cli
+from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
 from layercard.export import json_text, yaml_text
 from layercard.export.merge import merged, nested
@@ -18,7 +18,7 @@ from layercard.export.plan import Settings
 from layercard.export.trainers import TRAINERS, trainer_named
 from layercard.export.writing import exported
 from layercard.files import write_json
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 AXOLOTL = """\
 # how we train

@@ -21,16 +21,16 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from exports import CASES, placed, ranked
-from layercard import cli
-from layercard.adapters import no_deprecations
+from layercard.adapters.apply import adapted_paths, adapted_ranks, no_deprecations
+from layercard.adapters.lora_config import lora_config
+from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
 from layercard.export import mlx, read
 from layercard.export.plan import Settings
 from layercard.export.trainers import TRAINERS
 from layercard.export.writing import exported
-from layercard.inspection import adapted_paths, adapted_ranks
-from layercard.layers import find_blocks
-from layercard.selection import Placement
+from layercard.models.layers import find_blocks
+from layercard.selection.placement import Placement
 from tiny import HEADS, INNER, VOCAB, WIDTH, build_tiny
 
 SIZES = {
@@ -368,12 +368,12 @@ def test_configurations_made_elsewhere(models: dict[str, PreTrainedModel], tmp_p
 
 def test_lora_config(models: dict[str, PreTrainedModel]) -> None:
     plan = planned(models["experts"], (0, 2))
-    assert adapted(models["experts"], plan.to_peft(r=4)) == set(plan.targets)
-    config = plan.to_peft(r=16, use_rslora=True)
+    assert adapted(models["experts"], lora_config(plan, r=4)) == set(plan.targets)
+    config = lora_config(plan, r=16, use_rslora=True)
     assert (config.r, config.lora_alpha, config.use_rslora) == (16, 32, True)
     with pytest.raises(PlacementError, match="layers_to_transform is given beside a placement"):
-        plan.to_peft(layers_to_transform=[1])
+        lora_config(plan, layers_to_transform=[1])
     with pytest.raises(PlacementError, match="no dropout"):
-        plan.to_peft(lora_dropout=0.1)
+        lora_config(plan, lora_dropout=0.1)
     with pytest.raises(PlacementError, match="refuses these options"):
-        plan.to_peft(unknown=1)
+        lora_config(plan, unknown=1)

@@ -12,13 +12,12 @@ import pytest
 import yaml
 from peft import get_peft_model
 
-from layercard.adapters import no_deprecations
+from layercard.adapters.apply import adapted_paths, no_deprecations
 from layercard.export.plan import Settings
 from layercard.export.trainers import TRAINERS
 from layercard.export.writing import exported
-from layercard.inspection import adapted_paths
-from layercard.layers import find_blocks
-from layercard.selection import Placement
+from layercard.models.layers import find_blocks
+from layercard.selection.placement import Placement
 from tiny import build_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")

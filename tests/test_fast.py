@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 import tiny
-from layercard.adapters import place
-from layercard.data import Dataset, load_data
+from layercard.adapters.apply import place
+from layercard.data.load import Dataset, load_data
 from layercard.errors import TrainingError
-from layercard.fast.callbacks import FastTraining
-from layercard.fast.together import fast_training
-from layercard.models import BaseModel, wrap_model
+from layercard.fast.fast_training import FastTraining, fast_training
+from layercard.models.load import BaseModel, wrap_model
 from layercard.settings import FastSettings, TrainSettings
-from layercard.training import train
+from layercard.training.train import train
 from padded import batch, no_dropout
 
 PARTS = ("cut", "prefix_cache", "unpadded", "labels_only", "fused_lora")

@@ -16,16 +16,18 @@ import pytest
 import torch
 
 from cards import fake_card
-from layercard import halving, saved
-from layercard.card import LayerCard
-from layercard.cli import run
+from layercard import checkpoint as saved
+from layercard.card.card import LayerCard
+from layercard.checkpoint import discard
+from layercard.commands.main import run
 from layercard.commands.reproduce import command_lines
 from layercard.errors import OutputError, TrainingError
-from layercard.halving import TrainingProbe, better_half, rungs, training_probes
-from layercard.models import BaseModel, wrap_model
-from layercard.probe import ProbeTraining, ReplayedSet, adapting, training_probe
-from layercard.profiling import ProfileSettings, profile
-from layercard.state import discard
+from layercard.models.load import BaseModel, wrap_model
+from layercard.profiling import training_probe as halving
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, adapting, training_probe
+from layercard.profiling.training_probe import TrainingProbe, better_half, rungs, training_probes
 from test_capture import assert_same, examples, state
 from test_profile import dataset
 from tiny import build_tiny, tiny_tokenizer
@@ -231,7 +233,7 @@ def test_killed_and_started_again_gives_the_same_card(tiny_folder: Path, tiny_fi
     arguments += ["--probe", "train", "--probe-steps", "32"]
     whole = tmp_path / "whole.json"
     assert run([*arguments, "-o", str(whole)]) == 0
-    command = [sys.executable, "-m", "layercard.cli", *arguments, "-o", str(output)]
+    command = [sys.executable, "-m", "layercard.commands.main", *arguments, "-o", str(output)]
     child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state_folder = tmp_path / "card.json.state"
     while child.poll() is None and len(list(state_folder.rglob("layer-*.safetensors"))) < 2:

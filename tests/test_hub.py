@@ -18,17 +18,18 @@ from hypothesis import strategies as st
 
 from cards import fake_card
 from hub_server import Hub, Repository, served
-from layercard.card import LayerCard
-from layercard.cli import run
-from layercard.cost import CostModel
-from layercard.data import load_data
+from layercard.card.card import LayerCard
+from layercard.commands.main import run
+from layercard.commands.reuse import fitting, keep, misfit
+from layercard.cost.model import CostModel
+from layercard.data.load import load_data
 from layercard.errors import CardError, HubError
-from layercard.hub_cards import LARGEST, find, pull, push, without_folders
-from layercard.models import BaseModel
-from layercard.profiling import ProfileSettings, profile
+from layercard.models.load import BaseModel
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.report.hub import LARGEST, find, pull, push, without_folders
 from layercard.report.hub_page import readme
 from layercard.report.svg import coupling_svg, depth_svg
-from layercard.reuse import fitting, keep, misfit
 from tiny import tiny_records
 
 FINGERPRINT = "0123456789abcdef"
@@ -309,7 +310,7 @@ def test_pull_by_model(hub: Hub, layercard: Layercard, tiny_base: BaseModel, tin
 def test_the_endpoint_of_the_environment_is_asked(hub: Hub, tmp_path: Path) -> None:
     push(card_of(), "ann/one")
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "layercard.cli", "pull", "ann/one", "-o", str(tmp_path / "card.json")]
+    command = [sys.executable, "-m", "layercard.commands.main", "pull", "ann/one", "-o", str(tmp_path / "card.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert LayerCard.load(tmp_path / "card.json") == card_of()

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from layercard.capture import replaced
 from layercard.fast.labels import labels_only
 from layercard.fast.packing import unpadded
+from layercard.models.hooks import replaced
 from padded import adapted, batch, gradients, no_dropout
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from layercard import latency
-from layercard.adapters import place
-from layercard.cli import run
+from layercard.adapters.apply import place
+from layercard.commands.main import run
 from layercard.errors import DataError, ModelError
-from layercard.latency import Reading, measure_latency, variants, write
-from layercard.models import BaseModel
-from layercard.switching import random_adapter
+from layercard.models.load import BaseModel
+from layercard.serving import latency
+from layercard.serving.adapter_switch import random_adapter
+from layercard.serving.latency import Reading, measure_latency, variants, write
 from test_adapters import assert_same, state_of
 from test_serving import alone, base_of, save
 from tiny import LAYERS
@@ -128,7 +128,7 @@ def test_memory_runs_out(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from layercard.models import load_model
+    from layercard.models.load import load_model
 
     base = load_model(tiny_folder)
     folder = save(base, [2], tmp_path / "adapter", 1)

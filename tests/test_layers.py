@@ -15,7 +15,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from layercard.errors import ModelError
-from layercard.layers import find_blocks
+from layercard.models.layers import find_blocks
 from tiny import INNER, LAYERS, TINY_FAMILIES, VOCAB, WIDTH, build_tiny
 
 SEPARATE = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from layercard.memory import LiveTensors, PeakMemory
+from layercard.measure import LiveTensors, PeakMemory
 
 KIB = 1024
 

@@ -15,19 +15,19 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from layercard import beginnings
-from layercard.adapters import adapted, adapted_paths, loaded, place, without_experts
-from layercard.data import load_data
+from layercard.adapters import start as beginnings
+from layercard.adapters.apply import adapted, adapted_paths, loaded, place, without_experts
+from layercard.adapters.methods import METHODS, configuration
+from layercard.adapters.verify import verify_adapter
+from layercard.data.load import load_data
 from layercard.errors import PlacementError, TrainingError
-from layercard.evaluation import held_out_losses
 from layercard.fast.lora import fused_lora
 from layercard.files import read_json
-from layercard.methods import METHODS, configuration
-from layercard.models import BaseModel, wrap_model
+from layercard.models.load import BaseModel, wrap_model
 from layercard.settings import METHODS as HAS
 from layercard.settings import FastSettings, TrainSettings
-from layercard.training import train
-from layercard.verification import verify_adapter
+from layercard.training.evaluate import held_out_losses
+from layercard.training.train import train
 from test_adapters import assert_same, base_of, mixture, state_of
 from test_processes import TESTS, TORCHRUN, environment
 from test_training import assert_equal_adapters, stop_at

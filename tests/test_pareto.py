@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from cards import fake_card
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard, cost_of
 from layercard.errors import SelectionError
 from layercard.report.figures import front_figure
 from layercard.report.front import front_view
 from layercard.report.html import front_story, render
-from layercard.selection import cost_of, predict
 from layercard.selection.pareto import LADDER, load_front, pareto
+from layercard.selection.select import predict
 
 
 @pytest.fixture(scope="module")

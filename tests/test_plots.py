@@ -11,17 +11,17 @@ import pytest
 from plotly.graph_objects import Figure
 
 from cards import fake_card, fake_placement
-from layercard import plots
-from layercard.card import LayerCard, cost_of
+from layercard.card.card import LayerCard, cost_of
+from layercard.card.notebook import LONGEST, MOST_ROWS
+from layercard.card.numbers import best_layers
 from layercard.errors import CardError, LayercardError, PlacementError, ReportError
-from layercard.notebook import LONGEST, MOST_ROWS
-from layercard.readings import best_layers
+from layercard.report import plots
 from layercard.report.html import story_of
 from layercard.report.sources import Sources
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
-from layercard.transfer import transfer
+from layercard.selection.transfer import transfer
 from test_report_page import full
 
 OTHER_MODEL = fake_placement({"model": {"name": "other", "fingerprint": "x", "layers": 8}}, [1])
@@ -262,5 +262,5 @@ def test_a_placement_without_reasons_has_no_empty_table() -> None:
 
 
 def test_plots_come_along_with_the_package() -> None:
-    script = "import layercard; print(layercard.plots.heat_map.__name__)"
+    script = "import layercard; print(layercard.report.plots.heat_map.__name__)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "heat_map\n"

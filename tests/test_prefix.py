@@ -18,12 +18,11 @@ import tiny
 from layercard import CutBackward, FrozenPrefix
 from layercard.errors import TrainingError
 from layercard.fast.cut import cut_backward
-from layercard.fast.forecast import Rates
 from layercard.fast.labels import labels_only
 from layercard.fast.packing import unpadded
 from layercard.fast.prefix import PrefixCache, frozen_prefix
-from layercard.fast.store import CacheWarning
-from layercard.layers import find_blocks
+from layercard.fast.prefix_store import CacheWarning, Rates
+from layercard.models.layers import find_blocks
 
 NO_DROPOUT: dict[str, dict[str, float]] = {
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
@@ -342,7 +341,7 @@ def test_another_prefix_is_never_read(change: str, tmp_path: Path, monkeypatch: 
     elif change == "config":
         inner.config.rms_norm_eps = 1e-4
     elif change == "version":
-        monkeypatch.setattr("layercard.fast.frozen.version", lambda name: "0.0.0")
+        monkeypatch.setattr("layercard.fast.prefix.version", lambda name: "0.0.0")
     other = fill(model, tmp_path, tokenizer=tokenizer, dtype=kept)
     assert (other.computed, other.found) == (8, 4)
 
@@ -389,7 +388,7 @@ def test_a_cache_of_a_lower_block_is_where_a_higher_one_starts(tmp_path: Path) -
 
 def test_hidden_states_from_disk_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fingerprint that does not tell two models apart: the first batch does."""
-    monkeypatch.setattr("layercard.fast.frozen._update", lambda *args: None)
+    monkeypatch.setattr("layercard.fast.prefix._update", lambda *args: None)
     fill(adapted("llama", seed=0), tmp_path)
     model = adapted("llama", seed=1)
     expected = train(adapted("llama", seed=1), epochs("right"))
@@ -418,8 +417,8 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.
     def no_space(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("layercard.fast.store.save_file", no_space)
-    monkeypatch.setattr("layercard.fast.store.SHARD_BYTES", 1000)
+    monkeypatch.setattr("layercard.fast.prefix_store.save_file", no_space)
+    monkeypatch.setattr("layercard.fast.prefix_store.SHARD_BYTES", 1000)
     expected = train(adapted("llama"), epochs("right"))
     model = adapted("llama")
     with pytest.warns(CacheWarning, match="goes on without it") as said:
@@ -678,7 +677,7 @@ def test_it_stays_off_where_the_data_do_not_fit() -> None:
 
 
 def test_it_goes_off_where_reading_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layercard.fast.passage.Rates", lambda compute, read, store: Rates(1e-6, 2e-6, 0.0))
+    monkeypatch.setattr("layercard.fast.prefix_cache.Rates", lambda compute, read, store: Rates(1e-6, 2e-6, 0.0))
     plan = epochs("right")
     expected = train(adapted("llama"), plan)
     model = adapted("llama")
@@ -689,7 +688,7 @@ def test_it_goes_off_where_reading_is_slower(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_it_stays_on_where_reading_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layercard.fast.passage.Rates", lambda compute, read, store: Rates(2e-3, 1e-6, 0.0))
+    monkeypatch.setattr("layercard.fast.prefix_cache.Rates", lambda compute, read, store: Rates(2e-3, 1e-6, 0.0))
     model = adapted("llama")
     found = train(model, epochs("right"), frozen_prefix(model, tokens=sum(LENGTHS)))
     assert found[2].active and found[2].forecast.saved == pytest.approx(sum(LENGTHS) * (2e-3 - 1e-6), abs=2e-3)

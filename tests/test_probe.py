@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from layercard.models import BaseModel, labelled_losses, wrap_model
-from layercard.probe import ProbeTraining, ReplayedSet, second_length, step_probe, training_probe
-from layercard.signals import fit_pass
+from layercard.models.load import BaseModel, labelled_losses, wrap_model
+from layercard.profiling.fit import fit_pass
+from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, second_length, step_probe, training_probe
 from test_capture import assert_same, batch_of, examples, state
 from tiny import build_tiny, tiny_tokenizer
 

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from layercard import processes
-from layercard.adapters import place
-from layercard.data import load_data
+from layercard.adapters.apply import place
+from layercard.data.load import load_data
 from layercard.errors import TrainingError
-from layercard.models import find_device, wrap_model
+from layercard.models.load import find_device, wrap_model
 from layercard.settings import TrainSettings
-from layercard.training import train
+from layercard.training.train import train
 from several import SETTINGS
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
@@ -99,7 +99,7 @@ def test_the_cut_under_data_parallel_wrappers(results: dict[str, Any], wrap: str
 @pytest.fixture
 def inputs(tiny_folder: Path, tmp_path: Path) -> tuple[str, ...]:
     """Arguments of `layercard train` for a tiny run."""
-    from layercard.models import load_model
+    from layercard.models.load import load_model
 
     data = write_records(tmp_path / "train.jsonl", tiny_records(10))
     placement = place(load_model(str(tiny_folder), device="cpu"), [2]).save(tmp_path / "placement.json")
@@ -107,7 +107,7 @@ def inputs(tiny_folder: Path, tmp_path: Path) -> tuple[str, ...]:
 
 
 def test_torchrun_prints_once(inputs: tuple[str, ...], tmp_path: Path) -> None:
-    command = [sys.executable, *TORCHRUN, "-m", "layercard.cli", *inputs, "--steps", "2", "-o", str(tmp_path / "a")]
+    command = [sys.executable, *TORCHRUN, "-m", "layercard.commands.main", *inputs, "--steps", "2", "-o", str(tmp_path / "a")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 steps") == 1
@@ -127,7 +127,19 @@ def numbers(value: Any, path: str = "") -> dict[str, float]:
 @pytest.mark.parametrize("records", [3, 64], ids=["rows of tokens", "sums"])  # fewer tokens than features, and more
 def test_two_processes_profile_as_one(records: int, tiny_folder: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path / "data.jsonl", tiny_records(24) if records > 3 else [{"prompt": "a", "completion": c} for c in "bcde"])
-    arguments = ["-m", "layercard.cli", "profile", str(tiny_folder), "--data", str(data), "--rank", "2", "--device", "cpu", "--no-cost"]
+    arguments = [
+        "-m",
+        "layercard.commands.main",
+        "profile",
+        str(tiny_folder),
+        "--data",
+        str(data),
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+        "--no-cost",
+    ]
     arguments += ["--probe", "train", "--probe-steps", "4", "--batch-size", "3"]
     for name, launcher in (("one", ()), ("two", TORCHRUN), ("accelerated", ACCELERATE)):
         command = [sys.executable, *launcher, *arguments, "-o", str(tmp_path / f"{name}.json")]
@@ -205,7 +217,7 @@ def test_resume_after_an_interrupt(number: int, status: int, word: str, inputs: 
     assert (done.returncode, done.stdout, done.stderr) == (status, "", word)
     assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "a" / "run.json").exists()
-    from layercard.cli import run
+    from layercard.commands.main import run
 
     assert run([*arguments, "-o", str(tmp_path / "a"), "--resume"]) == 0
     assert run([*arguments, "-o", str(tmp_path / "undisturbed")]) == 0
@@ -216,7 +228,7 @@ def test_resume_after_an_interrupt(number: int, status: int, word: str, inputs: 
 
 
 def test_sigterm_where_nothing_trains(tmp_path: Path) -> None:
-    script = "import sys, time; import layercard.card as card; from layercard import cli\n"
+    script = "import sys, time; import layercard.card.card as card; from layercard import cli\n"
     script += "card.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
     script += "sys.argv[1:] = ['show', 'card.json']; cli.main()"
     with subprocess.Popen(

@@ -8,12 +8,13 @@ import torch
 from accelerate import dispatch_model
 from transformers import PreTrainedModel
 
-from layercard import profiling as profile_module
-from layercard.card import LayerCard, check_model
-from layercard.data import Dataset
+from layercard.card.card import LayerCard, check_model
+from layercard.data.load import Dataset
 from layercard.errors import CardError, DataError, ModelError, OutputError
-from layercard.models import BaseModel, describe, wrap_model
-from layercard.profiling import ProfileSettings, profile, split_records
+from layercard.models.load import BaseModel, describe, wrap_model
+from layercard.profiling import profile as profile_module
+from layercard.profiling.profile import ProfileSettings, split_records
+from layercard.profiling.profile import profile_records as profile
 from test_capture import assert_same, examples, state
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 

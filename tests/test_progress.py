@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from cards import fake_card
-from layercard.adapters import place
-from layercard.cli import run
+from layercard.adapters.apply import place
+from layercard.commands.main import run
 from layercard.commands.remaining import Pace, Whole
 from layercard.commands.terminal import Display
-from layercard.compare import compare
-from layercard.data import Dataset
-from layercard.models import BaseModel
-from layercard.phases import Phases
-from layercard.profiling import ProfileSettings, profile
-from layercard.stream import open_model, stream_profile
-from layercard.training import train
-from layercard.workload import comparison_work, profile_work, training_work
+from layercard.data.load import Dataset
+from layercard.measure import Phases
+from layercard.models.load import BaseModel
+from layercard.models.streamed import open_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.streamed import stream_profile
+from layercard.profiling.workload import comparison_work, profile_work, training_work
+from layercard.training.train import train
+from layercard.trials.compare import compare
 from test_cli import saved
 from test_profile import dataset
 from test_training import FAST, data, valid  # noqa: F401  fixtures

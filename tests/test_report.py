@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cards import fake_card, fake_placement
-from layercard import readings
+from layercard.card import numbers as readings
 from layercard.report import frames
 from layercard.report.terminal import card_view, placement_view, strip
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from cards import fake_card, fake_comparison, fake_placement
-from layercard.cli import run
-from layercard.cost import CostModel
+from layercard.card.numbers import Number
+from layercard.commands.main import run
+from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError
-from layercard.readings import Number
 from layercard.report import frames
 from layercard.report import html as report_html
 from layercard.report.calculator import amount
@@ -82,8 +82,8 @@ def costed(card: dict[str, Any], source: str = "measured") -> dict[str, Any]:
 
 def full(depth: int = 12, cards: int = 2) -> Sources:
     """Everything a report can be made from: cards with cost, two placements, a comparison, a front and a transfer."""
-    from layercard.card import LayerCard
-    from layercard.transfer import transfer
+    from layercard.card.card import LayerCard
+    from layercard.selection.transfer import transfer
 
     found = Sources(cards={f"card{at}": LayerCard.from_json(costed(fake_card(depth, at))).to_json() for at in range(cards)})
     card, every = found.card, list(range(depth))

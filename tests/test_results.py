@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard
 from layercard.statistics.coverage import gain_estimate, similarity
 from layercard.statistics.ranks import spearman
 

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from cards import fake_card, fake_comparison, fake_placement
-from layercard.cli import app
+from layercard.commands.main import app
 from layercard.report.roadmap import DONE, NEXT, OPEN, Found, Roadmap, Step, roadmap, roadmap_markdown
 
 ROOT = Path(__file__).resolve().parents[1]

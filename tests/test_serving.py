@@ -14,14 +14,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from layercard.adapters import CONFIG_FILE, adapted, loaded, no_deprecations, place, unchanged
-from layercard.capture import replaced
+from layercard.adapters.apply import CONFIG_FILE, adapted, loaded, no_deprecations, place, unchanged
 from layercard.errors import DataError, ModelError, PlacementError
 from layercard.files import read_json, write_json
-from layercard.models import BaseModel, wrap_model
-from layercard.serving import SharedPrefix
-from layercard.shared_cache import shared
-from layercard.switching import Adapter, load_adapter, merged, random_adapter, switched_on
+from layercard.models.hooks import replaced
+from layercard.models.load import BaseModel, wrap_model
+from layercard.serving.adapter_switch import Adapter, load_adapter, merged, random_adapter, switched_on
+from layercard.serving.shared_prefix import SharedPrefix, shared
 from test_adapters import assert_same, state_of
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from layercard.data import Example
-from layercard.held_out import held_out_pass
-from layercard.models import BaseModel, labelled_logits, wrap_model
-from layercard.signals import Fit, HeldOut, fit_pass
+from layercard.data.load import Example
+from layercard.models.load import BaseModel, labelled_logits, wrap_model
+from layercard.profiling.fit import Fit, HeldOut, fit_pass
+from layercard.profiling.held_out import held_out_pass
 from layercard.statistics.coupling import curvature, descent
 from reference.gauss_newton import explicit_curvature
 from test_capture import batch_of, examples

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from layercard.data import load_data
-from layercard.models import fingerprint, load_model
-from layercard.profiling import ProfileSettings, profile
+from layercard.data.load import load_data
+from layercard.models.load import fingerprint, load_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
 from layercard.selection import select
 from layercard.statistics.ranks import spearman
 

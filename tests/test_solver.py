@@ -8,12 +8,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from layercard.cost import Linear
+from layercard.cost.model import Linear
 from layercard.selection import solver
-from layercard.selection.bounds import Relaxation
-from layercard.selection.greedy import greedy_cost, greedy_coverage
-from layercard.selection.problem import Budget, Problem
-from layercard.selection.solver import least_cost, most_coverage
+from layercard.selection.solver import Budget, Problem, Relaxation, greedy_cost, greedy_coverage, least_cost, most_coverage
 
 EXACT = 1e-9
 PATIENCE = 120.0

@@ -13,13 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layercard import processes, saved
-from layercard import state as state_module
+from layercard import checkpoint as saved
+from layercard import checkpoint as state_module
+from layercard import processes
+from layercard.checkpoint import State, check_folder, discard, opened
 from layercard.errors import LayercardError, OutputError
 from layercard.files import alone, replacing
-from layercard.fit_sums import FitSums
-from layercard.profiling import ProfileSettings, profile
-from layercard.state import State, check_folder, discard, opened
+from layercard.profiling.fit import FitSums
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
 from layercard.statistics.moments import GradientMoments, InputMoments
 from test_profile import base_of, dataset
 

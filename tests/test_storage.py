@@ -6,8 +6,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from layercard.benchmark.storage import Storage
 from layercard.errors import BenchmarkError, OutputError
+from layercard.trials.storage import Storage
 
 
 @pytest.fixture(params=["folder", "file", "memory", "local"])

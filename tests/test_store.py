@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from layercard.errors import OutputError
-from layercard.fast import store as stores
-from layercard.fast.forecast import Rates, forecast, gigabytes
-from layercard.fast.rows import Uncacheable, take_apart
-from layercard.fast.store import CacheWarning, Store, checksum, disk_rates, room
+from layercard.fast import prefix_store as stores
+from layercard.fast.prefix_store import CacheWarning, Rates, Store, Uncacheable, checksum, disk_rates, forecast, gigabytes, room, take_apart
 
 WIDTH = 6
 

@@ -11,15 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from layercard.card import LayerCard
-from layercard.cli import run
-from layercard.data import Dataset, load_data
+from layercard.card.card import LayerCard
+from layercard.commands.main import run
+from layercard.data.load import Dataset, load_data
 from layercard.errors import LayercardError, ModelError, OutputError, TrainingError
 from layercard.files import LOCK_FILE, alone
-from layercard.models import labelled_logits, load_model
-from layercard.profiling import ProfileSettings, profile
-from layercard.stream import StreamedModel, open_model, stream_profile
-from layercard.stream.weights import INDEX, Weights
+from layercard.models.load import labelled_logits, load_model
+from layercard.models.streamed import INDEX, StreamedModel, Weights, open_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.streamed import stream_profile
 from test_experts import build as with_experts
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
@@ -90,8 +91,8 @@ def test_the_head_runs_on_a_few_positions_at_a_time(family: str, tmp_path: Path,
         sizes.append(len(found[1]))
         return found
 
-    monkeypatch.setattr("layercard.stream.walk.LOGITS", 2 * 3 * 128)
-    monkeypatch.setattr("layercard.stream.walk.labelled_logits", watched)
+    monkeypatch.setattr("layercard.models.streamed_pass.LOGITS", 2 * 3 * 128)
+    monkeypatch.setattr("layercard.models.streamed_pass.labelled_logits", watched)
     parts = stream_profile(open_model(str(folder)), data, SETTINGS)
     assert max(sizes) <= 2 * SETTINGS.batch_size
     assert parts.data.loss == pytest.approx(whole.data.loss, rel=1e-6)
@@ -101,8 +102,8 @@ def test_the_head_runs_on_a_few_positions_at_a_time(family: str, tmp_path: Path,
 
 @pytest.mark.parametrize("stop", [("forward", 2), ("backward", 1), ("backward", 2), ("step probe", 16)])
 def test_an_interrupted_profile_goes_on_to_the_same_card(stop: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layercard.state.EVERY", 0.0)
-    monkeypatch.setattr("layercard.state.SHARE", 0.0)
+    monkeypatch.setattr("layercard.checkpoint.EVERY", 0.0)
+    monkeypatch.setattr("layercard.checkpoint.SHARE", 0.0)
     folder = saved(tmp_path / "llama", "llama")
     data = data_for(tmp_path, tiny_tokenizer())
     expected = comparable(stream_profile(open_model(str(folder)), data, SETTINGS))
@@ -233,7 +234,7 @@ def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, m
         folder = tmp_path / "state" / "boundaries"
         seen.append([path.name for path in folder.glob("fit-*")] if folder.exists() else [])
 
-    monkeypatch.setattr("layercard.stream.profile.free_bytes", lambda _: 4 * 4 * data.tokens * 32 * 4 - 1)
+    monkeypatch.setattr("layercard.profiling.streamed.free_bytes", lambda _: 4 * 4 * data.tokens * 32 * 4 - 1)
     settings = ProfileSettings(probe="none", rank=2)
     expected = comparable(stream_profile(streamed, data, settings))
     found = stream_profile(streamed, data, settings, watch, state=tmp_path / "state")
@@ -242,14 +243,14 @@ def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, m
 
 def test_a_model_on_the_hub_is_fetched_and_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "llama", "llama")
-    monkeypatch.setattr("layercard.stream.streamed.hub_answers", lambda: True)
-    monkeypatch.setattr("layercard.stream.streamed.snapshot_download", lambda name, allow_patterns: str(folder))
+    monkeypatch.setattr("layercard.models.streamed.hub_answers", lambda: True)
+    monkeypatch.setattr("layercard.models.streamed.snapshot_download", lambda name, allow_patterns: str(folder))
     assert open_model("someone/llama").base.fingerprint == open_model(str(folder)).base.fingerprint
 
     def refused(name: str, allow_patterns: list[str]) -> str:
         raise OSError("401 of\nthe server")
 
-    monkeypatch.setattr("layercard.stream.streamed.snapshot_download", refused)
+    monkeypatch.setattr("layercard.models.streamed.snapshot_download", refused)
     with pytest.raises(ModelError, match="did not give it") as caught:
         open_model("someone/llama")
     assert "(401 of the server)" in str(caught.value)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from layercard.data import load_data
-from layercard.synthetic import REFERENCES, SPLITS, draw_facts, fields, synthetic_records, tell
-from layercard.synthetic_domains import DOMAINS
-from layercard.synthetic_words import Domain, clock_words, number_words
+from layercard.data.load import load_data
+from layercard.data.synthetic import REFERENCES, SPLITS, draw_facts, fields, synthetic_records, tell
+from layercard.data.synthetic_domains import DOMAINS
+from layercard.data.synthetic_words import Domain, clock_words, number_words
 from tiny import tiny_tokenizer
 
 

@@ -10,17 +10,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercard import meta, timing
-from layercard.adapters import adapted, no_deprecations, place
-from layercard.capture import stamped
-from layercard.cost import CostModel
-from layercard.data import IGNORED, Batch, Dataset
+from layercard.adapters.apply import adapted, no_deprecations, place
+from layercard.cost import estimate as meta
+from layercard.cost import measure as timing
+from layercard.cost.measure import (
+    ByteCount,
+    Stamps,
+    adapted_layers,
+    measure_cost,
+    random_batch,
+    settled,
+    through_all,
+    training_step,
+    usual_batch,
+)
+from layercard.cost.model import CostModel
+from layercard.data.load import IGNORED, Batch, Dataset
 from layercard.errors import DataError, ModelError
-from layercard.memory import LiveTensors, PeakMemory
-from layercard.models import BaseModel, wrap_model
-from layercard.profiling import ProfileSettings, profile
-from layercard.stamps import ByteCount, Stamps, training_step
-from layercard.timing import adapted_layers, measure_cost, random_batch, settled, through_all, usual_batch
+from layercard.measure import LiveTensors, PeakMemory
+from layercard.models.hooks import stamped
+from layercard.models.load import BaseModel, wrap_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
 from test_capture import assert_same, examples, state
 from tiny import LAYERS, TINY_FAMILIES, VOCAB, WIDTH, build_tiny, tiny_tokenizer
 

@@ -16,15 +16,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from layercard import trainer as trainer_module
-from layercard.adapters import adapted, loaded, place
-from layercard.data import IGNORED, Dataset, collate, load_data, shuffled
+from layercard.adapters.apply import adapted, loaded, place
+from layercard.data.load import IGNORED, Dataset, collate, load_data, shuffled
 from layercard.errors import OutputError, PlacementError, TrainingError
-from layercard.models import BaseModel, labelled_losses, wrap_model
-from layercard.selection import Placement
+from layercard.models.load import BaseModel, labelled_losses, wrap_model
+from layercard.selection.placement import Placement
 from layercard.settings import SCHEDULERS
-from layercard.trainer import heaviest_step, last_checkpoint
-from layercard.training import TrainSettings, train
+from layercard.training import trainer as trainer_module
+from layercard.training.train import TrainSettings, train
+from layercard.training.trainer import heaviest_step, last_checkpoint
 from test_adapters import assert_same, base_of, state_of
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 

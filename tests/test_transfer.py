@@ -14,12 +14,24 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from cards import fake_card
-from layercard import transfer as module
-from layercard.card import LayerCard
-from layercard.cli import run
+from layercard.card.card import LayerCard
+from layercard.commands.main import run
 from layercard.errors import CardError, SelectionError
+from layercard.selection import transfer as module
+from layercard.selection.transfer import (
+    AGAIN,
+    REUSE,
+    UNKNOWN,
+    Agreement,
+    Estimate,
+    Swap,
+    agreement,
+    overlap,
+    shared_measures,
+    transfer,
+    verdict,
+)
 from layercard.statistics.ranks import noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows, stretches
-from layercard.transfer import AGAIN, REUSE, UNKNOWN, Agreement, Estimate, Swap, agreement, overlap, shared_measures, transfer, verdict
 
 DEPTH = 30
 Json = dict[str, Any]

@@ -24,12 +24,12 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from layercard.adapters import PLACEMENT_FILE, adapted, place
-from layercard.cli import run
+from layercard.adapters.apply import PLACEMENT_FILE, adapted, place
+from layercard.adapters.verify import Verification, verify_adapter, verify_config
+from layercard.commands.main import run
 from layercard.errors import ModelError, PlacementError
-from layercard.models import load_model, wrap_model
-from layercard.skeleton import skeleton
-from layercard.verification import Verification, verify_adapter, verify_config
+from layercard.models.load import load_model, wrap_model
+from layercard.models.skeleton import skeleton
 from test_adapters import assert_same, state_of
 from tiny import build_tiny, tiny_tokenizer
 from tricky import experts, hybrid, with_tower

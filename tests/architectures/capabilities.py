@@ -21,26 +21,29 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear
 
 import tiny
-from layercard.adapters import WEIGHTS_FILE, apply, loaded, place, unchanged
-from layercard.capture import capturing, stepped
-from layercard.card import LayerCard
-from layercard.data import Batch, Dataset, batches, load_data
+from layercard.adapters.apply import WEIGHTS_FILE, apply, loaded, place, unchanged
+from layercard.adapters.verify import verify_adapter
+from layercard.card.card import LayerCard
+from layercard.data.load import Batch, Dataset, batches, load_data
 from layercard.errors import ModelError
-from layercard.evaluation import held_out_losses
 from layercard.fast.cut import cut_backward
 from layercard.fast.labels import labels_only
 from layercard.fast.lora import fused_lora
 from layercard.fast.packing import unpadded
 from layercard.fast.prefix import frozen_prefix
-from layercard.layers import Projection
-from layercard.models import BaseModel, fingerprint, is_classifier, labelled_losses
-from layercard.probe import ReplayedSet
-from layercard.profiling import ProfileSettings, profile
-from layercard.selection import Placement, select
+from layercard.models.hooks import capturing, stepped
+from layercard.models.layers import Projection
+from layercard.models.load import BaseModel, fingerprint, is_classifier, labelled_losses
+from layercard.models.streamed import open_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.step_probe import ReplayedSet
+from layercard.profiling.streamed import stream_profile
+from layercard.selection import select
+from layercard.selection.placement import Placement
 from layercard.settings import TrainSettings
-from layercard.stream import open_model, stream_profile
-from layercard.training import train
-from layercard.verification import verify_adapter
+from layercard.training.evaluate import held_out_losses
+from layercard.training.train import train
 
 YES, NONE = "yes", "none"
 PROFILE = ProfileSettings(rank=2, batch_size=4, label_samples=1, probe_records=4)

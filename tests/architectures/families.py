@@ -9,7 +9,7 @@ import transformers
 from quantised import quantised
 from transformers import PreTrainedModel
 
-from layercard.models import BaseModel, wrap_model
+from layercard.models.load import BaseModel, wrap_model
 from padded import no_dropout
 from tiny import HEADS, INNER, LAYERS, TINY_FAMILIES, VOCAB, WIDTH, build_tiny, randomised, tiny_tokenizer
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from layercard.loading import quiet_libraries
+from layercard.models.load import quiet_libraries
 
 KINDS = ("8bit", "4bit", "packed")
 

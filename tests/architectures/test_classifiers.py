@@ -11,12 +11,12 @@ from families import BY_NAME, CLASSES, base_of
 from safetensors.torch import load_file
 
 import tiny
-from layercard.adapters import WEIGHTS_FILE, loaded
-from layercard.cli import run
-from layercard.data import IGNORED, load_data
+from layercard.adapters.apply import WEIGHTS_FILE, loaded
+from layercard.commands.main import run
+from layercard.data.load import IGNORED, load_data
 from layercard.errors import DataError, ModelError
-from layercard.evaluation import evaluate
-from layercard.models import labelled_losses, load_model, wrap_model
+from layercard.models.load import labelled_losses, load_model, wrap_model
+from layercard.training.evaluate import evaluate
 
 NAMES = CLASSES["label2id"]
 HEADS = {"bert": "classifier", "llama classifier": "score"}

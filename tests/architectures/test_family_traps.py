@@ -6,10 +6,10 @@ import torch
 from capabilities import Case
 from families import BY_NAME, base_of
 
-from layercard.capture import capturing
-from layercard.layers import Projection
-from layercard.models import keeps_logits, labelled_losses, shared_keys
-from layercard.probe import ReplayedSet
+from layercard.models.hooks import capturing
+from layercard.models.layers import Projection
+from layercard.models.load import keeps_logits, labelled_losses, shared_keys
+from layercard.profiling.step_probe import ReplayedSet
 
 
 def test_decoders_that_drop_positions_are_not_asked_for_some_logits() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from families import BY_NAME, base_of
 
-from layercard.models import load_model
+from layercard.models.load import load_model
 from tiny import tiny_tokenizer
 
 BLOCKS = {

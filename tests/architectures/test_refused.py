@@ -18,11 +18,12 @@ from transformers import (
 )
 
 import tiny
-from layercard.cli import run
-from layercard.data import load_data
+from layercard.commands.main import run
+from layercard.data.load import load_data
 from layercard.errors import ModelError
-from layercard.models import wrap_model
-from layercard.profiling import ProfileSettings, profile
+from layercard.models.load import wrap_model
+from layercard.profiling.profile import ProfileSettings
+from layercard.profiling.profile import profile_records as profile
 
 
 def t5(kind: type[PreTrainedModel] = T5ForConditionalGeneration) -> PreTrainedModel:

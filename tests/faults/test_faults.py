@@ -32,8 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task.mkdir(parents=True)
     for at, split in enumerate(("train", "valid", "test")):
         write_records(task / f"{split}.jsonl", tiny_records(12, start=100 * at))
-    from layercard.adapters import place as placed
-    from layercard.models import load_model
+    from layercard.adapters.apply import place as placed
+    from layercard.models.load import load_model
 
     placed(load_model(str(folder / "model"), device="cpu"), [2, 3]).save(folder / "placement.json")
     return folder

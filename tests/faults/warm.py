@@ -15,16 +15,16 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
 
-import layercard.benchmark.peers
-import layercard.benchmark.placements
+import layercard.checkpoint
 import layercard.commands.compare
 import layercard.commands.train
-import layercard.compare
-import layercard.profiling
-import layercard.state
-import layercard.stream.profile
-import layercard.training
-from layercard import cli
+import layercard.profiling.profile
+import layercard.profiling.streamed
+import layercard.training.train
+import layercard.trials.compare
+import layercard.trials.peers
+import layercard.trials.placements
+from layercard.commands import main as cli
 
 
 def prepare() -> None:
@@ -32,7 +32,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     layercard.state.EVERY = layercard.state.SHARE = 0.0
-    layercard.benchmark.peers.aletheia_scores = lambda base, examples: [1.0] * len(base.blocks)  # its package is an extra
+    layercard.trials.peers.aletheia_scores = lambda base, examples: [1.0] * len(base.blocks)  # its package is an extra
     for command in (layercard.commands.compare, layercard.commands.train):
         command.TrainSettings = partial(command.TrainSettings, save_steps=3)
 

@@ -13,23 +13,23 @@ from rich.console import Console
 
 from cards import fake_card
 from fuzzing.mutations import Mutate, mutate_bytes, mutate_head, mutate_header, mutate_json
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard
 from layercard.commands.roi import figures
-from layercard.cost import CostModel
-from layercard.data import load_data
+from layercard.cost.model import CostModel
+from layercard.data.load import load_data
 from layercard.errors import CardError
 from layercard.export.merge import merged, read_text
 from layercard.export.read import peft_config
 from layercard.export.trainers import TRAINERS
-from layercard.fast.store import Store
+from layercard.fast.prefix_store import Store
 from layercard.files import read_json
-from layercard.meta import empty_model, read_config
+from layercard.models.skeleton import empty_model, read_config
+from layercard.models.streamed import open_model
 from layercard.report.html import render, story_of
 from layercard.report.sources import read_sources
 from layercard.report.terminal import card_view
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 from layercard.selection.select import select
-from layercard.stream import open_model
 from tiny import build_tiny, tiny_records, tiny_tokenizer
 
 
@@ -167,7 +167,7 @@ def _gguf() -> list[bytes]:
 
 
 def _read_gguf(path: Path) -> object:
-    from layercard.models import load_model
+    from layercard.models.load import load_model
 
     return load_model(path)
 

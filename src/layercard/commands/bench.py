@@ -95,17 +95,17 @@ def placements(
     worker is lost is made again. Several models share the workers and come into one table.
     """
     seen, numbers, wanted = _words(tasks, "--tasks"), _integers(k, "--k"), _words(strategies, "--strategies")
-    from layercard.benchmark.choices import check_strategies
-    from layercard.benchmark.tasks import check_tasks
+    from layercard.trials.choices import check_strategies
+    from layercard.trials.tasks import check_tasks
 
     check_tasks(seen, data)
     names = check_strategies(wanted)
-    from layercard.benchmark.placements import Grid, bench_placements, sheets
-    from layercard.benchmark.runs import BenchSettings
-    from layercard.benchmark.storage import Storage
-    from layercard.benchmark.summary import side_by_side, summarise
-    from layercard.benchmark.workers import Workers
-    from layercard.profiling import ProfileSettings
+    from layercard.profiling.profile import ProfileSettings
+    from layercard.trials.placements import Grid, bench_placements, sheets
+    from layercard.trials.runs import BenchSettings
+    from layercard.trials.storage import Storage
+    from layercard.trials.summary import side_by_side, summarise
+    from layercard.trials.workers import Workers
 
     ProfileSettings(probe=probe)  # refuses an unknown one
     models = list(dict.fromkeys(model or ["smollm2-135m"]))

@@ -11,8 +11,8 @@ from layercard.errors import PlacementError
 from layercard.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from layercard.models import BaseModel
-    from layercard.selection import Placement
+    from layercard.models.load import BaseModel
+    from layercard.selection.placement import Placement
 
 LAYERS = 5
 """Number of layers of a rule that does not say how many (`middle`)."""
@@ -87,11 +87,11 @@ def compare(
     opt.check_data(data, valid)
     wanted = [part.strip() for part in placements.split(",") if part.strip()]
     check_names(wanted, card)
-    from layercard.adapters import without_experts
-    from layercard.compare import compare as run
-    from layercard.data import load_data
-    from layercard.models import load_model
-    from layercard.workload import comparison_work
+    from layercard.adapters.apply import without_experts
+    from layercard.data.load import load_data
+    from layercard.models.load import load_model
+    from layercard.profiling.workload import comparison_work
+    from layercard.trials.compare import compare as run
 
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
@@ -119,7 +119,8 @@ def is_file(name: str) -> bool:
 
 def check_names(wanted: list[str], card: Path | None) -> None:
     """Refuse a list that is empty, names things twice, or cannot be read, before a model is loaded."""
-    from layercard.selection import OBJECTIVES, Placement
+    from layercard.selection.placement import Placement
+    from layercard.selection.select import OBJECTIVES
 
     if not wanted:
         raise PlacementError("--placements is empty; name placement files or rules, such as placement.json,uniform:5,all")
@@ -147,10 +148,13 @@ def name_of(part: str) -> str:
 
 def resolve(base: "BaseModel", wanted: list[str], card: Path | None, seed: int) -> "list[tuple[str, Placement]]":
     """Each entry of the list as a named placement in this model."""
-    from layercard.adapters import place
-    from layercard.card import LayerCard, check_model
-    from layercard.models import describe
-    from layercard.selection import OBJECTIVES, Placement, select, strategy_layers
+    from layercard.adapters.apply import place
+    from layercard.card.card import LayerCard, check_model
+    from layercard.models.load import describe
+    from layercard.selection import select
+    from layercard.selection.placement import Placement
+    from layercard.selection.select import OBJECTIVES
+    from layercard.selection.strategies import strategy_layers
 
     found: list[tuple[str, Placement]] = []
     known = LayerCard.load(card) if card else None

@@ -12,8 +12,8 @@ from layercard.errors import ModelError
 from layercard.files import refuse_existing
 
 if TYPE_CHECKING:
-    from layercard.cost import CostModel
-    from layercard.models import Progress
+    from layercard.cost.model import CostModel
+    from layercard.models.load import Progress
 
 LENGTH = 128
 """Tokens of a row of random tokens."""
@@ -103,10 +103,10 @@ class _Wanted:
 
 
 def _measured(wanted: _Wanted, data: str | None, progress: "Progress") -> "CostModel":
-    from layercard.data import load_data
+    from layercard.cost.measure import measure_cost, random_batch, usual_batch
+    from layercard.data.load import load_data
     from layercard.errors import DataError
-    from layercard.models import load_model
-    from layercard.timing import measure_cost, random_batch, usual_batch
+    from layercard.models.load import load_model
 
     base = load_model(wanted.model, device=wanted.device, dtype=wanted.dtype, progress=progress)
     if data is None and base.classes is not None:
@@ -120,7 +120,8 @@ def _measured(wanted: _Wanted, data: str | None, progress: "Progress") -> "CostM
 
 
 def _estimated(wanted: _Wanted, flops: float, bandwidth: float, device: str = "") -> "CostModel":
-    from layercard.meta import empty_model, estimated_cost, read_config
+    from layercard.cost.estimate import estimated_cost
+    from layercard.models.skeleton import empty_model, read_config
 
     return estimated_cost(
         empty_model(read_config(wanted.model), wanted.model),
@@ -139,9 +140,10 @@ def _random(wanted: _Wanted, progress: "Progress") -> "CostModel":
     """Measured with random weights; where they do not fit, estimated with this device's rates."""
     import torch
 
-    from layercard.meta import device_rates, fits, random_model, read_config
-    from layercard.models import find_device
-    from layercard.timing import device_name, measure_cost, random_batch
+    from layercard.cost.estimate import device_rates, fits
+    from layercard.cost.measure import device_name, measure_cost, random_batch
+    from layercard.models.load import find_device
+    from layercard.models.skeleton import random_model, read_config
 
     if wanted.dtype not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"dtype {wanted.dtype!r} has no meaning without weights; choose float32, bfloat16 or float16")

@@ -58,8 +58,8 @@ def demo(
 
 def _fits(card: Path, placement: Path, model: str, records: int, k: int) -> bool:
     """Whether whole files of an earlier demo of the same model and numbers are there."""
-    from layercard.card import LayerCard
-    from layercard.selection import Placement
+    from layercard.card.card import LayerCard
+    from layercard.selection.placement import Placement
 
     try:
         found, chosen = LayerCard.load(card), Placement.load(placement)

@@ -39,10 +39,10 @@ def evaluate(
     opt.check_data(data)
     from contextlib import nullcontext
 
-    from layercard.adapters import loaded
-    from layercard.data import load_data
-    from layercard.evaluation import evaluate as measure
-    from layercard.models import load_model
+    from layercard.adapters.apply import loaded
+    from layercard.data.load import load_data
+    from layercard.models.load import load_model
+    from layercard.training.evaluate import evaluate as measure
 
     with Display() as display:
         base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)

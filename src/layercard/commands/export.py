@@ -54,7 +54,7 @@ def export(
     from layercard.export.plan import Settings
     from layercard.export.trainers import trainer_named
     from layercard.export.writing import check_landing, exported
-    from layercard.selection import Placement
+    from layercard.selection.placement import Placement
 
     trainer, chosen = trainer_named(to), Placement.load(placement)
     suffix = output.suffix.lower() if output is not None else ""

@@ -11,9 +11,9 @@ from layercard.errors import PlacementError
 from layercard.files import refuse_existing, write_json
 
 if TYPE_CHECKING:
-    from layercard.models import BaseModel
-    from layercard.selection import Placement
-    from layercard.switching import Adapter
+    from layercard.models.load import BaseModel
+    from layercard.selection.placement import Placement
+    from layercard.serving.adapter_switch import Adapter
 
 
 def latency(
@@ -46,9 +46,9 @@ def latency(
     if output is not None:
         refuse_existing(output, force)
     _check(adapter or [])
-    from layercard.latency import measure_latency
-    from layercard.models import load_model
-    from layercard.selection import Placement
+    from layercard.models.load import load_model
+    from layercard.selection.placement import Placement
+    from layercard.serving.latency import measure_latency
 
     chosen = [(path, Placement.load(path)) for path in placement or []]
     with Display() as display:
@@ -84,8 +84,8 @@ def _check(folders: list[Path]) -> None:
 
 def _adapters(base: "BaseModel", folders: list[Path], chosen: "list[tuple[Path, Placement]]", rank: int) -> "list[Adapter]":
     """The adapters given, random ones at the placements, and one in all layers."""
-    from layercard.adapters import place
-    from layercard.switching import load_adapter, random_adapter
+    from layercard.adapters.apply import place
+    from layercard.serving.adapter_switch import load_adapter, random_adapter
 
     short = [path.stem if path.is_file() else path.name for path in (*folders, *(path for path, _ in chosen))]
     found = [load_adapter(base, folder, name=_name(folder, folder.name, short)) for folder in folders]

@@ -110,7 +110,7 @@ def spared(
 
 def check_data(*sources: str | None) -> None:
     """Refuse data files that are not there, before a model is loaded; data sets on the hub are looked up when they are read."""
-    from layercard.records import read_records
+    from layercard.data.formats import read_records
 
     for source in sources:
         if source is not None and not source.startswith("hub:"):

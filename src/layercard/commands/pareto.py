@@ -25,7 +25,7 @@ def pareto(
         if output.suffix not in (".json", ".html"):
             raise OutputError(f"{output}: {output.suffix or 'no ending'} is not written; name a .json or .html file")
         refuse_existing(output, force)
-    from layercard.card import LayerCard
+    from layercard.card.card import LayerCard
     from layercard.selection.pareto import pareto as fronts
 
     source = LayerCard.load(card)

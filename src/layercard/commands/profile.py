@@ -15,10 +15,10 @@ from layercard.files import refuse_existing
 from layercard.processes import count, is_first
 
 if TYPE_CHECKING:
-    from layercard.card import LayerCard
-    from layercard.data import Dataset
-    from layercard.models import BaseModel
-    from layercard.profiling import ProfileSettings
+    from layercard.card.card import LayerCard
+    from layercard.data.load import Dataset
+    from layercard.models.load import BaseModel
+    from layercard.profiling.profile import ProfileSettings
 
 RECORDS = 64
 """Records that are profiled unless told otherwise: enough for a stable ranking on the sets tried."""
@@ -106,16 +106,16 @@ def profile(
     """
     state = output.with_name(f"{output.name}.state")
     if output.exists() and state.exists() and not force:  # a run that was killed when its card was written
-        from layercard.state import discard
+        from layercard.checkpoint import discard
 
         discard(state)
     refuse_existing(output, force)
     opt.check_data(data)
-    from layercard.data import load_data
-    from layercard.profiling import ProfileSettings
-    from layercard.reuse import card_folder
-    from layercard.state import check_folder, discard
-    from layercard.workload import profile_work
+    from layercard.checkpoint import check_folder, discard
+    from layercard.commands.reuse import card_folder
+    from layercard.data.load import load_data
+    from layercard.profiling.profile import ProfileSettings
+    from layercard.profiling.workload import profile_work
 
     settings = ProfileSettings(
         rank=rank,
@@ -169,8 +169,8 @@ def _check(stream: bool, boundaries: Path | None, reuse: bool) -> None:
 
 def _in_memory(model: str, how: dict[str, Any], display: Display) -> "tuple[BaseModel, Callable[..., LayerCard]]":
     """The model, and what makes its card."""
-    from layercard.models import load_model
-    from layercard.profiling import profile as make_card
+    from layercard.models.load import load_model
+    from layercard.profiling.profile import profile_records as make_card
 
     base = load_model(model, progress=display, **how)
     return base, partial(make_card, base)
@@ -178,7 +178,8 @@ def _in_memory(model: str, how: dict[str, Any], display: Display) -> "tuple[Base
 
 def _streamed(model: str, boundaries: Path | None, how: dict[str, Any], display: Display) -> "tuple[BaseModel, Callable[..., LayerCard]]":
     """As `_in_memory`, with the weights left on disk."""
-    from layercard.stream import open_model, stream_profile
+    from layercard.models.streamed import open_model
+    from layercard.profiling.streamed import stream_profile
 
     streamed = open_model(model, progress=display, **how)
     return streamed.base, partial(stream_profile, streamed, boundaries=boundaries)
@@ -186,7 +187,7 @@ def _streamed(model: str, boundaries: Path | None, how: dict[str, Any], display:
 
 def _reusable(base: "BaseModel", dataset: "Dataset", settings: "ProfileSettings", folder: Path, display: Display) -> "LayerCard | None":
     """A card that need not be made again; on stderr, where it is from, or why others do not fit."""
-    from layercard.reuse import fitting
+    from layercard.commands.reuse import fitting
 
     found = fitting(base, dataset, settings, folder, display)
     for reason in found.reasons:
@@ -200,7 +201,7 @@ def _reusable(base: "BaseModel", dataset: "Dataset", settings: "ProfileSettings"
 
 def _keep(card: "LayerCard", folder: Path) -> None:
     """Keep a card for --reuse; the card itself is written already, so a folder that cannot be used is only said."""
-    from layercard.reuse import keep
+    from layercard.commands.reuse import keep
 
     try:
         keep(card, folder)

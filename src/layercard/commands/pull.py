@@ -38,9 +38,9 @@ def pull(
     if name is None and revision is not None:
         raise HubError("--revision is of a repository, but none is named; name one: layercard pull OWNER/NAME --revision …")
     refuse_existing(output, force)
-    from layercard.card import check_model
-    from layercard.hub_cards import find
-    from layercard.hub_cards import pull as pull_card
+    from layercard.card.card import check_model
+    from layercard.report.hub import find
+    from layercard.report.hub import pull as pull_card
 
     described = None if model is None else _described(model, device, dtype, trust_remote_code)
     if name is None and described is not None:
@@ -60,7 +60,7 @@ def pull(
 
 def _described(model: str, device: str, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
     """Name, fingerprint and depth of a model, from its weights."""
-    from layercard.models import describe, load_model
+    from layercard.models.load import describe, load_model
 
     with Display() as display:
         return describe(load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display))

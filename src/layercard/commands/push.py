@@ -30,8 +30,8 @@ def push(
     """
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
         raise HubError(f"--license {license_id!r} is no licence as the hub names them; write one such as cc-by-4.0 or apache-2.0")
-    from layercard.card import LayerCard
-    from layercard.hub_cards import push as push_card
+    from layercard.card.card import LayerCard
+    from layercard.report.hub import push as push_card
 
     pushed = push_card(LayerCard.load(card), name, private=private, revision=revision, license_id=license_id, force=force)
     if as_json:

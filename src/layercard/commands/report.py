@@ -50,14 +50,14 @@ def report(
 
 def complete(sources: "Sources", display: Display | None) -> None:
     """Add what follows from the cards alone: the front, with a `display` for its progress, and the comparison of several cards."""
-    from layercard.card import LayerCard
+    from layercard.card.card import LayerCard
 
     if sources.front is None and display is not None:
         from layercard.selection.pareto import pareto
 
         sources.front = pareto(LayerCard.from_json(dict(sources.card)), progress=display).to_json()
     if sources.transfer is None and len(sources.cards) > 1:
-        from layercard.transfer import transfer
+        from layercard.selection.transfer import transfer
 
         try:
             cards = [(name, LayerCard.from_json(dict(card), name)) for name, card in sources.cards.items()]

@@ -80,15 +80,15 @@ def select(
     if not 0 < alpha < float("inf"):
         raise SelectionError(f"--alpha {alpha:g} scales adapters to nothing; give a number above 0")
     refuse_existing(output, force)
-    from layercard import selection
-    from layercard.card import LayerCard
+    from layercard.card.card import LayerCard
+    from layercard.selection.budgets import Budgets
+    from layercard.selection.select import allocate_ranks
+    from layercard.selection.select import select as choose
 
     source = LayerCard.load(card)
-    placement = selection.select(
-        source, k=k, objective=objective or OBJECTIVE, strategy=strategy, budgets=selection.Budgets(**limits), seed=seed
-    )
+    placement = choose(source, k=k, objective=objective or OBJECTIVE, strategy=strategy, budgets=Budgets(**limits), seed=seed)
     if allocate_ranks:
-        placement = selection.allocate_ranks(source, placement, rank, alpha)
+        placement = allocate_ranks(source, placement, rank, alpha)
     placement.save(output, force=force)
     if as_json:
         emit_json(placement.to_json())

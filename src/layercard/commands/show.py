@@ -26,7 +26,7 @@ def show(
     as_json: opt.AsJson = False,
 ) -> None:
     """Show a card: one row a layer, with bars, the best layers marked, and warnings in words."""
-    from layercard.card import LayerCard
+    from layercard.card.card import LayerCard
 
     if html is not None:
         refuse_existing(html, force)
@@ -53,7 +53,7 @@ def _write_page(html: Path, card: dict[str, Any], placement: Path | None, compar
     from layercard.report.html import story_of, write_page
     from layercard.report.sources import Sources
     from layercard.report.trials import compared, of_comparison
-    from layercard.selection import Placement
+    from layercard.selection.placement import Placement
 
     sources = Sources(cards={"card": card})
     chosen = Placement.load(placement).to_json() if placement else None

@@ -74,15 +74,15 @@ def train(
         bf16=bf16,
         report_to=report_to,
     )
-    from layercard.selection import Placement
+    from layercard.selection.placement import Placement
 
     chosen = Placement.load(placement)
-    from layercard.adapters import without_experts
-    from layercard.data import load_data
-    from layercard.models import load_model
-    from layercard.phases import Phases
-    from layercard.training import train as run
-    from layercard.workload import training_work
+    from layercard.adapters.apply import without_experts
+    from layercard.data.load import load_data
+    from layercard.measure import Phases
+    from layercard.models.load import load_model
+    from layercard.profiling.workload import training_work
+    from layercard.training.train import train as run
 
     phases = Phases()
     with Display() as display:

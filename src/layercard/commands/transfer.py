@@ -34,8 +34,8 @@ def transfer(
     _check_files(cards)
     if output is not None:
         refuse_existing(output, force)
-    from layercard.card import LayerCard
-    from layercard.transfer import transfer as compare
+    from layercard.card.card import LayerCard
+    from layercard.selection.transfer import transfer as compare
 
     names = _names(cards)
     result = compare(

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercard.card.numbers import listed
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, emit_json, out
 from layercard.errors import ModelError, PlacementError
 from layercard.files import read_json
-from layercard.indices import listed
 
 if TYPE_CHECKING:
-    from layercard.selection import Placement
-    from layercard.verification import Verification
+    from layercard.adapters.verify import Verification
+    from layercard.selection.placement import Placement
 
 
 def verify(
@@ -46,8 +46,8 @@ def verify(
     if placement is not None and layers is not None:
         raise PlacementError("both --placement and --layers are given; a placement names its layers, so give one of them")
     wanted = None if layers is None else parse_layers(layers)
-    from layercard.selection import Placement
-    from layercard.verification import own_placement
+    from layercard.adapters.verify import own_placement
+    from layercard.selection.placement import Placement
 
     chosen = Placement.load(placement) if placement is not None else None if layers is not None else own_placement(adapter)
     with Display() as display:
@@ -78,9 +78,9 @@ def parse_layers(text: str) -> list[int]:
 
 
 def _verified(adapter: Path, model: str, chosen: "Placement | None", wanted: list[int] | None, fingerprint: str | None) -> "Verification":
+    from layercard.adapters.verify import verify_adapter, verify_config
     from layercard.export.read import peft_config
-    from layercard.skeleton import skeleton
-    from layercard.verification import verify_adapter, verify_config
+    from layercard.models.skeleton import skeleton
 
     empty = skeleton(model)
     if _is_pefts(adapter):
@@ -97,9 +97,9 @@ def _is_pefts(path: Path) -> bool:
 
 def _fingerprint(adapter: Path, model: str, chosen: "Placement | None", weights: bool, dtype: str, display: Display) -> str | None:
     """The model's fingerprint, where it is asked for, or where the names leave open whether it is the adapter's base model."""
-    from layercard.adapter_files import read_adapter_config
-    from layercard.models import load_model
-    from layercard.verification import base_words
+    from layercard.adapters.files import read_adapter_config
+    from layercard.adapters.verify import base_words
+    from layercard.models.load import load_model
 
     if weights and chosen is None:
         raise PlacementError("--weights compares with a placement's fingerprint, and there is no placement; give --placement FILE")

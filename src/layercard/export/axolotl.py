@@ -7,9 +7,9 @@ Read from axolotl 0.19.0: `utils/schemas/peft.py` (the keys), `loaders/adapter.p
 
 from typing import Any
 
-from layercard.export.peft import patterns
+from layercard.adapters.lora_config import patterns
 from layercard.export.plan import Plan, Settings, by_layer_key, refuse_fractions
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 
 def plan(placement: Placement, settings: Settings) -> Plan:

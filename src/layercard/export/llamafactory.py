@@ -7,7 +7,7 @@ none for ranks of single modules.
 """
 
 from layercard.export.plan import Plan, Settings, refuse_fractions, refuse_parameters, refuse_ranks
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 
 def plan(placement: Placement, settings: Settings) -> Plan:

@@ -8,7 +8,7 @@ map, and so are gate and up; `CanonicalLoRA` fails where it gets only some of th
 
 from layercard.errors import ExportError
 from layercard.export.plan import Plan, Settings, refuse_fractions, refuse_parameters, refuse_ranks, split
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 BLOCKS = {"model.layers": "*decoder.layers", "model.language_model.layers": "*language_model.decoder.layers"}
 """Where transformers has the blocks, and where Megatron has them, whatever wraps the model."""

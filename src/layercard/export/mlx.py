@@ -8,7 +8,7 @@ were not read there are refused.
 
 from layercard.errors import ExportError
 from layercard.export.plan import Plan, Settings, refuse_parameters, refuse_ranks, split
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 _LLAMA = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.qkv_proj",

@@ -4,9 +4,9 @@ Read from peft 0.21.2: `tuners/lora/config.py` (the keys), `tuners/tuners_utils.
 itself, whatever `layers_to_transform` says).
 """
 
-from layercard.export.peft import CHOSEN, lora_arguments
+from layercard.adapters.lora_config import CHOSEN, lora_arguments
 from layercard.export.plan import Plan, Settings
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 
 def plan(placement: Placement, settings: Settings) -> Plan:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from layercard.adapters.lora_config import check_settings
+from layercard.card.numbers import listed
 from layercard.errors import ExportError
-from layercard.export.peft import check_settings
-from layercard.indices import listed
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 from layercard.settings import whole
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.0

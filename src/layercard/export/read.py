@@ -11,11 +11,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from layercard.adapters.apply import task_of
 from layercard.errors import ExportError, one_line
 from layercard.export import json_text, yaml_text
 from layercard.export.merge import read_text
-from layercard.layers import find_blocks
-from layercard.pinning import task_of
+from layercard.models.layers import find_blocks
 
 AXOLOTL, TRL, LLAMAFACTORY, SWIFT = "axolotl", "trl", "llamafactory", "ms-swift"
 MARKS = {

@@ -11,7 +11,7 @@ stacked experts (`utils/transformers_weight_conversion.py`, `_resolve_string_tar
 from typing import Any
 
 from layercard.export.plan import Plan, Settings, refuse_ranks
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 NOTHING = "(?!)"
 """An expression that no path matches: without any names ms-swift adapts all linear maps."""

@@ -8,10 +8,10 @@ Read from TRL 1.16.0: `trainer/model_config.py` (the keys; a single entry of `lo
 import json
 from typing import Any
 
+from layercard.adapters.lora_config import lora_arguments
 from layercard.errors import ExportError
-from layercard.export.peft import lora_arguments
 from layercard.export.plan import Plan, Settings, as_arguments, heading, refuse_fractions
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 _SCRIPT = """# {heading}
 from datasets import load_dataset

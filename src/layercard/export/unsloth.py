@@ -9,9 +9,9 @@ empty list keeps it from that.
 import json
 from typing import Any
 
-from layercard.export.peft import patterns
+from layercard.adapters.lora_config import patterns
 from layercard.export.plan import Plan, Settings, as_arguments, by_layer_key, heading, split
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 FAST = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"

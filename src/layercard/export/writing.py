@@ -6,7 +6,7 @@ from typing import Any
 
 from layercard.export.merge import ABSENT, merged, read_text
 from layercard.export.plan import Settings, Trainer, heading
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 ELSEWHERE = ("mlx-lm", "megatron-bridge")
 """Trainers with classes of their own, whose modules are not those of transformers."""
@@ -69,10 +69,10 @@ def check_landing(placement: Placement, trainer: Trainer, keys: dict[str, Any], 
     """
     from peft import LoraConfig
 
+    from layercard.adapters.apply import planned_maps
+    from layercard.adapters.verify import verify_config
     from layercard.export.read import config_of
-    from layercard.pinning import planned_maps
-    from layercard.skeleton import skeleton
-    from layercard.verification import verify_config
+    from layercard.models.skeleton import skeleton
 
     model = skeleton(name)
     if trainer.name in ELSEWHERE:

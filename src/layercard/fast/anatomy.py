@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from layercard.errors import TrainingError
-from layercard.layers import Block, find_blocks
-from layercard.models import is_classifier
+from layercard.models.layers import Block, find_blocks
+from layercard.models.load import is_classifier
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 """What decoders call the norm after their last block."""

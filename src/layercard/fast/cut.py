@@ -23,9 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from layercard.capture import detach_entry, replaced
 from layercard.errors import TrainingError
 from layercard.fast.anatomy import Anatomy, anatomy
+from layercard.models.hooks import detach_entry, replaced
 
 
 @dataclass(frozen=True)

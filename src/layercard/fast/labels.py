@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layercard.capture import replaced
-from layercard.data import IGNORED
+from layercard.data.load import IGNORED
 from layercard.fast.anatomy import Anatomy, anatomy, forward_names
-from layercard.fast.positions import needed, needing
+from layercard.fast.packing import needed, needing
+from layercard.models.hooks import replaced
 
 CHUNK_BYTES = {"cpu": 24 * 2**20}
 """Float32 logits held at once, by kind of device. On a CPU more than the C library keeps for itself (32 MiB) is fetched from the

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from layercard.capture import replaced
+from layercard.models.hooks import replaced
 
 
 @dataclass(frozen=True)

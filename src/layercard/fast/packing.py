@@ -1,4 +1,6 @@
-"""Padding goes through no block: the real tokens of a batch travel as one row, and only attention sees them record by record.
+"""Which positions of the current pass the head will see; changes with the layout of the batch, padded or packed.
+
+Padding goes through no block: the real tokens of a batch travel as one row, and only attention sees them record by record.
 
 A batch `[B, T]` of records of unequal length is mostly computed for nothing where it is padded (a quarter of it for E2E, four records
 at a time). Every map of a block but attention works on single tokens, so `unpadded` lets the decoder run on `[1, N]`, N the number of
@@ -18,10 +20,31 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from layercard.capture import replaced
 from layercard.fast.anatomy import Anatomy, anatomy, forward_names
-from layercard.fast.positions import needed, needing
-from layercard.models import sees_ahead
+from layercard.models.hooks import replaced
+from layercard.models.load import sees_ahead
+
+# ---- fast.positions
+
+_needed: ContextVar[torch.Tensor | None] = ContextVar("needed", default=None)
+
+
+def needed() -> torch.Tensor | None:
+    """Mask `[B, T]` of the positions that the head will see, in the layout that blocks see now; `None` for all."""
+    return _needed.get()
+
+
+@contextmanager
+def needing(mask_bt: torch.Tensor | None) -> Iterator[None]:
+    """Say so for the length of a `with` block."""
+    token = _needed.set(mask_bt)
+    try:
+        yield
+    finally:
+        _needed.reset(token)
+
+
+# ---- fast.packing
 
 NAME = "layercard_records"
 """The attention implementation by which transformers finds `attention` and `mask`."""

@@ -5,8 +5,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.cost import CostModel
-from layercard.selection import strategy_layers
+from layercard.cost.model import CostModel
+from layercard.selection.strategies import strategy_layers
 
 PLACEMENTS = ("first", "middle", "last", "uniform")
 _SOURCES = {"measured": "measured", "rates": "estimated from FLOPs and bytes", "shapes": "relative, from shapes alone"}

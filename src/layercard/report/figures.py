@@ -12,9 +12,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from layercard.cost import CostModel
-from layercard.indices import listed
-from layercard.readings import Json, Number, interval, number, percent, profile_of, short
+from layercard.card.numbers import Json, Number, interval, listed, number, percent, profile_of, short
+from layercard.cost.model import CostModel
 from layercard.report.frames import Measure, bar_fractions, measured
 from layercard.report.trials import Row
 

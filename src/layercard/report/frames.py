@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layercard.card.numbers import Json, Number, interval, number, profile_of, short
 from layercard.errors import TrainingError
 from layercard.files import read_json, shown
-from layercard.readings import Json, Number, interval, number, profile_of, short
 
 if TYPE_CHECKING:
     import pandas

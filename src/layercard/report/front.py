@@ -7,8 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.indices import listed
-from layercard.readings import Json, number, percent
+from layercard.card.numbers import Json, listed, number, percent
 
 TITLES = {"time": "step time", "memory": "peak memory"}
 """What the cost of each front is called."""

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from layercard.cost import CostModel
-from layercard.indices import listed
-from layercard.readings import Json, Number, best_layers, interval, number, stability_words
+from layercard.card.numbers import Json, Number, best_layers, interval, listed, number, stability_words
+from layercard.cost.model import CostModel
 from layercard.report.costs import seconds, size
 from layercard.report.roi import Ratio, Ratios
 from layercard.report.sources import Sources

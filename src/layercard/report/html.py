@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from layercard.card.numbers import Json, stability_words
 from layercard.files import write_text
-from layercard.readings import Json, stability_words
 from layercard.report import parts
 from layercard.report.calculator import amount, calculator
 from layercard.report.headline import steps_of, tiles_of

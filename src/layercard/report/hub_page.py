@@ -7,7 +7,7 @@ import html
 import json
 import re
 
-from layercard.readings import Json, best_layers, interval, number, short, stability_words
+from layercard.card.numbers import Json, best_layers, interval, number, short, stability_words
 from layercard.report.frames import MEASURES
 
 TAG = "layercard"

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from layercard.cost import CostModel
-from layercard.indices import listed
-from layercard.readings import Json, Number, best_layers, interval, number, predicted_rows, profile_of, short
+from layercard.card.numbers import Json, Number, best_layers, interval, listed, number, predicted_rows, profile_of, short
+from layercard.cost.model import CostModel
 from layercard.report import figures
 from layercard.report.costs import seconds, size, where
 from layercard.report.frames import MEASURES, Measure, bar_fractions, measured, unit_of

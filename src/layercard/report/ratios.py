@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from layercard.cost import CostModel
-from layercard.indices import listed
-from layercard.readings import Json, Number
+from layercard.card.numbers import Json, Number, listed
+from layercard.cost.model import CostModel
 from layercard.report.costs import where
 from layercard.report.roi import NOT_MEASURED, Ratio, Ratios
 from layercard.report.trials import Row, mean

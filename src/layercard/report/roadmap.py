@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layercard.indices import listed
-from layercard.readings import Json, number, percent, stability_words
+from layercard.card.numbers import Json, listed, number, percent, stability_words
 
 DONE, NEXT, OPEN = "done", "next", "open"
 """States of a step: there is a file for it; it is the one to do now; it comes later, or can be left out."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard
+from layercard.card.numbers import Json
 from layercard.errors import PlacementError, ReportError
 from layercard.files import read_json, shown
-from layercard.readings import Json
 from layercard.report.frames import read_comparison
 from layercard.report.trials import Trial, compared, of_bench, of_comparison, of_run
 from layercard.selection.pareto import load_front

@@ -9,7 +9,7 @@ from typing import Any
 
 from plotly.graph_objects import Figure
 
-from layercard.readings import Number, interval, short
+from layercard.card.numbers import Number, interval, short
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Everything that a card says in words is left out or escaped; numbers are written
 import html
 from collections.abc import Sequence
 
-from layercard.readings import Json, Number, best_layers, profile_of, short
+from layercard.card.numbers import Json, Number, best_layers, profile_of, short
 from layercard.report.frames import MEASURES
 
 WIDTH, HEIGHT = 760, 300

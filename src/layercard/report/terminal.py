@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.readings import Json, Number, best_layers, interval, number, predicted_rows, profile_of, short, stability_words
+from layercard.card.numbers import Json, Number, best_layers, interval, number, predicted_rows, profile_of, short, stability_words
 from layercard.report.frames import MEASURES, RUN_COLUMNS, bar_fractions, comparison_rows, run_cells
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"

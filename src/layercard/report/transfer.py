@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.readings import Json, short
+from layercard.card.numbers import Json, short
 from layercard.report.frames import MEASURES
 from layercard.report.terminal import pairs
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from layercard.card.numbers import Json, Number, listed, number
 from layercard.files import shown
-from layercard.indices import listed
-from layercard.readings import Json, Number, number
 from layercard.report.costs import threads
 from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layercard.card import LayerCard, cost_of
-from layercard.cost import What
+from layercard.card.card import LayerCard, cost_of
+from layercard.cost.model import What
 from layercard.errors import SelectionError
 from layercard.files import read_json, shown, write_json
 from layercard.selection.budgets import Budgets
-from layercard.selection.objectives import question
-from layercard.selection.select import predict
+from layercard.selection.select import predict, question
 from layercard.selection.solver import least_cost
 from layercard.selection.strategies import strategy_layers
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layercard.card.notebook import placement_html
 from layercard.errors import PlacementError
 from layercard.files import read_json, shown, write_json
-from layercard.notebook import placement_html
 
 if TYPE_CHECKING:
-    from layercard.export.peft import LoraConfig
+    pass
 
 SCHEMA = "layercard-placement/1"
 PREDICTED = ("performance_kept", "step_time", "peak_memory", "parameters", "latency")
@@ -72,24 +72,6 @@ class Placement:
                 raise PlacementError(f"rank_pattern has {shown(rank)} for {path}; ranks are whole numbers of at least 1, so select again")
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
                 raise PlacementError(f"alpha_pattern has {shown(alpha)} for {path}; alphas are numbers above 0, so select again")
-
-    def to_peft(self, r: int = 8, lora_alpha: float | None = None, lora_dropout: float = 0.0, **options: Any) -> "LoraConfig":
-        """A `LoraConfig` that names the targets by their exact paths, for `peft_config=` of a trainer and for `get_peft_model`.
-
-        Where the model is at hand, `layercard.apply` also checks what was adapted.
-
-        Args:
-            r: Rank of each adapter; the placement's own ranks and alphas go before it, target by target.
-            lora_alpha: The update is `lora_alpha / r` times B A; twice the rank when not given.
-            lora_dropout: Probability of dropping an input of an adapter during training.
-            options: Further arguments of `LoraConfig`, such as `use_dora=True`; none that chooses modules.
-
-        Raises:
-            PlacementError: An option chooses modules, is out of range, or is unknown to `LoraConfig`.
-        """
-        from layercard.export.peft import lora_config
-
-        return lora_config(self, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard-placement/1`."""

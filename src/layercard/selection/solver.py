@@ -1,4 +1,36 @@
-"""The best set of layers, proven: bounds for every lowest layer, and the mixed-integer programme where bounds do not decide.
+"""The choice as arrays: what a set of layers covers, what it costs, and what may not be exceeded.
+
+Everything is about one model of L layers, 0 at the input. Coverage is `f(S) = Σ_j w_j max_{i ∈ S} C_ji`; a cost is a linear form
+`c(S) = fixed + Σ_{j ≥ min S} through_j + Σ_{i ∈ S} own_i` (`layercard.cost.Linear`): backward runs through every layer from the lowest
+adapted one up, and each adapter has a price of its own.
+
+Good sets quickly: greedy choice, then exchange. It is where the exact solver starts from, and the check on it.
+
+Greedy maximisation of a monotone submodular function under a number of layers reaches 1 − 1/e of the best (Nemhauser, Wolsey and
+Fisher 1978); under budgets it is tried for every lowest layer, and exchange mends what it missed.
+
+How much any set can cover, from the Lagrangian dual of the p-median programme, without a solver.
+
+With a price `λ_j` on serving layer j, a set S of lowest layer m covers at most
+
+    B_m(λ) = Σ_j λ_j + max { Σ_{i ∈ S} r_i },   r_i = Σ_j max(0, w_j C_ji − λ_j),
+
+where the maximum runs over the sets of lowest layer m that keep the number of layers and the budgets; it is bounded by its fractional
+relaxation with one of them at a time. Any λ gives a valid bound; subgradient steps find a good one. What a layer or an assignment
+would lose against the bound also says which of them cannot be in a set better than a known one.
+Source: Cornuejols, Fisher and Nemhauser 1977 (bound and fixing), Held and Karp 1971 (subgradient).
+
+The mixed-integer programme of one lowest layer, in its radius form, solved by HiGHS.
+
+Layer m is taken and none below it. For each layer j of the model let `i_1, i_2, …` be the layers that cover it better than m does,
+best first, and `c_1 ≥ c_2 ≥ … ≥ c_0 = C_jm` how well. With y_i = layer i is taken and v_jt = one of the first t is taken,
+
+    coverage = Σ_j w_j (c_0 + Σ_t (c_t − c_{t+1}) v_jt),   v_jt ≤ v_j,t−1 + y_{i_t},   0 ≤ v ≤ 1.
+
+Only y need be integer, and its relaxation is as tight as the assignment form's. Everything else is linear in y since the lowest layer
+is fixed. Layers and assignments that a bound rules out are left out beforehand. Source: Cornuejols, Nemhauser and Wolsey 1980.
+
+The best set of layers, proven: bounds for every lowest layer, and the mixed-integer programme where bounds do not decide.
 
 Backward stops at the lowest layer m, so once m is fixed every budget is linear in the layers taken. For each m the Lagrangian bound
 (`bounds`) says how much could be covered; most m fall to a greedy set (`greedy`) that covers more. The others are solved by HiGHS
@@ -6,16 +38,510 @@ Backward stops at the lowest layer m, so once m is fixed every budget is linear 
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
 
-from layercard.cost import Linear
-from layercard.selection.bounds import Bound, Relaxation
-from layercard.selection.greedy import greedy_cost, greedy_coverage
-from layercard.selection.problem import Budget, Problem, Solution
-from layercard.selection.programme import Found, Programme
+from layercard.cost.model import Linear
+
+# ---- selection.problem
+
+SLACK = 1e-9
+"""Share of a limit by which rounding may exceed it."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on a cost.
+
+    Attributes:
+        name: What is limited, for messages.
+        form: The cost.
+        limit: In the unit of the cost.
+    """
+
+    name: str
+    form: Linear
+    limit: float
+
+    def allows(self, layers: Sequence[int]) -> bool:
+        """Whether a set of layers keeps the limit."""
+        return self.form.of(layers) <= self.limit + SLACK * abs(self.limit)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What may be chosen.
+
+    Attributes:
+        similar: `C: [L, L]`, at least 0: how far column i covers row j.
+        weights: `w: [L]`, at least 0.
+        least: The fewest layers, at least 1.
+        most: The most layers; L when not given.
+        budgets: Limits on costs.
+        needed: The least coverage.
+    """
+
+    similar: np.ndarray
+    weights: np.ndarray
+    least: int = 1
+    most: int | None = None
+    budgets: tuple[Budget, ...] = ()
+    needed: float = 0.0
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.weights)
+
+    @property
+    def largest(self) -> int:
+        """The most layers that any set may have."""
+        return self.depth if self.most is None else min(self.most, self.depth)
+
+    def coverage(self, layers: Sequence[int]) -> float:
+        """`f(S)`, 0 for no layer."""
+        return float(self.weights @ self.similar[:, list(layers)].max(axis=1)) if len(layers) else 0.0
+
+    def allows(self, layers: Sequence[int]) -> bool:
+        """Whether a set keeps the number, every budget and the coverage."""
+        return (
+            self.least <= len(layers) <= self.largest
+            and all(budget.allows(layers) for budget in self.budgets)
+            and self.coverage(layers) >= self.needed * (1 - SLACK)
+        )
+
+    def room(self) -> np.ndarray:
+        """What each budget leaves for adapters when layer m is the lowest, `[budgets, L]`; below 0 where backward alone is too dear."""
+        left = np.empty((len(self.budgets), self.depth))
+        for row, budget in zip(left, self.budgets, strict=True):
+            backward = np.cumsum(np.asarray(budget.form.through)[::-1])[::-1]
+            row[:] = budget.limit + SLACK * abs(budget.limit) - budget.form.fixed - backward
+        return left
+
+    def prices(self) -> np.ndarray:
+        """What the adapters of each layer cost in each budget, `[budgets, L]`."""
+        return np.array([budget.form.own for budget in self.budgets], dtype=float).reshape(len(self.budgets), self.depth)
+
+    def caps(self) -> np.ndarray:
+        """The most layers that fit when layer m is the lowest, `[L]`; 0 where fewer than `least` do."""
+        room, prices = self.room(), self.prices()
+        found = np.zeros(self.depth, dtype=int)
+        for m in range(self.depth):
+            most = min(self.largest, self.depth - m)
+            for left, price in zip(room[:, m], prices, strict=True):
+                spent = price[m] + np.concatenate([[0.0], np.cumsum(np.sort(price[m + 1 :]))])
+                most = min(most, int(np.searchsorted(spent, left, side="right")))
+            found[m] = most if most >= self.least else 0
+        return found
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A set of layers with how good it is known to be.
+
+    Attributes:
+        layers: Ascending.
+        value: Its coverage.
+        status: "optimal", "time limit" (not proven in time), or "greedy" (never proven).
+        gap: Relative distance to a proven bound of what was optimised; `None` where nothing is proven.
+        cost: Of the cost that was minimised, if one was.
+    """
+
+    layers: tuple[int, ...]
+    value: float
+    status: str
+    gap: float | None
+    cost: float | None = None
+
+
+# ---- selection.greedy
+
+STARTS = 4
+"""How many lowest layers are mended by exchange."""
+
+
+def greedy_coverage(problem: Problem) -> Solution | None:
+    """A set of large coverage within the budgets; `None` where no set keeps them. `needed` is not looked at."""
+    caps, room, prices = problem.caps(), problem.room(), problem.prices()
+    found = [_grown(problem, m, int(caps[m]), room[:, m], prices) for m in np.flatnonzero(caps).tolist()]
+    usable = [layers for layers in found if len(layers) >= problem.least]
+    if not usable:
+        return None
+    usable.sort(key=problem.coverage, reverse=True)
+    best = max((_exchanged(problem, layers, room, prices) for layers in usable[:STARTS]), key=problem.coverage)
+    return Solution(tuple(sorted(best)), problem.coverage(best), "greedy", None)
+
+
+def greedy_cost(problem: Problem, cost: Linear) -> Solution | None:
+    """A cheap set that reaches the needed coverage within the budgets; `None` where greedy finds none (there may be one)."""
+    caps, room, prices = problem.caps(), problem.room(), problem.prices()
+    own = np.asarray(cost.own)
+    best: list[int] = []
+    for m in np.flatnonzero(caps).tolist():
+        layers = _grown(problem, m, int(caps[m]), room[:, m], prices, stop=problem.needed)
+        layers = _thinned(problem, layers, own)
+        if problem.allows(layers) and (not best or cost.of(layers) < cost.of(best)):
+            best = layers
+    if not best:
+        return None
+    best = _cheapened(problem, best, cost)
+    return Solution(tuple(sorted(best)), problem.coverage(best), "greedy", None, float(cost.of(best)))
+
+
+def greedy_set(value: Callable[[Sequence[int]], float], allows: Callable[[Sequence[int]], bool], depth: int, k: int) -> tuple[int, ...]:
+    """Greedy and exchange for any set function: k layers, or fewer where no further one is allowed.
+
+    Args:
+        value: The set function.
+        allows: Whether a set keeps the budgets; smaller sets of the same lowest layer must keep them too.
+        depth: Number of layers L.
+        k: How many layers.
+    """
+    chosen: list[int] = []
+    while len(chosen) < k:
+        free = [i for i in range(depth) if i not in chosen and allows([*chosen, i])]
+        if not free:
+            break
+        chosen.append(max(free, key=lambda i: value([*chosen, i])))
+    best, improved = value(chosen), True
+    while improved:
+        improved = False
+        for out in list(chosen):
+            kept = [i for i in chosen if i != out]
+            options = [[*kept, i] for i in range(depth) if i not in chosen and allows([*kept, i])]
+            swapped = max(options, key=value, default=chosen)
+            if value(swapped) > best + 1e-12 * abs(best):
+                chosen, best, improved = swapped, value(swapped), True
+                break
+    return tuple(sorted(chosen))
+
+
+def _grown(problem: Problem, m: int, cap: int, room: np.ndarray, prices: np.ndarray, stop: float = np.inf) -> list[int]:
+    """Layers from m up, m among them: the largest increase of coverage each time, until `cap`, the budgets or `stop` end it."""
+    similar, weights = problem.similar, problem.weights
+    layers, best = [m], similar[:, m].copy()
+    left = room - prices[:, m]
+    free = np.arange(problem.depth) > m
+    while len(layers) < cap and (len(layers) < problem.least or weights @ best < stop):
+        fits = free & (prices <= left[:, None]).all(axis=0)
+        if not fits.any():
+            break
+        gains = np.where(fits, weights @ np.maximum(similar, best[:, None]), -np.inf)
+        taken = int(gains.argmax())
+        layers.append(taken)
+        free[taken] = False
+        left = left - prices[:, taken]
+        best = np.maximum(best, similar[:, taken])
+    return layers
+
+
+def _exchanged(problem: Problem, layers: list[int], room: np.ndarray, prices: np.ndarray) -> list[int]:
+    """Swap one layer for another as long as coverage rises and the budgets hold."""
+    similar, weights = problem.similar, problem.weights
+    layers, value = list(layers), problem.coverage(layers)
+    improved = True
+    while improved:
+        improved = False
+        for out in layers:
+            kept = [i for i in layers if i != out]
+            rest = similar[:, kept].max(axis=1) if kept else np.zeros(problem.depth)
+            values = weights @ np.maximum(similar, rest[:, None])
+            lowest = np.minimum(np.arange(problem.depth), min(kept, default=problem.depth))
+            fits = (prices[:, kept].sum(axis=1)[:, None] + prices <= room[:, lowest]).all(axis=0)
+            fits[layers] = False
+            values = np.where(fits, values, -np.inf)
+            taken = int(values.argmax())
+            if values[taken] > value * (1 + 1e-12):
+                layers, value, improved = [*kept, taken], float(values[taken]), True
+                break
+    return layers
+
+
+def _thinned(problem: Problem, layers: list[int], own: np.ndarray) -> list[int]:
+    """Without the layers, dearest first, that the needed coverage can do without."""
+    for out in sorted(layers, key=lambda i: (-own[i], i)):
+        fewer = [i for i in layers if i != out]
+        if len(fewer) >= problem.least and problem.coverage(fewer) >= problem.needed:
+            layers = fewer
+    return layers
+
+
+def _cheapened(problem: Problem, layers: list[int], cost: Linear) -> list[int]:
+    """Swap one layer for a cheaper one as long as all that is asked for holds."""
+    own = np.asarray(cost.own)
+    backward = np.cumsum(np.asarray(cost.through)[::-1])[::-1]
+    price, improved = cost.of(layers), True
+    while improved:
+        improved = False
+        for out in layers:
+            kept = [i for i in layers if i != out]
+            rest = problem.similar[:, kept].max(axis=1) if kept else np.zeros(problem.depth)
+            reached = problem.weights @ np.maximum(problem.similar, rest[:, None])
+            lowest = np.minimum(np.arange(problem.depth), min(kept, default=problem.depth))
+            prices = cost.fixed + backward[lowest] + own[kept].sum() + own
+            prices[layers] = np.inf
+            for taken in np.argsort(prices, kind="stable").tolist():
+                if prices[taken] >= price * (1 - 1e-12):
+                    break
+                if reached[taken] >= problem.needed and problem.allows([*kept, taken]):
+                    layers, price, improved = [*kept, taken], float(prices[taken]), True
+                    break
+            if improved:
+                break
+    return layers
+
+
+# ---- selection.bounds
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound on the coverage of sets whose lowest layer is m.
+
+    Attributes:
+        value: The bound.
+        prices: `λ: [L]`.
+        margin: `[L]`, what the bound loses at least when a layer is taken (0 for the likely ones); infinite below m.
+        taken: `[L]` from 0 to 1, the fractional set behind the bound.
+    """
+
+    value: float
+    prices: np.ndarray
+    margin: np.ndarray
+    taken: np.ndarray
+
+
+class Relaxation:
+    """Bounds for one problem; `caps`, `room` and `own` as `Problem.caps`, `Problem.room` and `Problem.prices` give them."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.worth = problem.weights[:, None] * problem.similar
+        self.caps, self.room, self.own = problem.caps(), problem.room(), problem.prices()
+
+    def at(self, m: int, prices: np.ndarray) -> Bound:
+        """The bound for lowest layer m with given prices."""
+        rewards = np.clip(self.worth - prices[:, None], 0.0, None).sum(axis=0)
+        return self._bound(m, prices, rewards)
+
+    def every(self, prices: np.ndarray) -> np.ndarray:
+        """The bounds for all lowest layers with the same prices, `[L]`; −∞ where no set is allowed."""
+        rewards = np.clip(self.worth - prices[:, None], 0.0, None).sum(axis=0)
+        return np.array([self._bound(m, prices, rewards).value if self.caps[m] else -np.inf for m in range(len(prices))])
+
+    def fewest(self, m: int, prices: np.ndarray, needed: float) -> int:
+        """The fewest layers with which sets of lowest layer m can reach a coverage, as far as prices tell; L + 1 where none can."""
+        rewards = np.clip(self.worth - prices[:, None], 0.0, None).sum(axis=0)
+        reach = prices.sum() + rewards[m] + np.concatenate([[0.0], np.cumsum(np.sort(rewards[m + 1 :])[::-1])])
+        enough = np.flatnonzero(reach >= needed * (1 - SLACK))
+        return int(enough[0]) + 1 if len(enough) else len(prices) + 1
+
+    def least_own(self, m: int, prices: np.ndarray, needed: float, own: np.ndarray) -> float:
+        """The least Σ own of so many layers, m among them."""
+        count = self.fewest(m, prices, needed) - 1
+        return float(own[m] + np.sort(own[m + 1 :])[:count].sum())
+
+    def _bound(self, m: int, prices: np.ndarray, rewards: np.ndarray) -> Bound:
+        above = rewards[m + 1 :]
+        limits = [(np.ones(len(above)), float(self.caps[m] - 1))]
+        limits += [(own[m + 1 :], float(room[m] - own[m])) for own, room in zip(self.own, self.room, strict=True)]
+        value, rate, taken = min((_fractional(above, price, limit) for price, limit in limits), key=lambda found: found[0])
+        full_taken = np.concatenate([np.zeros(m), [1.0], taken])
+        margin = np.concatenate([np.full(m, np.inf), [0.0], np.clip(-rate, 0.0, None)])
+        return Bound(float(prices.sum() + rewards[m] + value), prices, margin, full_taken)
+
+    def improved(self, m: int, start: np.ndarray, goal: float, steps: int = 120) -> Bound:
+        """The lowest bound that subgradient steps from `start` reach for lowest layer m; they stop once it falls below `goal`."""
+        best = self.at(m, start)
+        prices, length, since = start, 1.0, 0
+        for _ in range(steps):
+            if best.value < goal or length < 1e-3:
+                break
+            found = self.at(m, prices)
+            if found.value < best.value - 1e-12 * abs(best.value):
+                best, since = found, 0
+            else:
+                since += 1
+                if since >= 6:
+                    length, since, prices = length / 2, 0, best.prices
+                    found = best
+            slope = 1.0 - (self.worth > prices[:, None]) @ found.taken
+            norm = float(slope @ slope)
+            if norm == 0.0:
+                break
+            prices = prices - length * max(found.value - goal, 1e-9 * abs(goal)) / norm * slope
+        return best
+
+
+def _fractional(rewards: np.ndarray, price: np.ndarray, limit: float) -> tuple[float, np.ndarray, np.ndarray]:
+    """The fractional knapsack: its value, what each item gains at the break item's rate, and the part of each that is taken."""
+    free = price <= 0
+    order = np.argsort(np.where(free, -np.inf, -rewards / np.where(free, 1.0, price)), kind="stable")
+    spent = np.cumsum(price[order])
+    full = int(np.searchsorted(spent, limit, side="right"))
+    taken = np.zeros(len(rewards))
+    taken[order[:full]] = 1.0
+    rate = 0.0
+    if full < len(order):
+        at = order[full]
+        taken[at] = max(0.0, (limit - (spent[full - 1] if full else 0.0)) / price[at])
+        rate = rewards[at] / price[at]
+    return float(rewards @ taken), rewards - rate * price, taken
+
+
+# ---- selection.programme
+
+
+@dataclass(frozen=True)
+class Found:
+    """What HiGHS says: the best layers that it has (`None` for none), and whether it is certain."""
+
+    layers: tuple[int, ...] | None
+    bound: float | None
+    proven: bool
+
+
+class Programme:
+    """All sets of lowest layer m that cover more than `known`, and some others.
+
+    Args:
+        problem: The choice.
+        m: Lowest layer.
+        bound: An upper bound on their coverage.
+        known: A coverage that sets of interest reach at least.
+    """
+
+    def __init__(self, problem: Problem, m: int, bound: Bound, known: float) -> None:
+        self.problem, self.m, self.known, self.bound = problem, m, known, bound.value
+        self.fewest = max(problem.least, Relaxation(problem).fewest(m, bound.prices, known))
+        spare = max(bound.value - known, 0.0) * (1 + SLACK) + SLACK * abs(known)
+        self.candidates = np.flatnonzero(bound.margin <= spare)
+        self.candidates = self.candidates[(self.candidates > m) & self._affordable()[self.candidates]]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            floor = (bound.prices - spare) / problem.weights
+        self.floor = np.where(problem.weights > 0, floor, 0.0)
+        self._levels()
+
+    def _affordable(self) -> np.ndarray:
+        """`[L]`, whether each budget pays for a layer beside m and the cheapest others, as many as there must be at least."""
+        others = min(max(self.fewest - 2, 0), self.problem.depth - self.m - 2)
+        fits = np.ones(self.problem.depth, dtype=bool)
+        if others < 0:
+            return fits
+        for own, room in zip(self.problem.prices(), self.problem.room()[:, self.m], strict=True):
+            above = own[self.m + 1 :]
+            spent = np.concatenate([[0.0], np.cumsum(np.sort(above))])
+            rank = np.empty(len(above), dtype=int)
+            rank[np.argsort(above, kind="stable")] = np.arange(len(above))
+            total = np.where(rank < others, spent[others + 1], spent[others] + above)
+            fits[self.m + 1 :] &= own[self.m] + total <= room + SLACK * abs(room)
+        return fits
+
+    def _levels(self) -> None:
+        """Rows of the constraints on v, the coverage that is sure, and the gain of each variable."""
+        similar, weights, m = self.problem.similar, self.problem.weights, self.m
+        n = len(self.candidates)
+        rows: list[np.ndarray] = []
+        cols: list[np.ndarray] = []
+        vals: list[np.ndarray] = []
+        gains = [np.zeros(n)]
+        self.sure, self.must = 0.0, []
+        row, width = 0, n
+        for j in np.flatnonzero(weights > 0):
+            own = similar[j, m]
+            worth = similar[j, self.candidates]
+            order = np.flatnonzero(worth > own)
+            order = order[np.argsort(-worth[order], kind="stable")]
+            base = own
+            if self.floor[j] > own:
+                order = order[worth[order] >= self.floor[j]]
+                if not len(order):
+                    self.must.append(order)
+                    continue
+                base = worth[order[-1]]
+                self.must.append(order)
+            self.sure += weights[j] * base
+            steps = weights[j] * (worth[order] - np.append(worth[order[1:]], base))
+            last = len(steps) - (1 if self.floor[j] > own else 0)
+            if last <= 0:
+                continue
+            gains[0][order[0]] += steps[0]
+            count = last - 1
+            variables = width + np.arange(count)
+            at = row + np.arange(count)
+            before = np.concatenate([[order[0]], variables[:-1]]) if count else variables
+            rows += [at, at, at]
+            cols += [variables, before, order[1:last]]
+            vals += [np.ones(count), -np.ones(count), -np.ones(count)]
+            gains.append(steps[1:last])
+            row, width = row + count, width + count
+        self.gains = np.concatenate(gains)
+        flat = (np.concatenate(vals), (np.concatenate(rows), np.concatenate(cols))) if rows else ([], ([], []))
+        self.chain = coo_array(flat, shape=(row, width)).tocsr()
+
+    def _constraints(self) -> list[LinearConstraint]:
+        n, width = len(self.candidates), len(self.gains)
+        problem = self.problem
+        table, low, high = [], [], []
+
+        def add(on_y: np.ndarray, least: float, most: float) -> None:
+            table.append(np.concatenate([on_y, np.zeros(width - n)]))
+            low.append(least)
+            high.append(most)
+
+        add(np.ones(n), self.fewest - 1, problem.largest - 1)
+        for own, room in zip(problem.prices(), problem.room(), strict=True):
+            add(own[self.candidates], -np.inf, room[self.m] - own[self.m])
+        for order in self.must:
+            row = np.zeros(n)
+            row[order] = 1.0
+            add(row, 1.0, np.inf)
+        constraints = [LinearConstraint(np.array(table), np.array(low), np.array(high))]
+        if self.chain.shape[0]:
+            constraints.append(LinearConstraint(self.chain, -np.inf, 0.0))
+        return constraints
+
+    def most_coverage(self, tolerance: float, seconds: float) -> Found:
+        """The set of largest coverage, to a relative `tolerance` of coverage."""
+        relative = 0.9 * tolerance * self.known / max(self.bound - self.sure, tolerance * self.known, 1e-300)
+        better = LinearConstraint(self.gains[None, :], self.known * (1 + tolerance / 2) - self.sure, np.inf)
+        return self._solve(-self.gains, [better], min(relative, 0.5), seconds, -1.0, self.sure)
+
+    def least_price(self, own: np.ndarray, tolerance: float, seconds: float) -> Found:
+        """The set of least Σ own that reaches the needed coverage, to an absolute `tolerance` of that sum; the bound is of the sum."""
+        if not len(self.gains) and self.sure < self.problem.needed * (1 - SLACK):
+            return Found(None, None, True)  # m alone does not reach it
+        row = LinearConstraint(self.gains[None, :], self.problem.needed * (1 - SLACK) - self.sure, np.inf)
+        objective = np.concatenate([own[self.candidates], np.zeros(len(self.gains) - len(self.candidates))])
+        largest = float(own[self.candidates].sum()) or 1.0
+        return self._solve(objective, [row], min(max(tolerance / largest, 1e-9), 0.5), seconds, 1.0, float(own[self.m]))
+
+    def _solve(self, objective: np.ndarray, more: list[LinearConstraint], gap: float, seconds: float, sign: float, base: float) -> Found:
+        if not len(self.gains):
+            return self._alone(sign, base)
+        result = milp(
+            objective,
+            integrality=np.concatenate([np.ones(len(self.candidates)), np.zeros(len(self.gains) - len(self.candidates))]),
+            bounds=Bounds(0, 1),
+            constraints=[*self._constraints(), *more],
+            options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap},
+        )
+        bound = None if result.mip_dual_bound is None else base + sign * float(result.mip_dual_bound)
+        if result.x is None:
+            return Found(None, bound, result.status == 2)
+        chosen = self.candidates[result.x[: len(self.candidates)] > 0.5]
+        return Found((self.m, *map(int, chosen)), bound, result.status == 0)
+
+    def _alone(self, sign: float, base: float) -> Found:
+        """No candidate is left: m alone, or nothing."""
+        layers = (self.m,) if self.problem.least <= 1 and not self.must else None
+        return Found(layers, base, True)
+
+
+# ---- selection.solver
 
 SECONDS = 2.0
 """Time after which the best set so far is given, with its gap."""

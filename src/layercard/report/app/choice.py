@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard
+from layercard.card.numbers import Json, number, percent, short
 from layercard.errors import LayercardError
-from layercard.readings import Json, number, percent, short
-from layercard.selection import Budgets, Placement, given, select
+from layercard.selection import select
+from layercard.selection.budgets import Budgets
 from layercard.selection.pareto import pareto
+from layercard.selection.placement import Placement
+from layercard.selection.select import given
 
 SECONDS = 0.06
 """Time limit of each search while a slider moves; the placement says how far it may be from the best."""

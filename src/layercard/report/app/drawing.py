@@ -9,8 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from layercard.indices import listed
-from layercard.readings import Json
+from layercard.card.numbers import Json, listed
 from layercard.report.app.choice import Choice
 from layercard.report.figures import COSTS, depth_figure, front_figure
 from layercard.report.frames import MEASURES

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard
 from layercard.errors import LayercardError, OutputError
 from layercard.report.app import choice as choosing
 from layercard.report.app import drawing, money, views
@@ -14,9 +14,9 @@ from layercard.report.app.choice import Choice, Fronts, Wishes
 from layercard.report.app.jobs import Jobs
 from layercard.report.app.library import Entry, Library, find, inside, read_upload
 from layercard.report.frames import measured
-from layercard.selection import strategy_layers
 from layercard.selection.solver import SECONDS as PATIENT
-from layercard.transfer import transfer
+from layercard.selection.strategies import strategy_layers
+from layercard.selection.transfer import transfer
 
 MOST_UPLOADS = 20
 """Files that one visitor may upload."""

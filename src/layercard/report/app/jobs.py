@@ -53,7 +53,7 @@ class Progress:
 def profile_command(model: Path, data: str, output: Path, records: int, probe: str = "step") -> list[str]:
     """The command of a job; nothing of it is read by a shell."""
     return [
-        *(sys.executable, "-m", "layercard.cli", "profile", str(model), "--data", data),
+        *(sys.executable, "-m", "layercard.commands.main", "profile", str(model), "--data", data),
         *("--records", str(int(records)), "--probe", probe, "-o", str(output)),
     ]
 

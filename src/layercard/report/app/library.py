@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layercard.card import LayerCard
+from layercard.card.card import LayerCard
+from layercard.card.numbers import Json, number
 from layercard.errors import CardError, LayercardError, OutputError
 from layercard.files import parse_json
-from layercard.readings import Json, number
-from layercard.selection import Placement
+from layercard.selection.placement import Placement
 
 LARGEST = 20 * 2**20
 """Bytes of a file that is still read."""

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
+from layercard.card.numbers import Json
 from layercard.errors import ReportError
-from layercard.readings import Json
 from layercard.report.app.library import Entry
 from layercard.report.ratios import ratios_of
 from layercard.report.roi import Roi, RoiInputs, roi

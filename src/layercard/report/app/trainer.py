@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from layercard.export import peft
-from layercard.readings import Json
-from layercard.selection import Placement
+from layercard.adapters import lora_config as peft
+from layercard.card.numbers import Json
+from layercard.selection.placement import Placement
 from layercard.settings import TrainSettings
 
 LORA_FILE = "lora_config.json"

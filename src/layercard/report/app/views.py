@@ -8,8 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from layercard.indices import listed
-from layercard.readings import Json, short
+from layercard.card.numbers import Json, listed, short
 from layercard.report.app import trainer
 from layercard.report.app.choice import SHARES, Choice, rows
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress

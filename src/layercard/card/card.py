@@ -1,0 +1,264 @@
+"""The Layer Card: what profiling found, as one versioned JSON value that describes itself."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from layercard.card.notebook import card_html
+from layercard.cost.model import CostModel, Shape
+from layercard.errors import CardError
+from layercard.files import read_json, shown, write_json
+
+if TYPE_CHECKING:
+    pass
+
+SCHEMA = "layercard/1"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Sampled(_Part):
+    """A number estimated from records, with its 95 % bootstrap interval over records."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
+MOST = 2**50
+"""Records or tokens that a card may count."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+"""Features or experts of a map."""
+
+
+class ModelInfo(_Part):
+    """The profiled model: the name it was asked for by, a hash of its weights, its number of blocks."""
+
+    name: str
+    fingerprint: str
+    layers: Annotated[int, Field(ge=1, le=100_000)]
+
+
+class DataInfo(_Part):
+    """The records that were profiled; `fit_records` made the steps, the others measured them."""
+
+    source: str
+    fingerprint: str
+    records: Count
+    tokens: Count
+    labelled_tokens: Count
+    fit_records: Count | None = None
+    truncated: Annotated[int, Field(ge=0, le=MOST)] = 0
+    loss: FiniteFloat | None = None
+
+
+class ModuleCard(_Part):
+    """One linear map of a layer: its exact path, shape and share of the layer's signals.
+
+    Where `experts` is set, it is a map of that many experts, stacked in one parameter: `path` is that parameter's. `expert_tokens` says
+    how many of the tokens that made the steps were sent to each, `expert_resnorm` what each has of `resnorm` (squares add up).
+    """
+
+    path: str
+    in_features: Size
+    out_features: Size
+    resnorm: FiniteFloat
+    resnorm_rank: FiniteFloat
+    gradient_norm: FiniteFloat
+    ridge: FiniteFloat
+    shares_input_with: str | None = None
+    experts: Size | None = None
+    expert_tokens: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] | None = None
+    expert_resnorm: tuple[FiniteFloat, ...] | None = None
+
+
+class PhaseInfo(_Part):
+    """What one phase of profiling took: `layercard.measure.Phase` says how it is measured."""
+
+    name: str
+    seconds: FiniteFloat
+    resident_peak_bytes: int | None = None
+    device_peak_bytes: int | None = None
+
+
+class LayerEntry(_Part):
+    """One layer; `docs/card.md` has each measure with its unit. `None` was not measured."""
+
+    index: Annotated[int, Field(ge=0)]
+    resnorm: Sampled
+    resnorm_rank: Sampled
+    residual_fraction: Sampled
+    gradient_norm: Sampled
+    activation_energy: Sampled
+    effective_rank: Sampled
+    condition: Sampled
+    noise_amplification: Sampled
+    predicted_gain: Sampled
+    centrality: Sampled
+    step_probe: Sampled | None = None
+    training_probe: Sampled | None = None
+    training_probe_steps: int | None = None
+    gain_estimate: Sampled
+    forward_seconds: FiniteFloat | None = None
+    backward_seconds: FiniteFloat | None = None
+    adapter_seconds: FiniteFloat | None = None
+    saved_bytes: int | None = None
+    modules: tuple[ModuleCard, ...]
+
+
+class LayerCard(_Part):
+    """A whole card.
+
+    Attributes:
+        model: The profiled model: name, fingerprint, number of layers L.
+        data: The records: source, fingerprint, counts.
+        settings: How it was made (`ProfileSettings`), with device and dtype.
+        versions: Of the packages that made it.
+        layers: The L layers, index 0 at the input, each with its measures and modules.
+        coupling: `ρ_ℓm`, one row a layer.
+        descent: `b_ℓ`, first-order decrease of the held-out loss along each layer's step, nats per labelled token.
+        curvature: `K_ℓℓ`, nats per labelled token.
+        stability: For each measure the median Spearman correlation of its profile between halves of the records.
+        units: Unit of each measure.
+        warnings: What a reader must know before trusting the card, in words.
+        cost: What placements cost on the machine that made the card; `None` was not measured (`cost_of` estimates it).
+        phases: Time and memory of the phases of profiling, in the call that finished it; like `cost` they are readings of a clock, so a
+            card that must come out the same again (`ProfileSettings.cost` off) has none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    schema_: Literal["layercard/1"] = Field(default="layercard/1", alias="schema")
+    model: ModelInfo
+    data: DataInfo
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    layers: Annotated[tuple[LayerEntry, ...], Field(min_length=1)]
+    coupling: tuple[tuple[FiniteFloat, ...], ...]
+    descent: tuple[FiniteFloat, ...]
+    curvature: tuple[FiniteFloat, ...]
+    stability: dict[str, FiniteFloat]
+    units: dict[str, str] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    cost: CostModel | None = None
+    phases: tuple[PhaseInfo, ...] = ()
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "LayerCard":
+        depth = self.model.layers
+        if [layer.index for layer in self.layers] != list(range(depth)):
+            raise ValueError(f"layers must be 0 to {depth - 1} in order, found {len(self.layers)}")
+        if len(self.coupling) != depth or any(len(row) != depth for row in self.coupling):
+            raise ValueError(f"coupling must be {depth} by {depth}")
+        if len(self.descent) != depth or len(self.curvature) != depth:
+            raise ValueError(f"descent and curvature must have {depth} numbers")
+        if self.cost is not None and len(self.cost.layers) != depth:
+            raise ValueError(f"cost must have {depth} layers, found {len(self.cost.layers)}")
+        return self
+
+    def values(self, measure: str) -> list[float]:
+        """The values of one measure, layer by layer.
+
+        Raises:
+            CardError: The card does not have the measure.
+        """
+        found = [getattr(layer, measure, None) for layer in self.layers]
+        values = [entry.value for entry in found if isinstance(entry, Sampled)]
+        if len(values) < len(self.layers):
+            known = sorted(name for name, entry in self.layers[0] if isinstance(entry, Sampled))
+            raise CardError(f"the card has no {measure}; it has {', '.join(known)}")
+        return values
+
+    def with_cost(self, cost: CostModel | None) -> "LayerCard":
+        """The same card with a cost model, and its times and bytes at each layer; with `None` without any."""
+        names = ("forward_seconds", "backward_seconds", "adapter_seconds", "saved_bytes")
+        parts = (None,) * len(self.layers) if cost is None else cost.layers
+        layers = tuple(
+            layer.model_copy(update={name: None if found is None else getattr(found, name) for name in names})
+            for layer, found in zip(self.layers, parts, strict=True)
+        )
+        return self.model_copy(update={"layers": layers, "cost": cost})
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of schema `layercard/1`."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: model, data, warnings and the best single layers with their intervals, all escaped."""
+        return card_html(self.to_json())
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the card to a file, atomically; an existing file is kept unless `force`."""
+        return write_json(path, self.to_json(), force=force)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], source: str = "card") -> "LayerCard":
+        """Check and read a JSON object; `source` names it in messages.
+
+        Raises:
+            CardError: Another schema, or a part is missing or of the wrong kind.
+        """
+        if value.get("schema") != SCHEMA:
+            raise CardError(f"{source}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make the card with `layercard profile`")
+        try:
+            return cls.model_validate(value)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "card"
+            raise CardError(f"{source}: {where}: {first['msg']}; make the card again with `layercard profile`") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LayerCard":
+        """Read a card from a file."""
+        return cls.from_json(read_json(path, CardError, "card"), str(path))
+
+
+def cost_of(card: LayerCard) -> CostModel:
+    """The card's measured cost or, where it has none, relative costs from the shapes of its modules and the length of its records."""
+    if card.cost is not None:
+        return card.cost
+    shapes = [[_shape(module, card.data) for module in layer.modules] for layer in card.layers]
+    records, size = card.data.records, 4
+    return CostModel.from_shapes(
+        shapes,
+        model=card.model.name,
+        batch_size=size,
+        length=max(1, round(card.data.tokens / records)),
+        labelled=max(1, round(size * card.data.labelled_tokens / records)),
+        rank=_rank(card.settings.get("rank")),
+    )
+
+
+def _rank(found: Any) -> int:
+    """The rank of a card's settings, which hold what any version wrote; 8 where they do not say."""
+    return found if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**31 else 8
+
+
+def _shape(module: ModuleCard, data: DataInfo) -> Shape:
+    """A map's shape; how many experts a token enters follows from the tokens that each of them saw."""
+    if module.experts is None:
+        return Shape(module.in_features, module.out_features)
+    seen = data.tokens * (data.fit_records or data.records) / data.records
+    active = max(1, round(sum(module.expert_tokens or ()) / seen))
+    return Shape(module.in_features, module.out_features, module.experts, min(active, module.experts))
+
+
+def check_model(card: LayerCard, model: dict[str, Any]) -> None:
+    """Make sure that a card belongs to a model.
+
+    Args:
+        card: The card.
+        model: `name`, `fingerprint` and `layers` of the model at hand (`layercard.models.describe`).
+
+    Raises:
+        CardError: The weights differ.
+    """
+    if card.model.fingerprint != model["fingerprint"]:
+        raise CardError(
+            f"the card is of {card.model.name} ({card.model.fingerprint}, {card.model.layers} layers), the model is {model['name']} "
+            f"({model['fingerprint']}, {model['layers']} layers); profile this model first"
+        )

@@ -1,0 +1,76 @@
+"""Models without their weights: shapes from a configuration alone, a random model where it fits, and a device's rates where not.
+
+No weights are ever fetched: of a model on the hub only its `config.json` is read. Code that comes with a model never runs.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercard.cost.measure import synchronize
+from layercard.cost.model import CostModel, Shape
+from layercard.models.layers import find_blocks
+
+ROOM = 0.7
+"""Share of the free memory that a random model with its training may take."""
+UNKNOWN_BYTES = 4 * 2**30
+"""Free memory that is assumed where the system does not say."""
+
+
+def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dtype: str, device: str = "", **sizes: Any) -> CostModel:
+    """`CostModel.from_rates` for a model that may be empty; `sizes` are `batch_size`, `length` and `rank`."""
+    shapes = [
+        [
+            *(Shape(p.in_features, p.out_features) for p in block.projections),
+            *(Shape(s.in_features, s.out_features, s.experts, float(s.active)) for s in block.stacks),
+        ]
+        for block in find_blocks(model)
+    ]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    found = CostModel.from_rates(
+        shapes, flops=flops, bandwidth=bandwidth, vocabulary=vocabulary, model=name, dtype=dtype, device=device, **sizes
+    )
+    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    return found.model_copy(update={"weights_bytes": size * sum(weight.numel() for weight in model.parameters())})
+
+
+def fits(cost: CostModel, device: torch.device) -> bool:
+    """Whether the model and training in all its layers fit the memory that is free on a device."""
+    needed = cost.weights_bytes + cost.peak_memory(range(len(cost.layers)))
+    return needed <= ROOM * free_bytes(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on the CPU, that of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return UNKNOWN_BYTES
+
+
+def device_rates(device: torch.device, dtype: torch.dtype, rows: int = 256) -> tuple[float, float]:
+    """What this device reaches: FLOP/s of a product `[rows, 2048] @ [2048, 2048]`, and bytes/s of adding two large tensors."""
+    width = 2048
+    a, b = torch.ones(rows, width, device=device, dtype=dtype), torch.ones(width, width, device=device, dtype=dtype)
+    large = torch.ones(2**23, device=device, dtype=dtype)
+    other, result = large.clone(), torch.empty_like(large)
+    product = _best(lambda: torch.matmul(a, b), device)
+    added = _best(lambda: torch.add(large, other, out=result), device)
+    return 2 * rows * width * width / product, 3 * large.nbytes / added
+
+
+def _best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

@@ -1,0 +1,336 @@
+"""The optimisation of adapters: transformers' `Trainer` with this project's loss, data order, clock and checkpoints."""
+
+import difflib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_callback import PrinterCallback
+
+from layercard import processes
+from layercard.adapters.methods import RankAllocation
+from layercard.data.load import IGNORED, Batch, Dataset, Example, collate, shuffled
+from layercard.errors import OutputError, ProcessError, TrainingError
+from layercard.files import read_json, write_json
+from layercard.measure import PeakMemory
+from layercard.models.load import Progress, labelled_losses
+from layercard.settings import TrainSettings
+
+LOG_FILE = "log.json"
+"""Written into a checkpoint when all else is in it: a checkpoint without it was cut off while it was written."""
+
+
+@dataclass
+class TrainLog:
+    """What training did so far, in all processes together but for the time.
+
+    Attributes:
+        losses: Training loss of each step, in nats per labelled token, before that step's update.
+        seconds: Time spent in steps: forward, backward and update, not loading, saving or evaluating. The one step whose memory is
+            counted takes about a tenth longer for it.
+        tokens: Tokens gone through, padding not counted.
+        peak_bytes: Memory that training takes at its peak above the frozen model: adapters and optimiser state, and the growth during
+            the step with the largest batch (activations, gradients, logits); of the first process, where there are several.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_bytes: int = 0
+
+
+def fit(
+    model: PeftModel,
+    data: Dataset,
+    pad_id: int,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    labels_only: bool = False,
+    resume: bool,
+    progress: Progress | None,
+) -> TrainLog:
+    """Train the adapters of `model`, with checkpoints in `folder`; with `resume` go on from the last whole one there.
+
+    `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`).
+
+    Raises:
+        TrainingError: The loss or a trained weight is not finite, memory runs out, or the machine cannot train with these settings.
+    """
+    steps = settings.total_steps(len(data))
+    order = shuffled(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
+    trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder, labels_only)
+    watch = _Watch(trainer, progress, len(order) / len(data))
+    trainer.add_callback(watch)
+    checkpoint = last_checkpoint(folder) if resume else None
+    if checkpoint is not None:
+        logging.getLogger(__name__).info("going on from %s", checkpoint)
+        trainer.history = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        _explain_writing(error, folder)
+        _explain(error, settings)
+        raise
+    finally:
+        watch.peak.stop()
+    broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
+    if broken:
+        raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.learning_rate:g})")
+    return trainer.history
+
+
+def _explain_writing(error: Exception, folder: Path) -> None:
+    """Raise an `OutputError` in place of an error that came of writing a checkpoint."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, (OSError, SafetensorError)) and "inline_container" not in said and "PytorchStreamWriter" not in said:
+        return
+    full = shutil.disk_usage(folder).free < 2**20  # torch does not say why it could not write
+    reason = "No space left on device" if full else said
+    raise OutputError(f"cannot write a checkpoint to {folder}: {reason}; make room, then pass --resume") from error
+
+
+def _explain(error: Exception, settings: TrainSettings) -> None:
+    """Raise a `TrainingError` in place of an error whose cause is known."""
+    alone = processes.count() == 1
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
+        kind, who = (TrainingError, "") if alone else (ProcessError, f"process {processes.rank()}: ")
+        raise kind(
+            f"{who}memory ran out with {settings.batch_size} records in a batch; lower the batch size (and raise accumulation), "
+            "or adapt fewer layers, nearer to the output"
+        ) from error
+    if not alone and "onnection" in str(error):
+        raise TrainingError("another process of this run has ended; mend what it says, then pass --resume") from error
+
+
+def heaviest_step(examples: Sequence[Example], batch_size: int, accumulation: int) -> int:
+    """The step, counted from 0, with the largest padded batch; never the first of several, which has no optimiser state yet."""
+    starts = range(0, len(examples), batch_size)
+    sizes = [batch_size * max(len(example.input_ids) for example in examples[start : start + batch_size]) for start in starts]
+    steps = [max(sizes[at : at + accumulation]) for at in range(0, len(sizes), accumulation)]
+    return max(range(min(1, len(steps) - 1), len(steps)), key=steps.__getitem__)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`."""
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{LOG_FILE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class AdapterTrainer(Trainer):
+    """`Trainer` whose loss is the sum over labelled tokens divided by their number in the whole accumulated batch."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        examples: Sequence[Example],
+        pad_id: int,
+        settings: TrainSettings,
+        steps: int,
+        folder: Path,
+        labels_only: bool = False,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=training_arguments(settings, steps, folder, next(model.parameters()).device),
+            train_dataset=examples,
+            data_collator=lambda rows: _inputs(collate(rows, range(len(rows)), pad_id)),
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # the loss below is already divided over the accumulated batch
+        self.learning_rate = settings.learning_rate
+        self.labels_only = labels_only
+        self.allocation = RankAllocation.of(model)
+        self.history = TrainLog()
+        self.step_loss = 0.0
+        self.step_tokens = 0
+        if processes.count() > 1:
+            torch.manual_seed(settings.seed + processes.rank())  # dropout differs between processes
+
+    loss_is_scaled_for_ga = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the order of the examples, which `shuffled` has shuffled; of several processes each gets every so many-th."""
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=SequentialSampler(self.train_dataset),
+            collate_fn=self.data_collator,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], torch.Tensor]:
+        """This process's batches of one step, and the number of labelled tokens in those of all processes."""
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = [
+            sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples),
+            sum(int(sample["attention_mask"].sum()) for sample in samples),
+        ]
+        labelled, tokens = processes.total(own, self.args.device)
+        self.step_loss, self.step_tokens = 0.0, int(tokens)
+        return samples, torch.tensor(max(int(labelled), 1), device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """This batch's share of the step's loss, in nats per labelled token.
+
+        The gradients of several processes are averaged, so that each multiplies its share by their number.
+        """
+        if self.labels_only:
+            loss = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
+        else:
+            batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], tuple(range(len(inputs["input_ids"]))))
+            loss = labelled_losses(model, batch)[0].sum() / num_items_in_batch
+        self.step_loss += loss.item()
+        if processes.count() == 1:
+            self.check_loss(self.step_loss, self.state.global_step + 1)
+        if self.allocation is not None:
+            loss = loss + self.allocation.penalty() / (self.args.gradient_accumulation_steps * processes.count())
+        return loss * processes.count()
+
+    def end_step(self) -> None:
+        """Keep the loss of the step that was taken, of all processes together."""
+        (loss,) = processes.total([self.step_loss], self.args.device)
+        self.check_loss(loss, self.state.global_step)
+        self.history.losses.append(loss)
+        self.history.tokens += self.step_tokens
+
+    def check_loss(self, loss: float, step: int) -> None:
+        """Raise `TrainingError` if the loss is not finite."""
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}; lower the learning rate ({self.learning_rate:g}) or use float32")
+
+    def held_bytes(self) -> int:
+        """Memory that the adapters and the optimiser's state hold between steps."""
+        weights = sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
+        states = self.optimizer.state_dict()["state"].values()
+        return weights + sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the walk over all parameters that it needs would be timed with every step."""
+        return 0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only the adapter, as safetensors, and without asking the hub for the base model's vocabulary."""
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+            if self.allocation is not None:
+                self.allocation.save(Path(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As transformers does, but for AdaLoRA, whose saved weights are cut to the ranks of the moment."""
+        if self.allocation is not None:
+            self.allocation.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _Watch(TrainerCallback):
+    """Keeps the log, reports progress and marks checkpoints as whole."""
+
+    def __init__(self, trainer: AdapterTrainer, progress: Progress | None, epochs: float) -> None:
+        self.trainer, self.progress, self.epochs = trainer, progress, epochs
+        batches = trainer.args.gradient_accumulation_steps * processes.count()
+        self.heaviest = heaviest_step(trainer.train_dataset, trainer.args.per_device_train_batch_size, batches)
+        self.peak = PeakMemory(trainer.args.device)
+        self.start = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.heaviest:
+            self.peak.start()
+        self.start = time.perf_counter()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.allocation is not None:
+            self.trainer.allocation.after_step(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        history = self.trainer.history
+        history.seconds += time.perf_counter() - self.start
+        self.trainer.end_step()
+        if state.global_step == self.heaviest + 1:
+            self.peak.stop()
+            history.peak_bytes = self.peak.bytes + self.trainer.held_bytes()
+        state.epoch = self.epochs * state.global_step / state.max_steps
+        if self.progress is not None:
+            self.progress("train", state.global_step, state.max_steps)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        processes.wait()  # each has written the state of its own random numbers
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOG_FILE, asdict(self.trainer.history), force=True)
+
+
+def training_arguments(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
+    """Settings as transformers names them, for one device a process and without output of its own.
+
+    Raises:
+        TrainingError: The device is not the one that `Trainer` would take or cannot compute in bfloat16, or there is no such place
+            to log to.
+    """
+    reporters = _reporters(settings)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=settings.batch_size // processes.count(),
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.scheduler,
+            warmup_steps=math.ceil(settings.warmup_ratio * steps),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            optim="adamw_torch",
+            seed=settings.seed,
+            bf16=settings.bf16,
+            use_cpu=device.type == "cpu",
+            report_to=reporters,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if settings.save_steps else "no",
+            save_steps=settings.save_steps or steps,
+            save_total_limit=2,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
+        )
+    except ValueError as error:
+        raise TrainingError(f"cannot train with these settings: {' '.join(str(error).split())}; try without bf16") from error
+    used = arguments.device
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one device; never DataParallel
+    if (used.type, used.index or 0) != (device.type, device.index or 0):
+        raise TrainingError(f"the model lies on {device} but transformers trains on {used}; set CUDA_VISIBLE_DEVICES and use --device cuda")
+    return arguments
+
+
+def _reporters(settings: TrainSettings) -> list[str]:
+    names = settings.reporters()
+    if names in (["none"], ["all"]):
+        return names
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
+            raise TrainingError(f"report_to {name!r} is unknown to transformers; did you mean {close!r}?")
+        if name not in get_available_reporting_integrations():
+            raise TrainingError(f"report_to {name!r} needs its package, which is not installed; install it or log to 'none'")
+    return names
+
+
+def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
