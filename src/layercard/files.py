@@ -109,16 +109,20 @@ def read_json(path: str | Path, error: type[LayercardError], what: str) -> dict[
         error: The exception class for a file that is missing, truncated or no JSON object.
         what: What the file should be ("card", "placement"), for the message.
     """
+    return parse_json(read_bytes(path, error, what), str(path), error, what)
+
+
+def read_bytes(path: str | Path, error: type[LayercardError], what: str) -> bytes:
+    """The bytes of a file, or an `error` that says in one line why they cannot be had; `what` says what the file should be."""
     path = Path(path)
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file; name an existing {what}") from None
     except IsADirectoryError:
         raise error(f"{path} is a folder; name the {what} file in it") from None
     except OSError as problem:
         raise error(f"{path}: {problem.strerror or problem}; name a readable {what}") from None
-    return parse_json(data, str(path), error, what)
 
 
 def shown(value: object, limit: int = 60) -> str:

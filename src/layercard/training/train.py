@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _run(
     phases: Phases,
 ) -> dict[str, Any]:
     """Train in an open folder, and write adapter and record."""
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     if valid is not None and before is None:
         with phases.phase("loss before"):
             before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")

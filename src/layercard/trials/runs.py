@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -223,7 +223,7 @@ class Group:
         return score_texts([example.record for example in examples], texts)
 
     def _record(self, item: Item, how: ProbeTraining, info: dict[str, Any]) -> dict[str, Any]:
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         return {
             "schema": SCHEMA,
             "run_info": {
