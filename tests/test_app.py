@@ -29,8 +29,8 @@ from layercard.report.app.explorer import Explorer
 from layercard.report.app.guard import Guard, is_local, own_names
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Jobs, Progress, card_name, follow, profile_command
 from layercard.report.app.library import LARGEST, MOST_FOLDERS, Entry, Library, find, read_entry, read_upload
-from layercard.selection import select
 from layercard.selection.placement import Placement
+from layercard.selection.select import select
 from tiny import build_tiny, tiny_tokenizer
 
 NASTY = "<script>alert(1)</script>${alert(2)}{{alert}}@children"

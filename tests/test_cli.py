@@ -410,7 +410,7 @@ def test_a_placement_of_another_model_is_one_line(layercard: Layercard, tiny_fol
 
 
 def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
-    script = "import signal, sys, time; from layercard import cli; from layercard.commands import show\n"
+    script = "import signal, sys, time; from layercard.commands import main as cli, show\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent in the background may have it ignored
     script += "import layercard.card.card as card\ncard.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
     script += "sys.exit(cli.run(['show', 'card.json']))"

@@ -132,8 +132,8 @@ def test_two_processes_at_once_fetch_once(tmp_path: Path, cache: Path) -> None:
     script = textwrap.dedent("""
         import sys, time, types
         from pathlib import Path
-        sys.modules["layercard.conversion"] = types.SimpleNamespace(read_gguf=None)  # spares two imports of torch
-        from layercard.embedded import embedded_folder
+        sys.modules["layercard.models.conversion"] = types.SimpleNamespace(read_gguf=None)  # spares two imports of torch
+        from layercard.models.embedded import embedded_folder
         start, log = Path(sys.argv[1]), Path(sys.argv[2])
 
         def fetch(folder):

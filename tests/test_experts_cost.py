@@ -11,6 +11,7 @@ from layercard.cost import estimate as meta
 from layercard.cost.measure import measure_cost, random_batch
 from layercard.cost.model import CostModel, Shape
 from layercard.data.load import Dataset
+from layercard.models import skeleton
 from layercard.models.load import BaseModel
 from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
@@ -79,7 +80,7 @@ def test_one_expert_costs_forward_what_a_linear_map_costs() -> None:
 
 def test_an_empty_model_of_experts_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     base = float_base("qwen3_moe")
-    empty: nn.Module = meta.empty_model(base.model.config, "tiny")
+    empty: nn.Module = skeleton.empty_model(base.model.config, "tiny")
     found = meta.estimated_cost(empty, flops=1e11, bandwidth=1e10, name="tiny", dtype="float32", batch_size=2, length=16, rank=2)
     real = measure_cost(base, random_batch(VOCAB, 2, 16), rank=2, repeats=1)
     assert [layer.adapter_parameters for layer in found.layers] == [layer.adapter_parameters for layer in real.layers]

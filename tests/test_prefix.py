@@ -341,7 +341,7 @@ def test_another_prefix_is_never_read(change: str, tmp_path: Path, monkeypatch: 
     elif change == "config":
         inner.config.rms_norm_eps = 1e-4
     elif change == "version":
-        monkeypatch.setattr("layercard.fast.prefix.version", lambda name: "0.0.0")
+        monkeypatch.setattr("layercard.fast.prefix_blocks.version", lambda name: "0.0.0")
     other = fill(model, tmp_path, tokenizer=tokenizer, dtype=kept)
     assert (other.computed, other.found) == (8, 4)
 
@@ -388,7 +388,7 @@ def test_a_cache_of_a_lower_block_is_where_a_higher_one_starts(tmp_path: Path) -
 
 def test_hidden_states_from_disk_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fingerprint that does not tell two models apart: the first batch does."""
-    monkeypatch.setattr("layercard.fast.prefix._update", lambda *args: None)
+    monkeypatch.setattr("layercard.fast.prefix_blocks._update", lambda *args: None)
     fill(adapted("llama", seed=0), tmp_path)
     model = adapted("llama", seed=1)
     expected = train(adapted("llama", seed=1), epochs("right"))

@@ -157,7 +157,9 @@ def test_two_processes_profile_as_one(records: int, tiny_folder: Path, tmp_path:
 FAILING = """
 import sys
 import torch
-from layercard import cli, processes, trainer
+from layercard import processes
+from layercard.commands import main as cli
+from layercard.training import trainer
 own = trainer.AdapterTrainer.compute_loss
 def loss(*args, **kwargs):
     if processes.rank() == 1:
@@ -193,7 +195,7 @@ def test_a_process_that_fails_by_itself_says_so(inputs: tuple[str, ...], tmp_pat
 INTERRUPTED = """
 import os, signal, sys
 from functools import partial
-from layercard import cli
+from layercard.commands import main as cli
 from layercard.commands import terminal, train
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
 train.TrainSettings = partial(train.TrainSettings, save_steps=2)
@@ -228,7 +230,7 @@ def test_resume_after_an_interrupt(number: int, status: int, word: str, inputs: 
 
 
 def test_sigterm_where_nothing_trains(tmp_path: Path) -> None:
-    script = "import sys, time; import layercard.card.card as card; from layercard import cli\n"
+    script = "import sys, time; import layercard.card.card as card; from layercard.commands import main as cli\n"
     script += "card.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
     script += "sys.argv[1:] = ['show', 'card.json']; cli.main()"
     with subprocess.Popen(

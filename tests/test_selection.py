@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from cards import fake_card
 from layercard.card.card import LayerCard, cost_of
 from layercard.errors import PlacementError, SelectionError
-from layercard.selection import select
 from layercard.selection.budgets import Budgets
 from layercard.selection.placement import Placement, check_layers
-from layercard.selection.select import SET_MODELS, allocate_ranks, coverage_share, performance_kept
+from layercard.selection.select import SET_MODELS, allocate_ranks, coverage_share, performance_kept, select
 from layercard.selection.solver import greedy_set
 from layercard.selection.strategies import shared_ranks, strategy_layers, top_layers
 from layercard.statistics.coverage import coverage, demand, gain_estimate, similarity, smoothed

@@ -10,7 +10,7 @@ from layercard.data.load import load_data
 from layercard.models.load import fingerprint, load_model
 from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
-from layercard.selection import select
+from layercard.selection.select import select
 from layercard.statistics.ranks import spearman
 
 

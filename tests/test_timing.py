@@ -28,6 +28,7 @@ from layercard.cost.model import CostModel
 from layercard.data.load import IGNORED, Batch, Dataset
 from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors, PeakMemory
+from layercard.models import skeleton
 from layercard.models.hooks import stamped
 from layercard.models.load import BaseModel, wrap_model
 from layercard.profiling.profile import ProfileSettings
@@ -281,16 +282,16 @@ def test_profile_fills_the_card() -> None:
 
 def test_configurations_by_name_and_file(tmp_path: Any) -> None:
     for name, layers, weights in (("gpt2-medium", 24, 354_823_168), ("Qwen3-8B", 36, 8_190_735_360)):
-        config = meta.read_config(name)
-        model = meta.empty_model(config, name)
+        config = skeleton.read_config(name)
+        model = skeleton.empty_model(config, name)
         assert sum(weight.numel() for weight in model.parameters()) == weights
         assert all(weight.device.type == "meta" for weight in model.parameters())
         cost = meta.estimated_cost(model, flops=1e12, bandwidth=1e11, name=name, dtype="bfloat16", batch_size=1, length=32, rank=8)
         assert (len(cost.layers), cost.weights_bytes, cost.source) == (layers, 2 * weights, "rates")
     build_tiny("gpt2").config.save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "config.json"):
-        assert meta.read_config(str(path)).n_embd == WIDTH
-    base = meta.random_model(meta.read_config(str(tmp_path)), "tiny", torch.device("cpu"), torch.float32)
+        assert skeleton.read_config(str(path)).n_embd == WIDTH
+    base = skeleton.random_model(skeleton.read_config(str(tmp_path)), "tiny", torch.device("cpu"), torch.float32)
     assert measure_cost(base, random_batch(VOCAB, 2, 12), rank=2, repeats=1).step_time([0]) > 0
 
 
@@ -308,13 +309,13 @@ def test_configurations_by_name_and_file(tmp_path: Any) -> None:
 )
 def test_configurations_that_cannot_be_read(name: str, message: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(meta, "hub_answers", lambda: False)
+    monkeypatch.setattr(skeleton, "hub_answers", lambda: False)
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.json").write_text('{"model_type": ')
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "other.json").write_text('{"model_type": "abacus"}')
     with pytest.raises(ModelError, match=message) as caught:
-        meta.read_config(name)
+        skeleton.read_config(name)
     assert "\n" not in str(caught.value)
 
 

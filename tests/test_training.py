@@ -366,8 +366,9 @@ def test_training_prints_nothing(
 def test_training_is_silent_under_pythons_default_warning_filters(tiny_folder: Path, tmp_path: Path) -> None:
     write_records(tmp_path / "t.jsonl", tiny_records(4))
     script = (
-        "import sys; from layercard.models import load_model; from layercard.data import load_data; from layercard.adapters import place\n"
-        "from layercard.training import TrainSettings, train\n"
+        "import sys; from layercard.models.load import load_model; from layercard.data.load import load_data\n"
+        "from layercard.adapters.apply import place\n"
+        "from layercard.settings import TrainSettings; from layercard.training.train import train\n"
         "base = load_model(sys.argv[1], device='cpu'); data = load_data(sys.argv[2], base.tokenizer)\n"
         "train(base, place(base, [1]), data, sys.argv[3], TrainSettings(steps=2, save_steps=1), valid=data)\n"
     )

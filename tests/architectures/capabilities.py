@@ -39,8 +39,8 @@ from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.step_probe import ReplayedSet
 from layercard.profiling.streamed import stream_profile
-from layercard.selection import select
 from layercard.selection.placement import Placement
+from layercard.selection.select import select
 from layercard.settings import TrainSettings
 from layercard.training.evaluate import held_out_losses
 from layercard.training.train import train

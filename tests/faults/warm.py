@@ -31,7 +31,7 @@ def prepare() -> None:
     """Settings of this process alone: one thread, little to say, and checkpoints and snapshots that come often."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    layercard.state.EVERY = layercard.state.SHARE = 0.0
+    layercard.checkpoint.EVERY = layercard.checkpoint.SHARE = 0.0
     layercard.trials.peers.aletheia_scores = lambda base, examples: [1.0] * len(base.blocks)  # its package is an extra
     for command in (layercard.commands.compare, layercard.commands.train):
         command.TrainSettings = partial(command.TrainSettings, save_steps=3)

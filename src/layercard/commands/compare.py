@@ -151,9 +151,8 @@ def resolve(base: "BaseModel", wanted: list[str], card: Path | None, seed: int) 
     from layercard.adapters.apply import place
     from layercard.card.card import LayerCard, check_model
     from layercard.models.load import describe
-    from layercard.selection import select
     from layercard.selection.placement import Placement
-    from layercard.selection.select import OBJECTIVES
+    from layercard.selection.select import OBJECTIVES, select
     from layercard.selection.strategies import strategy_layers
 
     found: list[tuple[str, Placement]] = []

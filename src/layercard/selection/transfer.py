@@ -14,8 +14,7 @@ import numpy as np
 
 from layercard.card.card import LayerCard, Sampled
 from layercard.errors import CardError
-from layercard.selection import select
-from layercard.selection.select import performance_kept, probe_measure, set_similarity
+from layercard.selection.select import performance_kept, probe_measure, select, set_similarity
 from layercard.statistics.coverage import coverage, demand, smoothing_kernel
 from layercard.statistics.ranks import noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows, stretches
 

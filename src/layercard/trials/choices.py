@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from layercard.card.card import LayerCard, cost_of
 from layercard.errors import BenchmarkError
-from layercard.selection import select
 from layercard.selection.budgets import Budgets
-from layercard.selection.select import predict
+from layercard.selection.select import predict, select
 from layercard.selection.strategies import ALIASES, strategy_layers, top_layers
 from layercard.trials.peers import PEERS
 from layercard.trials.rates import RATE_COUNTS, nearest_count

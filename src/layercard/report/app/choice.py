@@ -10,11 +10,10 @@ from typing import Any
 from layercard.card.card import LayerCard
 from layercard.card.numbers import Json, number, percent, short
 from layercard.errors import LayercardError
-from layercard.selection import select
 from layercard.selection.budgets import Budgets
 from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
-from layercard.selection.select import given
+from layercard.selection.select import given, select
 
 SECONDS = 0.06
 """Time limit of each search while a slider moves; the placement says how far it may be from the best."""
