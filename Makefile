@@ -21,7 +21,7 @@ help:
 	@echo "make report-sample  the report of the committed benchmark files, in build/"
 	@echo "make lint       ruff, mypy, generated tables and command line page"
 	@echo "make docs       the documentation site in site/"
-	@echo "make cli-docs   write docs/cli.md, docs/api.md and docs/errors.md from the source, and the roadmap of docs/index.md"
+	@echo "make cli-docs   write docs/cli.md and docs/api.md from the source, and the roadmap of docs/index.md"
 	@echo "make clean      remove what the targets above made, but neither $(VENV) nor results"
 
 setup: $(READY)
@@ -69,7 +69,6 @@ lint: setup
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_roadmap.py --check
 	$(BIN)/python docs/generate_api.py --check
-	$(BIN)/python docs/generate_errors.py --check
 	$(BIN)/python docs/generate_architectures.py --check
 
 docs: setup
@@ -79,7 +78,6 @@ cli-docs: setup
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_roadmap.py
 	$(BIN)/python docs/generate_api.py
-	$(BIN)/python docs/generate_errors.py
 	$(BIN)/python docs/generate_architectures.py
 
 clean:

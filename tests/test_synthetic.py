@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 
 from layercard.data.load import load_data
-from layercard.data.synthetic import REFERENCES, SPLITS, draw_facts, fields, synthetic_records, tell
-from layercard.data.synthetic_domains import DOMAINS
-from layercard.data.synthetic_words import Domain, clock_words, number_words
+from layercard.data.synthetic import (
+    REFERENCES,
+    SPLITS,
+    clock_words,
+    domains,
+    draw_facts,
+    fields,
+    number_words,
+    synthetic_records,
+    tell,
+    words_of,
+)
 from tiny import tiny_tokenizer
 
 
@@ -60,29 +69,29 @@ def test_texts_read_as_sentences(splits: dict[str, list[dict[str, Any]]]) -> Non
         assert all(sentence[0].isupper() for sentence in text.split(". "))
 
 
-@pytest.mark.parametrize("domain", DOMAINS, ids=[domain.name for domain in DOMAINS])
-def test_every_fact_is_told(domain: Domain) -> None:
-    source = random.Random(f"facts of {domain.name}")
+@pytest.mark.parametrize("domain", domains(), ids=[domain["name"] for domain in domains()])
+def test_every_fact_is_told(domain: dict[str, Any]) -> None:
+    source = random.Random(f"facts of {domain['name']}")
     for _ in range(300):
         facts = draw_facts(domain, source)
         text = tell(domain, facts, source).lower()
         assert len(set(facts.values())) == len(facts)
-        for slot in domain.slots:
-            ways = slot.words(facts[slot.name]) if slot.name in facts else [""]
-            assert any(words.lower().removeprefix("it ") in text for words in ways), (slot.name, facts, text)
+        for slot in domain["slots"]:
+            ways = words_of(slot, facts[slot["name"]]) if slot["name"] in facts else [""]
+            assert any(words.lower().removeprefix("it ") in text for words in ways), (slot["name"], facts, text)
 
 
-@pytest.mark.parametrize("domain", DOMAINS, ids=[domain.name for domain in DOMAINS])
-def test_domains_are_complete(domain: Domain) -> None:
-    names = {slot.name for slot in domain.slots}
-    always = {slot.name for slot in domain.slots if slot.chance == 1.0}
-    openings = [fields(opening) for opening in domain.openings]
+@pytest.mark.parametrize("domain", domains(), ids=[domain["name"] for domain in domains()])
+def test_domains_are_complete(domain: dict[str, Any]) -> None:
+    names = {slot["name"] for slot in domain["slots"]}
+    always = {slot["name"] for slot in domain["slots"] if slot.get("chance", 1.0) == 1.0}
+    openings = [fields(opening) for opening in domain["openings"]]
     assert any(opening <= always for opening in openings)
     assert all(opening <= names for opening in openings)
-    for slot in domain.slots:
-        if not all(slot.name in opening for opening in openings):
-            assert slot.name in domain.clauses
-            assert all(fields(clause) == {slot.name} for clause in domain.clauses[slot.name])
+    for slot in domain["slots"]:
+        if not all(slot["name"] in opening for opening in openings):
+            assert slot["name"] in domain["clauses"]
+            assert all(fields(clause) == {slot["name"]} for clause in domain["clauses"][slot["name"]])
 
 
 def test_the_mapping_is_not_trivial(splits: dict[str, list[dict[str, Any]]]) -> None:
@@ -91,7 +100,7 @@ def test_the_mapping_is_not_trivial(splits: dict[str, list[dict[str, Any]]]) -> 
     openings = Counter(" ".join(record["completion"].split()[:2]) for record in train)
     assert openings.most_common(1)[0][1] < 0.35 * len(train)
     kinds = Counter(record["prompt"].split(";")[0] for record in train)
-    assert len(kinds) == len(DOMAINS) and min(kinds.values()) > 300
+    assert len(kinds) == len(domains()) and min(kinds.values()) > 300
     copied = sum(
         value in record["completion"] for record in train for _, value in (item.split(": ", 1) for item in record["prompt"].split("; ")[1:])
     )
