@@ -95,7 +95,7 @@ def loop(wrap: Callable[[nn.Module], nn.Module], kind: str, *, cut: bool) -> dic
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-            losses += processes.total([loss.item()], CPU)
+            losses += processes.total([loss.item()])
     for handle in handles:
         handle.remove()
     weights = [weight.full_tensor() if wrap is sharded else weight for weight in model.parameters() if weight.requires_grad]

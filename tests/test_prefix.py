@@ -702,7 +702,12 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     """DistributedDataParallel over two processes: what one has computed, the other reads in the next epoch."""
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "sharing.py")]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"results{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))

@@ -219,10 +219,10 @@ class State:
         if found is not None:
             logging.getLogger(__name__).info("%s is taken from %s", name, self.folder)
         if processes.count() > 1:
-            found = from_bytes(self.form, processes.broadcast(to_bytes(self.form, found)))
+            found = from_bytes(self.form, processes.of_first(to_bytes(self.form, found)))
         if found is None:
             found = make()
-            processes.by_first(lambda: self.save(name, found), processes.carrier())
+            processes.by_first(lambda: self.save(name, found))
         return found
 
     def _path(self, name: str) -> Path:
@@ -250,7 +250,7 @@ def opened(folder: Path | None, plan: dict[str, Any], form: Form) -> Iterator[St
             stack.enter_context(alone(folder))
             _take_over(folder, plan, digest)
 
-        processes.by_first(take, processes.carrier())
+        processes.by_first(take)
         folder.mkdir(parents=True, exist_ok=True)  # of a process on a machine that does not see the first one's
         yield State(folder, digest, form)
 

@@ -46,7 +46,7 @@ def begin(
         spell_out(model.peft_config["default"], placement)
         check_adapted(model, placement)
     if settings.method in REWRITING:
-        processes.by_first(lambda: _keep_initial(model, folder / INITIAL, resumed), next(model.parameters()).device)
+        processes.by_first(lambda: _keep_initial(model, folder / INITIAL, resumed))
 
 
 def _keep_initial(model: PeftModel, folder: Path, resumed: bool) -> None:

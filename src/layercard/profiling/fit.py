@@ -61,7 +61,7 @@ class FitSums:
         """
         if processes.count() == 1:
             return
-        self.nats, labelled = processes.total([self.nats, self.labelled], like.device)
+        self.nats, labelled = processes.total([self.nats, self.labelled])
         self.labelled = int(labelled)
         everywhere = [json.loads(data) for data in processes.gathered(json.dumps(self._shapes()).encode())]
         self.leaders = _union(theirs["leaders"] for theirs in everywhere)

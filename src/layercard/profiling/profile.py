@@ -216,7 +216,7 @@ class _Profile:
 
     def _cost(self) -> dict[str, Any] | None:
         """Cost of a training step; the first process measures it, the others wait."""
-        return processes.by_first(lambda: step_cost(self.base, self.dataset, self.settings, self.progress).to_json(), processes.carrier())
+        return processes.by_first(lambda: step_cost(self.base, self.dataset, self.settings, self.progress).to_json())
 
 
 def step_cost(base: BaseModel, dataset: Dataset, settings: ProfileSettings, progress: Progress | None = None) -> CostModel:

@@ -108,7 +108,7 @@ def train(
         )
     plan = _plan(base, placement, data, valid, settings)
     with processes.joined(base.device), ExitStack() as stack:
-        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force, stack), base.device)
+        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force, stack))
         if finished is not None:
             return finished
         return _run(
@@ -167,7 +167,7 @@ def _run(
                 after = held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
         with phases.phase("save"):
-            processes.by_first(lambda: _save_adapter(model, output, settings.method), base.device)
+            processes.by_first(lambda: _save_adapter(model, output, settings.method))
     record = {
         "schema": SCHEMA,
         "started": started,
@@ -184,7 +184,7 @@ def _run(
         "phases": phases.to_json(),
         "versions": versions(),
     }
-    return processes.by_first(lambda: _save_record(record, output), base.device) or record
+    return processes.by_first(lambda: _save_record(record, output)) or record
 
 
 def versions() -> dict[str, str]:

@@ -177,7 +177,7 @@ class AdapterTrainer(Trainer):
             sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples),
             sum(int(sample["attention_mask"].sum()) for sample in samples),
         ]
-        labelled, tokens = processes.total(own, self.args.device)
+        labelled, tokens = processes.total(own)
         self.step_loss, self.step_tokens = 0.0, int(tokens)
         return samples, torch.tensor(max(int(labelled), 1), device=device)
 
@@ -202,7 +202,7 @@ class AdapterTrainer(Trainer):
 
     def end_step(self) -> None:
         """Keep the loss of the step that was taken, of all processes together."""
-        (loss,) = processes.total([self.step_loss], self.args.device)
+        (loss,) = processes.total([self.step_loss])
         self.check_loss(loss, self.state.global_step)
         self.history.losses.append(loss)
         self.history.tokens += self.step_tokens
