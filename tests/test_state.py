@@ -243,7 +243,7 @@ class Threads:
         patch.setattr(processes, "gathered", self.exchange)
         patch.setattr(processes, "stacked", self.exchange)
         patch.setattr(processes, "add_up", lambda tensor: tensor.copy_(torch.stack(self.exchange(tensor.clone())).sum(dim=0)))
-        patch.setattr(processes, "total", lambda values, device: [sum(column) for column in zip(*self.exchange(values), strict=True)])
+        patch.setattr(processes, "total", lambda values: [sum(column) for column in zip(*self.exchange(values), strict=True)])
 
     def exchange(self, value: Any) -> list[Any]:
         self.slots[self.own.rank] = value
