@@ -25,7 +25,8 @@ from layercard.data.load import Dataset, batches, load_data
 from layercard.models.load import BaseModel, labelled_losses, load_model
 from layercard.profiling.fit import fit_pass
 from layercard.profiling.held_out import held_out_pass
-from layercard.profiling.profile import ProfileSettings, split_records
+from layercard.profiling.profile import split_records
+from layercard.settings import ProfileSettings
 from layercard.trials.peers import aletheia_scores
 
 
@@ -42,7 +43,7 @@ def plain(base: BaseModel, dataset: Dataset, size: int) -> None:
 
 def signals(base: BaseModel, dataset: Dataset, size: int) -> None:
     """The two passes of a profile, without the step probe."""
-    settings = ProfileSettings()
+    settings = ProfileSettings(cost=False)
     fit_examples, held = split_records(dataset, settings)
     fit = fit_pass(base, fit_examples, rank=settings.rank, ridge=settings.ridge, batch_size=size)
     held_out_pass(base, held, fit, samples=settings.label_samples, seed=0, batch_size=size)

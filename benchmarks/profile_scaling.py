@@ -26,7 +26,7 @@ from layercard.models.layers import find_blocks
 from layercard.models.load import BaseModel
 from layercard.profiling.fit import fit_pass
 from layercard.profiling.held_out import held_out_pass
-from layercard.profiling.profile import ProfileSettings
+from layercard.settings import ProfileSettings
 
 FOLDER = RESULTS / "profile_scaling"
 SHAPES = ((128, 4), (256, 6), (512, 8), (1024, 12), (1536, 16), (2048, 20))
@@ -77,7 +77,7 @@ def cost(base: BaseModel, records: int) -> tuple[float, float]:
     def tell(phase: str, done: int, total: int) -> None:
         stamps[phase] = time.process_time()
 
-    settings, examples = ProfileSettings(), random_examples(records)
+    settings, examples = ProfileSettings(cost=False), random_examples(records)
     cut = round(settings.fit_share * records)
     started = time.process_time()
     fit = fit_pass(base, examples[:cut], rank=settings.rank, ridge=settings.ridge, batch_size=settings.batch_size, progress=tell)

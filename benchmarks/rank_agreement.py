@@ -16,9 +16,9 @@ from common import RESULTS, report, rounded, task_file
 from layercard.card.card import LayerCard
 from layercard.data.load import load_data
 from layercard.models.load import BaseModel, load_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.step_probe import ProbeTraining
+from layercard.settings import ProfileSettings
 from layercard.statistics.ranks import spearman
 from single_layer import BATCH, MAX_LENGTH, arguments, measure, run_file
 
@@ -32,7 +32,7 @@ def card_of(base: BaseModel, task: str, records: int) -> LayerCard:
     if path.exists():
         return LayerCard.load(path)
     dataset = load_data(task_file(task, "train"), base.tokenizer, records=records, max_length=MAX_LENGTH)
-    card = profile(base, dataset, ProfileSettings())
+    card = profile(base, dataset, ProfileSettings(cost=False))
     card.save(path)
     return card
 

@@ -35,9 +35,9 @@ from layercard.files import read_json, write_json
 from layercard.models.embedded import embedded_folder
 from layercard.models.load import load_model
 from layercard.models.streamed import open_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.streamed import stream_profile
+from layercard.settings import ProfileSettings
 
 FOLDER = RESULTS / "stream_profile"
 DEPTHS = (8, 16, 32, 64)
@@ -108,7 +108,9 @@ def child(options: argparse.Namespace) -> None:
     opened, opened_busy = time.perf_counter() - started, time.process_time() - busy
     data = load_data(task_file("e2e", "train"), streamed.base.tokenizer, records=options.records)
     between = Path(options.child) / "between" if options.on_disk else None
-    settings = ProfileSettings(probe="step" if options.probe_records else "none", probe_records=options.probe_records, batch_size=4)
+    settings = ProfileSettings(
+        probe="step" if options.probe_records else "none", probe_records=options.probe_records, batch_size=4, cost=False
+    )
     card = stream_profile(streamed, data, settings, _tell, boundaries=between, state=Path(options.child) / "state")
     shutil.rmtree(Path(options.child) / "between", ignore_errors=True)
     shutil.rmtree(Path(options.child) / "state", ignore_errors=True)
@@ -163,7 +165,7 @@ def equality(work: Path, threads: int) -> dict[str, Any]:
     folder = str(embedded_folder())
     base, streamed = load_model(folder, device="cpu"), open_model(folder, device="cpu")
     data = load_data(task_file("e2e", "train"), base.tokenizer, records=16)
-    settings = ProfileSettings(probe_records=4)
+    settings = ProfileSettings(probe_records=4, cost=False)
     started = time.process_time()
     plain = profile(base, data, settings)
     between = time.process_time()

@@ -14,7 +14,17 @@ from pages import write_or_check
 PAGE = Path(__file__).with_name("api.md")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "ten_lines.py"
 GROUPS = {
-    "The way through": ("profile", "LayerCard", "select", "Budgets", "Placement", "apply", "verify_adapter", "verify_config"),
+    "The way through": (
+        "profile",
+        "LayerCard",
+        "select",
+        "Budgets",
+        "Placement",
+        "apply",
+        "lora_config",
+        "verify_adapter",
+        "verify_config",
+    ),
     "Models and records": ("load_model", "load_data", "Dataset"),
     "Hub": ("push", "pull"),
     "Settings": ("ProfileSettings", "TrainSettings", "FastSettings"),

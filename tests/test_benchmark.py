@@ -458,7 +458,7 @@ def test_step_times_are_measured_once(settings: BenchSettings, tmp_path: Path) -
         (["--tasks", "tiny", "--k", "five"], "'five' is no whole number"),
         (["--tasks", "tiny", "--budgets", "140"], "'140' is no whole number"),
         (["--tasks", "tiny", "--k", "9"], "k = 9"),
-        (["--tasks", "tiny", "--probe", "stepp"], "did you mean step?"),
+        (["--tasks", "tiny", "--probe", "stepp"], "did you mean 'step'?"),
         (["--tasks", "tiny", "-o", "nosuch://place/bench"], "nosuch"),
     ],
 )

@@ -14,16 +14,16 @@ from layercard.data.checks import check_signals
 from layercard.data.load import IGNORED, Dataset, Example
 from layercard.errors import DataError, LayercardError, ModelError, TrainingError
 from layercard.models.load import BaseModel, wrap_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.step_probe import StepProbe
+from layercard.settings import ProfileSettings
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.training.train import train
 from test_profile import base_of, dataset
 from test_training import FAST
 from tiny import build_tiny, tiny_tokenizer
 
-HOW = ProfileSettings(rank=2, batch_size=3)
+HOW = ProfileSettings(rank=2, batch_size=3, cost=False)
 
 
 def changed(change: Callable[[nn.Module], object], dtype: torch.dtype = torch.float32) -> BaseModel:

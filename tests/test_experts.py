@@ -14,10 +14,10 @@ from layercard.models.layers import find_blocks, unread_experts
 from layercard.models.load import BaseModel, labelled_losses, wrap_model
 from layercard.profiling.fit import Fit, HeldOut, fit_pass
 from layercard.profiling.held_out import held_out_pass
-from layercard.profiling.profile import ProfileSettings, split_records
 from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.profile import split_records
 from layercard.selection.select import select
-from layercard.settings import TrainSettings
+from layercard.settings import ProfileSettings, TrainSettings
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual
 from layercard.training.train import train
@@ -221,7 +221,7 @@ def test_signals_do_not_depend_on_batches_and_follow_a_permutation_of_experts() 
 def test_from_card_to_a_trained_adapter(tmp_path: Path) -> None:
     base = base_of(build("qwen3_moe").float())
     data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(12)), base.tokenizer)
-    card = profile(base, data, ProfileSettings(rank=2, probe="step"))
+    card = profile(base, data, ProfileSettings(rank=2, probe="step", cost=False))
     for block, entry in zip(base.blocks, card.layers, strict=True):
         stacks = [module for module in entry.modules if module.experts]
         assert [module.path for module in stacks] == [stack.path for stack in block.stacks]
@@ -243,7 +243,7 @@ def test_experts_without_a_token_are_named(tmp_path: Path) -> None:
         find_blocks(model)[1].module.mlp.gate.weight.zero_()  # every token goes to the same expert
     base = base_of(model)
     data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(8)), base.tokenizer)
-    card = profile(base, data, ProfileSettings(rank=2, probe="none"))
+    card = profile(base, data, ProfileSettings(rank=2, probe="none", cost=False))
     assert any("experts that no token was sent to" in line and "1 (3 of 4)" in line for line in card.warnings)
     gate_up = next(module for module in card.layers[1].modules if module.experts)
     used = [count > 0 for count in gate_up.expert_tokens]
@@ -342,7 +342,7 @@ def test_padding_alone_is_no_token_of_an_expert() -> None:
 def test_experts_count_as_one_input_by_their_tokens(tmp_path: Path) -> None:
     base = base_of(build("mixtral").float())
     data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(12)), base.tokenizer)
-    settings = ProfileSettings(rank=2, probe="none")
+    settings = ProfileSettings(rank=2, probe="none", cost=False)
     card = profile(base, data, settings)
     fit_examples, _ = split_records(data, settings)
     fit = fit_pass(base, fit_examples, rank=2, ridge=1.0, batch_size=8)
@@ -361,7 +361,7 @@ def test_experts_count_as_one_input_by_their_tokens(tmp_path: Path) -> None:
 def test_few_tokens_and_unread_experts_are_named(tmp_path: Path) -> None:
     base = base_of(build("mixtral").float())
     data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(5)), base.tokenizer)
-    card = profile(base, data, ProfileSettings(rank=2, probe="none"))
+    card = profile(base, data, ProfileSettings(rank=2, probe="none", cost=False))
     thin = sum(
         count < module.in_features for layer in card.layers for module in layer.modules if module.experts for count in module.expert_tokens
     )

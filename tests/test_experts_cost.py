@@ -13,8 +13,8 @@ from layercard.cost.model import CostModel, Shape
 from layercard.data.load import Dataset
 from layercard.models import skeleton
 from layercard.models.load import BaseModel
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
+from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples
 from test_experts import base_of, build
 from test_timing import everything, measured_memory
@@ -94,7 +94,7 @@ def test_an_empty_model_of_experts_is_estimated(monkeypatch: pytest.MonkeyPatch)
 def test_a_card_without_a_measured_cost_counts_every_expert() -> None:
     base = float_base("qwen3_moe")
     data = Dataset(tuple(examples((9, 6, 12, 7, 5, 11), seed=4)), "random tokens", "0" * 16)
-    cost = cost_of(profile(base, data, ProfileSettings(rank=2, probe="none")))
+    cost = cost_of(profile(base, data, ProfileSettings(rank=2, probe="none", cost=False)))
     with adapted(base, place(base, [1]), rank=2) as model:
         assert cost.linear("params").of([1]) == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     assert cost.step_time(range(LAYERS)) == pytest.approx(1.0)

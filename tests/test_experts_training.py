@@ -11,10 +11,9 @@ from layercard import checkpoint as state_module
 from layercard.adapters.apply import adapted, adapted_paths, loaded, place
 from layercard.data.load import Dataset
 from layercard.models.load import BaseModel, fingerprint
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.serving.adapter_switch import merged, random_adapter, switched_on
-from layercard.settings import FastSettings
+from layercard.settings import FastSettings, ProfileSettings
 from layercard.training.evaluate import held_out_losses
 from test_experts import base_of, build
 from test_fast import PARTS, interrupted_and_resumed, records, run
@@ -39,7 +38,7 @@ def float_base(family: str) -> BaseModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_faster_parts_together_equal_stock_training(family: str, tmp_path: Path) -> None:
     base = float_base(family)
-    stock = run(base, tmp_path, "stock", FastSettings.stock(), (1, 2))
+    stock = run(base, tmp_path, "stock", FastSettings.baseline(), (1, 2))
     found = run(base, tmp_path, "fast", FastSettings(), (1, 2))
     assert_near(stock, found, (tmp_path / "stock", tmp_path / "fast"))
     assert set(found["fast"]["did"]) == set(PARTS)
@@ -65,7 +64,7 @@ def test_every_expert_that_sees_a_token_is_trained_and_no_other_layer(tmp_path: 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     base = float_base("qwen3_moe")
-    stock = run(base, tmp_path, "stock", FastSettings.stock(), (2,))
+    stock = run(base, tmp_path, "stock", FastSettings.baseline(), (2,))
     assert_near(stock, interrupted_and_resumed(base, tmp_path, FastSettings()), (tmp_path / "stock", tmp_path / "run"))
 
 
@@ -74,7 +73,7 @@ def dataset(base: BaseModel, folder: Path) -> Dataset:
 
 
 def test_an_interrupted_profile_is_the_same_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, how = float_base("mixtral"), ProfileSettings(rank=2, batch_size=4, probe="train", probe_steps=2)
+    base, how = float_base("mixtral"), ProfileSettings(rank=2, batch_size=4, probe="train", probe_steps=2, cost=False)
     whole = profile(base, dataset(base, tmp_path), how)
     assert whole.layers[1].training_probe is not None
     monkeypatch.setattr(state_module, "EVERY", 0.0)

@@ -54,7 +54,7 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any], folders: tuple[P
 @pytest.mark.parametrize("family", tiny.TINY_FAMILIES)
 def test_each_part_and_all_together_equal_stock_training(family: str, layers: tuple[int, ...], tmp_path: Path) -> None:
     base = base_of(family)
-    stock = run(base, tmp_path, "stock", FastSettings.stock(), layers)
+    stock = run(base, tmp_path, "stock", FastSettings.baseline(), layers)
     assert stock["fast"]["did"] == {}
     for names in (*((name,) for name in PARTS), PARTS):
         name = "-".join(names)
@@ -66,7 +66,7 @@ def test_each_part_and_all_together_equal_stock_training(family: str, layers: tu
 @pytest.mark.parametrize("pair", list(itertools.combinations(PARTS, 2)), ids="-".join)
 def test_pairs_of_parts_equal_stock_training(pair: tuple[str, str], tmp_path: Path) -> None:
     base = base_of("gemma3")
-    stock = run(base, tmp_path, "stock", FastSettings.stock(), (1, 2))
+    stock = run(base, tmp_path, "stock", FastSettings.baseline(), (1, 2))
     found = run(base, tmp_path, "pair", only(*pair), (1, 2))
     assert_same_run(stock, found, (tmp_path / "stock", tmp_path / "pair"))
 
@@ -97,7 +97,7 @@ def interrupted_and_resumed(base: BaseModel, folder: Path, spare: FastSettings) 
 
 def test_an_interrupted_run_goes_on_with_a_cache_on_disk(tmp_path: Path) -> None:
     base = base_of("qwen3")
-    stock = run(base, tmp_path, "stock", FastSettings.stock(), (2,))
+    stock = run(base, tmp_path, "stock", FastSettings.baseline(), (2,))
     found = interrupted_and_resumed(base, tmp_path, FastSettings(cache_folder=str(tmp_path / "cache")))
     assert_same_run(stock, found, (tmp_path / "stock", tmp_path / "run"))
     assert "frozen blocks 2/3: 20 of 24 records read" in found["fast"]["did"]["prefix_cache"]
@@ -116,7 +116,7 @@ def test_dropout_leaves_padding_in_and_says_so(tmp_path: Path) -> None:
     settings = TrainSettings(**{**STEPS.to_json(), "dropout": 0.1})
     runs = [
         train(base, place(base, (2,)), records(base, tmp_path), tmp_path / str(at), settings, spare=spare)
-        for at, spare in enumerate((FastSettings.stock(), FastSettings()))
+        for at, spare in enumerate((FastSettings.baseline(), FastSettings()))
     ]
     assert "dropout is on" in runs[1]["fast"]["did"]["unpadded"]
     torch.testing.assert_close(torch.tensor(runs[0]["losses"]), torch.tensor(runs[1]["losses"]), rtol=1e-5, atol=0)

@@ -24,10 +24,10 @@ from layercard.commands.reproduce import command_lines
 from layercard.errors import OutputError, TrainingError
 from layercard.models.load import BaseModel, wrap_model
 from layercard.profiling import training_probe as halving
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, adapting, training_probe
 from layercard.profiling.training_probe import TrainingProbe, better_half, rungs, training_probes
+from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
 from test_profile import dataset
 from tiny import build_tiny, tiny_tokenizer
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
 
 
 def test_the_card_carries_the_training_probe() -> None:
-    settings = ProfileSettings(rank=2, batch_size=3, probe="train", probe_steps=4)
+    settings = ProfileSettings(rank=2, batch_size=3, probe="train", probe_steps=4, cost=False)
     base = base_of(depth=3)
     before = state(base.model)
     card = profile(base, dataset(), settings)
@@ -198,12 +198,12 @@ def test_the_card_carries_the_training_probe() -> None:
     assert card.settings["probe"] == "train"
     assert card.settings["training_probe"]["steps"] == 4
     assert "training_probe" not in card.stability
-    without = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3))
+    without = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3, cost=False))
     assert without.values("gain_estimate") == card.values("gain_estimate")
     assert without.layers[0].training_probe_steps is None
 
 
-@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train"), ("everything", "choose one of none, step, train")])
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean 'train'"), ("everything", "Choose one of none, step, train")])
 def test_an_unknown_probe_is_one_line(tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, hint: str) -> None:
     status = run(["profile", "nowhere", "--data", str(tiny_file), "--probe", name, "-o", str(tmp_path / "card.json")])
     err = capsys.readouterr().err

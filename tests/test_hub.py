@@ -25,16 +25,16 @@ from layercard.cost.model import CostModel
 from layercard.data.load import load_data
 from layercard.errors import CardError, HubError
 from layercard.models.load import BaseModel
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.report.hub import LARGEST, find, pull, push, without_folders
 from layercard.report.hub_page import readme
 from layercard.report.svg import coupling_svg, depth_svg
+from layercard.settings import ProfileSettings
 from tiny import tiny_records
 
 FINGERPRINT = "0123456789abcdef"
 NASTY = "x](javascript:1)</title><script>alert(1)</script>\n---\n# | `a` ![b](https://c.d) @bob"
-QUICK = {"batch_size": 4, "label_samples": 1, "probe": "none", "rank": 2}
+QUICK = {"batch_size": 4, "label_samples": 1, "probe": "none", "rank": 2, "cost": False}
 Layercard = Callable[..., tuple[int, str, str]]
 
 

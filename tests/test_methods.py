@@ -95,7 +95,7 @@ def test_what_is_spared_changes_no_loss(method: str, tiny_base: BaseModel, tiny_
     """VeRA and RandLoRA share matrices between layers; below the lowest adapted one all is frozen even so."""
     data = load_data(str(tiny_file), tiny_base.tokenizer)
     placement, settings = place(tiny_base, [1, 2]), settings_of(method, save_steps=0)
-    stock = train(tiny_base, placement, data, tmp_path / "stock", settings, spare=FastSettings.stock())
+    stock = train(tiny_base, placement, data, tmp_path / "stock", settings, spare=FastSettings.baseline())
     fast = train(tiny_base, placement, data, tmp_path / "fast", settings)
     assert fast["losses"] == pytest.approx(stock["losses"], rel=1e-5, abs=2e-5)
     assert fast["fast"]["did"]["prefix_cache"].startswith("frozen blocks 1/3")

@@ -13,8 +13,9 @@ from layercard.data.load import Dataset
 from layercard.errors import CardError, DataError, ModelError, OutputError
 from layercard.models.load import BaseModel, describe, wrap_model
 from layercard.profiling import profile as profile_module
-from layercard.profiling.profile import ProfileSettings, split_records
 from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.profile import split_records
+from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 
@@ -45,14 +46,14 @@ def base_of(family: str = "llama") -> BaseModel:
 
 @pytest.fixture(scope="module")
 def card() -> LayerCard:
-    return profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3))
+    return profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, cost=False))
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_every_family_gets_a_whole_card(family: str) -> None:
     base = base_of(family)
     before = state(base.model)
-    card = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3))
+    card = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3, cost=False))
     assert_same(before, state(base.model))
     assert [layer.index for layer in card.layers] == [0, 1, 2]
     for measure in MEASURES:
@@ -68,14 +69,14 @@ def test_every_family_gets_a_whole_card(family: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_card(card: LayerCard) -> None:
-    again = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3))
+    again = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, cost=False))
     assert again.to_json() == card.to_json()
-    other = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, seed=1))
+    other = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, seed=1, cost=False))
     assert other.to_json() != card.to_json()
 
 
 def test_the_batch_size_changes_signals_by_rounding_only(card: LayerCard) -> None:
-    again = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=5))
+    again = profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=5, cost=False))
     for measure in ("resnorm", "gradient_norm", "activation_energy", "effective_rank", "predicted_gain", "centrality"):
         assert again.values(measure) == pytest.approx(card.values(measure), rel=1e-3)  # the labels drawn are each record's own
 
@@ -93,7 +94,7 @@ def test_the_model_is_bit_for_bit_the_same_after_a_failure_in_the_middle(at: str
             raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError, match="stop here"):
-        profile(base, dataset(), ProfileSettings(rank=2, batch_size=3), failing)
+        profile(base, dataset(), ProfileSettings(rank=2, batch_size=3, cost=False), failing)
     assert calls["n"] > 0
     assert_same(before, state(base.model))
 
@@ -108,7 +109,7 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
     with torch.no_grad():
         base.model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(DataError, match=r"loss .* is nan"):
-        profile(base, dataset(), ProfileSettings(rank=2))
+        profile(base, dataset(), ProfileSettings(rank=2, cost=False))
 
 
 def test_the_split_is_seeded_and_disjoint() -> None:
@@ -119,14 +120,14 @@ def test_the_split_is_seeded_and_disjoint() -> None:
 
 
 def test_without_step_probe_the_card_says_so() -> None:
-    card = profile(base_of(), dataset(), ProfileSettings(rank=2, probe="none"))
+    card = profile(base_of(), dataset(), ProfileSettings(rank=2, probe="none", cost=False))
     assert all(layer.step_probe is None for layer in card.layers)
     with pytest.raises(CardError, match="no step_probe; it has activation_energy"):
         card.values("step_probe")
 
 
 def test_warnings_in_words(card: LayerCard) -> None:
-    few = profile(base_of(), dataset((5, 5, 5, 5), truncated=3), ProfileSettings(rank=2))
+    few = profile(base_of(), dataset((5, 5, 5, 5), truncated=3), ProfileSettings(rank=2, cost=False))
     text = " | ".join(few.warnings)
     assert "few tokens" in text and "3 records were longer" in text
 
@@ -135,7 +136,7 @@ def test_a_massive_activation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of()
     with torch.no_grad():
         base.model.get_parameter("model.layers.1.post_attention_layernorm.weight")[5] = 3000.0
-    card = profile(base, dataset(), ProfileSettings(rank=2))
+    card = profile(base, dataset(), ProfileSettings(rank=2, cost=False))
     assert any("massive activations in layer 1" in warning for warning in card.warnings)
 
 
@@ -168,7 +169,12 @@ def test_a_card_of_another_model_is_refused(card: LayerCard) -> None:
 
 def test_nothing_but_the_documented_phases_is_reported() -> None:
     seen = {}
-    profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3), lambda phase, done, total: seen.__setitem__(phase, (done, total)))
+    profile(
+        base_of(),
+        dataset(),
+        ProfileSettings(rank=2, batch_size=3, cost=False),
+        lambda phase, done, total: seen.__setitem__(phase, (done, total)),
+    )
     assert set(seen) == {"fit pass", "steps", "held-out pass", "entries", "step probe"}
     assert all(done == total for done, total in seen.values())
     assert profile_module.__doc__
@@ -177,7 +183,7 @@ def test_nothing_but_the_documented_phases_is_reported() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_gets_nearly_the_same_card(card: LayerCard, dtype: torch.dtype) -> None:
     base = wrap_model(build_tiny("llama").to(dtype), tiny_tokenizer())
-    half = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3))
+    half = profile(base, dataset(), ProfileSettings(rank=2, batch_size=3, cost=False))
     assert half.settings["dtype"] == str(dtype).removeprefix("torch.")
     for measure in ("resnorm", "gradient_norm", "activation_energy", "effective_rank"):
         assert half.values(measure) == pytest.approx(card.values(measure), rel=0.05)
@@ -194,7 +200,7 @@ def split_by_accelerate(disk: str | None = None) -> PreTrainedModel:
 
 
 def test_a_model_that_accelerate_has_split_is_profiled_as_it_is() -> None:
-    how = ProfileSettings(rank=2, batch_size=3)
+    how = ProfileSettings(rank=2, batch_size=3, cost=False)
     whole = profile(wrap_model(build_tiny("llama", tie_word_embeddings=False), tiny_tokenizer()), dataset(), how)
     base = wrap_model(split_by_accelerate(), tiny_tokenizer())
     before = state(base.model)

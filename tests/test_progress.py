@@ -17,10 +17,10 @@ from layercard.data.load import Dataset
 from layercard.measure import Phases
 from layercard.models.load import BaseModel
 from layercard.models.streamed import open_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.streamed import stream_profile
 from layercard.profiling.workload import comparison_work, profile_work, training_work
+from layercard.settings import ProfileSettings
 from layercard.training.train import train
 from layercard.trials.compare import compare
 from test_cli import saved
@@ -165,7 +165,7 @@ def test_the_phases_of_a_profile_are_the_expected_ones(probe: str, tiny_base: Ba
 
 
 def test_the_phases_of_a_streamed_profile_are_the_expected_ones(tiny_folder: Path) -> None:
-    settings, streamed = ProfileSettings(rank=2, batch_size=3), open_model(str(tiny_folder), device="cpu")
+    settings, streamed = ProfileSettings(rank=2, batch_size=3, cost=False), open_model(str(tiny_folder), device="cpu")
     work = profile_work(streamed.base, dataset(), settings, stream=True)
     assert heard(lambda tell: stream_profile(streamed, dataset(), settings, tell)) == list(work)
 
@@ -218,7 +218,7 @@ def test_run_record_has_its_phases(tiny_base: BaseModel, data: Dataset, valid: D
 
 
 def test_card_with_measured_cost_has_its_phases_and_one_without_has_none(tiny_base: BaseModel) -> None:
-    settings = ProfileSettings(rank=2, batch_size=3, probe="none")
+    settings = ProfileSettings(rank=2, batch_size=3, probe="none", cost=False)
     assert profile(tiny_base, dataset(), settings).phases == ()
     timed = profile(tiny_base, dataset(), ProfileSettings(rank=2, batch_size=3, probe="none", cost=True))
     assert [phase.name for phase in timed.phases] == ["fit", "held-out", "cost"]

@@ -8,9 +8,9 @@ import torch
 
 from layercard.data.load import load_data
 from layercard.models.load import fingerprint, load_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.selection.select import select
+from layercard.settings import ProfileSettings
 from layercard.statistics.ranks import spearman
 
 
@@ -20,7 +20,7 @@ def test_a_card_of_smollm2_on_e2e(shared_data: Path) -> None:
     base = load_model("smollm2-135m")
     rng = torch.get_rng_state()
     dataset = load_data(str(shared_data / "e2e" / "train.jsonl"), base.tokenizer, records=48)
-    card = profile(base, dataset, ProfileSettings())
+    card = profile(base, dataset, ProfileSettings(cost=False))
 
     assert fingerprint(base.model) == base.fingerprint and torch.equal(rng, torch.get_rng_state())
     resnorm, gains = np.array(card.values("resnorm")), np.array(card.values("gain_estimate"))

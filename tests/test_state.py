@@ -20,8 +20,8 @@ from layercard.checkpoint import State, check_folder, discard, opened
 from layercard.errors import LayercardError, OutputError
 from layercard.files import alone, replacing
 from layercard.profiling.fit import FitSums
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
+from layercard.settings import ProfileSettings
 from layercard.statistics.moments import GradientMoments, InputMoments
 from test_profile import base_of, dataset
 
@@ -193,7 +193,7 @@ def stopping(after: int) -> Callable[[str, int, int], None]:
 
 @pytest.mark.parametrize("snapshots", [True, False])
 def test_a_profile_interrupted_again_and_again_is_the_same_card(snapshots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = ProfileSettings(rank=2, batch_size=3, probe="train", probe_steps=4)
+    how = ProfileSettings(rank=2, batch_size=3, probe="train", probe_steps=4, cost=False)
     whole = profile(base_of(), dataset(), how)
     if snapshots:
         monkeypatch.setattr(state_module, "EVERY", 0.0)
@@ -216,13 +216,15 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, monkeypatch: pytest.M
     again = profile(base_of(), dataset(), how, lambda phase, done, total: phases.append(phase), state=folder)
     assert again.to_json() == card.to_json()  # the readings of the clock too
     assert phases == []
-    other = profile(base_of(), dataset(), ProfileSettings(rank=3, batch_size=3), lambda phase, *_: phases.append(phase), state=folder)
-    assert other.to_json() == profile(base_of(), dataset(), ProfileSettings(rank=3, batch_size=3)).to_json()
+    other = profile(
+        base_of(), dataset(), ProfileSettings(rank=3, batch_size=3, cost=False), lambda phase, *_: phases.append(phase), state=folder
+    )
+    assert other.to_json() == profile(base_of(), dataset(), ProfileSettings(rank=3, batch_size=3, cost=False)).to_json()
     assert "fit pass" in phases
 
 
 def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
-    how, folder = ProfileSettings(rank=2, batch_size=3), tmp_path / "state"
+    how, folder = ProfileSettings(rank=2, batch_size=3, cost=False), tmp_path / "state"
     card = profile(base_of(), dataset(), how, state=folder)
     for path in folder.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -306,6 +308,6 @@ def test_a_state_that_cannot_be_written_by_another_process_is_said_by_it(tmp_pat
 
 
 def test_the_plan_is_there_to_be_read(tmp_path: Path) -> None:
-    profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, probe="none"), state=tmp_path / "state")
+    profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, probe="none", cost=False), state=tmp_path / "state")
     plan = json.loads((tmp_path / "state" / "plan.json").read_text())
     assert (plan["schema"], plan["rank"], plan["records"], plan["processes"]) == ("layercard-state/1", 2, 12, 1)

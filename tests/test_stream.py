@@ -18,13 +18,13 @@ from layercard.errors import LayercardError, ModelError, OutputError, TrainingEr
 from layercard.files import LOCK_FILE, alone
 from layercard.models.load import labelled_logits, load_model
 from layercard.models.streamed import INDEX, StreamedModel, Weights, open_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.streamed import stream_profile
+from layercard.settings import ProfileSettings
 from test_experts import build as with_experts
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
-SETTINGS = ProfileSettings(rank=4, batch_size=3, label_samples=2, probe_records=4)
+SETTINGS = ProfileSettings(rank=4, batch_size=3, label_samples=2, probe_records=4, cost=False)
 
 
 def saved(folder: Path, family: str, shard: str = "50GB", **changes: Any) -> Path:
@@ -60,7 +60,7 @@ def test_one_block_at_a_time_is_in_memory_and_none_at_the_end(family: str, tmp_p
         changes = {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
         streamed = open_model(str(saved(tmp_path / f"{family}-{layers}", family, **changes)))
         before = streamed.weights.bytes_read
-        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(rank=2, probe="none"))
+        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(rank=2, probe="none", cost=False))
         assert all(weight.device.type == "meta" for weight in streamed.base.model.parameters()) and streamed.resident_bytes == 0
         peaks.append(streamed.peak_bytes)
         blocks = sum(weight.nbytes for block in streamed.blocks for weight in block.module.parameters())
@@ -213,7 +213,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
 def test_the_training_probe_needs_the_model_in_memory(tmp_path: Path) -> None:
     streamed = open_model(str(saved(tmp_path / "llama", "llama")))
     with pytest.raises(TrainingError, match="needs the model in memory"):
-        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="train"))
+        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="train", cost=False))
 
 
 def test_costs_are_estimated_from_shapes(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, m
         seen.append([path.name for path in folder.glob("fit-*")] if folder.exists() else [])
 
     monkeypatch.setattr("layercard.profiling.streamed.free_bytes", lambda _: 4 * 4 * data.tokens * 32 * 4 - 1)
-    settings = ProfileSettings(probe="none", rank=2)
+    settings = ProfileSettings(probe="none", rank=2, cost=False)
     expected = comparable(stream_profile(streamed, data, settings))
     found = stream_profile(streamed, data, settings, watch, state=tmp_path / "state")
     assert comparable(found) == expected and "fit-0-0.safetensors" in seen[0]

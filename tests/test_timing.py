@@ -31,8 +31,8 @@ from layercard.measure import LiveTensors, PeakMemory
 from layercard.models import skeleton
 from layercard.models.hooks import stamped
 from layercard.models.load import BaseModel, wrap_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
+from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
 from tiny import LAYERS, TINY_FAMILIES, VOCAB, WIDTH, build_tiny, tiny_tokenizer
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from layercard.fast.packing import unpadded as unpadded
     from layercard.fast.prefix import frozen_prefix as frozen_prefix
     from layercard.models.load import load_model as load_model
-    from layercard.profiling.profile import ProfileSettings as ProfileSettings
     from layercard.profiling.profile import profile as profile
     from layercard.report.hub import pull as pull
     from layercard.report.hub import push as push
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from layercard.selection.select import select as select
     from layercard.serving.shared_prefix import SharedPrefix as SharedPrefix
     from layercard.settings import FastSettings as FastSettings
+    from layercard.settings import ProfileSettings as ProfileSettings
     from layercard.settings import TrainSettings as TrainSettings
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program that imports it listens
@@ -59,7 +59,7 @@ _HOMES = {
     "LayerCard": "layercard.card.card",
     "LayercardError": "layercard.errors",
     "Placement": "layercard.selection.placement",
-    "ProfileSettings": "layercard.profiling.profile",
+    "ProfileSettings": "layercard.settings",
     "SharedPrefix": "layercard.serving.shared_prefix",
     "TrainSettings": "layercard.settings",
     "apply": "layercard.adapters.apply",

@@ -1,14 +1,21 @@
-"""How adapters are trained: checked settings, without anything heavy to import."""
+"""Settings of profiling, training and benchmarks: each is described once, for the command line, for Python and for records.
 
+A settings class is a frozen dataclass whose fields are made with `setting`: default, what it means, and the values it may take. The
+command line makes its options from these fields, `help()` shows them, and what lies outside is refused in one line.
+"""
+
+import dataclasses
 import difflib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from layercard.errors import TrainingError
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
 """Learning rate schedules of transformers that need no settings of their own."""
+PROBES = ("none", "step", "train")
+"""What profiling can measure on held-out records."""
 
 _LOW_RANK = ("rank", "alpha", "dropout")
 METHODS: dict[str, tuple[str, ...]] = {
@@ -34,77 +41,132 @@ METHODS: dict[str, tuple[str, ...]] = {
 """Methods by name, and which of rank, alpha and dropout each has; the others are at their defaults and mean nothing to it."""
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How adapters are trained.
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    option: str | None = None,
+    unit: float | None = None,
+) -> Any:
+    """A field of a settings class.
 
-    Attributes:
-        method: One of `METHODS`: what kind of adapter, or how LoRA begins.
-        rank: Rank of each adapter.
-        alpha: Scale; the update is `alpha / rank` times the product of the adapter's two matrices.
-        dropout: Dropout on the adapter's input.
-        learning_rate: Peak learning rate of AdamW.
-        steps: Number of updates; or give `epochs`. One epoch when neither is given.
-        epochs: Passes over the data, rounded up to whole steps.
-        batch_size: Records that go through the model at once, in all processes together: each of W processes takes `batch_size / W`.
-        accumulation: Batches in one update.
-        warmup_ratio: Share of the steps in which the learning rate rises.
-        scheduler: One of `SCHEDULERS`.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them alone.
-        seed: Of the adapters' first weights, the order of the records, and dropout.
-        bf16: Whether to compute in bfloat16 where autocast does; adapters stay float32.
-        report_to: Where transformers logs to ("none", "tensorboard", "wandb", "tensorboard,wandb", "all").
-        save_steps: A checkpoint after every so many steps; 0 for none.
+    Args:
+        default: Its value where none is given; `dataclasses.MISSING` where one must be.
+        help: What it means, in one sentence or two.
+        low: The least value; a number that is not whole and has a `low` above 0 may be anything above 0.
+        high: The greatest value.
+        choices: The words it may be.
+        metavar: What the help text calls its value; `N`, `X` or `NAME` after its type where empty.
+        option: Its name on the command line (`--rank` for `rank` where not given); empty: it is not on the command line.
+        unit: How many of the field's units are one of the command line's, as 1e9 for bytes given in GB.
     """
+    described = {"help": help, "low": low, "high": high, "choices": choices, "metavar": metavar, "option": option, "unit": unit}
+    return dataclasses.field(default=default, metadata=described)
 
-    method: str = "lora"
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    learning_rate: float = 2e-3
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 4
-    accumulation: int = 1
-    warmup_ratio: float = 0.05
-    scheduler: str = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    bf16: bool = False
-    report_to: str = "none"
-    save_steps: int = 100
+
+class Settings:
+    """Base of the settings classes: adds the fields to the docstring, checks values, and gives a JSON object."""
+
+    def __init_subclass__(cls) -> None:
+        fields = {name: value for name, value in vars(cls).items() if isinstance(value, dataclasses.Field)}
+        lines = [f"    {name}: {field.metadata['help']}" for name, field in fields.items()]
+        cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *lines])
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  every subclass is a dataclass
+            value, limits = getattr(self, field.name), field.metadata
+            if limits["choices"] and value not in limits["choices"]:
+                close = difflib.get_close_matches(str(value), limits["choices"], n=1, cutoff=0.0)[0]
+                names = ", ".join(limits["choices"])
+                raise TrainingError(f"{field.name} {value!r} is unknown; did you mean {close!r}? Choose one of {names}")
+            if limits["low"] is None or (value is None and field.default is None):
+                continue
+            low, high, is_whole = limits["low"], limits["high"], field.type in (int, int | None)
+            right_kind = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
+            if not right_kind or not low <= value <= high or value == math.inf:
+                expected = f"whole number from {low}" if is_whole else "number above 0" if low > 0 else f"number from {low:g}"
+                raise TrainingError(f"{field.name} is {value!r}; give a {expected}{'' if high == math.inf else f' to {high:g}'}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+
+_SEED = "Seed of everything that is drawn at random."
+_RANK = "Rank of each adapter."
+_BATCH_SIZE = "Records that go through the model at once, in all processes together."
+_DEVICE = "auto, cpu, cuda or mps."
+_DTYPE = "float32, bfloat16, float16 or auto (as stored)."
+
+
+@dataclass(frozen=True)
+class LoadSettings(Settings):
+    """Where and how a model is loaded."""
+
+    device: str = setting("auto", _DEVICE)
+    dtype: str = setting("float32", _DTYPE)
+    trust_remote_code: bool = setting(False, "Let code that comes with the model run.")
+
+
+@dataclass(frozen=True)
+class ProfileSettings(Settings):
+    """How a card is made. Times differ from call to call, so a card that must come out the same again has `cost` off."""
+
+    rank: int = setting(8, _RANK, low=1)
+    ridge: float = setting(1.0, "Regularisation of each input's covariance, as a share of its usual energy.")
+    batch_size: int = setting(8, _BATCH_SIZE, low=1)
+    fit_share: float = setting(0.6, "Share of the records that make the steps; the others measure them.", option="")
+    label_samples: int = setting(
+        3, "Samples of labels from the model for the coupling; each is one more backward pass.", low=1, metavar="N"
+    )
+    probe: str = setting(
+        "step",
+        "What is measured on held-out records: step (each layer's own step, without training), train (that, then a few training "
+        "steps of each layer alone, the worse half stopped at each rung) or none.",
+        choices=PROBES,
+    )
+    probe_steps: int = setting(48, "Training steps of --probe train for the best layers.", low=1)
+    probe_records: int = setting(
+        16, "Held-out records that the step probe measures on; it takes two forward passes for each layer.", option=""
+    )
+    cost: bool = setting(True, "Time a few training steps on this machine, for what placements cost.")
+    seed: int = setting(0, _SEED, low=0)
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """How adapters are trained."""
+
+    method: str = setting("lora", f"Kind of adapter, or how LoRA begins: {', '.join(METHODS)}.", choices=tuple(METHODS))
+    rank: int = setting(8, _RANK, low=1)
+    alpha: float = setting(16.0, "Scale of the adapters; the update is alpha / rank times their product.", low=1e-9)
+    dropout: float = setting(0.0, "Dropout on the adapters' inputs.", low=0, high=0.99)
+    learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", low=1e-12)
+    steps: int | None = setting(None, "Number of updates; or give --epochs. One epoch when neither is given.", low=1)
+    epochs: float | None = setting(None, "Passes over the data.", low=1e-9)
+    batch_size: int = setting(4, _BATCH_SIZE, low=1)
+    accumulation: int = setting(1, "Batches in one update.", low=1)
+    warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises.", low=0, high=1, option="")
+    scheduler: str = setting("linear", f"How the learning rate falls: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS, option="")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", low=0, option="")
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.", low=0, option="")
+    seed: int = setting(0, _SEED, low=0)
+    bf16: bool = setting(False, "Compute in bfloat16 where it is safe; adapters stay float32.")
+    report_to: str = setting("none", "Where the trainer logs to: none, tensorboard, wandb, …", metavar="NAMES")
+    save_steps: int = setting(100, "A checkpoint after every so many steps; 0 for none.", low=0, option="")
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise TrainingError(f"both steps ({self.steps}) and epochs ({self.epochs:g}) are given; give one of them")
-        at_least_one = ("rank", "batch_size", "accumulation", *(("steps",) if self.steps is not None else ()))
-        for name in at_least_one:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TrainingError(f"{name} is {value!r}; give a whole number of at least 1")
-        for name, low, high in (
-            ("alpha", 1e-9, math.inf),
-            ("dropout", 0.0, 0.99),
-            ("learning_rate", 1e-12, math.inf),
-            ("warmup_ratio", 0.0, 1.0),
-            ("weight_decay", 0.0, math.inf),
-            ("max_grad_norm", 0.0, math.inf),
-            ("save_steps", 0, math.inf),
-            *((("epochs", 1e-9, math.inf),) if self.epochs is not None else ()),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high or value == math.inf:
-                raise TrainingError(f"{name} is {value!r}; give a number {'above 0' if low > 0 else f'from {low:g}'}{_up_to(high)}")
-        for name, known in (("scheduler", SCHEDULERS), ("method", tuple(METHODS))):
-            value = getattr(self, name)
-            if value not in known:
-                close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
-                raise TrainingError(f"{name} {value!r} is unknown; did you mean {close!r}? Choose one of {', '.join(known)}")
-        for name, usual in (("rank", 8), ("alpha", 16.0), ("dropout", 0.0)):
-            if name not in METHODS[self.method] and getattr(self, name) != usual:
-                raise TrainingError(f"method {self.method!r} has no {name}, but {name} is {getattr(self, name):g}; leave it out")
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _LOW_RANK and field.name not in METHODS[self.method] and value != field.default:
+                raise TrainingError(f"method {self.method!r} has no {field.name}, but {field.name} is {value:g}; leave it out")
 
     def total_steps(self, records: int) -> int:
         """Number of updates on `records` records.
@@ -125,40 +187,30 @@ class TrainSettings:
         """
         return [name.strip() for name in self.report_to.split(",") if name.strip()] or ["none"]
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
-
     def deciding(self) -> dict[str, Any]:
         """The settings that decide about the result; where it is logged and how often it is saved do not."""
-        return {name: value for name, value in asdict(self).items() if name not in ("report_to", "save_steps")}
-
-
-def _up_to(high: float) -> str:
-    return "" if high == math.inf else f" to {high:g}"
+        return {name: value for name, value in self.to_json().items() if name not in ("report_to", "save_steps")}
 
 
 @dataclass(frozen=True)
-class FastSettings:
-    """Which work training spares itself; none of it changes a loss or a gradient beyond rounding.
+class FastSettings(Settings):
+    """Which work training leaves out; none of it changes a loss or a gradient beyond rounding."""
 
-    Attributes:
-        cut: Nothing below the lowest adapted layer takes part in backward, also under gradient checkpointing.
-        prefix_cache: Hidden states that enter the lowest adapted layer are computed once a record and kept.
-        unpadded: Padding goes through no block.
-        labels_only: Final norm, head and loss run on labelled positions only.
-        fused_lora: A frozen map and its adapter are computed as one function.
-        cache_folder: Where the hidden states are kept, for later runs too; in memory where it is not given.
-        cache_bytes: What they may take; a share of the free memory or disk where it is not given.
-    """
-
-    cut: bool = True
-    prefix_cache: bool = True
-    unpadded: bool = True
-    labels_only: bool = True
-    fused_lora: bool = True
-    cache_folder: str | None = None
-    cache_bytes: int | None = None
+    cut: bool = setting(True, "Keep layers below the lowest adapted one out of backward.")
+    prefix_cache: bool = setting(True, "Compute what enters the lowest adapted layer once a record.")
+    unpadded: bool = setting(True, "Let no padding through the layers.")
+    labels_only: bool = setting(True, "Run head and loss on labelled positions only.")
+    fused_lora: bool = setting(True, "Compute each module and its adapter as one function.")
+    cache_folder: str | None = setting(
+        None, "Keep the prefix cache there, for later runs too; in memory when not given.", option="--cache", metavar="DIR"
+    )
+    cache_bytes: int | None = setting(
+        None,
+        "What the prefix cache may take; a share of free memory or disk when not given.",
+        option="--cache-gb",
+        unit=1e9,
+        metavar="GB",
+    )
 
     def __post_init__(self) -> None:
         if self.cache_bytes is not None and self.cache_bytes < 1:
@@ -167,23 +219,40 @@ class FastSettings:
             raise TrainingError("the prefix cache is off, but a folder or size is given for it; leave one of them out")
 
     @classmethod
-    def stock(cls) -> "FastSettings":
-        """Nothing spared: what the libraries do by themselves.
+    def baseline(cls) -> "FastSettings":
+        """Nothing is left out: training as the libraries do it by themselves.
 
-        >>> FastSettings.stock().cut
+        >>> FastSettings.baseline().cut
         False
         """
         return cls(cut=False, prefix_cache=False, unpadded=False, labels_only=False, fused_lora=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class BenchSettings(Settings):
+    """What all runs of a benchmark share; a folder of results belongs to one such value."""
+
+    model: str = setting(dataclasses.MISSING, "Name of the base model.", option="")
+    data: str | None = setting(None, "Folder with a sub-folder for each task: train.jsonl, valid.jsonl and test.jsonl.", metavar="DIR")
+    dtype: str = setting("bfloat16", _DTYPE)
+    device: str = setting("auto", _DEVICE)
+    rank: int = setting(8, _RANK, low=1)
+    steps: int = setting(32, "Updates of each run.", low=2)
+    batch_tokens: int = setting(280, "Tokens in a step, about.", low=1)
+    max_length: int = setting(256, "Cut longer records to N tokens.", low=2)
+    train_records: int = setting(1536, "The pool of training records that seeds draw from.", low=1, option="")
+    valid_tokens: int = setting(3000, "Held-out tokens to choose learning rates on.", low=1)
+    test_tokens: int = setting(4000, "Held-out tokens to compare on.", low=1)
+    card_records: int = setting(64, "Records that cards are made from.", low=4)
+    learning_rate: float = setting(4e-3, "Where the search for a learning rate starts.", low=1e-12, option="")
+    generate: int = setting(0, "Test records to write answers for and score.", low=0)
+    probe: str = setting("step", "What cards measure, as in `layercard profile`: step, train or none.", choices=PROBES)
 
 
-def whole(alpha: float) -> float:
+def integer_if_whole(alpha: float) -> float:
     """An integer where it can be: other tools read alpha as one.
 
-    >>> whole(16.0), whole(2.5)
+    >>> integer_if_whole(16.0), integer_if_whole(2.5)
     (16, 2.5)
     """
     return int(alpha) if alpha == int(alpha) else alpha

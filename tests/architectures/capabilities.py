@@ -35,18 +35,17 @@ from layercard.models.hooks import capturing, stepped
 from layercard.models.layers import Projection
 from layercard.models.load import BaseModel, fingerprint, is_classifier, labelled_losses
 from layercard.models.streamed import open_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.step_probe import ReplayedSet
 from layercard.profiling.streamed import stream_profile
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
-from layercard.settings import TrainSettings
+from layercard.settings import ProfileSettings, TrainSettings
 from layercard.training.evaluate import held_out_losses
 from layercard.training.train import train
 
 YES, NONE = "yes", "none"
-PROFILE = ProfileSettings(rank=2, batch_size=4, label_samples=1, probe_records=4)
+PROFILE = ProfileSettings(rank=2, batch_size=4, label_samples=1, probe_records=4, cost=False)
 RECORDED = Path(__file__).with_name("capabilities.json")
 
 

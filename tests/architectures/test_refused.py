@@ -22,8 +22,8 @@ from layercard.commands.main import run
 from layercard.data.load import load_data
 from layercard.errors import ModelError
 from layercard.models.load import wrap_model
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
+from layercard.settings import ProfileSettings
 
 
 def t5(kind: type[PreTrainedModel] = T5ForConditionalGeneration) -> PreTrainedModel:
@@ -82,8 +82,8 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_found_out(tmp_path: Pat
     base.blocks[0].module.forward, base.blocks[2].module.forward = first, last
     data = load_data(str(tiny.write_records(tmp_path / "data.jsonl", tiny.tiny_records(8))), base.tokenizer)
     with pytest.raises(ModelError, match="hand each other more than hidden states: from the last block on"):
-        profile(base, data, ProfileSettings(rank=2))
-    assert profile(base, data, ProfileSettings(rank=2, probe="none")).layers
+        profile(base, data, ProfileSettings(rank=2, cost=False))
+    assert profile(base, data, ProfileSettings(rank=2, probe="none", cost=False)).layers
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from layercard.errors import PlacementError, one_line
 from layercard.models.layers import Projection, find_blocks
 from layercard.models.load import BaseModel, describe
 from layercard.selection.placement import Placement, check_layers
-from layercard.settings import whole
+from layercard.settings import integer_if_whole
 
 # ---- pinning
 
@@ -388,7 +388,7 @@ def apply(
             what is planned, or what was adapted is not what was planned.
     """
     if config is None:
-        config = LoraConfig(r=rank, lora_alpha=whole(alpha), lora_dropout=dropout)
+        config = LoraConfig(r=rank, lora_alpha=integer_if_whole(alpha), lora_dropout=dropout)
     elif (rank, alpha, dropout) != (8, 16.0, 0.0):
         raise PlacementError("rank, alpha and dropout are given beside a configuration; write them into the configuration")
     exact = pinned(config, placement, model)

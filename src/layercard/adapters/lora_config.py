@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercard.errors import PlacementError, one_line
 from layercard.selection.placement import Placement
-from layercard.settings import whole
+from layercard.settings import integer_if_whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -50,7 +50,7 @@ def lora_arguments(
     return {
         "task_type": "CAUSAL_LM",
         "r": r,
-        "lora_alpha": whole(alpha),
+        "lora_alpha": integer_if_whole(alpha),
         "lora_dropout": lora_dropout,
         "bias": "none",
         **options,
@@ -106,4 +106,7 @@ def patterns(placement: Placement) -> dict[str, Any]:
     """`rank_pattern` and `alpha_pattern` where the placement has them: always both, since a rank alone changes the scale alpha / r."""
     if not placement.rank_pattern:
         return {}
-    return {"rank_pattern": dict(placement.rank_pattern), "alpha_pattern": {k: whole(v) for k, v in placement.alpha_pattern.items()}}
+    return {
+        "rank_pattern": dict(placement.rank_pattern),
+        "alpha_pattern": {k: integer_if_whole(v) for k, v in placement.alpha_pattern.items()},
+    }

@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 
 from layercard.errors import PlacementError, TrainingError
 from layercard.selection.placement import Placement
-from layercard.settings import TrainSettings, whole
+from layercard.settings import TrainSettings, integer_if_whole
 
 # ---- methods
 
@@ -111,7 +111,7 @@ def configuration(settings: TrainSettings, steps: int, placement: Placement) -> 
         )
     values = {own: getattr(settings, name) for name, own in method.names.items()}
     if "alpha" in method.names:
-        values[method.names["alpha"]] = whole(settings.alpha)
+        values[method.names["alpha"]] = integer_if_whole(settings.alpha)
     if method.seed:
         values[method.seed] = settings.seed
     if method.config is AdaLoraConfig:

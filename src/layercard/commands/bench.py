@@ -100,7 +100,7 @@ def placements(
 
     check_tasks(seen, data)
     names = check_strategies(wanted)
-    from layercard.profiling.profile import ProfileSettings
+    from layercard.settings import ProfileSettings
     from layercard.trials.placements import Grid, bench_placements, sheets
     from layercard.trials.runs import BenchSettings
     from layercard.trials.storage import Storage

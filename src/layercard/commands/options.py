@@ -96,7 +96,7 @@ def spared(
     if stock and cache is not None:
         raise TrainingError("--stock keeps no prefix cache, but --cache names a folder for one; leave one of them out")
     if stock:
-        return FastSettings.stock()
+        return FastSettings.baseline()
     return FastSettings(
         cut=cut,
         prefix_cache=prefix_cache,

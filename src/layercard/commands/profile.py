@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layercard.card.card import LayerCard
     from layercard.data.load import Dataset
     from layercard.models.load import BaseModel
-    from layercard.profiling.profile import ProfileSettings
+    from layercard.settings import ProfileSettings
 
 RECORDS = 64
 """Records that are profiled unless told otherwise: enough for a stable ranking on the sets tried."""
@@ -114,8 +114,8 @@ def profile(
     from layercard.checkpoint import check_folder, discard
     from layercard.commands.reuse import card_folder
     from layercard.data.load import load_data
-    from layercard.profiling.profile import ProfileSettings
     from layercard.profiling.workload import profile_work
+    from layercard.settings import ProfileSettings
 
     settings = ProfileSettings(
         rank=rank,

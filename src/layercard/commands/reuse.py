@@ -14,8 +14,9 @@ from layercard.errors import CardError, HubError
 from layercard.files import write_json
 from layercard.models.embedded import cache_root
 from layercard.models.load import BaseModel, Progress, describe
-from layercard.profiling.profile import ProfileSettings, step_cost
+from layercard.profiling.profile import step_cost
 from layercard.report.hub import find, pull
+from layercard.settings import ProfileSettings
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from layercard.adapters.lora_config import check_settings
 from layercard.card.numbers import listed
 from layercard.errors import ExportError
 from layercard.selection.placement import Placement
-from layercard.settings import whole
+from layercard.settings import integer_if_whole
 
 RANK, ALPHA, DROPOUT = 8, 16.0, 0.0
 
@@ -40,7 +40,7 @@ class Settings:
     @property
     def scaling(self) -> float:
         """Alpha, an integer where it can be."""
-        return whole(2.0 * self.whole_rank if self.alpha is None else self.alpha)
+        return integer_if_whole(2.0 * self.whole_rank if self.alpha is None else self.alpha)
 
     @property
     def dropping(self) -> float:
@@ -56,7 +56,7 @@ class Settings:
     def named(self, rank: str, alpha: str, dropout: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The three under a trainer's keys: those that are given, and those that stand where nothing says."""
         values = ((rank, self.rank, self.whole_rank), (alpha, self.alpha, self.scaling), (dropout, self.dropout, self.dropping))
-        given = {key: whole(found) if key == alpha else found for key, found, _ in values if found is not None}
+        given = {key: integer_if_whole(found) if key == alpha else found for key, found, _ in values if found is not None}
         return given, {key: usual for key, found, usual in values if found is None}
 
 

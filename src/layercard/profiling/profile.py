@@ -9,12 +9,11 @@ model = layercard.apply(model, placement, LoraConfig(r=16, lora_alpha=32))
 ```
 """
 
-import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,7 +31,7 @@ from layercard.cost.measure import measure_cost, usual_batch
 from layercard.cost.model import CostModel
 from layercard.data.checks import check_ids, check_labels
 from layercard.data.load import Dataset, Example, load_data
-from layercard.errors import DataError, ModelError, TrainingError
+from layercard.errors import DataError, ModelError
 from layercard.measure import Phases
 from layercard.models.load import BaseModel, Progress, load_model, wrap_model
 from layercard.profiling.assemble_card import Assembly
@@ -40,56 +39,18 @@ from layercard.profiling.fit import Fit, HeldOut, fit_pass, form
 from layercard.profiling.held_out import held_out_pass
 from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, Step, StepProbe, step_probe
 from layercard.profiling.training_probe import TrainingProbe, training_probes
-from layercard.settings import TrainSettings
+from layercard.settings import ProfileSettings, TrainSettings
 from layercard.statistics.coupling import curvature, descent
 
 # ---- profiling
 
 REPLAYED = 0.05
 """How far losses of blocks that were entered may lie from those of the whole forward, as a share: more than rounding in bfloat16."""
-PROBES = ("none", "step", "train")
 
 
-@dataclass(frozen=True)
-class ProfileSettings:
-    """How a card is made.
-
-    Attributes:
-        rank: Rank of the steps (that of the adapter one means to train).
-        ridge: λ as a share of the robust energy of each input (`statistics.residual.ridge_scale`).
-        batch_size: Records in a batch.
-        fit_share: Share of the records that make the steps; the others measure them.
-        label_samples: How often labels are drawn from the model for the coupling.
-        probe: `none`, `step` (the step probe) or `train` (the step probe, then the training probe).
-        probe_steps: Training steps of the training probe; layers that it prunes take fewer.
-        probe_records: How many of the held-out records the step probe measures on; it takes two forward passes for each layer.
-        cost: Whether to time a few training steps (`timing.measure_cost`). Readings of a clock differ from call to call, so a card that
-            must come out the same again does without.
-        seed: Of the split, the drawn labels and the bootstrap.
-    """
-
-    rank: int = 8
-    ridge: float = 1.0
-    batch_size: int = 8
-    fit_share: float = 0.6
-    label_samples: int = 3
-    probe: str = "step"
-    probe_steps: int = 48
-    probe_records: int = 16
-    cost: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.probe not in PROBES:
-            near = difflib.get_close_matches(self.probe, PROBES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PROBES)}"
-            raise TrainingError(f"probe {self.probe!r} is unknown; {hint}")
-        if self.probe_steps < 1:
-            raise TrainingError(f"{self.probe_steps} steps of the training probe train nothing; give 1 or more")
-
-    def training(self) -> ProbeTraining:
-        """How the training probe trains: adapters of the card's rank, with twice the rank as alpha."""
-        return ProbeTraining(steps=self.probe_steps, rank=self.rank, alpha=2.0 * self.rank, seed=self.seed)
+def probe_training(settings: ProfileSettings) -> ProbeTraining:
+    """How the training probe trains: adapters of the card's rank, with twice the rank as alpha."""
+    return ProbeTraining(steps=settings.probe_steps, rank=settings.rank, alpha=2.0 * settings.rank, seed=settings.seed)
 
 
 def profile_records(
@@ -156,7 +117,7 @@ class _Profile:
         if settings.probe == "train":
             with self.phases.phase("training-probe"):
                 trained = self._training_probe()
-        made_with = asdict(settings) | ({"training_probe": asdict(settings.training())} if trained is not None else {})
+        made_with = asdict(settings) | ({"training_probe": asdict(probe_training(settings))} if trained is not None else {})
         card = Assembly(self.base, self.dataset, made_with, fit, held_out, probe, trained, len(self.fit_examples)).card()
         if not settings.cost:
             return card
@@ -207,7 +168,7 @@ class _Profile:
             self.base,
             self.fit_examples,
             self.held_examples,
-            settings.training(),
+            probe_training(settings),
             key=f"{self.dataset.fingerprint} {len(self.dataset)} {settings.fit_share} {settings.seed}",
             batch_size=settings.batch_size,
             folder=None if folder is None else folder / "training-probe",
@@ -304,7 +265,7 @@ def profile(
     probe: str = "step",
     probe_steps: int = 48,
     probe_records: int = 16,
-    cost: bool = False,
+    cost: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
     state: str | os.PathLike[str] | None = None,
@@ -329,7 +290,8 @@ def profile(
         probe: `none`, `step` (the step probe) or `train` (the step probe, then the training probe).
         probe_steps: Training steps of the training probe.
         probe_records: Held-out records that the step probe measures on.
-        cost: Whether to time a few training steps, in seconds and bytes; else costs are relative, from shapes.
+        cost: Whether to time a few training steps, in seconds and bytes; else costs are relative, from shapes. Times differ from call
+            to call, so a card that must come out the same again does without.
         seed: Of the split, the drawn labels and the bootstrap.
         progress: Called with a phase's name, how much is done and how much there is.
         state: Folder for what is finished; an interrupted call with the same arguments goes on from there. It is the caller's to remove.

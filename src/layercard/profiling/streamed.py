@@ -37,9 +37,9 @@ from layercard.models.streamed_pass import BlockByBlock, Boundaries, enter, forw
 from layercard.profiling.assemble_card import Assembly
 from layercard.profiling.fit import Fit, FitSums, HeldOut, fit_sink, form, solve_layer
 from layercard.profiling.held_out import HeldOutSums, drawn_slopes, label_thresholds
-from layercard.profiling.profile import ProfileSettings, plan_of, scaled_steps, split_records
+from layercard.profiling.profile import plan_of, scaled_steps, split_records
 from layercard.profiling.step_probe import Step, StepProbe, second_length
-from layercard.settings import TrainSettings
+from layercard.settings import ProfileSettings, TrainSettings
 
 # ---- stream.passes
 

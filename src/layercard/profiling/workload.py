@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from layercard.data.load import Dataset, Example
 from layercard.models.load import BaseModel
-from layercard.profiling.profile import ProfileSettings, split_records
+from layercard.profiling.profile import probe_training, split_records
 from layercard.profiling.training_probe import planned_steps
-from layercard.settings import TrainSettings
+from layercard.settings import ProfileSettings, TrainSettings
 
 BACKWARD = 1.0
 """A backward pass to the inputs alone."""
@@ -42,7 +42,7 @@ def profile_work(base: BaseModel, dataset: Dataset, settings: ProfileSettings, *
     if settings.probe != "none":
         work |= {"entries": float(probed)} | probe
     if settings.probe == "train":
-        training, mean = settings.training(), dataset.tokens / len(dataset)
+        training, mean = probe_training(settings), dataset.tokens / len(dataset)
         work["training probe"] = planned_steps(depth, training.steps) * training.batch_size * mean * (1 + BACKWARD) / 2
     if settings.cost:
         work["cost"] = COST_STEPS * TrainSettings().batch_size * dataset.tokens / len(dataset)

@@ -15,8 +15,8 @@ from layercard.checkpoint import discard
 from layercard.data.load import load_data
 from layercard.errors import BenchmarkError
 from layercard.models.load import Progress
-from layercard.profiling.profile import ProfileSettings
 from layercard.profiling.profile import profile_records as profile
+from layercard.settings import ProfileSettings
 from layercard.trials.choices import Choice, Chooser, card_name, check_strategies, scores_name
 from layercard.trials.peers import PEERS, peer_scores
 from layercard.trials.rates import find_rate, known_rate, rate_name

@@ -20,6 +20,7 @@ from layercard.data.load import Example
 from layercard.measure import PeakMemory, Phases
 from layercard.models.load import BaseModel, Progress, describe, load_model
 from layercard.profiling.step_probe import ProbeTraining, RecordLosses, ReplayedSet, trained
+from layercard.settings import BenchSettings
 from layercard.training.evaluate import generate, score_texts
 from layercard.trials.storage import Storage
 from layercard.trials.tasks import TaskData, general_examples, load_task, training_order
@@ -27,45 +28,6 @@ from layercard.trials.tasks import TaskData, general_examples, load_task, traini
 SCHEMA = "layercard-bench-run/1"
 PACKAGES = ("layercard", "torch", "transformers", "peft", "numpy")
 EVAL_BATCH = 8
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What all runs of a benchmark share; a folder of results belongs to one such value.
-
-    Attributes:
-        model: Name of the base model.
-        data: Folder of the tasks; only the built-in task without it.
-        dtype: Type of the frozen weights; adapters are float32.
-        device: Where to train.
-        rank: Rank of each adapter (unless a run asks for another); the scale alpha is twice the rank.
-        steps: Updates of a run.
-        batch_tokens: Tokens in a step, about; the batch size of a task follows from its records' mean length.
-        max_length: Longer records are cut.
-        train_records: The pool that seeds draw from.
-        valid_tokens: Held-out tokens for choosing learning rates.
-        test_tokens: Held-out tokens for comparing placements.
-        card_records: Records that cards and the peers' scores are made from.
-        learning_rate: Where the search for a learning rate starts; it doubles or halves from there.
-        generate: Test records to generate an answer for and score (BLEU, ROUGE-L, exact match); 0 for none.
-        probe: What cards measure on held-out records: `step`, `train` (every layer trained by itself too) or `none`.
-    """
-
-    model: str
-    data: str | None = None
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    rank: int = 8
-    steps: int = 32
-    batch_tokens: int = 280
-    max_length: int = 256
-    train_records: int = 1536
-    valid_tokens: int = 3000
-    test_tokens: int = 4000
-    card_records: int = 64
-    learning_rate: float = 4e-3
-    generate: int = 0
-    probe: str = "step"
 
 
 @dataclass(frozen=True)
