@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from common import report, task_file
-from layercard.adapters.apply import adapted, no_deprecations, place
-from layercard.cost.measure import measure_cost, training_step, usual_batch
+from layercard.adapters.apply import adapted, place
+from layercard.cost.measure import measure_cost, usual_batch
 from layercard.cost.model import CostModel
 from layercard.data.load import Batch, load_data
 from layercard.measure import PeakMemory
+from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel, load_model
+from layercard.models.losses import training_step
 from layercard.selection.strategies import strategy_layers
 
 STRATEGIES = ("first", "middle", "last", "uniform")
@@ -39,14 +41,14 @@ def placements(depth: int, count: int, seed: int) -> dict[str, tuple[int, ...]]:
 
 def steps(base: BaseModel, batch: Batch, layers: tuple[int, ...], rank: int, *, count_bytes: bool) -> tuple[list[float], int | None]:
     """Seconds of two training steps, and with `count_bytes` the bytes that a further one takes."""
-    with no_deprecations(), adapted(base, place(base, layers), rank=rank, alpha=2.0 * rank) as model:
+    with quiet_peft(), adapted(base, place(base, layers), rank=rank, alpha=2.0 * rank) as model:
         model.train()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.0)
 
         def step() -> float:
             started = time.perf_counter()
-            training_step(model, batch, optimizer, lambda _: None)
+            training_step(model, batch, optimizer)
             return time.perf_counter() - started
 
         step()

@@ -56,13 +56,13 @@ def measure(base: BaseModel, task: str, layers: tuple[int, ...], settings: Probe
                 "before_nats": before.nats.tolist(),
                 "after_nats": after.nats.tolist(),
                 "tokens": before.tokens.tolist(),
-                "gain": before.mean - after.mean,
+                "gain": before.loss - after.loss,
                 "seconds": time.perf_counter() - started,
                 "machine": machine(),
             },
         )
-        gain = before.mean - after.mean
-        print(f"{task} seed {settings.seed} layer {layer:2d}: {before.mean:.4f} -> {after.mean:.4f} nats, gain {gain:.4f}", flush=True)
+        gain = before.loss - after.loss
+        print(f"{task} seed {settings.seed} layer {layer:2d}: {before.loss:.4f} -> {after.loss:.4f} nats, gain {gain:.4f}", flush=True)
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:

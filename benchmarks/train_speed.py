@@ -30,12 +30,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common import RESULTS, machine, report, task_file
-from layercard.adapters.apply import no_deprecations, place
+from layercard.adapters.apply import place
 from layercard.card.card import LayerCard
 from layercard.data.load import Dataset, collate, load_data, shuffled
 from layercard.fast.fast_training import fast_training
 from layercard.files import write_json
 from layercard.measure import PeakMemory
+from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel, load_model, quiet_libraries, wrap_model
 from layercard.models.skeleton import BUILT_IN, read_config
 from layercard.selection.budgets import Budgets
@@ -125,7 +126,7 @@ def records_of(base: BaseModel, records: int, seed: int, memory: bool) -> tuple[
 def peft_model(base: BaseModel, placement: Placement, seed: int) -> PeftModel:
     """Stock PEFT with the placement's paths."""
     set_seed(seed)
-    with no_deprecations():
+    with quiet_peft():
         return get_peft_model(base.model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(placement.paths)))
 
 
@@ -174,7 +175,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model=model, args=arguments(options, len(layers), options.folder), train_dataset=order, data_collator=batch, callbacks=[clock]
     )
     trainer.step_losses = []
-    with quiet_libraries(), no_deprecations(), around(options.ours, model, data) as speed:
+    with quiet_libraries(), quiet_peft(), around(options.ours, model, data) as speed:
         trainer.train()
         if count is not None:
             count.stop()

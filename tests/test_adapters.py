@@ -31,8 +31,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, MixtralConfig
 
 from layercard.adapters import apply as adapters
-from layercard.adapters.apply import adapted, adapted_paths, apply, check_adapted, loaded, place, task_of, without_experts
+from layercard.adapters.apply import adapted, apply, loaded, place, task_of, without_experts
 from layercard.errors import PlacementError
+from layercard.models.adapted import adapted_paths, check_adapted
 from layercard.models.layers import find_blocks
 from layercard.models.load import BaseModel, wrap_model
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
@@ -174,7 +175,7 @@ def test_a_trainable_weight_outside_the_adapters_is_an_error(tiny_base: BaseMode
     with adapted(tiny_base, placement) as model:
         tiny_base.model.get_input_embeddings().weight.requires_grad_(True)
         with pytest.raises(PlacementError, match="outside the adapters"):
-            check_adapted(model, placement)
+            check_adapted(model, placement.targets)
 
 
 def test_a_placement_of_another_model_is_refused(tiny_base: BaseModel) -> None:

@@ -18,8 +18,8 @@ import generate_api
 import layercard
 import pages
 from cards import fake_card
-from layercard.adapters.apply import adapted_paths
 from layercard.errors import DataError, ModelError, PlacementError
+from layercard.models.adapted import adapted_paths
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "ten_lines.py"

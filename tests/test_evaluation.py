@@ -15,8 +15,8 @@ from layercard.adapters.apply import adapted, place
 from layercard.data.load import IGNORED, Dataset, Example, collate, load_data
 from layercard.errors import DataError, ModelError
 from layercard.models.load import BaseModel
+from layercard.models.losses import RecordLosses
 from layercard.training.evaluate import (
-    HeldOut,
     evaluate,
     exact_match,
     final_number,
@@ -45,11 +45,11 @@ def data(tiny_base: BaseModel, tmp_path: Path) -> Dataset:
 
 def test_losses_are_those_of_transformers_record_by_record(tiny_base: BaseModel, data: Dataset) -> None:
     result = held_out_losses(tiny_base.model, tiny_base.pad_id, data, batch_size=3)
-    assert result.nats.shape == result.labelled.shape == (7,)
+    assert result.nats.shape == result.tokens.shape == (7,)
     for row, example in enumerate(data.examples):
         batch = collate([example], [0], tiny_base.pad_id)
         mean = tiny_base.model(input_ids=batch.input_ids, labels=batch.labels).loss.item()
-        assert result.labelled[row] == example.labelled
+        assert result.tokens[row] == example.labelled
         assert result.nats[row].item() == pytest.approx(mean * example.labelled, rel=1e-5)
     assert result.loss == pytest.approx(float(result.nats.sum()) / data.labelled_tokens)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
@@ -85,7 +85,7 @@ def test_data_without_labels_and_losses_that_are_no_numbers_are_refused(tiny_bas
 
 
 def test_perplexity_of_a_hopeless_model_is_still_a_number() -> None:
-    assert math.isfinite(HeldOut(torch.tensor([1e6]), torch.tensor([1.0])).perplexity)
+    assert math.isfinite(RecordLosses(torch.tensor([1e6]), torch.tensor([1.0])).perplexity)
 
 
 # Intervals
@@ -105,13 +105,13 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_paired_intervals_are_narrow_where_records_move_together() -> None:
     generator = torch.Generator().manual_seed(0)
     labelled = torch.full((50,), 10.0, dtype=torch.float64)
-    before = HeldOut(10 * (3 + torch.randn(50, generator=generator)).double(), labelled)
-    after = HeldOut(before.nats - 10.0, labelled)
+    before = RecordLosses(10 * (3 + torch.randn(50, generator=generator)).double(), labelled)
+    after = RecordLosses(before.nats - 10.0, labelled)
     assert reduction_interval(before, after) == pytest.approx((1.0, 1.0))
-    low, high = before.interval()
+    low, high = ratio_interval(before.nats, before.tokens)
     assert low < before.loss < high
     assert high - low > 0.3
-    assert before.interval() == (low, high)
+    assert ratio_interval(before.nats, before.tokens) == (low, high)
 
 
 # Text metrics

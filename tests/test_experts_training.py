@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from layercard import checkpoint as state_module
-from layercard.adapters.apply import adapted, adapted_paths, loaded, place
+from layercard.adapters.apply import adapted, loaded, place
 from layercard.data.load import Dataset
+from layercard.models.adapted import adapted_paths
 from layercard.models.load import BaseModel, fingerprint
 from layercard.profiling.profile import profile_records as profile
 from layercard.serving.adapter_switch import merged, random_adapter, switched_on

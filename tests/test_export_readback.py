@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from exports import CASES, placed, ranked
-from layercard.adapters.apply import adapted_paths, adapted_ranks, no_deprecations
+from layercard.adapters.apply import adapted_ranks
 from layercard.adapters.lora_config import lora_config
 from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
@@ -29,6 +29,7 @@ from layercard.export import mlx, read
 from layercard.export.plan import Settings
 from layercard.export.trainers import TRAINERS
 from layercard.export.writing import exported
+from layercard.models.adapted import adapted_paths, quiet_peft
 from layercard.models.layers import find_blocks
 from layercard.selection.placement import Placement
 from tiny import HEADS, INNER, VOCAB, WIDTH, build_tiny
@@ -86,7 +87,7 @@ def planned(model: PreTrainedModel, layers: tuple[int, ...]) -> Placement:
 
 def adapted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
     """What PEFT adapts; the model is as before afterwards."""
-    with no_deprecations():
+    with quiet_peft():
         wrapped = get_peft_model(model, config)
     found = set(adapted_paths(wrapped))
     wrapped.unload()
@@ -238,7 +239,7 @@ def test_ranks_are_taken_over(trainer: str, models: dict[str, PreTrainedModel]) 
     model = models["llama"]
     plan = ranked(planned(model, (1, 11)))
     text = exported(plan, TRAINERS[trainer], Settings()).text
-    with no_deprecations():
+    with quiet_peft():
         wrapped = get_peft_model(model, READERS[trainer](text, model))
     assert adapted_ranks(wrapped) == {path: (rank, plan.alpha_pattern[path] / rank) for path, rank in plan.rank_pattern.items()}
     wrapped.unload()

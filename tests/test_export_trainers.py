@@ -12,10 +12,10 @@ import pytest
 import yaml
 from peft import get_peft_model
 
-from layercard.adapters.apply import adapted_paths, no_deprecations
 from layercard.export.plan import Settings
 from layercard.export.trainers import TRAINERS
 from layercard.export.writing import exported
+from layercard.models.adapted import adapted_paths, quiet_peft
 from layercard.models.layers import find_blocks
 from layercard.selection.placement import Placement
 from tiny import build_tiny
@@ -44,7 +44,7 @@ def test_axolotl(family: str) -> None:
     model, plan = placed(family, (1, 11))
     checked = schema.LoraConfig(**values(plan, "axolotl")).model_dump()
     config = adapter._build_peft_lora_config(model, dictionary.DictDefault(checked))
-    with no_deprecations():
+    with quiet_peft():
         assert set(adapted_paths(get_peft_model(model, config))) == set(plan.paths)
 
 

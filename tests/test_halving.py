@@ -73,7 +73,7 @@ def test_every_layer_reaches_what_training_it_alone_reaches(family: str) -> None
     stock = training_probe(base, best, train, held_out, SETTINGS)
     torch.testing.assert_close(probe.after[best], stock.nats, rtol=1e-6, atol=1e-6)
     gains = probe.gain(torch.ones(len(LENGTHS)))
-    assert float(gains[best]) == pytest.approx(held_out.losses(0).mean - stock.mean, rel=1e-5)
+    assert float(gains[best]) == pytest.approx(held_out.losses(0).loss - stock.loss, rel=1e-5)
     assert float(gains[best]) > 0
 
 

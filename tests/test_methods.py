@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from layercard.adapters import start as beginnings
-from layercard.adapters.apply import adapted, adapted_paths, loaded, place, without_experts
+from layercard.adapters.apply import adapted, loaded, place, without_experts
 from layercard.adapters.methods import METHODS, configuration
 from layercard.adapters.verify import verify_adapter
 from layercard.data.load import load_data
 from layercard.errors import PlacementError, TrainingError
 from layercard.fast.lora import fused_lora
 from layercard.files import read_json
+from layercard.models.adapted import adapted_paths
 from layercard.models.load import BaseModel, wrap_model
 from layercard.settings import METHODS as HAS
 from layercard.settings import FastSettings, TrainSettings

@@ -70,7 +70,7 @@ def test_training_probe_equals_stock_peft_on_the_whole_model() -> None:
     before = state(base.model)
     entered = ReplayedSet(base, train, [layer], 2, by_length=False)
     held_out = ReplayedSet(base, examples(LENGTHS, seed=2), [layer], 3)
-    found = training_probe(base, layer, entered, held_out, settings).mean
+    found = training_probe(base, layer, entered, held_out, settings).loss
     assert_same(before, state(base.model))
 
     torch.manual_seed(settings.seed)

@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from layercard.adapters.apply import CONFIG_FILE, adapted, loaded, no_deprecations, place, unchanged
+from layercard.adapters.apply import CONFIG_FILE, adapted, loaded, place
 from layercard.errors import DataError, ModelError, PlacementError
 from layercard.files import read_json, write_json
+from layercard.models.adapted import quiet_peft, unchanged
 from layercard.models.hooks import replaced
 from layercard.models.load import BaseModel, wrap_model
 from layercard.serving.adapter_switch import Adapter, load_adapter, merged, random_adapter, switched_on
@@ -61,7 +62,7 @@ def save(base: BaseModel, layers: Sequence[int], folder: Path, seed: int) -> Pat
         for name, weight in model.named_parameters():
             if ".lora_" in name:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-        with no_deprecations():
+        with quiet_peft():
             model.save_pretrained(str(folder))
     placement.save(folder / "placement.json")
     return folder
@@ -223,7 +224,7 @@ def test_a_text_is_read_with_the_tokenizer(tmp_path: Path) -> None:
 def test_an_adapter_of_the_head_starts_at_the_last_block() -> None:
     base = base_of(tie_word_embeddings=False)
     with unchanged(base.model):
-        with no_deprecations():
+        with quiet_peft():
             model = get_peft_model(base.model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)).eval()
         tokens, _ = alone(model)
         head = Adapter("head", {"lm_head": model.get_base_model().lm_head}, (), ("lm_head",))
@@ -286,7 +287,7 @@ def test_adapters_that_do_more_than_wrap_modules(change: dict[str, Any], words: 
 
 def test_an_adapted_embedding_shares_nothing(tmp_path: Path) -> None:
     base = base_of(tie_word_embeddings=False)
-    with unchanged(base.model), no_deprecations():
+    with unchanged(base.model), quiet_peft():
         get_peft_model(base.model, LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2)).save_pretrained(str(tmp_path))
     with pytest.raises(PlacementError, match=r"changes model\.embed_tokens"):
         SharedPrefix(base, [tmp_path])
@@ -363,7 +364,7 @@ def test_merged_modules_are_plain_and_leave_the_base_alone(family: str) -> None:
 def test_adapters_that_peft_saved_itself(tmp_path: Path) -> None:
     base = base_of()
     config = LoraConfig(target_modules=["q_proj", "down_proj"], layers_to_transform=[3], r=2, use_dora=True, init_lora_weights=False)
-    with unchanged(base.model), no_deprecations():
+    with unchanged(base.model), quiet_peft():
         model = get_peft_model(base.model, config)
         model.save_pretrained(str(tmp_path))
         tokens, logits = alone(model.eval())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercard.adapters.apply import adapted, no_deprecations, place
+from layercard.adapters.apply import adapted, place
 from layercard.cost import estimate as meta
 from layercard.cost import measure as timing
 from layercard.cost.measure import (
@@ -21,7 +21,6 @@ from layercard.cost.measure import (
     random_batch,
     settled,
     through_all,
-    training_step,
     usual_batch,
 )
 from layercard.cost.model import CostModel
@@ -29,8 +28,10 @@ from layercard.data.load import IGNORED, Batch, Dataset
 from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors, PeakMemory
 from layercard.models import skeleton
+from layercard.models.adapted import quiet_peft
 from layercard.models.hooks import stamped
 from layercard.models.load import BaseModel, wrap_model
+from layercard.models.losses import training_step
 from layercard.profiling.profile import profile_records as profile
 from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
@@ -77,14 +78,14 @@ def test_predicted_memory_is_that_of_a_real_training_step(family: str) -> None:
 
 def measured_memory(base: BaseModel, batch: Batch, layers: list[int]) -> int:
     """What a run record would call `peak_memory_bytes`."""
-    with no_deprecations(), adapted(base, place(base, layers), rank=4) as model:
+    with quiet_peft(), adapted(base, place(base, layers), rank=4) as model:
         model.train()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights)
-        training_step(model, batch, optimizer, lambda _: None)
+        training_step(model, batch, optimizer)
         peak = PeakMemory(base.device)
         peak.start()
-        training_step(model, batch, optimizer, lambda _: None)
+        training_step(model, batch, optimizer)
         peak.stop()
     return peak.bytes + 3 * sum(weight.nbytes for weight in weights)
 
@@ -122,12 +123,12 @@ def test_saved_bytes_are_what_the_graph_keeps(family: str) -> None:
 def test_borders_come_in_the_order_of_the_pass() -> None:
     base, seen = base_of(), []
     with adapted_layers(base, [1], 2) as (model, optimizer), stamped(base.blocks, lambda name, index: seen.append((name, index))):
-        training_step(model, random_batch(VOCAB, 2, 12), optimizer, lambda _: None)
+        training_step(model, random_batch(VOCAB, 2, 12), optimizer)
     forward = [(name, at) for at in range(LAYERS) for name in ("enter", "leave")]
     assert seen == [*forward, ("back", 3), ("back", 2)]  # the graph ends within block 1
     seen.clear()
     with through_all(base) as model, stamped(base.blocks, lambda name, index: seen.append((name, index))):
-        training_step(model, random_batch(VOCAB, 2, 12), None, lambda _: None)
+        training_step(model, random_batch(VOCAB, 2, 12), None)
     assert seen == [*forward, ("back", 3), ("back", 2), ("back", 1), ("back", 0)]
 
 

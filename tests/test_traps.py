@@ -14,9 +14,10 @@ import pytest
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from layercard.adapters.apply import CONFIG_FILE, adapted, adapted_paths, apply, place
+from layercard.adapters.apply import CONFIG_FILE, adapted, apply, place
 from layercard.adapters.verify import verify_config
 from layercard.errors import PlacementError
+from layercard.models.adapted import adapted_paths
 from layercard.models.load import BaseModel, wrap_model
 from layercard.selection.placement import Placement
 from tiny import build_tiny, tiny_tokenizer

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear
 
 import tiny
-from layercard.adapters.apply import WEIGHTS_FILE, apply, loaded, place, unchanged
+from layercard.adapters.apply import WEIGHTS_FILE, apply, loaded, place
 from layercard.adapters.verify import verify_adapter
 from layercard.card.card import LayerCard
 from layercard.data.load import Batch, Dataset, batches, load_data
@@ -31,6 +31,7 @@ from layercard.fast.labels import labels_only
 from layercard.fast.lora import fused_lora
 from layercard.fast.packing import unpadded
 from layercard.fast.prefix import frozen_prefix
+from layercard.models.adapted import unchanged
 from layercard.models.hooks import capturing, stepped
 from layercard.models.layers import Projection
 from layercard.models.load import BaseModel, fingerprint, is_classifier, labelled_losses

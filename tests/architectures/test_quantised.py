@@ -6,8 +6,9 @@ from capabilities import YES, Case, probes, profiles, selects
 from families import PACKED, base_of
 from quantised import PackedLinear
 
-from layercard.adapters.apply import apply, unchanged
+from layercard.adapters.apply import apply
 from layercard.errors import PlacementError
+from layercard.models.adapted import unchanged
 from layercard.models.layers import find_blocks
 from layercard.models.load import fingerprint, wrap_model
 from tiny import tiny_tokenizer

@@ -10,22 +10,22 @@ import dataclasses
 import difflib
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
+from layercard.models.adapted import adapted_paths, check_adapted, quiet_peft, restorer, unchanged
 from layercard.models.layers import Projection, find_blocks
 from layercard.models.load import BaseModel, describe
 from layercard.selection.placement import Placement, check_layers
@@ -246,20 +246,6 @@ def _feedforward(config: PeftConfig, maps: dict[str, Projection], model: nn.Modu
 # ---- inspection
 
 
-def adapted_paths(model: PeftModel) -> tuple[str, ...]:
-    """Paths of the adapted modules and parameters, as they are called in the base model.
-
-    Of a module with several adapted parameters PEFT nests the wrappers (`experts`, `experts.base_layer`); each counts as its parameter.
-    """
-    found = []
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, ParamWrapper):
-            found.append(f"{name.replace('.base_layer', '')}.{module.parameter_name}")
-        elif isinstance(module, BaseTunerLayer):
-            found.append(name)
-    return tuple(found)
-
-
 def adapted_ranks(model: PeftModel) -> dict[str, tuple[int, float]]:
     """Rank and scale of each adapted module and parameter, for methods that have both."""
     modules = (module for module in model.get_base_model().modules() if isinstance(module, BaseTunerLayer))
@@ -268,48 +254,6 @@ def adapted_ranks(model: PeftModel) -> dict[str, tuple[int, float]]:
         for path, module in zip(adapted_paths(model), modules, strict=True)
         if isinstance(module, (LoraLayer, LycorisLayer)) and "default" in module.r
     }
-
-
-def check_adapted(model: PeftModel, placement: Placement) -> None:
-    """Raise `PlacementError` unless exactly the planned modules and parameters are adapted and only adapters are trainable."""
-    found, planned = set(adapted_paths(model)), set(placement.targets)
-    if found != planned:
-        words = [f"{what} {few(paths)}" for what, paths in (("missing", planned - found), ("extra", found - planned)) if paths]
-        raise PlacementError(f"PEFT did not adapt what was planned: {'; '.join(words)}; select other layers or report this model")
-    stray = stray_weights(model)
-    if stray:
-        raise PlacementError(f"{len(stray)} weights outside the adapters are trainable, such as {stray[0]}; freeze the model first")
-
-
-def stray_weights(model: PeftModel) -> list[str]:
-    """Trainable weights that belong to no adapter and to no module that the configuration has trained and saved along."""
-    inner = model.get_base_model()
-    own = {id(weight) for module in inner.modules() for weight in _own_weights(module)}
-    if any(vars(config).get("bias", "none") != "none" for config in model.peft_config.values()):
-        own |= {
-            id(vars(module.get_base_layer())["_parameters"].get("bias")) for module in inner.modules() if isinstance(module, BaseTunerLayer)
-        }
-    return [name for name, weight in inner.named_parameters() if weight.requires_grad and id(weight) not in own]
-
-
-def few(paths: Iterable[str]) -> str:
-    """The first three of some paths, and how many more there are.
-
-    >>> few({"a", "d", "c", "b"})
-    'a, b, c and 1 more'
-    """
-    names = sorted(paths)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _own_weights(module: nn.Module) -> list[nn.Parameter]:
-    """Weights that a wrapper of PEFT's has of its own: those of an adapter, or of a module that is trained and saved along."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return list(module.parameters())
-    if not isinstance(module, BaseTunerLayer):
-        return []
-    base = {id(weight) for weight in module.get_base_layer().parameters()}
-    return [weight for weight in module.parameters() if id(weight) not in base]
 
 
 # ---- adapters
@@ -392,20 +336,20 @@ def apply(
     elif (rank, alpha, dropout) != (8, 16.0, 0.0):
         raise PlacementError("rank, alpha and dropout are given beside a configuration; write them into the configuration")
     exact = pinned(config, placement, model)
-    before = _Before(model, written_weights(config, placement))
+    restore = restorer(model, written_weights(config, placement))
     try:
-        with no_deprecations(), no_false_warnings():
+        with quiet_peft():
             wrapped = get_peft_model(model, exact)
         spell_out(exact, placement)
-        check_adapted(wrapped, placement)
+        check_adapted(wrapped, placement.targets)
     except (ValueError, TypeError, RuntimeError) as error:
-        before.restore()
+        restore()
         reason = one_line(error)
         raise PlacementError(
             f"PEFT cannot put adapters there ({reason}); use another method, or a base model whose maps it knows"
         ) from error
     except PlacementError:
-        before.restore()
+        restore()
         raise
     return wrapped
 
@@ -446,83 +390,11 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
         check_model(base, placement)
     with unchanged(base.model):
         try:
-            with no_deprecations(), no_false_warnings():
+            with quiet_peft():
                 wrapped = PeftModel.from_pretrained(base.model, str(folder))
         except (ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise PlacementError(f"{folder} does not fit {base.name!r} ({reason}); load it on the model it was trained for") from error
         if placement is not None:
-            check_adapted(wrapped, placement)
+            check_adapted(wrapped, placement.targets)
         yield wrapped.eval()
-
-
-@contextmanager
-def unchanged(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> Iterator[None]:
-    """Take out of `model` whatever the block put in: adapters, trainable flags, gradients, train mode, settings of its config.
-
-    Adapters wrap modules and do not write into weights, so putting the modules back restores every weight bit for bit. `rewritten` are
-    paths of modules whose weights the block may write into, as `written_weights` of a configuration says: of those copies are kept.
-    """
-    before = _Before(model, rewritten)
-    try:
-        yield
-    finally:
-        before.restore()
-
-
-class _Before:
-    """A model's modules, weights, flags and settings; without copies of the weights but for those that are `rewritten`."""
-
-    def __init__(self, model: PreTrainedModel, rewritten: Iterable[str] = ()) -> None:
-        self.model = model
-        self.modules = dict(model.named_modules())
-        self.training = {name: module.training for name, module in self.modules.items()}
-        self.weights = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
-        self.copies = [(weight, weight.detach().clone()) for path in rewritten for weight in self.modules[path].parameters()]
-        self.config, self.own = dict(vars(model.config)), set(vars(model))
-
-    def restore(self) -> None:
-        """Put all of it back."""
-        for name, module in self.modules.items():
-            parent, _, child = name.rpartition(".")
-            if name and self.modules[parent]._modules.get(child) is not module:
-                setattr(self.modules[parent], child, module)
-            module.training = self.training[name]
-        for weight, copied in self.copies:
-            weight.data = copied
-        for weight, requires_grad, grad in self.weights:
-            weight.requires_grad_(requires_grad)
-            weight.grad = grad
-        for name in set(vars(self.model)) - self.own:
-            delattr(self.model, name)
-        vars(self.model.config).clear()
-        vars(self.model.config).update(self.config)
-
-
-@contextmanager
-def no_deprecations() -> Iterator[None]:
-    """Keep what peft, transformers and accelerate say to each other about renamed functions from the user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
-_NOT_SO = (
-    r"The following (rank|alpha)_pattern keys did not match",  # looked for among modules only; those that name parameters are heeded
-    r"lora with eva initialization used with low_cpu_mem_usage=False",
-    r"OLoRA changes the base weights",  # it is saved as plain LoRA
-    r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape",  # AdaLoRA may leave a module a rank of 0
-    r"Invalid `oft_block_size`",
-    r"Setting boft_n_butterfly_factor",
-    r"Failed to load the CUDA extension",
-)
-
-
-@contextmanager
-def no_false_warnings() -> Iterator[None]:
-    """Keep warnings of PEFT's from the user that do not hold for what this package does, or that nothing need be done about."""
-    with warnings.catch_warnings():
-        for message in _NOT_SO:
-            warnings.filterwarnings("ignore", message=message)
-        yield

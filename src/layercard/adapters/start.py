@@ -9,11 +9,12 @@ from peft import PeftModel, get_peft_model_state_dict, initialize_lora_eva_weigh
 from safetensors.torch import load_file, save_file
 
 from layercard import processes
-from layercard.adapters.apply import check_adapted, spell_out
+from layercard.adapters.apply import spell_out
 from layercard.adapters.files import WEIGHTS_FILE
 from layercard.adapters.methods import REWRITING
 from layercard.data.load import Batch, Dataset, Example, collate, shuffled
 from layercard.errors import TrainingError
+from layercard.models.adapted import check_adapted
 from layercard.models.load import is_classifier, labelled_logits
 from layercard.selection.placement import Placement
 from layercard.settings import TrainSettings
@@ -44,7 +45,7 @@ def begin(
     if settings.method == "eva" and not resumed:
         _eva(model, data, pad_id, settings)
         spell_out(model.peft_config["default"], placement)
-        check_adapted(model, placement)
+        check_adapted(model, placement.targets)
     if settings.method in REWRITING:
         processes.by_first(lambda: _keep_initial(model, folder / INITIAL, resumed))
 

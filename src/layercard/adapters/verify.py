@@ -22,10 +22,11 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from layercard.adapters.apply import PLACEMENT_FILE, adapted_paths, adapted_ranks, few, no_deprecations, unchanged
+from layercard.adapters.apply import PLACEMENT_FILE, adapted_ranks
 from layercard.adapters.files import load_weights, read_adapter_config, read_weights, saved_modules, unknown_keys, without_effect
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
+from layercard.models.adapted import adapted_paths, few, quiet_peft, unchanged
 from layercard.models.layers import find_blocks
 from layercard.selection.placement import Placement
 
@@ -480,7 +481,7 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> Iterator[PeftModel]:
     copied = copy.deepcopy(config)
     if copied.peft_type == PeftType.LORA:
         vars(copied)["init_lora_weights"] = True  # PiSSA and its like would decompose weights that may be missing
-    with unchanged(model), no_deprecations(), warnings.catch_warnings():
+    with unchanged(model), quiet_peft(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield get_peft_model(model, copied, low_cpu_mem_usage=True)
 

@@ -19,7 +19,6 @@ step of each kind in which every tensor is counted (`layercard.memory.LiveTensor
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,13 +33,13 @@ from layercard.cost.model import CostModel, LayerCost, ModuleCost
 from layercard.data.load import IGNORED, Batch, Example, batches, shuffled
 from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors
+from layercard.models.adapted import lora_layers
 from layercard.models.hooks import frozen, opened, stamped
 from layercard.models.layers import Block
-from layercard.models.load import BaseModel, Progress, labelled_losses
+from layercard.models.load import BaseModel, Progress
+from layercard.models.losses import training_step
 
 # ---- stamps
-
-MAX_GRAD_NORM = 1.0
 
 
 def synchronize(device: torch.device) -> None:
@@ -131,23 +130,6 @@ class ByteCount(Stamps):
         return max(0, round(self.between(("enter", index), ("leave", index))))
 
 
-def training_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None, stamp: Callable[[str], object]) -> None:
-    """One training step as `layercard train` runs it: loss on labelled tokens, backward, clipping, update, zeroing."""
-    stamp("start")
-    losses, _ = labelled_losses(model, batch)
-    loss = losses.sum() / len(losses)
-    loss.item()
-    stamp("loss")
-    loss.backward()
-    stamp("backward")
-    if optimizer is not None:
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-    stamp("end")
-
-
 # ---- adapter_timing
 
 
@@ -205,30 +187,10 @@ def _of_experts(base: BaseModel, n_in: int, n_out: int, experts: int, rank: int)
 @contextmanager
 def adapted_layers(base: BaseModel, layers: Sequence[int], rank: int) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
     """The model in train mode with stock PEFT adapters on all maps and experts of some layers, and their optimiser; then as before."""
-    from peft import LoraConfig, get_peft_model
-
-    projections = [projection for layer in layers for projection in base.blocks[layer].projections]
-    stacks = [stack for layer in layers for stack in base.blocks[layer].stacks]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=[projection.path for projection in projections],
-        target_parameters=[stack.path for stack in stacks] or None,
-        fan_in_fan_out=not stacks and all(projection.transposed for projection in projections),
-    )
-    own = set(vars(base.model))
-    with frozen(base.model), torch.enable_grad():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers say to each other
-            adapted = get_peft_model(base.model, config)
-        try:
-            adapted.train()
-            trained = [weight for weight in adapted.parameters() if weight.requires_grad]
-            yield adapted, torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
-        finally:
-            adapted.unload()
-            for name in set(vars(base.model)) - own:
-                delattr(base.model, name)
+    with lora_layers(base, layers, rank=rank, alpha=2 * rank) as model:
+        model.train()
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        yield model, torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
 
 
 @contextmanager
@@ -330,7 +292,7 @@ def _run(base: BaseModel, batch: Batch, rank: int, repeats: int, progress: Progr
         progress("cost", 3 * at + 2, parts)
         with adapted_layers(base, range(depth), rank) as (model, optimizer):
             if at == 0:
-                training_step(model, batch, optimizer, lambda _: None)  # makes the optimiser's state, which is not to be counted
+                training_step(model, batch, optimizer)  # makes the optimiser's state, which is not to be counted
                 steps.all_bytes = _counted(base, model, batch, optimizer)
             else:
                 steps.all += _timed(base, model, batch, optimizer)

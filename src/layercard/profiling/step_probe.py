@@ -1,7 +1,6 @@
 """Measured performance of single layers: the step probe (no training) and the training probe."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -9,32 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from layercard import processes
 from layercard.checkpoint import State
 from layercard.data.load import Batch, Example, batches, positions, shuffled
+from layercard.models.adapted import lora_layers
 from layercard.models.hooks import entries, frozen, replayed, stepped
-from layercard.models.load import BaseModel, Progress, labelled_logits, labelled_losses, shared_keys
-
-
-@dataclass(frozen=True)
-class RecordLosses:
-    """Summed loss (nats), labelled tokens, and how many of these were ranked first: `[records]` each, in the order of the examples."""
-
-    nats: torch.Tensor
-    tokens: torch.Tensor
-    right: torch.Tensor
-
-    @property
-    def mean(self) -> float:
-        """Loss in nats per labelled token."""
-        return float(self.nats.sum() / self.tokens.sum())
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the labelled tokens that the model ranks first, 0 to 1."""
-        return float(self.right.sum() / self.tokens.sum())
+from layercard.models.load import BaseModel, Progress, labelled_losses, shared_keys
+from layercard.models.losses import RecordLosses, record_losses, training_step
 
 
 class ReplayedSet:
@@ -91,23 +72,15 @@ class ReplayedSet:
 
     def losses(self, layer: int) -> RecordLosses:
         """Loss of each record, with the blocks from `layer` on as they are now; no gradient."""
-        nats, tokens, right = (torch.zeros(self.records, dtype=torch.float64) for _ in range(3))
-        with torch.no_grad():
-            for at, batch in enumerate(self.batches):
-                with self._entered(at, layer):
-                    logits, targets, rows = labelled_logits(self.base.model, batch)
-                index = torch.tensor(batch.rows)[rows.cpu()]
-                nats.index_add_(0, index, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
-                tokens.index_add_(0, index, torch.ones(len(index), dtype=torch.float64))
-                right.index_add_(0, index, (logits.argmax(dim=1) == targets).double().cpu())
-        return RecordLosses(nats, tokens, right)
+        return record_losses(self.base.model, self.batches, self.records, lambda at: self.entered(at, layer))
 
     def forward(self, at: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses of batch `at` and the row in the batch of each; see `labelled_losses`."""
-        with self._entered(at, layer):
+        with self.entered(at, layer):
             return labelled_losses(self.base.model, self.batches[at])
 
-    def _entered(self, at: int, layer: int) -> AbstractContextManager[None]:
+    def entered(self, at: int, layer: int) -> AbstractContextManager[None]:
+        """Let a forward pass over batch `at` run from block `layer` on."""
         layer = 0 if self.whole else layer
         return replayed(self.base.blocks, layer, self.entries[at][layer])
 
@@ -210,7 +183,7 @@ def _probe_layer(
             losses = held_out.losses(layer)
         after[at] = losses.nats
         if at == 0:
-            alphas[1] = second_length(slope, before.mean - losses.mean)
+            alphas[1] = second_length(slope, before.loss - losses.loss)
 
 
 def second_length(slope: float, reduction: float) -> float:
@@ -272,15 +245,13 @@ class Adaptation:
             until: Step to stop after, at most `settings.steps`.
             progress: Told of the number of each step.
         """
-        first, parameters = self.step, list(self._named.values())
+        first = self.step
         for step in range(first, until):
             for group in self._optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * self.settings.schedule(step)
-            losses, _ = train.forward(step - first, self.lowest)
-            losses.mean().backward()
-            torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            batch = step - first
+            with train.entered(batch, self.lowest):
+                training_step(train.base.model, train.batches[batch], self._optimizer, max_grad_norm=self.settings.max_grad_norm)
             self.step = step + 1
             if progress:
                 progress(self.step)
@@ -316,27 +287,8 @@ def adapting(base: BaseModel, layers: Sequence[int], settings: ProbeTraining) ->
         layers: Indices of the blocks to adapt.
         settings: Rank, learning rate and so on.
     """
-    from peft import LoraConfig, get_peft_model
-
-    blocks = [base.blocks[layer] for layer in layers]
-    transposed = [projection.transposed for block in blocks for projection in block.projections]
-    stacked = any(block.stacks for block in blocks)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=[projection.path for block in blocks for projection in block.projections],
-        target_parameters=[stack.path for block in blocks for stack in block.stacks] or None,
-        fan_in_fan_out=not stacked and all(transposed),
-    )
-    with frozen(base.model), torch.enable_grad():
-        torch.manual_seed(settings.seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # what peft and transformers say to each other
-            adapted = get_peft_model(base.model, config)
-        try:
-            yield Adaptation(adapted, layers, settings)
-        finally:
-            adapted.unload()
+    with lora_layers(base, layers, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as model:
+        yield Adaptation(model, layers, settings)
 
 
 @contextmanager

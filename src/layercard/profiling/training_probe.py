@@ -183,7 +183,7 @@ class _Halving:
             losses = held_out.losses(layer)
             if not losses.nats.isfinite().all():
                 raise TrainingError(
-                    f"training probe: the held-out loss of layer {layer} is {losses.mean} after {stop} steps; "
+                    f"training probe: the held-out loss of layer {layer} is {losses.loss} after {stop} steps; "
                     "profile with --dtype float32, or without training (--probe step)"
                 )
             kept = {"steps": stop, "nats": [*kept["nats"], losses.nats], "training": adaptation.state()}

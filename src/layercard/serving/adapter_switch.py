@@ -16,9 +16,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from layercard.adapters.apply import CONFIG_FILE, adapted, loaded, no_deprecations
+from layercard.adapters.apply import CONFIG_FILE, adapted, loaded
 from layercard.errors import PlacementError
 from layercard.files import read_json
+from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel
 from layercard.selection.placement import Placement
 
@@ -111,7 +112,7 @@ def merged(adapter: Adapter) -> Adapter:
 
     The base model's own weights stay as they are, so this takes memory for the copies; a model that is merged for good does not.
     """
-    with no_deprecations():
+    with quiet_peft():
         return Adapter(adapter.name, {path: _merged(module) for path, module in adapter.modules.items()}, adapter.layers, adapter.outside)
 
 

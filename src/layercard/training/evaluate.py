@@ -5,7 +5,7 @@ How good a model is on held-out records: loss per labelled token, and what it ge
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from layercard.data.checks import check_ids
-from layercard.data.load import IGNORED, Dataset, Example, batches
+from layercard.data.load import IGNORED, Batch, Dataset, Example, batches
 from layercard.errors import DataError, ModelError
 from layercard.measure import Phases
-from layercard.models.load import BaseModel, Progress, describe, labelled_logits, quiet_libraries
+from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
+from layercard.models.losses import RecordLosses, record_losses
 
 # ---- metrics
 
@@ -90,38 +90,9 @@ RESAMPLES = 1000
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Losses of one model on held-out records.
-
-    Attributes:
-        nats: `[R]` float64, summed cross entropy of each record's labelled tokens.
-        labelled: `[R]` float64, number of labelled tokens of each record; for a classifier 1.
-        right: `[R]` float64, how many of these the model ranks first; `None` where that was not looked at.
-    """
-
-    nats: torch.Tensor
-    labelled: torch.Tensor
-    right: torch.Tensor | None = None
-
-    @property
-    def loss(self) -> float:
-        """Nats per labelled token over all records together."""
-        return float(self.nats.sum() / self.labelled.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """`exp(loss)`, capped at `exp(700)`."""
-        return math.exp(min(self.loss, 700.0))
-
-    def interval(self, seed: int = 0) -> Interval:
-        """Bootstrap interval of `loss` over records."""
-        return ratio_interval(self.nats, self.labelled, seed)
-
-
 def held_out_losses(
     model: nn.Module, pad_id: int, dataset: Dataset, *, batch_size: int = 16, progress: Progress | None = None, phase: str = "evaluate"
-) -> HeldOut:
+) -> RecordLosses:
     """Losses of every record, in eval mode and without gradients; the mode is put back afterwards.
 
     Records of similar length share a batch; the result is in the order of `dataset`. `progress` hears of `phase`, in records.
@@ -133,27 +104,25 @@ def held_out_losses(
     if dataset.labelled_tokens == 0:
         raise DataError(f"{dataset.source} has no labelled token to measure on; give records with completions")
     check_ids(model, dataset)
-    nats, labelled, right = (torch.zeros(len(dataset), dtype=torch.float64) for _ in range(3))
-    device, training, done = next(model.parameters()).device, model.training, 0
+    device, training = next(model.parameters()).device, model.training
+
+    def on_device() -> Iterator[Batch]:
+        done = 0
+        for batch in batches(dataset.examples, batch_size, pad_id, by_length=True):
+            yield batch.to(device)
+            done += len(batch.rows)
+            if progress is not None:
+                progress(phase, done, len(dataset))
+
     model.eval()
     try:
-        with torch.no_grad():
-            for batch in batches(dataset.examples, batch_size, pad_id, by_length=True):
-                logits, targets, rows = labelled_logits(model, batch.to(device))
-                losses = cross_entropy(logits.float(), targets, reduction="none")
-                at = torch.tensor(batch.rows)[rows.cpu()]
-                nats.index_add_(0, at, losses.double().cpu())
-                labelled.index_add_(0, at, torch.ones(len(at), dtype=torch.float64))
-                right.index_add_(0, at, (logits.argmax(dim=1) == targets).double().cpu())
-                done += len(batch.rows)
-                if progress is not None:
-                    progress(phase, done, len(dataset))
+        losses = record_losses(model, on_device(), len(dataset))
     finally:
         model.train(training)
-    broken = (~nats.isfinite()).nonzero()
+    broken = (~losses.nats.isfinite()).nonzero()
     if len(broken) > 0:
         raise ModelError(f"the loss on record {int(broken[0]) + 1} of {dataset.source} is not finite; use float32 or a lower learning rate")
-    return HeldOut(nats, labelled, right)
+    return losses
 
 
 def ratio_interval(top: torch.Tensor, bottom: torch.Tensor, seed: int = 0) -> Interval:
@@ -169,9 +138,9 @@ def ratio_interval(top: torch.Tensor, bottom: torch.Tensor, seed: int = 0) -> In
     return float(low), float(high)
 
 
-def reduction_interval(before: HeldOut, after: HeldOut, seed: int = 0) -> Interval:
+def reduction_interval(before: RecordLosses, after: RecordLosses, seed: int = 0) -> Interval:
     """Interval of the loss reduction `before.loss − after.loss` on the same records (nats per labelled token)."""
-    return ratio_interval(before.nats - after.nats, before.labelled, seed)
+    return ratio_interval(before.nats - after.nats, before.tokens, seed)
 
 
 def prompt_of(example: Example) -> tuple[int, ...]:
@@ -278,7 +247,7 @@ def evaluate(
     phases = Phases()
     with phases.phase("evaluate"):
         losses = held_out_losses(base.model if model is None else model, base.pad_id, dataset, batch_size=batch_size, progress=progress)
-    low, high = losses.interval()
+    low, high = ratio_interval(losses.nats, losses.tokens)
     writes = with_generation and base.classes is None
     asked = [example for example in dataset.examples if writes and ("references" in example.record or "answer" in example.record)]
     generation = None
@@ -300,12 +269,11 @@ def evaluate(
     }
 
 
-def _accuracy(base: BaseModel, losses: HeldOut) -> dict[str, Any]:
+def _accuracy(base: BaseModel, losses: RecordLosses) -> dict[str, Any]:
     """How often a classifier is right; nothing for a language model."""
     if base.classes is None or losses.right is None:
         return {"accuracy": None, "accuracy_interval": None}
-    right = float(losses.right.sum() / losses.labelled.sum())
-    return {"accuracy": right, "accuracy_interval": list(ratio_interval(losses.right, losses.labelled))}
+    return {"accuracy": losses.accuracy, "accuracy_interval": list(ratio_interval(losses.right, losses.tokens))}
 
 
 def score_texts(records: list[dict[str, Any]], texts: list[str]) -> dict[str, Any]:

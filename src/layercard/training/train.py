@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from layercard import processes
-from layercard.adapters.apply import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model, no_deprecations, no_false_warnings
+from layercard.adapters.apply import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model
 from layercard.adapters.methods import REWRITING, configuration
 from layercard.adapters.start import INITIAL, begin, save_as_plain_lora
 from layercard.data.checks import check_ids
@@ -26,10 +26,12 @@ from layercard.errors import OutputError, TrainingError
 from layercard.fast.fast_training import fast_training
 from layercard.files import LOCK_FILE, alone, read_json, write_json
 from layercard.measure import Phases
+from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
+from layercard.models.losses import RecordLosses
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
-from layercard.training.evaluate import HeldOut, describe_data, held_out_losses, reduction_interval
+from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
 from layercard.training.trainer import TrainLog, fit, last_checkpoint
 
 __all__ = ["RUN_FILE", "SCHEMA", "TrainSettings", "train"]
@@ -52,7 +54,7 @@ def train(
     *,
     valid: Dataset | None = None,
     spare: FastSettings | None = None,
-    before: HeldOut | None = None,
+    before: RecordLosses | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -134,7 +136,7 @@ def _run(
     settings: TrainSettings,
     spare: FastSettings,
     valid: Dataset | None,
-    before: HeldOut | None,
+    before: RecordLosses | None,
     resume: bool,
     progress: Progress | None,
     phases: Phases,
@@ -145,7 +147,7 @@ def _run(
         with phases.phase("loss before"):
             before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
     config = configuration(settings, settings.total_steps(len(data)), placement)
-    with _seeded(settings.seed), quiet_libraries(), no_deprecations(), no_false_warnings(), adapted(base, placement, config) as model:
+    with _seeded(settings.seed), quiet_libraries(), quiet_peft(), adapted(base, placement, config) as model:
         resumed = resume and last_checkpoint(output / CHECKPOINTS) is not None
         with phases.phase("begin"):
             begin(model, placement, data, base.pad_id, settings, output / CHECKPOINTS, resumed=resumed)
@@ -192,12 +194,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def _measured(valid: Dataset | None, before: HeldOut | None, after: HeldOut | None) -> dict[str, Any]:
+def _measured(valid: Dataset | None, before: RecordLosses | None, after: RecordLosses | None) -> dict[str, Any]:
     """The held-out part of a run record; `None` throughout where nothing was held out."""
     if valid is None or before is None or after is None:
         names = ("loss_before", "loss_after", "loss_reduction", "loss_reduction_interval", "perplexity_before", "perplexity_after")
         return {"valid": None} | dict.fromkeys(names)
-    per_record = {"labelled": before.labelled.int().tolist(), "nats_before": before.nats.tolist(), "nats_after": after.nats.tolist()}
+    per_record = {"labelled": before.tokens.int().tolist(), "nats_before": before.nats.tolist(), "nats_after": after.nats.tolist()}
     return {
         "valid": describe_data(valid) | {"per_record": per_record},
         "loss_before": before.loss,

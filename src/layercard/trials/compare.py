@@ -15,9 +15,10 @@ from layercard.data.load import Dataset
 from layercard.errors import OutputError, PlacementError
 from layercard.files import refuse_existing, write_json
 from layercard.models.load import BaseModel, Progress, describe
+from layercard.models.losses import RecordLosses
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
-from layercard.training.evaluate import HeldOut, describe_data, held_out_losses, ratio_interval, reduction_interval
+from layercard.training.evaluate import describe_data, held_out_losses, ratio_interval, reduction_interval
 from layercard.training.train import RUN_FILE, train, versions
 
 SCHEMA = "layercard-compare/1"
@@ -182,7 +183,7 @@ def _warm_up(base: BaseModel, placement: Placement, data: Dataset, settings: Tra
         train(base, placement, few, Path(folder) / "run", once)
 
 
-def _rows(runs: list[tuple[str, dict[str, Any]]], before: HeldOut) -> Iterator[Row]:
+def _rows(runs: list[tuple[str, dict[str, Any]]], before: RecordLosses) -> Iterator[Row]:
     whole = next((run for _, run in runs if len(run["placement"]["layers"]) == run["model"]["layers"]), None)
     for name, run in runs:
         after = _after(run, before)
@@ -200,11 +201,11 @@ def _rows(runs: list[tuple[str, dict[str, Any]]], before: HeldOut) -> Iterator[R
         )
 
 
-def _after(run: dict[str, Any], before: HeldOut) -> HeldOut:
-    return HeldOut(torch.tensor(run["valid"]["per_record"]["nats_after"], dtype=torch.float64), before.labelled)
+def _after(run: dict[str, Any], before: RecordLosses) -> RecordLosses:
+    return RecordLosses(torch.tensor(run["valid"]["per_record"]["nats_after"], dtype=torch.float64), before.tokens)
 
 
-def _kept(before: HeldOut, after: HeldOut, whole: HeldOut) -> dict[str, float] | None:
+def _kept(before: RecordLosses, after: RecordLosses, whole: RecordLosses) -> dict[str, float] | None:
     """Per cent of the reduction of all layers, with a paired interval; `None` where all layers did not reduce the loss."""
     reached, possible = before.nats - after.nats, before.nats - whole.nats
     if float(possible.sum()) <= 0:

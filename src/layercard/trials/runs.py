@@ -19,7 +19,8 @@ from layercard.card.numbers import stretches
 from layercard.data.load import Example
 from layercard.measure import PeakMemory, Phases
 from layercard.models.load import BaseModel, Progress, describe, load_model
-from layercard.profiling.step_probe import ProbeTraining, RecordLosses, ReplayedSet, trained
+from layercard.models.losses import RecordLosses
+from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, trained
 from layercard.settings import BenchSettings
 from layercard.training.evaluate import generate, score_texts
 from layercard.trials.storage import Storage
@@ -139,7 +140,7 @@ class Group:
             }
             if self.split == "test":
                 with phases.phase("forgetting"):
-                    info["forgetting"] = self.general.losses(lowest).mean - self.general_before.mean
+                    info["forgetting"] = self.general.losses(lowest).loss - self.general_before.loss
                 with phases.phase("memory"):
                     info["peak_memory_bytes"] = self._peak(lowest) + 12 * parameters
                 with phases.phase("generate"):
@@ -150,9 +151,9 @@ class Group:
     def _outcome(self, after: RecordLosses) -> dict[str, Any]:
         return {
             "split": self.split,
-            "loss_before": self.before.mean,
-            "loss_after": after.mean,
-            "loss_reduction": self.before.mean - after.mean,
+            "loss_before": self.before.loss,
+            "loss_after": after.loss,
+            "loss_reduction": self.before.loss - after.loss,
             "accuracy_before": self.before.accuracy,
             "accuracy_after": after.accuracy,
             "reduction_standard_error": self._standard_error(after),

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from layercard.cost.measure import adapted_layers, training_step, usual_batch
+from layercard.cost.measure import adapted_layers, usual_batch
 from layercard.data.load import Batch
 from layercard.models.load import BaseModel, Progress
+from layercard.models.losses import training_step
 from layercard.trials.runs import BenchSettings, base_model, compact, task_data
 from layercard.trials.storage import Storage
 
@@ -51,9 +52,9 @@ def measure_times(settings: BenchSettings, storage: Storage, task: str, placemen
 def step_seconds(base: BaseModel, batch: Batch, layers: Sequence[int], rank: int) -> float:
     """Seconds of one step of stock training with adapters in `layers`, after one that is not counted."""
     with adapted_layers(base, layers, rank) as (adapted, optimizer):
-        training_step(adapted, batch, optimizer, lambda name: None)
+        training_step(adapted, batch, optimizer)
         started = time.perf_counter()
-        training_step(adapted, batch, optimizer, lambda name: None)
+        training_step(adapted, batch, optimizer)
         if base.device.type == "cuda":
             torch.cuda.synchronize(base.device)
         return time.perf_counter() - started
