@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cards import fake_card, fake_placement
 from layercard.card import numbers as readings
+from layercard.records import Estimate
 from layercard.report import frames
 from layercard.report.terminal import card_view, placement_view, strip
 
@@ -105,21 +106,21 @@ def test_short_numbers_are_short_and_true(value: float) -> None:
 @given(st.tuples(st.floats(-10, 10), st.floats(-10, 10), st.floats(-10, 10)).map(sorted), st.integers(1, 40))
 def test_strips_are_as_wide_as_asked_and_have_one_dot(ends: list[float], width: int) -> None:
     low, value, high = ends
-    text = strip(readings.Number(value, low, high), (-10, 10), width)
+    text = strip(Estimate(value=value, low=low, high=high), (-10, 10), width)
     assert len(text) == width
     assert text.count("●") == 1
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e9, 1e9)), max_size=8), st.booleans())
 def test_bars_lie_between_nothing_and_full(values: list[float | None], wide: bool) -> None:
-    fractions = frames.bar_fractions([None if v is None else readings.Number(v) for v in values], wide=wide)
+    fractions = frames.bar_fractions([None if v is None else Estimate(value=v) for v in values], wide=wide)
     assert [f is None for f in fractions] == [v is None for v in values]
     assert all(-1e-9 <= f <= 1 + 1e-9 for f in fractions if f is not None)
 
 
 def test_numbers_that_were_not_measured_are_none() -> None:
-    assert [readings.number(raw) for raw in (None, {}, {"value": None}, math.nan, math.inf, "3", True)] == [None] * 7
-    assert readings.number({"value": 1, "low": None, "high": 2}) == readings.Number(1.0, None, 2.0)
+    assert [Estimate.read(raw) for raw in (None, {}, {"value": None}, math.nan, math.inf, "3", True)] == [None] * 7
+    assert Estimate.read({"value": 1, "low": None, "high": 2}) == Estimate(value=1.0, high=2.0)
 
 
 def test_frames_hold_the_numbers_of_the_card() -> None:

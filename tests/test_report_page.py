@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from cards import fake_card, fake_comparison, fake_placement
-from layercard.card.numbers import Number
 from layercard.commands.main import run
 from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError
+from layercard.records import Estimate
 from layercard.report import frames
 from layercard.report import html as report_html
 from layercard.report.calculator import amount
@@ -288,7 +288,7 @@ def test_timings_that_runs_share_count_once() -> None:
     assert runs[0].seconds is None  # part of its forward pass was stored
     again = [trial for trial in compared([*runs, *runs], {("e2e", (2,), 8): 40.0}) if trial.layers == (2,)]
     row = rows_of(again)[0]
-    assert (row.timings, row.time_share, row.name) == (1, Number(40.0), "middle 1")
+    assert (row.timings, row.time_share, row.name) == (1, Estimate(value=40.0), "middle 1")
     assert plain_name([0, 1, 2, 3], 4) == "all"
 
 

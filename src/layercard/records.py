@@ -50,6 +50,11 @@ class Estimate(Part):
         except ValidationError:
             return None
 
+    def divided_by(self, scale: float) -> "Estimate":
+        """The same in another unit; `scale` is above 0."""
+        low, high = (None if end is None else end / scale for end in (self.low, self.high))
+        return Estimate(value=self.value / scale, low=low, high=high)
+
 
 class Record(Part):
     """A file that outlives a run.

@@ -1,7 +1,7 @@
 """The Layer Card: what profiling found, as one versioned JSON value that describes itself."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -9,23 +9,13 @@ from layercard.card.notebook import card_html
 from layercard.cost.model import CostModel, Shape
 from layercard.errors import CardError
 from layercard.files import read_json, shown, write_json
-
-if TYPE_CHECKING:
-    pass
+from layercard.records import Estimate
 
 SCHEMA = "layercard/1"
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Sampled(_Part):
-    """A number estimated from records, with its 95 % bootstrap interval over records."""
-
-    value: FiniteFloat
-    low: FiniteFloat
-    high: FiniteFloat
 
 
 MOST = 2**50
@@ -89,20 +79,20 @@ class LayerEntry(_Part):
     """One layer; `docs/card.md` has each measure with its unit. `None` was not measured."""
 
     index: Annotated[int, Field(ge=0)]
-    resnorm: Sampled
-    resnorm_rank: Sampled
-    residual_fraction: Sampled
-    gradient_norm: Sampled
-    activation_energy: Sampled
-    effective_rank: Sampled
-    condition: Sampled
-    noise_amplification: Sampled
-    predicted_gain: Sampled
-    centrality: Sampled
-    step_probe: Sampled | None = None
-    training_probe: Sampled | None = None
+    resnorm: Estimate
+    resnorm_rank: Estimate
+    residual_fraction: Estimate
+    gradient_norm: Estimate
+    activation_energy: Estimate
+    effective_rank: Estimate
+    condition: Estimate
+    noise_amplification: Estimate
+    predicted_gain: Estimate
+    centrality: Estimate
+    step_probe: Estimate | None = None
+    training_probe: Estimate | None = None
     training_probe_steps: int | None = None
-    gain_estimate: Sampled
+    gain_estimate: Estimate
     forward_seconds: FiniteFloat | None = None
     backward_seconds: FiniteFloat | None = None
     adapter_seconds: FiniteFloat | None = None
@@ -167,9 +157,9 @@ class LayerCard(_Part):
             CardError: The card does not have the measure.
         """
         found = [getattr(layer, measure, None) for layer in self.layers]
-        values = [entry.value for entry in found if isinstance(entry, Sampled)]
+        values = [entry.value for entry in found if isinstance(entry, Estimate)]
         if len(values) < len(self.layers):
-            known = sorted(name for name, entry in self.layers[0] if isinstance(entry, Sampled))
+            known = sorted(name for name, entry in self.layers[0] if isinstance(entry, Estimate))
             raise CardError(f"the card has no {measure}; it has {', '.join(known)}")
         return values
 

@@ -7,7 +7,8 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from layercard.card.numbers import Json, best_layers, interval, listed, number, predicted_rows, short, stability_words
+from layercard.card.numbers import Json, best_layers, interval, listed, predicted_rows, short, stability_words
+from layercard.records import Estimate
 
 LONGEST = 300
 """Characters of one text before it is cut."""
@@ -41,7 +42,7 @@ def card_html(card: Json) -> str:
         "Best layers": ", ".join(map(str, best)),
     }
     facts |= _numbered("Warning", card.get("warnings") or ())
-    columns = [(key, title) for key, title in CARD_COLUMNS if any(number(card["layers"][at].get(key)) for at in best)]
+    columns = [(key, title) for key, title in CARD_COLUMNS if any(Estimate.read(card["layers"][at].get(key)) for at in best)]
     rows = [[str(at), *(_measured(card["layers"][at].get(key)) for key, _ in columns)] for at in best]
     caption = "Best single layers, with 95 % intervals"
     return _frame("Layer Card", facts, caption, ["Layer", *(title for _, title in columns)], rows)
@@ -71,7 +72,7 @@ def placement_html(placement: Json) -> str:
 
 
 def _measured(raw: Any) -> str:
-    found = number(raw)
+    found = Estimate.read(raw)
     if found is None:
         return "–"
     between = interval(found)

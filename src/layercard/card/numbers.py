@@ -7,8 +7,9 @@ What was not measured, or is not finite, is `None`, not zero.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from layercard.records import Estimate
 
 # ---- indices
 
@@ -44,35 +45,9 @@ _STABILITY = ((0.9, "very stable"), (0.75, "stable"), (0.5, "shaky, profile more
 _COSTS = {"step_time": ("step time", "seconds"), "peak_memory": ("peak memory", "bytes"), "latency": ("added latency", "seconds")}
 
 
-@dataclass(frozen=True)
-class Number:
-    """A measured number, with the ends of its interval where it was sampled."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-def number(raw: Any) -> Number | None:
-    """A card's number: an object with `value`, `low` and `high`, a plain number, or null; what is not finite counts as not measured."""
-    if isinstance(raw, Mapping):
-        value = number(raw.get("value"))
-        if value is None:
-            return None
-        low, high = number(raw.get("low")), number(raw.get("high"))
-        return Number(value.value, low.value if low else None, high.value if high else None)
-    if isinstance(raw, bool) or not isinstance(raw, int | float):
-        return None
-    try:
-        found = float(raw)
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-    return Number(found) if math.isfinite(found) else None
-
-
-def profile_of(card: Json, key: str) -> list[Number | None]:
+def profile_of(card: Json, key: str) -> list[Estimate | None]:
     """One quantity of all layers, from the input to the output side."""
-    return [number(layer.get(key)) for layer in card["layers"]]
+    return [Estimate.read(layer.get(key)) for layer in card["layers"]]
 
 
 def best_layers(card: Json, key: str = "gain_estimate") -> list[int]:
@@ -85,8 +60,8 @@ def best_layers(card: Json, key: str = "gain_estimate") -> list[int]:
 def stability_words(card: Json) -> str:
     """How far the card's own ranking can be relied on, in a sentence."""
     stability = card.get("stability") or {}
-    key = "gain_estimate" if number(stability.get("gain_estimate")) else "step_probe"
-    found = number(stability.get(key))
+    key = "gain_estimate" if Estimate.read(stability.get("gain_estimate")) else "step_probe"
+    found = Estimate.read(stability.get(key))
     if found is None:
         return "not known: the card does not say how stable its ranking is"
     title = key.replace("_", " ")
@@ -112,7 +87,7 @@ def short(value: float) -> str:
     return f"−{text}" if value < 0 else text
 
 
-def interval(found: Number | None) -> str:
+def interval(found: Estimate | None) -> str:
     """`low–high` of a sampled number, else nothing."""
     if found is None or found.low is None or found.high is None:
         return ""
@@ -122,7 +97,7 @@ def interval(found: Number | None) -> str:
 def predicted_rows(predicted: Json) -> dict[str, str]:
     """Rows of a table: what is kept, what it costs, how it was found, and remarks."""
     rows: dict[str, str] = {}
-    kept = number(predicted.get("performance_kept"))
+    kept = Estimate.read(predicted.get("performance_kept"))
     if kept is not None:
         rows["Keeps"] = f"{percent(kept)} of the performance of all layers, predicted"
     costs = [words for key, (name, unit) in _COSTS.items() if (words := _cost(predicted.get(key), name, unit))]
@@ -135,7 +110,7 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
         rows["Backward"] = f"through {predicted['layers_in_backward']} layers"
     solver = predicted.get("solver")
     if isinstance(solver, Mapping):
-        gap = number(solver.get("gap"))
+        gap = Estimate.read(solver.get("gap"))
         rows["Solver"] = f"{solver.get('status')}" + (f", at most {100 * gap.value:.2g}% from the best" if gap is not None else "")
     baseline = predicted.get("baseline")
     notes = [predicted.get("remark"), baseline.get("note") if isinstance(baseline, Mapping) else None]
@@ -146,10 +121,10 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
     return rows
 
 
-def percent(kept: Number) -> str:
+def percent(kept: Estimate) -> str:
     """A share from 0 to 1 as per cent, with its interval.
 
-    >>> percent(Number(0.953, 0.91, 0.99))
+    >>> percent(Estimate(value=0.953, low=0.91, high=0.99))
     '95% (91–99)'
     """
     between = f" ({100 * kept.low:.0f}–{100 * kept.high:.0f})" if kept.low is not None and kept.high is not None else ""
@@ -159,14 +134,14 @@ def percent(kept: Number) -> str:
 def _adapters(found: Any) -> str | None:
     if not isinstance(found, Mapping):
         return None
-    count, share = number(found.get("count")), number(found.get("share"))
+    count, share = Estimate.read(found.get("count")), Estimate.read(found.get("share"))
     return None if count is None or share is None else f"{count.value:,.0f} weights, {100 * share.value:.0f}% of all layers"
 
 
 def _cost(found: Any, name: str, unit: str) -> str | None:
-    share = number(found.get("share")) if isinstance(found, Mapping) else None
+    share = Estimate.read(found.get("share")) if isinstance(found, Mapping) else None
     if share is None:
         return None
-    amount = number(found.get(unit))
+    amount = Estimate.read(found.get(unit))
     absolute = "" if amount is None else f" {amount.value / 2**20:,.0f} MiB," if unit == "bytes" else f" {short(amount.value)} s,"
     return f"{name}{absolute} {100 * share.value:.0f}%"

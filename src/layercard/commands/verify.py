@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layercard.card.numbers import listed
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, emit_json, out
 from layercard.errors import ModelError, PlacementError
@@ -115,6 +114,7 @@ def _fingerprint(adapter: Path, model: str, chosen: "Placement | None", weights:
 
 
 def _view(found: dict[str, Any]) -> Any:
+    from layercard.card.numbers import listed
     from layercard.report.terminal import pairs
 
     number = f"{len(found['adapted'])} modules and parameters"

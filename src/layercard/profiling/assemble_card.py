@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layercard.card.card import DataInfo, LayerCard, LayerEntry, ModelInfo, ModuleCard, Sampled
+from layercard.card.card import DataInfo, LayerCard, LayerEntry, ModelInfo, ModuleCard
 from layercard.data.checks import check_held_out
 from layercard.data.load import Dataset
 from layercard.models.layers import ExpertStack, unread_experts
@@ -19,6 +19,7 @@ from layercard.models.load import BaseModel, describe
 from layercard.profiling.fit import Fit, HeldOut, ModuleSignals
 from layercard.profiling.step_probe import StepProbe
 from layercard.profiling.training_probe import TrainingProbe
+from layercard.records import Estimate
 from layercard.statistics.coupling import centrality, correlation, curvature, descent, single_gain
 from layercard.statistics.coverage import gain_estimate, similarity
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
@@ -221,7 +222,7 @@ class Assembly:
 
     def _entry(self, layer: int, measures: dict[str, _Profile]) -> LayerEntry:
         sampled: dict[str, Any] = {
-            name: Sampled(value=value[layer], low=low[layer], high=high[layer]) for name, (value, low, high) in measures.items()
+            name: Estimate(value=value[layer], low=low[layer], high=high[layer]) for name, (value, low, high) in measures.items()
         }
         steps = self.trained.steps[layer] if self.trained is not None else None
         return LayerEntry(index=layer, modules=self._modules(layer), training_probe_steps=steps, **sampled)

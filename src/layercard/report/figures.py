@@ -12,8 +12,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from layercard.card.numbers import Json, Number, interval, listed, number, percent, profile_of, short
+from layercard.card.numbers import Json, interval, listed, percent, profile_of, short
 from layercard.cost.model import CostModel
+from layercard.records import Estimate
 from layercard.report.frames import Measure, bar_fractions, measured
 from layercard.report.trials import Row
 
@@ -63,7 +64,7 @@ def depth_figure(card: Json, measure: Measure, chosen: Collection[int] = ()) -> 
     return figure
 
 
-def _scale(values: Sequence[Number | None], measure: Measure) -> dict[str, Any]:
+def _scale(values: Sequence[Estimate | None], measure: Measure) -> dict[str, Any]:
     """A linear axis, or a logarithmic one with a tick at each power of ten, and at 2 and 5 times these where there are few."""
     positive = [found.value for found in values if found is not None and found.value > 0]
     if not measure.wide or not positive:
@@ -74,7 +75,7 @@ def _scale(values: Sequence[Number | None], measure: Measure) -> dict[str, Any]:
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
 
 
-def _points(known: Sequence[tuple[int, Number]]) -> dict[str, object]:
+def _points(known: Sequence[tuple[int, Estimate]]) -> dict[str, object]:
     text = [f"layer {layer}: {short(found.value)}{f' ({interval(found)})' if interval(found) else ''}" for layer, found in known]
     return {
         "x": [layer for layer, _ in known],
@@ -121,7 +122,7 @@ def heat_figure(card: Json, chosen: Sequence[int] = ()) -> go.Figure:
     return figure
 
 
-def _cell_text(title: str, layer: int, found: Number | None) -> str:
+def _cell_text(title: str, layer: int, found: Estimate | None) -> str:
     if found is None:
         return f"layer {layer}, {title.lower()}: not measured"
     between = "" if found.low is None or found.high is None else f"<br>{found.low:.6g} to {found.high:.6g}"
@@ -236,8 +237,8 @@ def front_figure(front: Json, name: str, placements: Mapping[str, Json] | None =
     return figure
 
 
-def _kept(point: Json) -> Number | None:
-    return number(point.get("performance_kept"))
+def _kept(point: Json) -> Estimate | None:
+    return Estimate.read(point.get("performance_kept"))
 
 
 def _mark(figure: go.Figure, points: Sequence[tuple[str, Json]], key: str, name: str, symbol: str, colour: str, size: int) -> None:
@@ -255,7 +256,7 @@ def _mark(figure: go.Figure, points: Sequence[tuple[str, Json]], key: str, name:
     )
 
 
-def _error(found: Sequence[Number], scale: float = 1.0) -> dict[str, Any]:
+def _error(found: Sequence[Estimate], scale: float = 1.0) -> dict[str, Any]:
     return {
         "array": [scale * (one.high - one.value) if one.high is not None else 0 for one in found],
         "arrayminus": [scale * (one.value - one.low) if one.low is not None else 0 for one in found],

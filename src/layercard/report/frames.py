@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercard.card.numbers import Json, Number, interval, number, profile_of, short
+from layercard.card.numbers import Json, interval, profile_of, short
 from layercard.errors import TrainingError
 from layercard.files import read_json, shown
+from layercard.records import Estimate
 
 if TYPE_CHECKING:
     import pandas
@@ -153,7 +154,7 @@ def layer_rows(card: Json) -> list[dict[str, Any]]:
     for index, layer in enumerate(card["layers"]):
         row: dict[str, Any] = {"layer": index}
         for measure in measured(card):
-            found = number(layer.get(measure.key))
+            found = Estimate.read(layer.get(measure.key))
             row[measure.key] = found.value if found else None
             row[f"{measure.key}_low"] = found.low if found else None
             row[f"{measure.key}_high"] = found.high if found else None
@@ -176,7 +177,7 @@ def coupling_frame(card: Json) -> "pandas.DataFrame":
     return frame.rename_axis(index="layer", columns="layer")
 
 
-def bar_fractions(values: Sequence[Number | None], *, wide: bool = False) -> list[float | None]:
+def bar_fractions(values: Sequence[Estimate | None], *, wide: bool = False) -> list[float | None]:
     """Lengths of bars from 0 to 1: proportional to the values, or to their logarithm where they span orders of magnitude.
 
     Negative values get no bar. On a logarithmic scale the smallest positive value gets a short bar, not none.
@@ -191,7 +192,7 @@ def bar_fractions(values: Sequence[Number | None], *, wide: bool = False) -> lis
     return [None if found is None else max(found.value, 0.0) / top for found in values]
 
 
-def _log_fraction(found: Number | None, bottom: float, span: float) -> float | None:
+def _log_fraction(found: Estimate | None, bottom: float, span: float) -> float | None:
     if found is None:
         return None
     return 0.1 + 0.9 * (math.log(found.value) - math.log(bottom)) / span if found.value > 0 else 0.0
@@ -224,7 +225,7 @@ def comparison_rows(comparison: Json) -> list[dict[str, Any]]:
         "adapter_bytes",
     )
     return [
-        {"name": str(row["name"]), "layers": len(row["layers"]), **{key: number(row.get(key)) for key in keys}}
+        {"name": str(row["name"]), "layers": len(row["layers"]), **{key: Estimate.read(row.get(key)) for key in keys}}
         for row in comparison["rows"]
     ]
 

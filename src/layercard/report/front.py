@@ -7,7 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.card.numbers import Json, listed, number, percent
+from layercard.card.numbers import Json, listed, percent
+from layercard.records import Estimate
 
 TITLES = {"time": "step time", "memory": "peak memory"}
 """What the cost of each front is called."""
@@ -38,7 +39,7 @@ def _table(title: str, points: Sequence[Json], named: bool = False) -> Table:
 
 def row_of(point: Json) -> list[str]:
     """The cells of one placement, in the order of `COLUMNS`."""
-    kept = number(point["performance_kept"])
+    kept = Estimate.read(point["performance_kept"])
     time, memory = point["step_time"]["share"], point["peak_memory"]["share"]
     return [
         percent(kept) if kept is not None else "–",

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from layercard.card.numbers import Json, Number, best_layers, interval, listed, number, stability_words
+from layercard.card.numbers import Json, best_layers, interval, listed, stability_words
 from layercard.cost.model import CostModel
+from layercard.records import Estimate
 from layercard.report.costs import seconds, size
 from layercard.report.roi import Ratio, Ratios
 from layercard.report.sources import Sources
@@ -49,7 +50,7 @@ def tiles_of(sources: Sources, rows: Sequence[Row], ratios: Ratios | None) -> li
     """Performance kept, speed-up, peak memory, layers and latency of the placement; without one, what the card says by itself."""
     card, placement = sources.card, sources.placement
     depth = int(card["model"]["layers"])
-    stable = number((card.get("stability") or {}).get("gain_estimate"))
+    stable = Estimate.read((card.get("stability") or {}).get("gain_estimate"))
     stability = Tile("Ranking stability", f"{stable.value:.2f}" if stable else "unknown", "", "Spearman, two halves of the records")
     if placement is None or ratios is None:
         best = ", ".join(map(str, sorted(best_layers(card)))) or "not measured"
@@ -80,20 +81,20 @@ def _kept(card: Json, placement: Json, row: Row | None) -> Tile:
         count = "1 run" if len(trials) == 1 else f"{len(trials)} runs"
         where = ", ".join(dict.fromkeys(trial.task for trial in trials))
         return Tile("Performance kept", f"{found.value:.0f} %", _ends(found), f"of all layers' loss reduction; {count} on {where}", True)
-    kept = number((placement.get("predicted") or {}).get("performance_kept"))
+    kept = Estimate.read((placement.get("predicted") or {}).get("performance_kept"))
     if kept is None:
         return Tile("Performance kept", "unknown", "", "select from the card, or train it beside all layers")
     return Tile("Performance kept", f"{100 * kept.value:.0f} %", _ends(kept, 100), "of all layers, predicted from the card", False)
 
 
-def _ends(found: Number, scale: float = 1.0) -> str:
+def _ends(found: Estimate, scale: float = 1.0) -> str:
     return "" if found.low is None or found.high is None else f"{scale * found.low:.0f}–{scale * found.high:.0f} %"
 
 
 def _faster(time: Ratio) -> Tile:
     if not time.measured and time.mid == 1:
         return Tile("Training speed-up", "unknown", "", "profile with --cost, or train it beside all layers")
-    saved = Number(100 * (1 - time.mid), 100 * (1 - time.high), 100 * (1 - time.low))
+    saved = Estimate(value=100 * (1 - time.mid), low=100 * (1 - time.high), high=100 * (1 - time.low))
     between = _ends(saved) if time.low < time.high else ""
     times = f", {1 / time.mid:.2f} times as fast" if time.mid > 0 else ""
     return Tile("Training speed-up", f"{saved.value:.0f} %", between, f"less time{times}; {time.source}", time.measured)
@@ -108,8 +109,8 @@ def _memory(card: Json, chosen: Sequence[int], row: Row | None, ratio: Ratio) ->
     cost = _cost(card)
     trials = [trial for trial in of_the_task(card, row.trials) if trial.memory] if row else []
     if trials:
-        found = mean([Number(trial.memory or 0.0) for trial in trials])
-        mib = Number(found.value / 2**20, *(None if end is None else end / 2**20 for end in (found.low, found.high)))
+        found = mean([Estimate(value=trial.memory or 0.0) for trial in trials])
+        mib = found.divided_by(2**20)
         whole = [trial.whole_memory for trial in trials if trial.whole_memory]
         share = f"{100 * found.value * len(whole) / sum(whole):.0f} % of all layers; " if whole else ""
         return Tile("Peak memory", f"{mib.value:,.0f} MiB", interval(mib), f"{share}above the frozen model, {len(trials)} runs", True)

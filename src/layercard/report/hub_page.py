@@ -7,7 +7,8 @@ import html
 import json
 import re
 
-from layercard.card.numbers import Json, best_layers, interval, number, short, stability_words
+from layercard.card.numbers import Json, best_layers, interval, short, stability_words
+from layercard.records import Estimate
 from layercard.report.frames import MEASURES
 
 TAG = "layercard"
@@ -91,13 +92,13 @@ def _facts(card: Json) -> list[str]:
 
 
 def _table(card: Json, layers: list[int]) -> list[str]:
-    columns = [key for key in COLUMNS if any(number(card["layers"][layer].get(key)) for layer in layers)]
+    columns = [key for key in COLUMNS if any(Estimate.read(card["layers"][layer].get(key)) for layer in layers)]
     head = ["Layer", *(MEASURES[key].title for key in columns)]
     rows = []
     for layer in layers:
         cells = [str(layer)]
         for key in columns:
-            found = number(card["layers"][layer].get(key))
+            found = Estimate.read(card["layers"][layer].get(key))
             between = interval(found)
             cells.append("–" if found is None else f"{short(found.value)} ({between})" if between else short(found.value))
         rows.append(f"| {' | '.join(cells)} |")

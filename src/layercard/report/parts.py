@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from layercard.card.numbers import Json, Number, best_layers, interval, listed, number, predicted_rows, profile_of, short
+from layercard.card.numbers import Json, best_layers, interval, listed, predicted_rows, profile_of, short
 from layercard.cost.model import CostModel
+from layercard.records import Estimate
 from layercard.report import figures
 from layercard.report.costs import seconds, size, where
 from layercard.report.frames import MEASURES, Measure, bar_fractions, measured, unit_of
@@ -142,7 +143,7 @@ def table_part(tables: Sequence[Json], key: str, title: str) -> Part | None:
 
 
 def _plain(value: Any) -> Cell:
-    found = number(value)
+    found = Estimate.read(value)
     if value is None:
         return Cell("–")
     return (
@@ -262,8 +263,8 @@ def _points_table(caption: str, points: Sequence[Json]) -> Table:
 
 
 def _point_cells(point: Json, layers: Sequence[int] | None = None) -> list[Cell]:
-    kept = number(point.get("performance_kept"))
-    share = [number((point.get(key) or {}).get("share")) for key in ("step_time", "peak_memory", "parameters")]
+    kept = Estimate.read(point.get("performance_kept"))
+    share = [Estimate.read((point.get(key) or {}).get("share")) for key in ("step_time", "peak_memory", "parameters")]
     which = list(point["layers"] if layers is None else layers)
     return [
         cell(kept, 0.01, 0),
@@ -331,17 +332,18 @@ def _trade_off(row: Row) -> list[Cell]:
         cell(saved, digits=1),
         cell(row.kept, digits=1),
         cell(drop, digits=1),
-        cell(None if ratio is None else Number(ratio), digits=1),
+        cell(None if ratio is None else Estimate(value=ratio), digits=1),
         cell(row.memory, 2**20, 0),
         cell(row.adapter_bytes, 2**20, 2),
     ]
 
 
-def _turned(found: Number | None) -> Number | None:
+def _turned(found: Estimate | None) -> Estimate | None:
     """100 less a number."""
     if found is None:
         return None
-    return Number(100 - found.value, None if found.high is None else 100 - found.high, None if found.low is None else 100 - found.low)
+    low, high = (None if end is None else 100 - end for end in (found.high, found.low))
+    return Estimate(value=100 - found.value, low=low, high=high)
 
 
 def called(name: str, placement: Json) -> str:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from layercard.card.numbers import Json, Number, listed
+from layercard.card.numbers import Json, listed
 from layercard.cost.model import CostModel
+from layercard.records import Estimate
 from layercard.report.costs import where
 from layercard.report.roi import NOT_MEASURED, Ratio, Ratios
 from layercard.report.trials import Row, mean
@@ -61,7 +62,7 @@ def _memory(row: Row | None, layers: Sequence[int], cost: CostModel | None) -> R
     frozen, every = cost.weights_bytes, range(len(cost.layers))
     known = [(trial.memory, trial.whole_memory) for trial in row.trials if trial.memory and trial.whole_memory] if row else []
     if known:
-        found = mean([Number((frozen + own) / (frozen + whole)) for own, whole in known])
+        found = mean([Estimate(value=(frozen + own) / (frozen + whole)) for own, whole in known])
         return _ratio(found, 1.0, f"peaks measured, {_count(len(known), 'run')}")
     share = (frozen + cost.peak_memory(layers)) / (frozen + cost.peak_memory(every))
     if cost.source == "measured":
@@ -93,7 +94,7 @@ def _adapter_mb(whole: Row | None, cost: CostModel | None) -> float | None:
     return None if cost is None else cost.adapter_bytes(range(len(cost.layers))) / 1e6
 
 
-def _ratio(found: Number, scale: float, source: str) -> Ratio:
+def _ratio(found: Estimate, scale: float, source: str) -> Ratio:
     low, high = (None if end is None else scale * end for end in (found.low, found.high))
     return Ratio.of(scale * found.value, source, low=low, high=high)
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layercard.card.numbers import Json, listed, number, percent, stability_words
+from layercard.card.numbers import Json, listed, percent, stability_words
+from layercard.records import Estimate
 
 DONE, NEXT, OPEN = "done", "next", "open"
 """States of a step: there is a file for it; it is the one to do now; it comes later, or can be left out."""
@@ -214,18 +215,18 @@ def _fingerprint(found: Found) -> Any:
 
 
 def _placement_words(found: Found) -> str:
-    kept = number((found.value.get("predicted") or {}).get("performance_kept"))
+    kept = Estimate.read((found.value.get("predicted") or {}).get("performance_kept"))
     keeps = f", {percent(kept)} predicted" if kept is not None else ""
     return f"{found.name}: layers {listed([int(layer) for layer in found.value['layers']])}{keeps}"
 
 
 def _run_words(found: Found) -> str:
-    reduced = number(found.value.get("loss_reduction"))
+    reduced = Estimate.read(found.value.get("loss_reduction"))
     gained = f", loss reduced by {reduced.value:.3f} nats per labelled token" if reduced is not None else ""
     return f"{found.name}: {len(found.value['placement']['layers'])} layers{gained}"
 
 
 def _comparison_words(found: Found) -> str:
-    kept = [(str(row["name"]), number(row.get("performance_kept"))) for row in found.value["rows"]]
+    kept = [(str(row["name"]), Estimate.read(row.get("performance_kept"))) for row in found.value["rows"]]
     words = [f"{name} keeps {value.value:.0f} %" for name, value in kept if value is not None and name != "all"]
     return f"{found.name}: {', '.join(words[:3]) or f'{len(kept)} placements'}"

@@ -9,7 +9,8 @@ from typing import Any
 
 from plotly.graph_objects import Figure
 
-from layercard.card.numbers import Number, interval, short
+from layercard.card.numbers import interval, short
+from layercard.records import Estimate
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,13 @@ def plot(name: str, title: str, reading: str, figure: Figure, *, unit: str = "",
     return Plot(name, title, unit, reading, value, size, table)
 
 
-def cell(found: Number | None, scale: float = 1.0, digits: int | None = None) -> Cell:
+def cell(found: Estimate | None, scale: float = 1.0, digits: int | None = None) -> Cell:
     """A number as a cell, a dash where there is none."""
     if found is None:
         return Cell("–")
-    scaled = Number(*(None if end is None else end / scale for end in (found.value, found.low, found.high)))  # type: ignore[arg-type]
+    scaled = found.divided_by(scale)
     if scaled.low == scaled.high:
-        scaled = Number(scaled.value)
+        scaled = Estimate(value=scaled.value)
     if digits is None:
         return Cell(short(scaled.value), interval(scaled), found.value)
     text = [None if end is None else f"{end:,.{digits}f}".replace("-", "−") for end in (scaled.value, scaled.low, scaled.high)]

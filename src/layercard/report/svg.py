@@ -6,7 +6,8 @@ Everything that a card says in words is left out or escaped; numbers are written
 import html
 from collections.abc import Sequence
 
-from layercard.card.numbers import Json, Number, best_layers, profile_of, short
+from layercard.card.numbers import Json, best_layers, profile_of, short
+from layercard.records import Estimate
 from layercard.report.frames import MEASURES
 
 WIDTH, HEIGHT = 760, 300
@@ -100,7 +101,7 @@ def _ticks(depth: int) -> range:
     return range(0, depth, max(1, -(-depth // 15)))
 
 
-def _ends(value: Number) -> tuple[float, float]:
+def _ends(value: Estimate) -> tuple[float, float]:
     low, high = value.low, value.high
     return (value.value if low is None else low), (value.value if high is None else high)
 

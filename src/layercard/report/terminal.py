@@ -8,7 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.card.numbers import Json, Number, best_layers, interval, number, predicted_rows, profile_of, short, stability_words
+from layercard.card.numbers import Json, best_layers, interval, predicted_rows, profile_of, short, stability_words
+from layercard.records import Estimate
 from layercard.report.frames import MEASURES, RUN_COLUMNS, bar_fractions, comparison_rows, run_cells
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -59,10 +60,10 @@ def bar(fraction: float, width: int, *, ascii_only: bool = False) -> str:
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
-def strip(found: Number, bounds: tuple[float, float], width: int, *, ascii_only: bool = False) -> str:
+def strip(found: Estimate, bounds: tuple[float, float], width: int, *, ascii_only: bool = False) -> str:
     """A number and its interval on an axis from `bounds[0]` to `bounds[1]`, `width` characters wide.
 
-    >>> strip(Number(5.0, 2.0, 7.0), (0.0, 10.0), 11)
+    >>> strip(Estimate(value=5.0, low=2.0, high=7.0), (0.0, 10.0), 11)
     '  ───●──   '
     """
     bottom, top = bounds
@@ -124,11 +125,11 @@ def _fitting(card: Json, width: int) -> list[_Column]:
     return taken
 
 
-def _value(found: Number | None) -> Text:
+def _value(found: Estimate | None) -> Text:
     return Text("      -", style="dim") if found is None else Text(f"{short(found.value):>7}")
 
 
-def _bounds(values: Sequence[Number | None]) -> tuple[float, float]:
+def _bounds(values: Sequence[Estimate | None]) -> tuple[float, float]:
     """The smallest and largest end of any interval."""
     ends = [end for v in values if v is not None for end in (v.value, v.low, v.high) if end is not None]
     return (min(ends), max(ends)) if ends else (0.0, 0.0)
@@ -138,7 +139,7 @@ def _header(card: Json) -> Table:
     model, data, settings = card["model"], card["data"], card["settings"]
     cut = f", {data['truncated']} cut" if data.get("truncated") else ""
     tokens = f"{data['tokens']:,} tokens, {data['labelled_tokens']:,} labelled"
-    ridge = number(settings.get("ridge"))
+    ridge = Estimate.read(settings.get("ridge"))
     made = [
         f"rank {settings.get('rank')}",
         f"ridge {short(ridge.value) if ridge else settings.get('ridge')}",

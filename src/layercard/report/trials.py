@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from layercard.card.numbers import Json, Number, listed, number
+from layercard.card.numbers import Json, listed
 from layercard.files import shown
+from layercard.records import Estimate
 from layercard.report.costs import threads
 from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES
@@ -51,8 +52,8 @@ class Trial:
     depth: int
     seed: int = 0
     rank: int | None = None
-    reduction: Number | None = None
-    kept: Number | None = None
+    reduction: Estimate | None = None
+    kept: Estimate | None = None
     seconds: float | None = None
     time_share: float | None = None
     memory: float | None = None
@@ -107,7 +108,7 @@ def of_bench(record: Json) -> Trial | None:
         depth=depth,
         seed=int(run["train_config"].get("seed") or 0),
         rank=_rank(run["train_config"].get("rank")),
-        reduction=None if value is None else Number(value) if half is None else Number(value, value - half, value + half),
+        reduction=None if value is None else _within(value, half),
         seconds=None if trained.get("frozen_prefix_kept") else _float(trained.get("train_time")),
         memory=_float(trained.get("peak_memory_bytes")),
         adapter_bytes=_float(trained.get("file_size")),
@@ -128,8 +129,8 @@ def of_comparison(value: Json) -> list[Trial]:
             depth=depth,
             seed=int(settings.get("seed") or 0),
             rank=_rank(settings.get("rank")),
-            reduction=number(row.get("loss_reduction")),
-            kept=number(row.get("performance_kept")),
+            reduction=Estimate.read(row.get("loss_reduction")),
+            kept=Estimate.read(row.get("performance_kept")),
             seconds=_float(row.get("train_seconds")),
             time_share=_float(row.get("time_share")),
             memory=_float(row.get("peak_memory_bytes")),
@@ -179,7 +180,7 @@ def compared(trials: Sequence[Trial], shares: Mapping[tuple[str, tuple[int, ...]
 def _against(trial: Trial, whole: Trial | None, shares: Mapping[tuple[str, tuple[int, ...], int | None], float]) -> Trial:
     kept, share = trial.kept, trial.time_share
     if kept is None and whole is not None and trial.reduction and whole.reduction and whole.reduction.value > 0:
-        kept = _paired(trial, whole) or Number(100 * trial.reduction.value / whole.reduction.value)
+        kept = _paired(trial, whole) or Estimate(value=100 * trial.reduction.value / whole.reduction.value)
     if share is None:
         share = shares.get((trial.task, trial.layers, trial.rank))
     if share is None and whole is not None and trial.seconds and whole.seconds:
@@ -188,7 +189,7 @@ def _against(trial: Trial, whole: Trial | None, shares: Mapping[tuple[str, tuple
     return replace(trial, kept=kept, time_share=share, whole_memory=whole.memory if whole else None)
 
 
-def _paired(trial: Trial, whole: Trial) -> Number | None:
+def _paired(trial: Trial, whole: Trial) -> Estimate | None:
     """Per cent kept with a bootstrap interval over held-out records, which both runs must have been measured on."""
     if trial.nats is None or whole.nats is None or trial.nats[0] != whole.nats[0]:
         return None
@@ -200,7 +201,7 @@ def _paired(trial: Trial, whole: Trial) -> Number | None:
     if possible.sum() <= 0 or (below <= 0).any():
         return None
     low, high = np.quantile(100 * (weights @ reached) / below, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Number(float(100 * reached.sum() / possible.sum()), float(low), float(high))
+    return Estimate(value=float(100 * reached.sum() / possible.sum()), low=float(low), high=float(high))
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,13 @@ class Row:
     layers: tuple[int, ...]
     depth: int
     trials: tuple[Trial, ...]
-    reduction: dict[str, Number]
-    kept: Number | None
-    time_share: Number | None
+    reduction: dict[str, Estimate]
+    kept: Estimate | None
+    time_share: Estimate | None
     timings: int
-    memory: Number | None
-    adapter_bytes: Number | None
-    parameters: Number | None
+    memory: Estimate | None
+    adapter_bytes: Estimate | None
+    parameters: Estimate | None
 
 
 def rows_of(trials: Iterable[Trial], known: Mapping[tuple[int, ...], str] | None = None) -> list[Row]:
@@ -277,7 +278,7 @@ def plain_name(layers: Sequence[int], depth: int) -> str | None:
 
 
 def _row(name: str, trials: list[Trial]) -> Row:
-    tasks: dict[str, list[Number]] = defaultdict(list)
+    tasks: dict[str, list[Estimate]] = defaultdict(list)
     for trial in trials:
         if trial.reduction is not None:
             tasks[trial.task].append(trial.reduction)
@@ -289,7 +290,7 @@ def _row(name: str, trials: list[Trial]) -> Row:
         trials=tuple(trials),
         reduction={task: mean(values) for task, values in tasks.items()},
         kept=_mean_of(trial.kept for trial in trials),
-        time_share=_mean_of(map(Number, timings)),
+        time_share=_mean_of(map(_number, timings)),
         timings=len(timings),
         memory=_mean_of(_number(trial.memory) for trial in trials),
         adapter_bytes=_mean_of(_number(trial.adapter_bytes) for trial in trials),
@@ -297,11 +298,11 @@ def _row(name: str, trials: list[Trial]) -> Row:
     )
 
 
-def mean(values: Sequence[Number]) -> Number:
+def mean(values: Sequence[Estimate]) -> Estimate:
     """Mean with its 95 % t interval; of a single number, that number with its own interval.
 
-    >>> mean([Number(1.0), Number(2.0), Number(3.0)])
-    Number(value=2.0, low=-0.48..., high=4.48...)
+    >>> mean([Estimate(value=1.0), Estimate(value=2.0), Estimate(value=3.0)])
+    Estimate(value=2.0, low=-0.48..., high=4.48...)
     """
     if len(values) == 1:
         return values[0]
@@ -310,26 +311,30 @@ def mean(values: Sequence[Number]) -> Number:
     points = [one.value for one in values]
     middle = float(np.mean(points))
     half = float(stdtrit(len(points) - 1, (1 + LEVEL) / 2) * np.std(points, ddof=1) / len(points) ** 0.5)
-    return Number(middle, middle - half, middle + half)
+    return Estimate(value=middle, low=middle - half, high=middle + half)
 
 
-def _mean_of(values: Iterable[Number | None]) -> Number | None:
+def _mean_of(values: Iterable[Estimate | None]) -> Estimate | None:
     known = [value for value in values if value is not None]
     return mean(known) if known else None
 
 
-def _number(value: float | None) -> Number | None:
-    return None if value is None else Number(value)
+def _within(value: float, half: float | None) -> Estimate:
+    return Estimate(value=value) if half is None else Estimate(value=value, low=value - half, high=value + half)
+
+
+def _number(value: float | None) -> Estimate | None:
+    return None if value is None else Estimate(value=value)
 
 
 def _float(raw: Any) -> float | None:
-    found = number(raw)
+    found = Estimate.read(raw)
     return None if found is None else found.value
 
 
-def _with_ends(raw: Any, ends: Any) -> Number | None:
-    found = number(raw)
+def _with_ends(raw: Any, ends: Any) -> Estimate | None:
+    found = Estimate.read(raw)
     if found is None or not isinstance(ends, Sequence) or len(ends) != 2:
         return found
-    low, high = (number(end) for end in ends)
-    return Number(found.value, low.value if low else None, high.value if high else None)
+    low, high = (Estimate.read(end) for end in ends)
+    return Estimate(value=found.value, low=low.value if low else None, high=high.value if high else None)

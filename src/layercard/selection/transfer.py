@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from layercard.card.card import LayerCard, Sampled
+from layercard import records
+from layercard.card.card import LayerCard
 from layercard.errors import CardError
 from layercard.selection.select import performance_kept, probe_measure, select, set_similarity
 from layercard.statistics.coverage import coverage, demand, smoothing_kernel
@@ -230,8 +231,8 @@ def check_measure(cards: Sequence[LayerCard], measure: str) -> None:
 
 def shared_measures(cards: Sequence[LayerCard]) -> list[str]:
     """Measures with an interval that every layer of all cards has, in the order of the card."""
-    names = [name for name, entry in cards[0].layers[0] if isinstance(entry, Sampled)]
-    return [name for name in names if all(isinstance(getattr(layer, name), Sampled) for card in cards for layer in card.layers)]
+    names = [name for name, entry in cards[0].layers[0] if isinstance(entry, records.Estimate)]
+    return [name for name in names if all(isinstance(getattr(layer, name), records.Estimate) for card in cards for layer in card.layers)]
 
 
 def agreement(a: LayerCard, b: LayerCard, measure: str, seed: int = 0) -> Agreement:

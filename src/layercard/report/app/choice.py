@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json, number, percent, short
+from layercard.card.numbers import Json, percent, short
 from layercard.errors import LayercardError
+from layercard.records import Estimate
 from layercard.selection.budgets import Budgets
 from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
@@ -118,7 +119,7 @@ def command_line(wanted: Wishes, card_name: str) -> str:
 def rows(placement: Json) -> dict[str, str]:
     """What is predicted of a placement, in words, for each of `MEASURES`."""
     predicted = placement["predicted"]
-    kept, depth = number(predicted.get("performance_kept")), int(placement["model"]["layers"])
+    kept, depth = Estimate.read(predicted.get("performance_kept")), int(placement["model"]["layers"])
     return dict(
         zip(
             MEASURES,

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json, number
+from layercard.card.numbers import Json
 from layercard.errors import CardError, LayercardError, OutputError
 from layercard.files import parse_json
+from layercard.records import Estimate
 from layercard.selection.placement import Placement
 
 LARGEST = 20 * 2**20
@@ -237,7 +238,7 @@ def _check_rows(rows: Any, name: str) -> None:
     )
     if not whole:
         raise CardError(f"{name}: its rows are not whole; make it again with `layercard compare`")
-    if any(number(row.get("train_seconds")) is None for row in rows):
+    if any(Estimate.read(row.get("train_seconds")) is None for row in rows):
         raise CardError(f"{name}: a row has no training time; make it again with `layercard compare`")
 
 
