@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from layercard.export.plan import Settings
-from layercard.export.trainers import TRAINERS
-from layercard.export.writing import exported
+from layercard.export.export import exported
+from layercard.export.trainers import TRAINERS, Settings
 from layercard.selection.placement import Placement
 
 GOLDEN = Path(__file__).parent / "golden" / "export"
@@ -56,7 +55,7 @@ REFUSED = {
 def golden() -> Iterator[tuple[Path, str]]:
     """Each golden file and what it should hold; TRL has one for Python and one for its command line."""
     for name, trainer in TRAINERS.items():
-        suffixes = [".py", ".yaml"] if name == "trl" else [".py" if trainer.python else trainer.merges[0]]
+        suffixes = [".py", ".yaml"] if name == "trl" else [".py" if trainer.script else trainer.suffixes[0]]
         for case, placement in CASES.items():
             if case in REFUSED.get(name, ()):
                 continue

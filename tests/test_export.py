@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from exports import CASES, GOLDEN, REFUSED, golden, placed, ranked
 from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
-from layercard.export import json_text, yaml_text
-from layercard.export.merge import merged, nested
-from layercard.export.plan import Settings
-from layercard.export.trainers import TRAINERS, trainer_named
-from layercard.export.writing import exported
+from layercard.export.config_text import edited
+from layercard.export.export import exported, merged
+from layercard.export.trainers import TRAINERS, Settings, trainer_named
 from layercard.files import write_json
 from layercard.selection.placement import Placement
 
@@ -69,7 +67,7 @@ def test_merging_touches_nothing_else(tmp_path: Path) -> None:
     assert done.notes == ("replaced lora_target_modules: ['q_proj', 'v_proj']",)
     again = merged(done.text, "config.yml", TRAINERS["axolotl"], TRAINERS["axolotl"].plan(DENSE, Settings()))
     assert again.text == done.text
-    assert again.replaced == ()
+    assert again.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -171,9 +169,9 @@ def test_yaml_that_cannot_be_merged_into(text: str, words: str) -> None:
 )
 def test_sections(text: str) -> None:
     done = merged(text, "c.yaml", TRAINERS["mlx-lm"], TRAINERS["mlx-lm"].plan(DENSE, Settings()))
-    section = done.values["lora_parameters"]
+    section = done.keys["lora_parameters"]
     assert (section["rank"], section["scale"], section["dropout"], len(section["keys"])) == (4, 2.5, 0.0, len(DENSE.paths))
-    assert done.values["num_layers"] == -1
+    assert done.keys["num_layers"] == -1
     for comment in ("# how", "# low", "# scale is alpha / rank", "# seed"):
         assert (comment in done.text) == (comment in text)
 
@@ -213,17 +211,13 @@ def test_any_yaml_says_what_it_should(old: dict[str, Any], new: dict[str, Any], 
     new = {key: value for key, value in new.items() if key not in gone}
     text = "".join(f"# about {key}\n{yaml.safe_dump({key: value}, indent=indent, allow_unicode=True)}" for key, value in old.items())
     before = yaml.safe_load(text)  # PyYAML itself turns some control characters into blanks
-    changed = yaml_text.edited(text, "c.yml", new, gone)
+    changed = edited(text, "c.yml", new, gone)
     assert (yaml.safe_load(changed) or {}) == {key: value for key, value in before.items() if key not in gone} | new
     for key in old:
         assert f"# about {key}\n" in changed
     whole = {key: value for key, value in old.items() if value is not None}
-    as_json = json_text.edited(json.dumps(whole, indent=indent), "c.json", new, gone)
+    as_json = edited(json.dumps(whole, indent=indent), "c.json", new, gone)
     assert json.loads(as_json) == {key: value for key, value in whole.items() if key not in gone} | new
-
-
-def test_nested_keys() -> None:
-    assert nested(TRAINERS["megatron-bridge"].plan(DENSE, Settings()).wanted).keys() == {"peft"}
 
 
 def test_rank_alpha_and_dropout() -> None:
@@ -249,7 +243,7 @@ def test_a_name_from_outside_stays_a_string() -> None:
     for trainer in TRAINERS.values():
         text = exported(strange, trainer, Settings()).text
         assert "\nimport os" not in text
-        if trainer.python is None and trainer.merges[0] != ".json":
+        if trainer.script is None and trainer.suffixes[0] != ".json":
             assert isinstance(yaml.safe_load(text), dict)
 
 

@@ -25,10 +25,9 @@ from layercard.adapters.apply import adapted_ranks
 from layercard.adapters.lora_config import lora_config
 from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
-from layercard.export import mlx, read
-from layercard.export.plan import Settings
-from layercard.export.trainers import TRAINERS
-from layercard.export.writing import exported
+from layercard.export import read
+from layercard.export.export import exported
+from layercard.export.trainers import TRAINERS, Settings
 from layercard.models.adapted import adapted_paths, quiet_peft
 from layercard.models.layers import find_blocks
 from layercard.selection.placement import Placement
@@ -268,7 +267,7 @@ def test_any_placement_comes_back(plan: Placement) -> None:
     for trainer in ("axolotl", "llamafactory", "ms-swift", "peft", "unsloth"):
         config = READERS[trainer](exported(plan, TRAINERS[trainer], Settings()).text, model)
         assert {name for name in names if check_target_module_exists(config, name)} == set(plan.paths), trainer
-    assert set(mlx.keys(plan)) == set(plan.paths)
+    assert set(TRAINERS["mlx-lm"].choose(plan)["lora_parameters.keys"]) == set(plan.paths)
 
 
 def _llama() -> PreTrainedModel:

@@ -12,9 +12,8 @@ import pytest
 import yaml
 from peft import get_peft_model
 
-from layercard.export.plan import Settings
-from layercard.export.trainers import TRAINERS
-from layercard.export.writing import exported
+from layercard.export.export import exported
+from layercard.export.trainers import TRAINERS, Settings
 from layercard.models.adapted import adapted_paths, quiet_peft
 from layercard.models.layers import find_blocks
 from layercard.selection.placement import Placement

@@ -18,7 +18,8 @@ from layercard.commands.roi import figures
 from layercard.cost.model import CostModel
 from layercard.data.load import load_data
 from layercard.errors import CardError
-from layercard.export.merge import merged, read_text
+from layercard.export.config_text import read_text
+from layercard.export.export import merged
 from layercard.export.read import peft_config
 from layercard.export.trainers import TRAINERS
 from layercard.fast.prefix_store import Store
@@ -226,7 +227,7 @@ _FACTORY = b"model_name_or_path: x\nfinetuning_type: lora\nlora_rank: 8\nlora_ta
 
 @functools.cache
 def _plan(name: str) -> Any:
-    from layercard.export.plan import Settings
+    from layercard.export.trainers import Settings
 
     return TRAINERS[name].plan(Placement.from_json(json.loads(_placements()[0])), Settings())
 

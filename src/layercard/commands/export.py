@@ -51,9 +51,8 @@ def export(
     """
     if output is not None and not _same_file(merge, output):
         refuse_existing(output, force)
-    from layercard.export.plan import Settings
-    from layercard.export.trainers import trainer_named
-    from layercard.export.writing import check_landing, exported
+    from layercard.export.export import check_landing, exported
+    from layercard.export.trainers import Settings, trainer_named
     from layercard.selection.placement import Placement
 
     trainer, chosen = trainer_named(to), Placement.load(placement)

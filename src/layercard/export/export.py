@@ -1,15 +1,37 @@
-"""A placement in the words of other trainers: the keys that each of them reads, and no others."""
+"""A placement in the words of other trainers: the keys that each of them reads, and no others; `exported` is the way from end to end."""
 
+import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from layercard.selection.placement import Placement
+from layercard.adapters.lora_config import lora_arguments
+from layercard.card.numbers import listed
+from layercard.errors import ExportError
+from layercard.export.config_text import ABSENT, edited, read, read_text
+from layercard.export.trainers import ALPHA, DROPOUT, RANK, Plan, Settings, Trainer, split, trainer_named
+from layercard.selection.placement import Placement
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was made of a placement.
+
+    Attributes:
+        text: What the trainer reads, or Python that calls it.
+        keys: What the text says: the whole configuration, or the arguments in the Python.
+        notes: Sentences that the user must know: what was replaced in a merged file, and what else the trainer needs.
+    """
+
+    text: str
+    keys: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def configuration(
-    placement: "Placement",
+    placement: Placement,
     to: str,
     *,
     rank: int | None = None,
@@ -37,9 +59,150 @@ def configuration(
         ExportError: The trainer cannot express the placement, or the configuration cannot be used or contradicts it.
         PlacementError: Rank, alpha or dropout are out of range.
     """
-    from layercard.export.plan import Settings
-    from layercard.export.trainers import trainer_named
-    from layercard.export.writing import exported
-
     source = None if merge is None else Path(merge)
     return exported(placement, trainer_named(to), Settings(rank, alpha, dropout), merge=source, force=force).text
+
+
+def exported(
+    placement: Placement, trainer: Trainer, settings: Settings, *, merge: Path | None = None, suffix: str = "", force: bool = False
+) -> Exported:
+    """`configuration` with what it says and notes; `suffix` is that of the file to be written, which chooses among a trainer's forms."""
+    settings.check(placement)
+    if trainer.script is not None and merge is None and suffix not in trainer.suffixes:
+        return _script(placement, trainer, settings)
+    plan = trainer.plan(placement, settings)
+    if merge is not None:
+        return merged(read_text(merge), str(merge), trainer, plan, force=force)
+    as_json = suffix == ".json" or trainer.suffixes == (".json",)
+    return merged("" if as_json else f"# {_heading(placement)}\n", "new.json" if as_json else "new.yaml", trainer, plan)
+
+
+def merged(text: str, source: str, trainer: Trainer, plan: Plan, *, force: bool = False) -> Exported:
+    """A configuration with a plan's keys in it; comments, order, quotes and indentation of all that is not changed stay as they are.
+
+    `source` is its path, whose suffix tells YAML from JSON. With `force`, what contradicts the plan is replaced or taken out.
+
+    Raises:
+        ExportError: The file is not such a configuration, or it contradicts the plan and `force` is not set.
+    """
+    if Path(source).suffix.lower() not in trainer.suffixes:
+        forms = " or ".join(trainer.suffixes)
+        reason = f"reads {forms} files" if forms else "is used from Python and reads no file; export without --merge"
+        raise ExportError(f"{source} cannot be merged into: {trainer.name} {reason}")
+    values = read(text, source)
+
+    # Contradictions: keys in the file whose value keeps the placement from being followed, each with the value that it must have.
+    contradictions: dict[str, Any] = {}
+    for key, allowed in {**{key: (value,) for key, value in plan.required.items()}, **plan.allowed}.items():
+        value = _lookup(values, key)
+        if value is not None and value is not ABSENT and not any(_same(value, each) for each in allowed):
+            contradictions[key] = plan.required.get(key, plan.defaults.get(key, ABSENT))
+    if contradictions and not force:
+        (first, must_be), *others = contradictions.items()
+        must = "must not be there" if must_be is ABSENT else f"must be {_shortened(must_be)}"
+        more = f" (and so do {', '.join(key for key, _ in others)})" if others else ""
+        raise ExportError(
+            f"{source} has {first}: {_shortened(_lookup(values, first))}, which contradicts the placement: it {must}{more}; "
+            "take it out, or pass --force to replace it"
+        )
+
+    # Defaults are written only where the file says nothing.
+    changes = {key: value for key, value in plan.defaults.items() if _lookup(values, key) in (ABSENT, None)}
+    changes |= {key: value for key, value in contradictions.items() if value is not ABSENT}
+    changes |= {key: value for key, value in plan.required.items() if not _same(_lookup(values, key), value)}
+    new = edited(text, source, changes, [key for key, value in contradictions.items() if value is ABSENT])
+    replaced = (
+        f"{'took out' if value is ABSENT else 'replaced'} {key}: {_shortened(_lookup(values, key))}"
+        for key, value in contradictions.items()
+    )
+    return Exported(new, read(new, source), (*replaced, *trainer.notes))
+
+
+def check_landing(placement: Placement, trainer: Trainer, keys: dict[str, Any], name: str) -> str:
+    """Read keys back as their trainer does, on a model without weights, and say in a sentence that they adapt what was planned.
+
+    mlx-lm and Megatron-Bridge have classes of their own, whose modules are not those of transformers: for them only the placement is
+    checked, that the model has its targets.
+
+    Raises:
+        PlacementError: They adapt something else, or the model lacks a target.
+        ModelError: There is no such model.
+    """
+    from peft import LoraConfig
+
+    from layercard.adapters.apply import planned_maps
+    from layercard.adapters.verify import verify_config
+    from layercard.export.read import config_of
+    from layercard.models.skeleton import skeleton
+
+    model = skeleton(name)
+    if trainer.name in ("mlx-lm", "megatron-bridge"):
+        planned_maps(model, placement)
+        return f"{name} has all {len(placement.targets)} targets; how {trainer.name} names them cannot be checked on it"
+    of_peft = trainer.name in ("peft", "unsloth") or (trainer.name == "trl" and "use_peft" not in keys)
+    config = LoraConfig(**keys) if of_peft else config_of(keys, model, trainer.name)
+    verify_config(model, config, placement=placement, name=name, source=f"what {trainer.name} reads").check()
+    return f"read back on {name}: exactly the {len(placement.targets)} planned targets are adapted"
+
+
+def _script(placement: Placement, trainer: Trainer, settings: Settings) -> Exported:
+    """Python that calls a trainer; what the placement says of the model is a quoted string in it."""
+    if trainer.name == "trl":
+        values = settings.values()
+        arguments = lora_arguments(placement, r=values[RANK], lora_alpha=values[ALPHA], lora_dropout=values[DROPOUT])
+    else:
+        plan = trainer.plan(placement, settings)
+        arguments = plan.required | plan.defaults
+    lines = []
+    for name, value in arguments.items():
+        if isinstance(value, list) and any(isinstance(item, str) for item in value):
+            lines += [f"{name}=[", *(f"    {_quoted(item)}," for item in value), "],"]
+        elif isinstance(value, dict) and value:
+            lines += [f"{name}={{", *(f"    {_quoted(key)}: {_quoted(item)}," for key, item in value.items()), "},"]
+        else:
+            lines.append(f"{name}={_quoted(value)},")
+    blocks = split(placement)
+    text = (trainer.script or "").format(
+        heading=_heading(placement),
+        model=_quoted(str(placement.model.get("name", "model"))),
+        model_class="FastLanguageModel" if blocks is not None and blocks.text_only else "FastModel",
+        arguments="\n".join(f"    {line}" for line in lines),
+    )
+    return Exported(text, arguments)
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _heading(placement: Placement) -> str:
+    """A sentence on what a configuration was made from; it can stand in a comment."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in str(placement.model.get("name", "model")))[:80]
+    return f"layercard export: layers {listed(placement.layers)} of {name}"
+
+
+def _lookup(values: Mapping[str, Any], key: str) -> Any:
+    """The value of a key with dots; `ABSENT` where there is none."""
+    value: Any = values
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two values mean the same; the order of names does not matter, in lists and in strings with commas."""
+    if isinstance(value, bool) or isinstance(other, bool):
+        return value is other
+    if isinstance(value, list) and isinstance(other, list):
+        return sorted(map(repr, value)) == sorted(map(repr, other))
+    if isinstance(value, str) and isinstance(other, str) and "," in value + other:
+        return {name.strip() for name in value.split(",")} == {name.strip() for name in other.split(",")}
+    return bool(value == other)
+
+
+def _shortened(value: Any) -> str:
+    """A value on one line of at most 60 characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:59] + "…"
