@@ -274,7 +274,7 @@ def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
     with torch.no_grad():
         before = held_out(base.model)
     torch.manual_seed(item.seed)
-    paths = [p.path for layer in item.layers for p in base.blocks[layer].projections]
+    paths = [p.path for layer in item.layers for p in base.blocks[layer].linear_modules]
     model = get_peft_model(base.model, LoraConfig(r=item.rank, lora_alpha=2 * item.rank, target_modules=paths))
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=item.learning_rate, weight_decay=0.0)
@@ -316,7 +316,7 @@ def test_a_run_leaves_the_model_alone_and_has_the_shape_of_method_comparison(set
     assert record["run_info"]["layers"] == [2, 5]
     assert [phase["name"] for phase in record["train_info"]["phases"]] == ["train", "evaluate", "forgetting", "memory", "generate"]
     assert record["train_info"]["train_time"] == record["train_info"]["phases"][0]["seconds"] > 0
-    expected = 2 * sum(p.in_features + p.out_features for layer in (2, 5) for p in base.blocks[layer].projections)
+    expected = 2 * sum(p.in_features + p.out_features for layer in (2, 5) for p in base.blocks[layer].linear_modules)
     assert record["train_info"]["num_trainable_params"] == expected
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layercard.data.load import Batch, Example, collate
-from layercard.models.hooks import capturing, entries, frozen, replayed, stepped
+from layercard.models.hooks import capturing, frozen, hidden_states, replayed, stepped
 from layercard.models.layers import find_blocks
 from layercard.models.load import labelled_losses
 from tiny import TINY_FAMILIES, VOCAB, build_tiny
@@ -63,7 +63,7 @@ def test_gradients_from_signals_equal_those_of_autograd(family: str) -> None:
     with capturing(model, blocks) as capture:
         capture.start(batch.attention_mask, lambda p, a, d, _: found.__setitem__(p.path, (a, d)))
         labelled_losses(model, batch)[0].sum().backward()
-    paths = [p for block in blocks for p in block.projections]
+    paths = [p for block in blocks for p in block.linear_modules]
     assert paths and {p.path for p in paths} == set(found)
     for projection in paths:
         a, d = found[projection.path]
@@ -136,7 +136,7 @@ def test_replaying_from_a_block_equals_the_whole_forward(family: str) -> None:
     before = state(model)
     with torch.no_grad(), frozen(model):
         whole, _ = labelled_losses(model, batch)
-        kept = entries(lambda: labelled_losses(model, batch), blocks, [0, 1, 2])
+        kept = hidden_states(lambda: labelled_losses(model, batch), blocks, [0, 1, 2])
         for start in (0, 1, 2):
             with replayed(blocks, start, kept[start]):
                 again, _ = labelled_losses(model, batch)
@@ -151,7 +151,7 @@ def test_recording_stops_at_the_last_wanted_block() -> None:
     ran = []
     handle = blocks[2].module.register_forward_hook(lambda *_: ran.append(2))
     with torch.no_grad():
-        kept = entries(lambda: labelled_losses(model, batch_of(examples())), blocks, [1])
+        kept = hidden_states(lambda: labelled_losses(model, batch_of(examples())), blocks, [1])
     handle.remove()
     assert list(kept) == [1] and not ran
 
@@ -164,13 +164,13 @@ def test_a_step_on_outputs_equals_a_step_of_the_weights(family: str) -> None:
     generator = torch.Generator().manual_seed(0)
     steps = {
         p.path: (torch.randn(2, p.in_features, generator=generator) / 9, torch.randn(p.out_features, 2, generator=generator) / 9)
-        for p in block.projections
+        for p in block.linear_modules
     }
     with torch.no_grad(), stepped(block, steps, 0.7):
         found, _ = labelled_losses(model, batch)
     with torch.no_grad():
         plain, _ = labelled_losses(model, batch)
-        for projection in block.projections:
+        for projection in block.linear_modules:
             down, up = steps[projection.path]
             change = 0.7 * up @ down
             projection.module.weight += change.T if projection.transposed else change

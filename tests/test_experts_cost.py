@@ -34,12 +34,12 @@ def test_experts_are_timed_and_counted(family: str) -> None:
     assert_same(before, after)
     assert before["own"] == after["own"] and before["config"] == after["config"]
     for layer, block in zip(cost.layers, base.blocks, strict=True):
-        shapes = [tuple(p.module.weight.shape) for p in block.projections]
+        shapes = [tuple(p.module.weight.shape) for p in block.linear_modules]
         stacked = [tuple(stack.module.get_parameter(stack.parameter).shape) for stack in block.stacks]
         assert stacked and all(experts == 4 for experts, _, _ in stacked)
         assert layer.adapter_parameters == 2 * (sum(map(sum, shapes)) + sum(4 * (one + other) for _, one, other in stacked))
-        assert [module.name for module in layer.modules] == [p.name for p in block.projections] + [s.name for s in block.stacks]
-        assert [module.experts for module in layer.modules] == [1] * len(block.projections) + [4] * len(block.stacks)
+        assert [module.name for module in layer.modules] == [p.name for p in block.linear_modules] + [s.name for s in block.stacks]
+        assert [module.experts for module in layer.modules] == [1] * len(block.linear_modules) + [4] * len(block.stacks)
         assert all(module.adapter_seconds > 0 for module in layer.modules) or layer.adapter_seconds == 0
         assert sum(module.adapter_seconds for module in layer.modules) == pytest.approx(layer.adapter_seconds)
     assert CostModel.from_json(cost.to_json()) == cost

@@ -79,7 +79,7 @@ LAYERS = {"llama": (1, 11), "experts": (0, 2)}
 def planned(model: PreTrainedModel, layers: tuple[int, ...]) -> Placement:
     """All maps of some layers, stacked experts included."""
     blocks = find_blocks(model)
-    paths = tuple(each.path for layer in layers for each in blocks[layer].projections)
+    paths = tuple(each.path for layer in layers for each in blocks[layer].linear_modules)
     stacks = tuple(each.path for layer in layers for each in blocks[layer].stacks)
     return Placement({"name": "tiny", "layers": len(blocks)}, layers, paths, "given", parameters=stacks)
 
@@ -347,7 +347,7 @@ def test_the_command_refuses_another_model(folder: Path, tmp_path: Path, capsys:
 
 def test_configurations_made_elsewhere(models: dict[str, PreTrainedModel], tmp_path: Path) -> None:
     model = models["llama"]
-    every = {path for block in find_blocks(model) for path in (each.path for each in block.projections)}
+    every = {path for block in find_blocks(model) for path in (each.path for each in block.linear_modules)}
     file = tmp_path / "config.yaml"
     for text, planned_paths in (
         ("base_model: m\nadapter: qlora\nlora_target_linear: true\n", every),

@@ -26,7 +26,7 @@ def placed(family: str, layers: tuple[int, ...]) -> tuple[Any, Placement]:
     """A tiny model of 12 layers, and all maps of some of them."""
     model = build_tiny(family, **({"n_layer": 12} if family == "gpt2" else {"num_hidden_layers": 12}))
     blocks = find_blocks(model)
-    paths = tuple(each.path for layer in layers for each in blocks[layer].projections)
+    paths = tuple(each.path for layer in layers for each in blocks[layer].linear_modules)
     return model, Placement({"name": "tiny", "layers": 12}, layers, paths, "given")
 
 

@@ -180,7 +180,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_named() -> None:
     base = base_of()
     with torch.no_grad():
-        base.blocks[3].projections[0].module.weight.fill_(float("nan"))  # type: ignore[operator,union-attr]
+        base.blocks[3].linear_modules[0].module.weight.fill_(float("nan"))  # type: ignore[operator,union-attr]
     with pytest.raises(TrainingError, match="layer 0 is nan after 1 steps"):
         probe_of(base)
 

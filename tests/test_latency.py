@@ -39,7 +39,7 @@ def test_variants_take_turns_and_are_compared_within_the_round(monkeypatch: pyte
     def fake(model: Any, ids: torch.Tensor, count: int, *, device: torch.device, clock: Any) -> Reading:
         """The whole machine is slower in every round; an adapter costs 50 %."""
         assert (ids.shape, count) == ((2, 8), 4)
-        wrapped = {block.index for block in base.blocks for p in block.projections if model.get_submodule(p.path) is not p.module}
+        wrapped = {block.index for block in base.blocks for p in block.linear_modules if model.get_submodule(p.path) is not p.module}
         merged_too = any("lora_" in name for name, _ in model.named_parameters())
         if len(ran) >= 5 and len(ran) % 5 == 0:
             pace["now"] = next(rounds)

@@ -40,8 +40,8 @@ def test_blocks_and_projections_of_each_family(family: str) -> None:
     assert [block.path for block in blocks] == [f"{path}.{index}" for index in range(LAYERS)]
     for block in blocks:
         assert model.get_submodule(block.path) is block.module
-        assert sorted(p.name for p in block.projections) == sorted(names)
-        for projection in block.projections:
+        assert sorted(p.name for p in block.linear_modules) == sorted(names)
+        for projection in block.linear_modules:
             assert projection.path == f"{block.path}.{projection.name}"
             assert model.get_submodule(projection.path) is projection.module
 
@@ -53,13 +53,13 @@ def test_shapes_are_those_the_forward_sees(family: str) -> None:
     hooks = [
         p.module.register_forward_hook(lambda _m, args, out, path=p.path: seen.update({path: (args[0].shape[-1], out.shape[-1])}))
         for block in find_blocks(model)
-        for p in block.projections
+        for p in block.linear_modules
     ]
     model(input_ids=torch.arange(6, 12)[None])
     for hook in hooks:
         hook.remove()
     for block in find_blocks(model):
-        for p in block.projections:
+        for p in block.linear_modules:
             assert seen[p.path] == (p.in_features, p.out_features)
             stored = tuple(p.module.weight.shape)
             assert stored == ((p.in_features, p.out_features) if p.transposed else (p.out_features, p.in_features))
@@ -68,7 +68,7 @@ def test_shapes_are_those_the_forward_sees(family: str) -> None:
 
 def test_every_linear_map_but_the_head_is_in_a_block() -> None:
     model = build_tiny("qwen3")
-    inside = {p.path for block in find_blocks(model) for p in block.projections}
+    inside = {p.path for block in find_blocks(model) for p in block.linear_modules}
     every = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert every - inside == {"lm_head"}
 
@@ -98,8 +98,8 @@ class Decoder(nn.Module):
 def test_a_list_of_experts_is_not_taken_for_the_blocks(depth: int) -> None:
     blocks = find_blocks(Decoder(nn.ModuleList(ExpertBlock(8, experts=16) for _ in range(depth))))
     assert [block.path for block in blocks] == [f"blocks.{index}" for index in range(depth)]
-    assert len(blocks[0].projections) == 1 + 2 * 16
-    assert blocks[0].projections[-1].path == "blocks.0.experts.15.down"
+    assert len(blocks[0].linear_modules) == 1 + 2 * 16
+    assert blocks[0].linear_modules[-1].path == "blocks.0.experts.15.down"
 
 
 def test_a_block_that_only_wraps_an_inner_list_ties_to_the_outer_one() -> None:
@@ -118,7 +118,7 @@ def test_mixtral_blocks() -> None:
     )  # fmt: skip
     blocks = find_blocks(MixtralForCausalLM(config))
     assert [block.path for block in blocks] == ["model.layers.0", "model.layers.1"]
-    assert "self_attn.q_proj" in {p.name for p in blocks[0].projections}
+    assert "self_attn.q_proj" in {p.name for p in blocks[0].linear_modules}
 
 
 def vision_language_model(vision_width: int, vision_layers: int) -> PreTrainedModel:
@@ -184,8 +184,8 @@ def test_subclasses_of_linear_maps_count_and_a_block_may_have_none() -> None:
             self.a, self.b = MyLinear(8, 4), MyConv1D(3, 8)
 
     first, second = find_blocks(Decoder(nn.ModuleList([nn.LayerNorm(8), Mixed()])))
-    assert first.projections == ()
-    shapes = [(p.name, p.in_features, p.out_features, p.transposed) for p in second.projections]
+    assert first.linear_modules == ()
+    shapes = [(p.name, p.in_features, p.out_features, p.transposed) for p in second.linear_modules]
     assert shapes == [("a", 8, 4, False), ("b", 8, 3, True)]
 
 
@@ -193,7 +193,7 @@ def test_the_tiny_models_have_the_sizes_the_other_tests_count_on() -> None:
     model = build_tiny("llama", num_hidden_layers=5)
     assert len(find_blocks(model)) == 5
     assert model.get_input_embeddings().weight.shape == (VOCAB, WIDTH)
-    assert find_blocks(model)[0].projections[-1].in_features == INNER
+    assert find_blocks(model)[0].linear_modules[-1].in_features == INNER
     assert torch.equal(build_tiny("opt", seed=3).lm_head.weight, build_tiny("opt", seed=3).lm_head.weight)
 
 
@@ -217,7 +217,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize("inner", [Packed(8, 4), nn.Linear(8, 4)])
 def test_quantised_maps_are_known_by_their_widths_and_wrappers_by_what_they_hold(inner: nn.Module) -> None:
     (block,) = find_blocks(Decoder(nn.ModuleList([nn.ModuleDict({"a": Wrapper(inner), "b": Packed(8, 16)})])))
-    assert [(p.name, p.in_features, p.out_features, p.transposed) for p in block.projections] == [
+    assert [(p.name, p.in_features, p.out_features, p.transposed) for p in block.linear_modules] == [
         ("a.inner", 8, 4, False),
         ("b", 8, 16, False),
     ]
@@ -241,7 +241,7 @@ class Mixer(nn.Module):
 )
 def test_maps_whose_weight_is_read_without_running_them_are_left_out(module: nn.Module, kept: list[str]) -> None:
     (block,) = find_blocks(Decoder(nn.ModuleList([nn.ModuleDict({"a": module, "b": nn.Linear(8, 8)})])))
-    assert [p.name for p in block.projections] == [*kept, "b"]
+    assert [p.name for p in block.linear_modules] == [*kept, "b"]
 
 
 def test_names_that_peft_takes_for_experts_are_left_out() -> None:
@@ -254,4 +254,4 @@ def test_names_that_peft_takes_for_experts_are_left_out() -> None:
     assert isinstance(model.get_submodule("model.layers.0.mlp.gate_proj"), nn.Linear)
     assert isinstance(model.get_submodule("model.layers.1.mlp.shared_experts.gate_proj"), nn.Linear)
     for block in find_blocks(model):
-        assert block.projections and all(p.name.startswith("self_attn.") for p in block.projections)
+        assert block.linear_modules and all(p.name.startswith("self_attn.") for p in block.linear_modules)

@@ -36,7 +36,7 @@ def adapted(family: str, layers: Sequence[int] = (2,), seed: int = 0, **changes:
     model = tiny.build_tiny(family, seed=seed, **{**NO_DROPOUT.get(family, {}), **changes})
     torch.manual_seed(0)
     blocks = find_blocks(model)
-    paths = [projection for layer in layers for projection in blocks[layer].projections]
+    paths = [projection for layer in layers for projection in blocks[layer].linear_modules]
     config = LoraConfig(
         r=2, target_modules=[one.path for one in paths], fan_in_fan_out=paths[0].transposed, init_lora_weights=False, task_type="CAUSAL_LM"
     )

@@ -38,7 +38,7 @@ def test_step_probe_equals_a_model_whose_weights_were_changed(family: str) -> No
         for at in range(2):
             changed = copy.deepcopy(base.model)
             with torch.no_grad():
-                for p in base.blocks[layer].projections:
+                for p in base.blocks[layer].linear_modules:
                     down, up = step[p.path]
                     change = probe.alphas[layer, at] * (up @ down).double()
                     changed.get_parameter(f"{p.path}.weight").add_((change.T if p.transposed else change).float())
@@ -74,7 +74,7 @@ def test_training_probe_equals_stock_peft_on_the_whole_model() -> None:
     assert_same(before, state(base.model))
 
     torch.manual_seed(settings.seed)
-    paths = [p.path for p in base.blocks[layer].projections]
+    paths = [p.path for p in base.blocks[layer].linear_modules]
     model = get_peft_model(copy.deepcopy(base.model), LoraConfig(r=2, lora_alpha=4.0, target_modules=paths))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.0)

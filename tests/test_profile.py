@@ -61,7 +61,7 @@ def test_every_family_gets_a_whole_card(family: str) -> None:
             sampled = getattr(layer, measure)
             assert sampled.low <= sampled.value <= sampled.high, measure
     for layer, block in zip(card.layers, base.blocks, strict=True):
-        assert [module.path for module in layer.modules] == [p.path for p in block.projections]
+        assert [module.path for module in layer.modules] == [p.path for p in block.linear_modules]
         assert layer.resnorm_rank.value <= layer.resnorm.value * (1 + 1e-5)
         assert 0 < layer.residual_fraction.value < 1
         assert layer.condition.value >= 1

@@ -350,8 +350,8 @@ def test_merged_modules_are_plain_and_leave_the_base_alone(family: str) -> None:
     before = state_of(base.model)
     adapter = adapters_of(base, [[1, 4]])[0]
     plain = merged(adapter)
-    assert {type(module) for module in plain.modules.values()} <= {type(p.module) for b in base.blocks for p in b.projections}
-    assert adapter.bytes == sum(4 * 4 * (p.in_features + p.out_features) for at in (1, 4) for p in base.blocks[at].projections)
+    assert {type(module) for module in plain.modules.values()} <= {type(p.module) for b in base.blocks for p in b.linear_modules}
+    assert adapter.bytes == sum(4 * 4 * (p.in_features + p.out_features) for at in (1, 4) for p in base.blocks[at].linear_modules)
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         with switched_on(base, adapter):

@@ -117,7 +117,7 @@ def test_a_short_pass_takes_the_other_form_and_says_the_same() -> None:
     base = base_of()
     short = [Example(tuple(range(6, 12)), (-100, *range(7, 12)), {}), Example(tuple(range(20, 26)), (-100, *range(21, 26)), {})]
     few = fit_pass(base, short, rank=2, ridge=1.0, batch_size=2)
-    assert few.tokens == 12 < base.blocks[0].projections[0].in_features
+    assert few.tokens == 12 < base.blocks[0].linear_modules[0].in_features
     many = fit_pass(base, short * 4, rank=2, ridge=1.0, batch_size=2)  # the same tokens four times: the d×d form
     for one, two in zip(few.modules, many.modules, strict=True):
         for m, n in zip(one, two, strict=True):

@@ -29,7 +29,7 @@ from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors, PeakMemory
 from layercard.models import skeleton
 from layercard.models.adapted import quiet_peft
-from layercard.models.hooks import stamped
+from layercard.models.hooks import block_borders
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import training_step
 from layercard.profiling.profile import profile_records as profile
@@ -61,8 +61,8 @@ def test_every_family_is_measured_and_left_as_it_was(family: str) -> None:
     assert cost.weights_bytes == sum(weight.nbytes for weight in base.model.parameters())
     for layer, block in zip(cost.layers, base.blocks, strict=True):
         assert layer.forward_seconds > 0 and layer.saved_bytes > 0 and layer.adapter_saved_bytes > 0
-        assert layer.adapter_parameters == 2 * sum(p.in_features + p.out_features for p in block.projections)
-        assert [module.name for module in layer.modules] == [p.name for p in block.projections]
+        assert layer.adapter_parameters == 2 * sum(p.in_features + p.out_features for p in block.linear_modules)
+        assert [module.name for module in layer.modules] == [p.name for p in block.linear_modules]
         assert sum(module.adapter_seconds for module in layer.modules) == pytest.approx(layer.adapter_seconds)
     assert 0 < cost.step_time([LAYERS - 1]) <= cost.step_time(range(LAYERS))
     assert CostModel.from_json(cost.to_json()) == cost
@@ -114,7 +114,7 @@ def test_saved_bytes_are_what_the_graph_keeps(family: str) -> None:
             elif (name, index) == ("leave", LAYERS - 1):
                 count["out"] = total
 
-        with context, stamped(base.blocks, stamp), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with context, block_borders(base.blocks, stamp), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         found = sum(layer.saved_bytes + extra * layer.adapter_saved_bytes for layer in cost.layers[1:])
         assert found == pytest.approx(count["out"] - count["in"], rel=0.05)
@@ -122,12 +122,12 @@ def test_saved_bytes_are_what_the_graph_keeps(family: str) -> None:
 
 def test_borders_come_in_the_order_of_the_pass() -> None:
     base, seen = base_of(), []
-    with adapted_layers(base, [1], 2) as (model, optimizer), stamped(base.blocks, lambda name, index: seen.append((name, index))):
+    with adapted_layers(base, [1], 2) as (model, optimizer), block_borders(base.blocks, lambda name, index: seen.append((name, index))):
         training_step(model, random_batch(VOCAB, 2, 12), optimizer)
     forward = [(name, at) for at in range(LAYERS) for name in ("enter", "leave")]
     assert seen == [*forward, ("back", 3), ("back", 2)]  # the graph ends within block 1
     seen.clear()
-    with through_all(base) as model, stamped(base.blocks, lambda name, index: seen.append((name, index))):
+    with through_all(base) as model, block_borders(base.blocks, lambda name, index: seen.append((name, index))):
         training_step(model, random_batch(VOCAB, 2, 12), None)
     assert seen == [*forward, ("back", 3), ("back", 2), ("back", 1), ("back", 0)]
 
@@ -163,7 +163,7 @@ def test_parts_that_are_known_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds: dict[int, str] = {1: "last", 0: "through", DEPTH: "all"}
 
     def timed(base: BaseModel, model: Any, batch: Batch, optimizer: Any) -> list[Stamps]:
-        adapters = sum("lora_A" in name for name, _ in model.named_parameters()) // len(base.blocks[0].projections)
+        adapters = sum("lora_A" in name for name, _ in model.named_parameters()) // len(base.blocks[0].linear_modules)
         return [made_stamps(kinds[adapters])] * 2
 
     monkeypatch.setattr(timing, "_timed", timed)

@@ -33,7 +33,7 @@ from layercard.fast.packing import unpadded
 from layercard.fast.prefix import frozen_prefix
 from layercard.models.adapted import unchanged
 from layercard.models.hooks import capturing, stepped
-from layercard.models.layers import Projection
+from layercard.models.layers import LinearModule
 from layercard.models.load import BaseModel, fingerprint, is_classifier, labelled_losses
 from layercard.models.streamed import open_model
 from layercard.profiling.profile import profile_records as profile
@@ -93,7 +93,7 @@ def _signals(case: Case) -> dict[str, torch.Tensor]:
     """For each map `Σ δ aᵀ: [out, in]` over the tokens of the batch, and for each expert over those sent to it."""
     found: dict[str, torch.Tensor] = {}
 
-    def sink(one: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: object) -> None:
+    def sink(one: LinearModule, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: object) -> None:
         found[one.path] = found.get(one.path, 0) + d_to.T @ a_ti
 
     with capturing(case.base.model, case.base.blocks) as capture:
@@ -108,7 +108,7 @@ def profiles(case: Case) -> str:
     assert len(case.card.layers) == len(case.base.blocks)
     assert all(layer.modules and layer.resnorm.value > 0 for layer in case.card.layers)
     signals = _signals(case)
-    projections = [p for block in case.base.blocks for p in block.projections]
+    projections = [p for block in case.base.blocks for p in block.linear_modules]
     added = [torch.zeros(p.out_features, p.in_features, requires_grad=True) for p in projections]
     with ExitStack() as stack:
         for p, weight in zip(projections, added, strict=True):
@@ -141,7 +141,7 @@ def selects(case: Case) -> str:
     """A placement of two layers names exactly their maps and stacks of experts."""
     assert len(case.placement.layers) == 2
     chosen = [case.base.blocks[layer] for layer in case.placement.layers]
-    assert set(case.placement.paths) == {p.path for block in chosen for p in block.projections}
+    assert set(case.placement.paths) == {p.path for block in chosen for p in block.linear_modules}
     assert set(case.placement.parameters) == {stack.path for block in chosen for stack in block.stacks}
     return YES
 
@@ -158,7 +158,7 @@ def profiles_experts(case: Case) -> str:
             weight.requires_grad_(True)
         gradients = torch.autograd.grad(labelled_losses(case.base.model, case.batch)[0].sum(), weights)
     for stack, gradient in zip(stacks, gradients, strict=True):
-        found = [signals.get(one.path, torch.zeros(one.out_features, one.in_features)) for one in stack.maps]
+        found = [signals.get(one.path, torch.zeros(one.out_features, one.in_features)) for one in stack.modules]
         expected = gradient.mT if stack.transposed else gradient
         torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=stack.path)
     assert all(any(module.experts for module in case.card.layers[block.index].modules) for block in case.base.blocks if block.stacks)
@@ -201,7 +201,7 @@ def probes(case: Case) -> str:
     for block in base.blocks:
         step = {
             p.path: (0.1 * torch.randn(2, p.in_features, generator=draw), 0.1 * torch.randn(p.out_features, 2, generator=draw))
-            for p in block.maps
+            for p in block.modules
         }
         plain = held_out_losses(base.model, base.pad_id, case.data, batch_size=4)
         with stepped(block, step, 1.0):
@@ -282,7 +282,7 @@ def takes_labels_only(case: Case) -> str:
 def fuses(case: Case) -> str:
     """With adapters computed in one step, losses and gradients are stock ones."""
     done = _compare(case, fused_lora)
-    kinds = {type(p.module).__name__ for block in case.base.blocks for p in block.projections} - {"Linear", "Conv1D"}
+    kinds = {type(p.module).__name__ for block in case.base.blocks for p in block.linear_modules} - {"Linear", "Conv1D"}
     return YES if done.fused == done.adapters else f"{done.fused} of {done.adapters} adapters: maps are {', '.join(sorted(kinds))}"
 
 

@@ -7,7 +7,7 @@ from capabilities import Case
 from families import BY_NAME, base_of
 
 from layercard.models.hooks import capturing
-from layercard.models.layers import Projection
+from layercard.models.layers import LinearModule
 from layercard.models.load import keeps_logits, labelled_losses, shared_keys
 from layercard.profiling.step_probe import ReplayedSet
 
@@ -29,7 +29,7 @@ def test_blocks_that_read_keys_of_lower_ones_are_entered_from_the_first(tmp_path
 def test_a_map_that_runs_twice_gives_the_signals_of_both_calls(tmp_path: Path) -> None:
     case, rows = Case(BY_NAME["gemma3n"], tmp_path), dict[str, int]()
 
-    def sink(one: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: object) -> None:
+    def sink(one: LinearModule, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: object) -> None:
         rows[one.name] = rows.get(one.name, 0) + len(a_ti)
 
     with capturing(case.base.model, case.base.blocks[:1]) as capture:
@@ -40,7 +40,9 @@ def test_a_map_that_runs_twice_gives_the_signals_of_both_calls(tmp_path: Path) -
 
 
 def test_maps_without_effect_are_in_no_placement() -> None:
-    names = {name: {p.name for block in base_of(name).blocks for p in block.projections} for name in ("falcon_h1", "gemma3n", "qwen3_next")}
+    names = {
+        name: {p.name for block in base_of(name).blocks for p in block.linear_modules} for name in ("falcon_h1", "gemma3n", "qwen3_next")
+    }
     assert {"mamba.in_proj", "self_attn.q_proj"} <= names["falcon_h1"]
     assert "mamba.out_proj" not in names["falcon_h1"]
     assert "altup.correction_coefs" not in names["gemma3n"]

@@ -31,4 +31,4 @@ def test_model_read_back_is_the_one_saved(name: str, tmp_path: Path) -> None:
     found = load_model(tmp_path)
     assert type(found.model) is type(base.model)
     assert (found.fingerprint, found.blocks[0].path) == (base.fingerprint, BLOCKS[name])
-    assert [p.path for p in found.blocks[0].projections] == [p.path for p in base.blocks[0].projections]
+    assert [p.path for p in found.blocks[0].linear_modules] == [p.path for p in base.blocks[0].linear_modules]

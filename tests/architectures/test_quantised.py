@@ -20,7 +20,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_maps_that_are_no_linear_of_torch_are_found_by_their_widths(packed: Case) -> None:
-    projections = packed.base.blocks[0].projections
+    projections = packed.base.blocks[0].linear_modules
     assert all(type(p.module) is PackedLinear for p in projections)
     assert [(p.name, p.in_features, p.out_features) for p in projections][-1] == ("mlp.down_proj", 128, 64)
 
@@ -38,7 +38,7 @@ def test_maps_that_peft_does_not_know_are_refused_in_one_line(packed: Case) -> N
 def test_codes_in_buffers_count_for_the_fingerprint() -> None:
     model = PACKED.build()
     before = fingerprint(model)
-    find_blocks(model)[0].projections[0].module.get_buffer("codes")[0, 0] ^= 1
+    find_blocks(model)[0].linear_modules[0].module.get_buffer("codes")[0, 0] ^= 1
     assert fingerprint(model) != before
 
 

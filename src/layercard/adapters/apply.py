@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
 from layercard.models.adapted import adapted_paths, check_adapted, quiet_peft, restorer, unchanged
-from layercard.models.layers import Projection, find_blocks
+from layercard.models.layers import LinearModule, find_blocks
 from layercard.models.load import BaseModel, describe
 from layercard.selection.placement import Placement, check_layers
 from layercard.settings import integer_if_whole
@@ -115,7 +115,7 @@ def written_weights(config: PeftConfig | None, placement: Placement) -> tuple[st
     return () if leaves else placement.paths
 
 
-def planned_maps(model: nn.Module, placement: Placement) -> dict[str, Projection]:
+def planned_maps(model: nn.Module, placement: Placement) -> dict[str, LinearModule]:
     """The placement's linear maps by path; every target must belong to a layer of the placement, and each layer must have one.
 
     Raises:
@@ -123,7 +123,7 @@ def planned_maps(model: nn.Module, placement: Placement) -> dict[str, Projection
     """
     blocks = find_blocks(model)
     check_layers(placement.layers, len(blocks))
-    known = {projection.path: (block.index, projection) for block in blocks for projection in block.projections}
+    known = {projection.path: (block.index, projection) for block in blocks for projection in block.linear_modules}
     stacks = {stack.path: block.index for block in blocks for stack in block.stacks}
     layer_of = {path: index for path, (index, _) in known.items()}
     _check_known(placement.paths, layer_of, "linear map")
@@ -234,7 +234,7 @@ def _names(asked: Any, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in asked)
 
 
-def _feedforward(config: PeftConfig, maps: dict[str, Projection], model: nn.Module) -> list[str]:
+def _feedforward(config: PeftConfig, maps: dict[str, LinearModule], model: nn.Module) -> list[str]:
     """The planned maps that IA3 scales at their input; all others it scales at their output."""
     asked = vars(config).get("feedforward_modules")
     if asked is None:
@@ -271,7 +271,7 @@ def place(base: BaseModel, layers: Iterable[Any], *, objective: str = "given") -
     """
     checked = check_layers(layers, len(base.blocks))
     blocks = [base.blocks[layer] for layer in checked]
-    paths = tuple(projection.path for block in blocks for projection in block.projections)
+    paths = tuple(projection.path for block in blocks for projection in block.linear_modules)
     parameters = tuple(stack.path for block in blocks for stack in block.stacks)
     return Placement(describe(base), checked, paths, objective, parameters=parameters)
 

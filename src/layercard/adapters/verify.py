@@ -63,7 +63,7 @@ class Blocks:
         names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         return cls(
             tuple(block.path for block in found),
-            tuple(tuple(projection.path for projection in block.projections) for block in found),
+            tuple(tuple(projection.path for projection in block.linear_modules) for block in found),
             tuple(tuple(stack.path for stack in block.stacks) for block in found),
             frozenset(names),
         )

@@ -24,7 +24,7 @@ def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dty
     """`CostModel.from_rates` for a model that may be empty; `sizes` are `batch_size`, `length` and `rank`."""
     shapes = [
         [
-            *(Shape(p.in_features, p.out_features) for p in block.projections),
+            *(Shape(p.in_features, p.out_features) for p in block.linear_modules),
             *(Shape(s.in_features, s.out_features, s.experts, float(s.active)) for s in block.stacks),
         ]
         for block in find_blocks(model)

@@ -34,7 +34,7 @@ from layercard.data.load import IGNORED, Batch, Example, batches, shuffled
 from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors
 from layercard.models.adapted import lora_layers
-from layercard.models.hooks import frozen, opened, stamped
+from layercard.models.hooks import block_borders, frozen, input_gradients
 from layercard.models.layers import Block
 from layercard.models.load import BaseModel, Progress
 from layercard.models.losses import training_step
@@ -54,7 +54,7 @@ class Stamps:
     """What the clock showed, in seconds, at the borders of one step.
 
     Attributes:
-        marks: By name and block: `("enter", i)`, `("leave", i)` and `("back", i)` as `capture.stamped` gives them, and with block 0
+        marks: By name and block: `("enter", i)`, `("leave", i)` and `("back", i)` as `capture.block_borders` gives them, and with block 0
             `start`, `loss` (once it is known), `backward` (once it is through) and `end` (after the update).
     """
 
@@ -135,7 +135,7 @@ class ByteCount(Stamps):
 
 def adaptable(block: Block) -> list[tuple[str, int, int, int]]:
     """All that gets an adapter in a block: name, width of input and of output, and number of experts (1 for a linear map)."""
-    single = [(p.name, p.in_features, p.out_features, 1) for p in block.projections]
+    single = [(p.name, p.in_features, p.out_features, 1) for p in block.linear_modules]
     return [*single, *((s.name, s.in_features, s.out_features, s.experts) for s in block.stacks)]
 
 
@@ -196,7 +196,7 @@ def adapted_layers(base: BaseModel, layers: Sequence[int], rank: int) -> Iterato
 @contextmanager
 def through_all(base: BaseModel) -> Iterator[nn.Module]:
     """The model in train mode without adapters, the gradient going down to the input of block 0; as before afterwards."""
-    with frozen(base.model), torch.enable_grad(), opened(base.blocks):
+    with frozen(base.model), torch.enable_grad(), input_gradients(base.blocks):
         base.model.train()
         yield base.model
 
@@ -305,7 +305,7 @@ def _timed(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.opt
     """Two steps, after one that makes the optimiser's state and warms up."""
     found = [Stamps(base.device, len(base.blocks)) for _ in range(3)]
     for stamps in found:
-        with stamped(base.blocks, stamps):
+        with block_borders(base.blocks, stamps):
             training_step(model, batch, optimizer, stamps)
     return found[1:]
 
@@ -313,7 +313,7 @@ def _timed(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.opt
 def _counted(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> ByteCount:
     with LiveTensors() as live:
         count = ByteCount(live, len(base.blocks))
-        with stamped(base.blocks, count):
+        with block_borders(base.blocks, count):
             training_step(model, batch, optimizer, count)
     return count
 
@@ -325,7 +325,7 @@ def _token(base: BaseModel, model: nn.Module, token: Batch) -> list[Stamps]:
     found = [Stamps(base.device, len(base.blocks)) for _ in range(5)]
     with torch.no_grad():
         for stamps in found:
-            with stamped(base.blocks, stamps):
+            with block_borders(base.blocks, stamps):
                 model(input_ids=token.input_ids, attention_mask=token.attention_mask, use_cache=False)
     model.train(training)
     return found[1:]

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layercard.errors import TrainingError
 from layercard.fast.anatomy import Anatomy, anatomy
-from layercard.models.hooks import detach_entry, replaced
+from layercard.models.hooks import block_input, replaced
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def _from_detached(own: Callable[..., Any]) -> Callable[..., Any]:
     """The block at the cut."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = detach_entry(args, kwargs)
+        hidden, put = block_input(args, kwargs)
+        args, kwargs = put(hidden.detach())
         return own(*args, **kwargs)
 
     return forward

@@ -48,7 +48,7 @@ from layercard.fast.prefix_store import (
     room,
     take_apart,
 )
-from layercard.models.hooks import entering
+from layercard.models.hooks import block_input
 
 if TYPE_CHECKING:
     pass
@@ -93,7 +93,7 @@ class Passage:
             Uncacheable: It cannot be taken apart.
         """
         started = time.perf_counter()
-        hidden = entering(args, dict(kwargs))[0]
+        hidden = block_input(args, dict(kwargs))[0]
         self.records = self._records(hidden, self._attention(args, kwargs), kwargs.get("position_ids"))
         for name, value in kwargs.items():
             if name != "attention_mask":
@@ -161,7 +161,7 @@ class Passage:
 
     def block(self, at: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of frozen block `at`."""
-        hidden = entering(args, kwargs)[0]
+        hidden = block_input(args, kwargs)[0]
         last = at == self.cache.depth - 1
         if not self.runs or at < self.start:
             out: Any = self._handed(at, hidden)
@@ -177,7 +177,7 @@ class Passage:
                 hidden = self._assembled(self.below)
             if self.selection is not None:
                 hidden = self.selection(hidden)
-            args, kwargs = entering(args, kwargs)[1](hidden)
+            args, kwargs = block_input(args, kwargs)[1](hidden)
         if self.testing is not None and at == self.testing[0]:
             self._prove(hidden, self.below)
         if self.selection is not None:

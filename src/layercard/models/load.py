@@ -35,8 +35,8 @@ from layercard import processes
 from layercard.data.formats import hub_answers
 from layercard.data.load import IGNORED, Batch
 from layercard.errors import ModelError, one_line
-from layercard.models.conversion import read_gguf
 from layercard.models.embedded import EMBEDDED, embedded_folder
+from layercard.models.gguf import read_gguf
 from layercard.models.layers import Block, find_blocks
 
 # ---- loading

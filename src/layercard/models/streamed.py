@@ -351,6 +351,17 @@ class StreamedModel:
                 was.append((module, name, tensor))
                 kind[name] = read[source.path]
 
+    def head(self) -> nn.Module:
+        """The output head.
+
+        Raises:
+            ModelError: The model names none.
+        """
+        head = self.base.model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{self.base.name} names no output head, so it cannot be streamed; profile without --stream")
+        return head
+
     def outside(self) -> list[nn.Module]:
         """Modules with weights that are neither in a block nor the embedding or the head: norms, positions."""
         model = self.base.model
@@ -370,6 +381,36 @@ class StreamedModel:
 
         walk(model)
         return found
+
+
+@dataclass(frozen=True)
+class ModelInMemory:
+    """A model whose weights are in memory already, with what `BlockByBlock` needs of a `StreamedModel`."""
+
+    base: BaseModel
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The decoder blocks."""
+        return self.base.blocks
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.base.device
+
+    @contextmanager
+    def loaded(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Nothing to do: the modules are in memory."""
+        yield
+
+    def head(self) -> nn.Module:
+        """The output head."""
+        return self.base.model.get_output_embeddings()
+
+    def outside(self) -> list[nn.Module]:
+        """Nothing needs to be loaded."""
+        return []
 
 
 def open_model(

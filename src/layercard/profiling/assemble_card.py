@@ -106,7 +106,7 @@ def _idle_experts(base: BaseModel, fit: Fit) -> list[str]:
     idle = {}
     for block in base.blocks:
         seen = {m.projection.path for m in fit.modules[block.index]}
-        count = max((sum(own.path not in seen for own in stack.maps) for stack in block.stacks), default=0)
+        count = max((sum(own.path not in seen for own in stack.modules) for stack in block.stacks), default=0)
         if count:
             idle[block.index] = f"{block.index} ({count} of {block.stacks[0].experts})"
     if not idle:

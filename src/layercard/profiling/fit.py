@@ -21,8 +21,8 @@ from layercard.checkpoint import State
 from layercard.data.checks import check_signals
 from layercard.data.load import Batch, Example, batches, positions
 from layercard.errors import DataError
-from layercard.models.hooks import Capture, SignalSink, capturing
-from layercard.models.layers import Block, Projection
+from layercard.models.hooks import Capture, GradientSink, capturing
+from layercard.models.layers import Block, LinearModule
 from layercard.models.load import BaseModel, Progress, labelled_logits
 from layercard.profiling.step_probe import Step, StepProbe
 from layercard.statistics.moments import GradientMoments, InputMoments
@@ -110,7 +110,7 @@ class ModuleSignals:
     `tokens` entered it: all of the pass, or those that were sent to the expert whose map it is.
     """
 
-    projection: Projection
+    projection: LinearModule
     leader: str
     tokens: int
     resnorm_squared: float
@@ -218,7 +218,7 @@ class HeldOut:
 def form(base: BaseModel) -> saved.Form:
     """What the values of the two passes and the step probe are made of, for their `State`."""
     kinds = (Fit, FitSums, ModuleSignals, InputSignals, _Directions, HeldOut, InputMoments, GradientMoments, StepProbe)
-    return saved.Form(kinds, {p.path: p for block in base.blocks for p in block.maps})
+    return saved.Form(kinds, {p.path: p for block in base.blocks for p in block.modules})
 
 
 def fit_pass(
@@ -294,11 +294,11 @@ def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Pr
     return sums
 
 
-def fit_sink(sums: FitSums, capture: Capture, blocks: Sequence[Block], tokens: int) -> SignalSink:
+def fit_sink(sums: FitSums, capture: Capture, blocks: Sequence[Block], tokens: int) -> GradientSink:
     """What adds the signals of a backward pass to the moments; `tokens` are expected in the whole pass."""
-    shares = {own.path: stack.active / stack.experts for block in blocks for stack in block.stacks for own in stack.maps}
+    shares = {own.path: stack.active / stack.experts for block in blocks for stack in block.stacks for own in stack.modules}
 
-    def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
+    def sink(projection: LinearModule, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
         dual = tokens * shares.get(projection.path, 1) < projection.in_features
         if capture.leaders[projection.path] == projection.path:
             sums.inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
@@ -320,7 +320,7 @@ def solve_layer(
     """Turn one layer's moments into signals and a step, and drop the moments."""
     whitenings: dict[str, Whitening] = {}
     modules, entering, step = [], [], {}
-    present = [projection for projection in block.maps if projection.path in gradients]
+    present = [projection for projection in block.modules if projection.path in gradients]
     for projection in present:
         leader = leaders[projection.path]
         check_signals(projection.path, inputs[leader], gradients[projection.path], next(block.module.parameters()).dtype)

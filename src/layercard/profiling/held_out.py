@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from layercard import processes
 from layercard.checkpoint import State
 from layercard.data.load import Batch, Example, batches, positions
-from layercard.models.hooks import Capture, SignalSink, capturing
-from layercard.models.layers import Projection
+from layercard.models.hooks import Capture, GradientSink, capturing
+from layercard.models.layers import LinearModule
 from layercard.models.load import BaseModel, Progress, labelled_logits
 from layercard.profiling.fit import PROBES, Fit, HeldOut, own_batches
 
@@ -23,7 +23,7 @@ class HeldOutSums:
 
     def __init__(self, base: BaseModel, fit: Fit, held: HeldOut) -> None:
         self.fit, self.held = fit, held
-        self.layer_of = {p.path: block.index for block in base.blocks for p in block.maps}
+        self.layer_of = {p.path: block.index for block in base.blocks for p in block.modules}
         self.record_of_token = torch.zeros(0, dtype=torch.long)
 
     def enter(self, batch: Batch) -> None:
@@ -40,7 +40,7 @@ class HeldOutSums:
 
         return add
 
-    def true_labels(self, projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: torch.Tensor | None) -> None:
+    def true_labels(self, projection: LinearModule, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: torch.Tensor | None) -> None:
         """Slopes and contributions under the true labels."""
         directions = self.fit.map_directions.get(projection.path)
         if directions is None:
@@ -55,10 +55,10 @@ class HeldOutSums:
         if probes is not None:
             _input_contributions(a_ti.to(probes.dtype), probes, self.held.inputs[projection.path], add)
 
-    def drawn_labels(self, sample: int) -> SignalSink:
+    def drawn_labels(self, sample: int) -> GradientSink:
         """A sink for the backward pass under the drawn labels of one sample."""
 
-        def sink(projection: Projection, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        def sink(projection: LinearModule, a_ti: torch.Tensor, d_to: torch.Tensor, tokens: torch.Tensor | None) -> None:
             directions = self.fit.map_directions.get(projection.path)
             if directions is None:
                 return

@@ -13,7 +13,7 @@ from layercard import processes
 from layercard.checkpoint import State
 from layercard.data.load import Batch, Example, batches, positions, shuffled
 from layercard.models.adapted import lora_layers
-from layercard.models.hooks import entries, frozen, replayed, stepped
+from layercard.models.hooks import frozen, hidden_states, replayed, stepped
 from layercard.models.load import BaseModel, Progress, labelled_losses, shared_keys
 from layercard.models.losses import RecordLosses, record_losses, training_step
 
@@ -53,7 +53,7 @@ class ReplayedSet:
             for at, batch in enumerate(found):
                 batch = batch.to(base.device)
                 self.batches.append(batch)
-                self.entries.append(entries(partial(labelled_losses, base.model, batch), base.blocks, layers))
+                self.entries.append(hidden_states(partial(labelled_losses, base.model, batch), base.blocks, layers))
                 if progress:
                     progress("entries", spent[at], spent[-1])
 
@@ -68,7 +68,7 @@ class ReplayedSet:
                     self.entries[at] = {layer: kept[layer]}
                     continue
                 with replayed(self.base.blocks, nearest, kept[nearest]):
-                    self.entries[at] = entries(partial(labelled_losses, self.base.model, batch), self.base.blocks, [layer])
+                    self.entries[at] = hidden_states(partial(labelled_losses, self.base.model, batch), self.base.blocks, [layer])
 
     def losses(self, layer: int) -> RecordLosses:
         """Loss of each record, with the blocks from `layer` on as they are now; no gradient."""
@@ -86,7 +86,7 @@ class ReplayedSet:
 
 
 Step = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""For the path of each map (`Block.maps`) the factors `A: [r, in]` and `B: [out, r]` of a step `Δ = B A` of its weight."""
+"""For the path of each map (`Block.modules`) the factors `A: [r, in]` and `B: [out, r]` of a step `Δ = B A` of its weight."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from layercard.measure import Phases
 from layercard.models.hooks import capturing, stepped
 from layercard.models.load import Progress
 from layercard.models.streamed import StreamedModel
-from layercard.models.streamed_pass import BlockByBlock, Boundaries, enter, forward, head_of, walking
+from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.profiling.assemble_card import Assembly
 from layercard.profiling.fit import Fit, FitSums, HeldOut, fit_sink, form, solve_layer
 from layercard.profiling.held_out import HeldOutSums, drawn_slopes, label_thresholds
@@ -91,10 +91,9 @@ def stream_passes(
         if done is not None:
             passes.restore(done)
         with phases.phase("forward"):
-            enter(streamed, (fit, held))
             forward(streamed, (fit, held), progress, until=passes.next)
         if done is None:
-            with phases.phase("head"), streamed.loaded([head_of(streamed)]):
+            with phases.phase("head"), streamed.loaded([streamed.head()]):
                 passes.head(len(held_examples))
         with phases.phase("backward"):
             return passes.backward(rank, ridge, progress, state)
@@ -207,7 +206,7 @@ class _Passes:
     def _fit_block(self, index: int) -> FitSums:
         sums = FitSums()
         block = self.streamed.blocks[index]
-        with capturing(self.streamed.base.model, [block], opening=False) as capture:
+        with capturing(self.streamed.base.model, [block]) as capture:
             sink = fit_sink(sums, capture, [block], self.tokens)
             for at, batch in enumerate(self.fit.batches):
                 hidden = self.fit.hidden(at, index).requires_grad_(True)
@@ -222,7 +221,7 @@ class _Passes:
         block = self.streamed.blocks[index]
         self.sums.inputs.update({path: torch.zeros(4, len(self.sums.nats), dtype=torch.float64) for path in part.input_directions})
         sums = HeldOutSums(self.streamed.base, part, self.sums)
-        with capturing(self.streamed.base.model, [block], opening=False) as capture:
+        with capturing(self.streamed.base.model, [block]) as capture:
             for at, batch in enumerate(self.held.batches):
                 hidden = self.held.hidden(at, index).requires_grad_(True)
                 sums.enter(batch)
@@ -271,14 +270,13 @@ def stream_step_probe(
     walk = BlockByBlock(streamed, examples, batch_size, kept, "probe")
     sweeps = _Sweeps(walk, steps, len(examples))
     with torch.no_grad(), walking(streamed):
-        enter(streamed, (walk,))
-        forward(streamed, (walk,), None)
-        with streamed.loaded([head_of(streamed)]):
+        forward(streamed, (walk,))
+        with streamed.loaded([streamed.head()]):
             before, tokens = _losses(walk, "probe", depth)
         sweeps.restore(state.load(PART_PROBE))
         while sweeps.trial < 2:
             sweeps.run(progress, state)
-            with streamed.loaded([head_of(streamed)]):
+            with streamed.loaded([streamed.head()]):
                 sweeps.finish()
             if sweeps.trial == 1:
                 means = (before.sum() - sweeps.after[:, 0].sum(dim=1)) / tokens.sum()
@@ -300,14 +298,14 @@ class _Sweeps:
     """
 
     def __init__(self, walk: BlockByBlock, steps: Sequence[Step], records: int) -> None:
-        depth = len(walk.streamed.blocks)
+        depth = len(walk.model.blocks)
         self.walk, self.steps, self.trial, self.next = walk, steps, 0, 0
         self.alphas = torch.ones(depth, 2, dtype=torch.float64)
         self.after = torch.zeros(depth, 2, records, dtype=torch.float64)
 
     def run(self, progress: Progress | None, state: State) -> None:
         """Once through the blocks."""
-        streamed, batches = self.walk.streamed, len(self.walk.batches)
+        streamed, batches = self.walk.model, len(self.walk.batches)
         whole = batches * len(streamed.blocks) * (len(streamed.blocks) + 1) // 2
         for block in streamed.blocks[self.next :]:
             with streamed.loaded([block.module]):
@@ -323,10 +321,10 @@ class _Sweeps:
         """Let a batch through a block: with the steps of the layers below, and with the block's own."""
         walk, kept = self.walk, self.walk.boundaries
         for layer in range(index):
-            moved = walk.run(at, index, kept.get(f"step-{layer}", at, index, walk.streamed.device))
+            moved = walk.run(at, index, kept.get(f"step-{layer}", at, index, walk.model.device))
             kept.put(f"step-{layer}", at, index + 1, moved)
             kept.drop(f"step-{layer}", at, index)
-        with stepped(walk.streamed.blocks[index], self.steps[index], float(self.alphas[index, self.trial])):
+        with stepped(walk.model.blocks[index], self.steps[index], float(self.alphas[index, self.trial])):
             kept.put(f"step-{index}", at, index + 1, walk.run(at, index, walk.hidden(at, index)))
 
     def finish(self) -> None:
@@ -362,7 +360,7 @@ def _losses(walk: BlockByBlock, kind: str, depth: int) -> tuple[torch.Tensor, to
     records = sum(len(batch.rows) for batch in walk.batches)
     nats, tokens = torch.zeros(records, dtype=torch.float64), torch.zeros(records, dtype=torch.float64)
     for at, batch in enumerate(walk.batches):
-        for logits, targets, rows, _ in walk.logits(at, walk.boundaries.get(kind, at, depth, walk.streamed.device)):
+        for logits, targets, rows, _ in walk.logits(at, walk.boundaries.get(kind, at, depth, walk.model.device)):
             record = torch.tensor(batch.rows)[rows.cpu()]
             nats.index_add_(0, record, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
             tokens.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))

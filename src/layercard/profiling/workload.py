@@ -28,7 +28,7 @@ COST_STEPS = 35.0
 
 def profile_work(base: BaseModel, dataset: Dataset, settings: ProfileSettings, *, stream: bool = False) -> dict[str, float]:
     """Work of the phases of a profile, by the names under which progress is told."""
-    depth, widest = len(base.blocks), max(one.in_features for block in base.blocks for one in block.projections)
+    depth, widest = len(base.blocks), max(one.in_features for block in base.blocks for one in block.linear_modules)
     fit, held = split_records(dataset, settings)
     fit_tokens, held_tokens, probed = _tokens(fit), _tokens(held), _tokens(held[: settings.probe_records])
     fit_pass = fit_tokens * (BACKWARD + MOMENTS)

@@ -32,7 +32,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from layercard.errors import DataError, ModelError, PlacementError
-from layercard.models.hooks import entries, frozen, replayed
+from layercard.models.hooks import frozen, hidden_states, replayed
 from layercard.models.load import BaseModel, keeps_logits
 from layercard.serving.adapter_switch import Adapter, load_adapter, switched_on
 
@@ -240,7 +240,7 @@ class SharedPrefix:
             deepest = max(sharing, key=lambda sequence: sequence.start)
             top, below = deepest.start, [copy.copy(layer) for layer in deepest.layers]
             starts = sorted({sequence.start for sequence in sharing})
-            entered = entries(lambda: self._run(ids, below), self.base.blocks, starts)
+            entered = hidden_states(lambda: self._run(ids, below), self.base.blocks, starts)
             below = [shared(layer) for layer in below[:top]]
         self._count(ids, top, len(group) * depth - sum(sequence.start for sequence in sharing if entered), len(group) * depth)
         found = []

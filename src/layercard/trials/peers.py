@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from layercard.data.load import Example, batches
 from layercard.errors import BenchmarkError
-from layercard.models.hooks import frozen, passages
+from layercard.models.hooks import frozen, hidden_states
 from layercard.models.load import BaseModel, labelled_losses
 
 PEERS = ("gradient_norm", "activation_norm", "one_minus_cka", "snr")
@@ -70,7 +70,7 @@ def snr_scores(base: BaseModel) -> list[float]:
     """Mean over a layer's maps of the signal-to-noise ratio, each as a share of the largest of its kind (Spectrum ranks by kind)."""
     table: dict[str, list[float]] = {}
     for block in base.blocks:
-        for projection in block.projections:
+        for projection in block.linear_modules:
             weight = projection.module.get_parameter("weight").detach()
             table.setdefault(projection.path.rpartition(".")[2], []).append(weight_snr(weight))
     shares = [[value / max(values) for value in values] for values in table.values() if len(values) == len(base.blocks)]
@@ -98,8 +98,9 @@ def _streams(base: BaseModel, examples: Sequence[Example], batch_size: int) -> t
         for batch in batches(examples, batch_size, base.pad_id, by_length=True):
             batch = batch.to(base.device)
             mask = batch.attention_mask.bool()
-            for at, hidden in enumerate(passages(partial(labelled_losses, base.model, batch), base.blocks)):
-                kept[at].append(hidden[mask].float().cpu())
+            states = hidden_states(partial(labelled_losses, base.model, batch), base.blocks, range(len(kept)))
+            for index, hidden in states.items():
+                kept[index].append(hidden[mask].float().cpu())
     streams = [torch.cat(parts) for parts in kept]
     norms = [float(stream.norm(dim=1).mean()) for stream in streams[1:]]
     return norms, [linear_cka(below, above) for below, above in pairwise(streams)]
