@@ -8,7 +8,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import PreTrainedModel
 
-from layercard.card.card import LayerCard, check_model
+from layercard.card.card import LayerCard
 from layercard.data.load import Dataset
 from layercard.errors import CardError, DataError, ModelError, OutputError
 from layercard.models.load import BaseModel, describe, wrap_model
@@ -161,10 +161,10 @@ def test_a_card_survives_the_disk_and_refuses_what_is_broken(card: LayerCard, tm
 
 
 def test_a_card_of_another_model_is_refused(card: LayerCard) -> None:
-    check_model(card, describe(base_of()))
+    card.check_model(describe(base_of()))
     other = wrap_model(build_tiny("llama", seed=1), tiny_tokenizer(), name="other")
     with pytest.raises(CardError, match="profile this model first"):
-        check_model(card, describe(other))
+        card.check_model(describe(other))
 
 
 def test_nothing_but_the_documented_phases_is_reported() -> None:

@@ -1,22 +1,13 @@
 """The Layer Card: what profiling found, as one versioned JSON value that describes itself."""
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from layercard.card.notebook import card_html
 from layercard.cost.model import CostModel, Shape
 from layercard.errors import CardError
-from layercard.files import read_json, shown, write_json
-from layercard.records import Estimate
-
-SCHEMA = "layercard/1"
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
+from layercard.records import Estimate, Part, Record
 
 MOST = 2**50
 """Records or tokens that a card may count."""
@@ -25,7 +16,7 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 """Features or experts of a map."""
 
 
-class ModelInfo(_Part):
+class ModelInfo(Part):
     """The profiled model: the name it was asked for by, a hash of its weights, its number of blocks."""
 
     name: str
@@ -33,7 +24,7 @@ class ModelInfo(_Part):
     layers: Annotated[int, Field(ge=1, le=100_000)]
 
 
-class DataInfo(_Part):
+class DataInfo(Part):
     """The records that were profiled; `fit_records` made the steps, the others measured them."""
 
     source: str
@@ -46,7 +37,7 @@ class DataInfo(_Part):
     loss: FiniteFloat | None = None
 
 
-class ModuleCard(_Part):
+class ModuleCard(Part):
     """One linear map of a layer: its exact path, shape and share of the layer's signals.
 
     Where `experts` is set, it is a map of that many experts, stacked in one parameter: `path` is that parameter's. `expert_tokens` says
@@ -66,7 +57,7 @@ class ModuleCard(_Part):
     expert_resnorm: tuple[FiniteFloat, ...] | None = None
 
 
-class PhaseInfo(_Part):
+class PhaseInfo(Part):
     """What one phase of profiling took: `layercard.measure.Phase` says how it is measured."""
 
     name: str
@@ -75,7 +66,7 @@ class PhaseInfo(_Part):
     device_peak_bytes: int | None = None
 
 
-class LayerEntry(_Part):
+class LayerEntry(Part):
     """One layer; `docs/card.md` has each measure with its unit. `None` was not measured."""
 
     index: Annotated[int, Field(ge=0)]
@@ -100,7 +91,7 @@ class LayerEntry(_Part):
     modules: tuple[ModuleCard, ...]
 
 
-class LayerCard(_Part):
+class LayerCard(Record):
     """A whole card.
 
     Attributes:
@@ -120,8 +111,8 @@ class LayerCard(_Part):
             card that must come out the same again (`ProfileSettings.cost` off) has none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
-
+    noun: ClassVar[str] = "card"
+    made_by: ClassVar[str] = "layercard profile"
     schema_: Literal["layercard/1"] = Field(default="layercard/1", alias="schema")
     model: ModelInfo
     data: DataInfo
@@ -156,99 +147,59 @@ class LayerCard(_Part):
         Raises:
             CardError: The card does not have the measure.
         """
-        found = [getattr(layer, measure, None) for layer in self.layers]
-        values = [entry.value for entry in found if isinstance(entry, Estimate)]
+        estimates = [getattr(layer, measure, None) for layer in self.layers]
+        values = [estimate.value for estimate in estimates if isinstance(estimate, Estimate)]
         if len(values) < len(self.layers):
-            known = sorted(name for name, entry in self.layers[0] if isinstance(entry, Estimate))
-            raise CardError(f"the card has no {measure}; it has {', '.join(known)}")
+            measures = sorted(name for name, value in self.layers[0] if isinstance(value, Estimate))
+            raise CardError(f"the card has no {measure}; it has {', '.join(measures)}")
         return values
 
     def with_cost(self, cost: CostModel | None) -> "LayerCard":
         """The same card with a cost model, and its times and bytes at each layer; with `None` without any."""
         names = ("forward_seconds", "backward_seconds", "adapter_seconds", "saved_bytes")
-        parts = (None,) * len(self.layers) if cost is None else cost.layers
         layers = tuple(
-            layer.model_copy(update={name: None if found is None else getattr(found, name) for name in names})
-            for layer, found in zip(self.layers, parts, strict=True)
+            layer.model_copy(update={name: None if cost is None else getattr(cost.layers[layer.index], name) for name in names})
+            for layer in self.layers
         )
         return self.model_copy(update={"layers": layers, "cost": cost})
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of schema `layercard/1`."""
-        return self.model_dump(mode="json", by_alias=True)
+    def check_model(self, model: dict[str, Any]) -> None:
+        """Make sure that the card belongs to a model, given as `layercard.models.load.describe` does.
+
+        Raises:
+            CardError: The weights differ.
+        """
+        if self.model.fingerprint != model["fingerprint"]:
+            raise CardError(
+                f"the card is of {self.model.name} ({self.model.fingerprint}, {self.model.layers} layers), the model is {model['name']} "
+                f"({model['fingerprint']}, {model['layers']} layers); profile this model first"
+            )
 
     def _repr_html_(self) -> str:
         """What a notebook shows: model, data, warnings and the best single layers with their intervals, all escaped."""
         return card_html(self.to_json())
-
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the card to a file, atomically; an existing file is kept unless `force`."""
-        return write_json(path, self.to_json(), force=force)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any], source: str = "card") -> "LayerCard":
-        """Check and read a JSON object; `source` names it in messages.
-
-        Raises:
-            CardError: Another schema, or a part is missing or of the wrong kind.
-        """
-        if value.get("schema") != SCHEMA:
-            raise CardError(f"{source}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make the card with `layercard profile`")
-        try:
-            return cls.model_validate(value)
-        except ValidationError as problem:
-            first = problem.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "card"
-            raise CardError(f"{source}: {where}: {first['msg']}; make the card again with `layercard profile`") from None
-
-    @classmethod
-    def load(cls, path: str | Path) -> "LayerCard":
-        """Read a card from a file."""
-        return cls.from_json(read_json(path, CardError, "card"), str(path))
 
 
 def cost_of(card: LayerCard) -> CostModel:
     """The card's measured cost or, where it has none, relative costs from the shapes of its modules and the length of its records."""
     if card.cost is not None:
         return card.cost
-    shapes = [[_shape(module, card.data) for module in layer.modules] for layer in card.layers]
-    records, size = card.data.records, 4
+    data, batch_size = card.data, 4
+    fit_tokens = data.tokens * (data.fit_records or data.records) / data.records
+    rank = card.settings.get("rank")  # whatever another version wrote there
+
+    def shape(module: ModuleCard) -> Shape:
+        if module.experts is None:
+            return Shape(module.in_features, module.out_features)
+        # How many experts a token enters follows from the tokens that each of them saw.
+        active = max(1, round(sum(module.expert_tokens or ()) / fit_tokens))
+        return Shape(module.in_features, module.out_features, module.experts, min(active, module.experts))
+
     return CostModel.from_shapes(
-        shapes,
+        [[shape(module) for module in layer.modules] for layer in card.layers],
         model=card.model.name,
-        batch_size=size,
-        length=max(1, round(card.data.tokens / records)),
-        labelled=max(1, round(size * card.data.labelled_tokens / records)),
-        rank=_rank(card.settings.get("rank")),
+        batch_size=batch_size,
+        length=max(1, round(data.tokens / data.records)),
+        labelled=max(1, round(batch_size * data.labelled_tokens / data.records)),
+        rank=rank if type(rank) is int and 0 < rank < 2**31 else 8,
     )
-
-
-def _rank(found: Any) -> int:
-    """The rank of a card's settings, which hold what any version wrote; 8 where they do not say."""
-    return found if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**31 else 8
-
-
-def _shape(module: ModuleCard, data: DataInfo) -> Shape:
-    """A map's shape; how many experts a token enters follows from the tokens that each of them saw."""
-    if module.experts is None:
-        return Shape(module.in_features, module.out_features)
-    seen = data.tokens * (data.fit_records or data.records) / data.records
-    active = max(1, round(sum(module.expert_tokens or ()) / seen))
-    return Shape(module.in_features, module.out_features, module.experts, min(active, module.experts))
-
-
-def check_model(card: LayerCard, model: dict[str, Any]) -> None:
-    """Make sure that a card belongs to a model.
-
-    Args:
-        card: The card.
-        model: `name`, `fingerprint` and `layers` of the model at hand (`layercard.models.describe`).
-
-    Raises:
-        CardError: The weights differ.
-    """
-    if card.model.fingerprint != model["fingerprint"]:
-        raise CardError(
-            f"the card is of {card.model.name} ({card.model.fingerprint}, {card.model.layers} layers), the model is {model['name']} "
-            f"({model['fingerprint']}, {model['layers']} layers); profile this model first"
-        )

@@ -149,7 +149,7 @@ def name_of(part: str) -> str:
 def resolve(base: "BaseModel", wanted: list[str], card: Path | None, seed: int) -> "list[tuple[str, Placement]]":
     """Each entry of the list as a named placement in this model."""
     from layercard.adapters.apply import place
-    from layercard.card.card import LayerCard, check_model
+    from layercard.card.card import LayerCard
     from layercard.models.load import describe
     from layercard.selection.placement import Placement
     from layercard.selection.select import OBJECTIVES, select
@@ -158,7 +158,7 @@ def resolve(base: "BaseModel", wanted: list[str], card: Path | None, seed: int) 
     found: list[tuple[str, Placement]] = []
     known = LayerCard.load(card) if card else None
     if known is not None:
-        check_model(known, describe(base))
+        known.check_model(describe(base))
     for part in wanted:
         rule, _, count = part.partition(":")
         if is_file(part):

@@ -38,7 +38,6 @@ def pull(
     if name is None and revision is not None:
         raise HubError("--revision is of a repository, but none is named; name one: layercard pull OWNER/NAME --revision …")
     refuse_existing(output, force)
-    from layercard.card.card import check_model
     from layercard.report.hub import find
     from layercard.report.hub import pull as pull_card
 
@@ -47,7 +46,7 @@ def pull(
         name = _only(find(described["fingerprint"]), str(model))
     card = pull_card(str(name), revision=revision)
     if described is not None:
-        check_model(card, described)
+        card.check_model(described)
     card.save(output, force=force)
     if as_json:
         emit_json(card.to_json())

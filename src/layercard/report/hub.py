@@ -138,7 +138,7 @@ def pull(name: str, *, revision: str | None = None) -> LayerCard:
 def find(fingerprint: str, limit: int = 20) -> list[str]:
     """Names of the repositories with cards of a model, by its fingerprint; at most `limit`, in the order of the hub.
 
-    Whoever writes a repository chooses its tags: `pull` the card and compare (`card.check_model`).
+    Whoever writes a repository chooses its tags: `pull` the card and compare (`LayerCard.check_model`).
 
     Raises:
         HubError: The hub cannot be reached.

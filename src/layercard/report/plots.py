@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from layercard.card.card import LayerCard, check_model
+from layercard.card.card import LayerCard
 from layercard.cost.model import CostModel
 from layercard.errors import CardError, PlacementError, ReportError
 from layercard.files import shown
@@ -195,7 +195,7 @@ def _layers(card: LayerCard, chosen: Chosen) -> list[int]:
     """Layers to mark, checked against the card."""
     if isinstance(chosen, Placement | Mapping):
         placement = _placement(chosen)
-        check_model(card, placement.model)
+        card.check_model(placement.model)
         return list(placement.layers)
     layers = list(chosen)
     return list(check_layers(layers, card.model.layers)) if layers else []
