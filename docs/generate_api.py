@@ -27,7 +27,6 @@ GROUPS = {
     ),
     "Models and records": ("load_model", "load_data", "Dataset"),
     "Hub": ("push", "pull"),
-    "PEFT": ("lora_config",),
     "Settings": ("ProfileSettings", "TrainSettings", "FastSettings"),
     "Faster training": (
         "FastTraining",

@@ -1,6 +1,8 @@
 """The command line: what it prints where, and one line and status 2 for whatever a user can mend."""
 
+import dataclasses
 import html
+import inspect
 import json
 import os
 import re
@@ -19,6 +21,11 @@ import pytest
 
 from cards import fake_card, fake_comparison, fake_placement
 from layercard.commands.main import app, run
+from layercard.commands.options import expanded
+from layercard.commands.profile import profile
+from layercard.commands.reproduce import command_lines
+from layercard.commands.train import train
+from layercard.settings import FastSettings, ProfileSettings, TrainSettings
 
 COMPARED = ("compare/compare.json", "again/compare/compare.json")
 COMMANDS = [command.name for command in app.registered_commands]
@@ -195,8 +202,6 @@ def test_select_writes_a_placement_with_reasons(layercard: Layercard, card: Path
     ],
 )
 def test_a_placement_says_how_it_was_asked_for(layercard: Layercard, card: Path, arguments: list[str]) -> None:
-    from layercard.commands.reproduce import command_lines
-
     status, out, err = layercard("select", card, *arguments, "-o", "placement.json")
     assert (status, err) == (0, "")
     assert "of the performance of all layers" in out and "Costs" in out
@@ -389,16 +394,11 @@ def test_profile_without_step_probe(layercard: Layercard, tiny_folder: Path, tin
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    import inspect
-
-    from layercard.commands.profile import profile
-    from layercard.commands.train import train
-    from layercard.settings import ProfileSettings, TrainSettings
-
-    for command, settings in ((profile, ProfileSettings()), (train, TrainSettings())):
-        for name, parameter in inspect.signature(command).parameters.items():
-            if hasattr(settings, name):
-                assert parameter.default == getattr(settings, name), name
+    for command, settings in ((profile, ProfileSettings()), (train, TrainSettings()), (train, FastSettings())):
+        defaults = {name: parameter.default for name, parameter in inspect.signature(expanded(command)).parameters.items()}
+        shared = [field.name for field in dataclasses.fields(settings) if field.name in defaults]
+        assert len(shared) >= 7
+        assert {name: defaults[name] for name in shared} == {name: getattr(settings, name) for name in shared}
 
 
 def test_a_placement_of_another_model_is_one_line(layercard: Layercard, tiny_folder: Path, tiny_file: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from cards import fake_card
 from hub_server import Hub, Repository, served
 from layercard.card.card import LayerCard
 from layercard.commands.main import run
-from layercard.commands.reuse import fitting, keep, misfit
+from layercard.commands.reuse import keep, misfit, reusable
 from layercard.cost.model import CostModel
 from layercard.data.load import load_data
 from layercard.errors import CardError, HubError
@@ -347,21 +347,19 @@ def test_a_card_is_found_in_the_folder_then_on_the_hub(
     hub: Hub, made: tuple[BaseModel, Any, ProfileSettings, LayerCard], tmp_path: Path
 ) -> None:
     base, dataset, chosen, card = made
-    assert fitting(base, dataset, chosen, tmp_path) == (found := fitting(base, dataset, chosen, tmp_path))
-    assert (found.card, found.reasons) == (None, ())
+    assert reusable(base, dataset, chosen, tmp_path) == (None, "", [])
     push(card_of(model={"name": "other", "fingerprint": base.fingerprint, "layers": 6}), "ann/other")
     push(card, "ann/tiny")
-    found = fitting(base, dataset, chosen, tmp_path)
-    assert (found.card, found.source) == (card, "ann/tiny on the hub")
-    assert found.reasons == ("ann/other on the hub: it is of other records (64 of e2e/train.jsonl)",)
+    reasons = ["ann/other on the hub: it is of other records (64 of e2e/train.jsonl)"]
+    assert reusable(base, dataset, chosen, tmp_path) == (card, "ann/tiny on the hub", reasons)
     path = keep(card, tmp_path)
     hub.asked.clear()
-    assert fitting(base, dataset, chosen, tmp_path).source == str(path)
+    assert reusable(base, dataset, chosen, tmp_path)[1] == str(path)
     assert hub.asked == []
     path.write_text("{", encoding="utf-8")
-    found = fitting(base, dataset, chosen, tmp_path)
-    assert found.source == "ann/tiny on the hub"
-    assert "is no whole card" in found.reasons[0]
+    _, source, reasons = reusable(base, dataset, chosen, tmp_path)
+    assert source == "ann/tiny on the hub"
+    assert "is no whole card" in reasons[0]
 
 
 def test_a_false_tag_convinces_nobody(hub: Hub, made: tuple[BaseModel, Any, ProfileSettings, LayerCard], tmp_path: Path) -> None:
@@ -370,9 +368,8 @@ def test_a_false_tag_convinces_nobody(hub: Hub, made: tuple[BaseModel, Any, Prof
     files = hub.repositories["ann/tiny"].branches["main"]
     files["card.json"] = files["card.json"].replace(base.fingerprint.encode(), b"f" * 16)
     assert find(base.fingerprint) == ["ann/tiny"]
-    found = fitting(base, dataset, chosen, tmp_path)
-    assert found.card is None
-    assert found.reasons == (f"ann/tiny on the hub: it is of other weights ({'f' * 16})",)
+    reasons = [f"ann/tiny on the hub: it is of other weights ({'f' * 16})"]
+    assert reusable(base, dataset, chosen, tmp_path) == (None, "", reasons)
 
 
 def test_costs_are_those_of_this_machine(hub: Hub, made: tuple[BaseModel, Any, ProfileSettings, LayerCard], tmp_path: Path) -> None:
@@ -380,14 +377,14 @@ def test_costs_are_those_of_this_machine(hub: Hub, made: tuple[BaseModel, Any, P
     timed = dataclasses.replace(chosen, cost=True)
     elsewhere = profile(base, dataset, timed)
     push(elsewhere, "ann/timed")
-    found = fitting(base, dataset, timed, tmp_path).card
+    found, _, _ = reusable(base, dataset, timed, tmp_path)
     assert found is not None
     assert found.cost is not None
     assert found.cost != elsewhere.cost
     assert found.with_cost(None).layers == card.layers
     keep(elsewhere, tmp_path)
-    assert fitting(base, dataset, timed, tmp_path).card == elsewhere
-    assert fitting(base, dataset, chosen, tmp_path).card == card
+    assert reusable(base, dataset, timed, tmp_path)[0] == elsewhere
+    assert reusable(base, dataset, chosen, tmp_path)[0] == card
 
 
 def test_profile_reuses(hub: Hub, layercard: Layercard, tiny_folder: Path, tiny_file: Path, tmp_path: Path) -> None:

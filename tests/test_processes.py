@@ -199,11 +199,10 @@ def test_a_process_that_fails_by_itself_says_so(inputs: tuple[str, ...], tmp_pat
 
 INTERRUPTED = """
 import os, signal, sys
-from functools import partial
 from layercard.commands import main as cli
-from layercard.commands import terminal, train
+from layercard.commands import options, terminal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
-train.TrainSettings = partial(train.TrainSettings, save_steps=2)
+object.__setattr__(options.TRAINING, "save_steps", 2)
 def heard(self, phase, done, total):
     if (phase, done) == ("train", 5):
         os.kill(os.getpid(), {number})

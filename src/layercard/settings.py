@@ -51,21 +51,25 @@ def setting(
     metavar: str = "",
     option: str | None = None,
     unit: float | None = None,
+    argument: bool = False,
+    envvar: str | None = None,
 ) -> Any:
-    """A field of a settings class.
+    """A field of a settings class, or a parameter of a command.
 
     Args:
-        default: Its value where none is given; `dataclasses.MISSING` where one must be.
+        default: Its value where none is given; `...` where one must be.
         help: What it means, in one sentence or two.
         low: The least value; a number that is not whole and has a `low` above 0 may be anything above 0.
         high: The greatest value.
         choices: The words it may be.
-        metavar: What the help text calls its value; `N`, `X` or `NAME` after its type where empty.
+        metavar: What the help text calls its value; `N`, `X`, `FILE` or `NAME` after its type where empty.
         option: Its name on the command line (`--rank` for `rank` where not given); empty: it is not on the command line.
         unit: How many of the field's units are one of the command line's, as 1e9 for bytes given in GB.
+        argument: On the command line it has no name, only a place.
+        envvar: The environment variable that holds it where the command line does not give it.
     """
-    described = {"help": help, "low": low, "high": high, "choices": choices, "metavar": metavar, "option": option, "unit": unit}
-    return dataclasses.field(default=default, metadata=described)
+    described = locals()
+    return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=described)
 
 
 class Settings:
@@ -232,7 +236,7 @@ class FastSettings(Settings):
 class BenchSettings(Settings):
     """What all runs of a benchmark share; a folder of results belongs to one such value."""
 
-    model: str = setting(dataclasses.MISSING, "Name of the base model.", option="")
+    model: str = setting(..., "Name of the base model.", option="")
     data: str | None = setting(None, "Folder with a sub-folder for each task: train.jsonl, valid.jsonl and test.jsonl.", metavar="DIR")
     dtype: str = setting("bfloat16", _DTYPE)
     device: str = setting("auto", _DEVICE)

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import sys
-from functools import partial
 
 import peft  # noqa: F401
 import torch
@@ -16,8 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
 
 import layercard.checkpoint
-import layercard.commands.compare
-import layercard.commands.train
+import layercard.commands.options
 import layercard.profiling.profile
 import layercard.profiling.streamed
 import layercard.training.train
@@ -33,8 +31,7 @@ def prepare() -> None:
     transformers.logging.set_verbosity_error()
     layercard.checkpoint.EVERY = layercard.checkpoint.SHARE = 0.0
     layercard.trials.peers.aletheia_scores = lambda base, examples: [1.0] * len(base.blocks)  # its package is an extra
-    for command in (layercard.commands.compare, layercard.commands.train):
-        command.TrainSettings = partial(command.TrainSettings, save_steps=3)
+    object.__setattr__(layercard.commands.options.TRAINING, "save_steps", 3)
 
 
 def child(arguments: list[str], log: str) -> None:

@@ -1,35 +1,27 @@
 """`layercard eval`: held-out loss, perplexity, and what a model writes."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import Display, emit_json, out
+from layercard.commands.terminal import Display, show_result
+from layercard.settings import LoadSettings, setting
 
-NEW_TOKENS = 128
+SCORES = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L", "exact_match": "Exact match"}
+"""Scores of what was written, and how they are shown."""
 
 
 def evaluate(
-    model: opt.ModelName,
-    data: opt.Data,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter that `layercard train` wrote; else the base model.")
-    ] = None,
-    generate: Annotated[
-        int,
-        typer.Option(
-            "--generate", min=0, metavar="N", help="Write up to N new tokens for records with references or an answer; 0 for none."
-        ),
-    ] = NEW_TOKENS,
-    records: opt.Records = None,
-    batch_size: opt.BatchSize = 16,
-    max_length: opt.MaxLength = 1024,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "float32",
-    trust_remote_code: opt.TrustRemoteCode = False,
-    as_json: opt.AsJson = False,
+    model: str = opt.MODEL,
+    data: str = opt.DATA,
+    adapter: Path | None = setting(None, "An adapter that `layercard train` wrote; else the base model.", metavar="DIR"),
+    generate: int = setting(128, "Write up to N new tokens for records with references or an answer; 0 for none.", low=0),
+    records: int | None = opt.RECORDS,
+    batch_size: int = opt.batch_size(16),
+    max_length: int = opt.MAX_LENGTH,
+    loading: LoadSettings = LoadSettings(),
+    as_json: bool = opt.AS_JSON,
 ) -> None:
     """Measure a model, with or without an adapter, on held-out records.
 
@@ -37,16 +29,12 @@ def evaluate(
     continuations. For records with an `answer`: how often the final number is right. For classifiers: accuracy.
     """
     opt.check_data(data)
-    from contextlib import nullcontext
-
     from layercard.adapters.apply import loaded
-    from layercard.data.load import load_data
-    from layercard.models.load import load_model
     from layercard.training.evaluate import evaluate as measure
 
     with Display() as display:
-        base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
-        dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
+        base = opt.load(model, loading, display)
+        dataset = opt.read(data, base, records, max_length)
         with loaded(base, adapter) if adapter else nullcontext(base.model) as measured:
             result = measure(
                 base,
@@ -58,10 +46,7 @@ def evaluate(
                 progress=display,
             )
     result["adapter"] = str(adapter) if adapter else None
-    if as_json:
-        emit_json(result)
-        return
-    out().print(_view(result))
+    show_result(result, as_json, _view(result))
 
 
 def _view(result: dict[str, Any]) -> Any:
@@ -78,9 +63,8 @@ def _view(result: dict[str, Any]) -> Any:
     if result["accuracy"] is not None:
         a_low, a_high = result["accuracy_interval"]
         rows["Accuracy"] = f"{100 * result['accuracy']:.1f} % ({100 * a_low:.1f} to {100 * a_high:.1f})"
-    names = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L", "exact_match": "Exact match"}
-    for key, name in names.items():
-        found = (result.get("generation") or {}).get(key)
-        if found is not None:
-            rows[name] = f"{100 * found:.1f} %" if key == "exact_match" else f"{found:.2f}"
+    for key, name in SCORES.items():
+        score = (result.get("generation") or {}).get(key)
+        if score is not None:
+            rows[name] = f"{100 * score:.1f} %" if key == "exact_match" else f"{score:.2f}"
     return pairs(rows)

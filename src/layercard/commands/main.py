@@ -12,15 +12,17 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 from layercard.commands.app import app as explore
-from layercard.commands.bench import bench
+from layercard.commands.bench import placements
 from layercard.commands.compare import compare
 from layercard.commands.cost import cost
 from layercard.commands.demo import demo
 from layercard.commands.evaluate import evaluate
 from layercard.commands.export import export
 from layercard.commands.latency import latency
+from layercard.commands.options import expanded
 from layercard.commands.pareto import pareto
 from layercard.commands.profile import profile
 from layercard.commands.pull import pull
@@ -40,35 +42,37 @@ MENDABLE = 2
 INTERRUPTED = 130
 TERMINATED = 143
 
-_ClickError: type[Exception] = typer.BadParameter.__mro__[2]  # typer has no public name for it
-
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _name, _command in (
-    ("profile", profile),
-    ("show", show),
-    ("select", select),
-    ("pareto", pareto),
-    ("train", train),
-    ("eval", evaluate),
-    ("compare", compare),
-    ("cost", cost),
-    ("latency", latency),
-    ("transfer", transfer),
-    ("verify", verify),
-    ("export", export),
-    ("push", push),
-    ("pull", pull),
-    ("report", report),
-    ("roi", roi),
-    ("app", explore),
-    ("demo", demo),
-):
-    app.command(_name)(_command)
-app.add_typer(bench, name="bench")
+for name, command in {
+    "profile": profile,
+    "show": show,
+    "select": select,
+    "pareto": pareto,
+    "train": train,
+    "eval": evaluate,
+    "compare": compare,
+    "cost": cost,
+    "latency": latency,
+    "transfer": transfer,
+    "verify": verify,
+    "export": export,
+    "push": push,
+    "pull": pull,
+    "report": report,
+    "roi": roi,
+    "app": explore,
+    "demo": demo,
+}.items():
+    app.command(name)(expanded(command))
+
+bench = typer.Typer(no_args_is_help=True)
+bench.callback(help="Benchmarks: placements trained side by side.")(lambda: None)  # keeps the name of its only command
+bench.command("placements")(expanded(placements))
+app.add_typer(bench, name="bench", help="Benchmarks: placements trained side by side.")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"layercard {version('layercard')}")
         raise typer.Exit
 
@@ -103,31 +107,27 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(args=list(arguments) or ["--help"], prog_name="layercard", standalone_mode=False)
     except LayercardError as error:
-        return _fail(str(error), speaks=is_first() or isinstance(error, ProcessError))
-    except _ClickError as error:
-        return _fail(_usage(error), speaks=is_first())
+        return _end(f"error: {' '.join(str(error).split())}", MENDABLE, speaks=is_first() or isinstance(error, ProcessError))
+    except TyperException as error:
+        return _end(f"error: {_usage(error)}", MENDABLE)
     except _Terminated:
-        return _say("terminated", TERMINATED)
+        return _end("terminated", TERMINATED)
     if status == INTERRUPTED:
-        return _say("interrupted", INTERRUPTED)
+        return _end("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 
 def _usage(error: Any) -> str:
     """What was wrong with the command line, and whose help says how it is right."""
-    command = error.ctx.command_path if getattr(error, "ctx", None) else "layercard"
-    return f"{error.format_message().rstrip('.')}; see {command} --help"
+    context = getattr(error, "ctx", None)  # an error before the command is known has no context
+    problem = " ".join(error.format_message().split()).rstrip(".")
+    return f"{problem}; see {context.command_path if context else 'layercard'} --help"
 
 
-def _fail(message: str, *, speaks: bool) -> int:
-    if speaks:
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return MENDABLE
-
-
-def _say(word: str, status: int) -> int:
-    if is_first():
-        sys.stderr.write(f"{word}\n")
+def _end(line: str, status: int, *, speaks: bool | None = None) -> int:
+    """Write the last line on stderr, unless another process of this run does, and give the status."""
+    if is_first() if speaks is None else speaks:
+        sys.stderr.write(f"{line}\n")
     return status
 
 

@@ -1,79 +1,121 @@
-"""Arguments and options that several commands take, so that they read and mean the same everywhere."""
+"""How commands declare what they take, and the arguments and options that several of them take.
 
+A parameter of a command is declared by its default: `setting(default, help, …)` makes one option (or argument), and a settings object
+(`layercard.settings`) makes one for each field of its class. `expanded` turns such a command into one that typer understands.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layercard.errors import OutputError, TrainingError
-from layercard.settings import METHODS, FastSettings
+from layercard.settings import FastSettings, LoadSettings, Settings, TrainSettings, setting
 
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, a .gguf file, or smollm2-135m (embedded, fetched once).")
-]
-CardPath = Annotated[Path, typer.Argument(metavar="CARD", help="A card that `layercard profile` wrote.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="Records: .jsonl, .csv or .parquet with prompt + completion, messages or text; hub:NAME[:split]; or synthetic.",
-    ),
-]
-Valid = Annotated[str, typer.Option("--valid", metavar="FILE", help="Held-out records, given as --data is.")]
-Records = Annotated[int | None, typer.Option("--records", min=1, metavar="N", help="Use the first N records; all when not given.")]
-ValidRecords = Annotated[int | None, typer.Option("--valid-records", min=1, metavar="N", help="Use the first N held-out records.")]
-MaxLength = Annotated[int, typer.Option("--max-length", min=2, metavar="N", help="Cut longer records to N tokens.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float32, bfloat16, float16 or auto (as stored).")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything that is drawn at random.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what exists at the output.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-RoiFile = Annotated[
-    Path | None, typer.Option("--inputs", metavar="FILE", help="Figures of the calculator as a JSON object; docs/roi.md names them.")
-]
-RoiFigures = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One figure of the calculator: --set gpu_price_per_hour=2.5.")
-]
+if TYPE_CHECKING:
+    from layercard.data.load import Dataset
+    from layercard.models.load import BaseModel, Progress
 
-Method = Annotated[str, typer.Option("--method", metavar="NAME", help=f"Kind of adapter, or how LoRA begins: {', '.join(METHODS)}.")]
-Experts = Annotated[
-    bool, typer.Option("--experts/--no-experts", help="Adapt stacked experts where a placement names them, as only plain LoRA can.")
-]
-Rank = Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Rank of each adapter.")]
-Alpha = Annotated[
-    float, typer.Option("--alpha", metavar="X", help="Scale of the adapters; the update is alpha / rank times their product.")
-]
-Dropout = Annotated[float, typer.Option("--dropout", metavar="X", help="Dropout on the adapters' inputs.")]
-LearningRate = Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate of AdamW.")]
-Steps = Annotated[
-    int | None, typer.Option("--steps", min=1, metavar="N", help="Number of updates; or give --epochs. One epoch when neither is given.")
-]
-Epochs = Annotated[float | None, typer.Option("--epochs", metavar="X", help="Passes over the data.")]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, metavar="N", help="Records that go through the model at once, in all processes together.")
-]
-Accumulation = Annotated[int, typer.Option("--accumulation", min=1, metavar="N", help="Batches in one update.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 where it is safe; adapters stay float32.")]
-ReportTo = Annotated[str, typer.Option("--report-to", metavar="NAMES", help="Where the trainer logs to: none, tensorboard, wandb, …")]
-Cut = Annotated[bool, typer.Option("--cut/--no-cut", help="Keep layers below the lowest adapted one out of backward.")]
-PrefixCache = Annotated[
-    bool,
-    typer.Option("--prefix-cache/--no-prefix-cache", help="Compute what enters the lowest adapted layer once a record."),
-]
-CacheFolder = Annotated[
-    Path | None, typer.Option("--cache", metavar="DIR", help="Keep the prefix cache there, for later runs too; in memory when not given.")
-]
-CacheSize = Annotated[
-    float | None,
-    typer.Option("--cache-gb", metavar="GB", help="What the prefix cache may take; a share of free memory or disk when not given."),
-]
-Unpadded = Annotated[bool, typer.Option("--unpadded/--no-unpadded", help="Let no padding through the layers.")]
-LabelsOnly = Annotated[bool, typer.Option("--labels-only/--no-labels-only", help="Run head and loss on labelled positions only.")]
-FusedLora = Annotated[bool, typer.Option("--fused-lora/--no-fused-lora", help="Compute each map and its adapter as one function.")]
-Stock = Annotated[bool, typer.Option("--stock", help="Spare nothing: train as the libraries do by themselves.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what is unfinished in the output folder.")]
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer reads it; it is called with finished settings objects."""
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[dataclasses.Field[Any]]]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        declared = parameter.default
+        if isinstance(declared, dataclasses.Field):
+            default = inspect.Parameter.empty if declared.default is dataclasses.MISSING else declared.default
+            annotation = Annotated[parameter.annotation, _option(parameter.name, parameter.annotation, declared, checked=True)]
+            parameters.append(parameter.replace(default=default, annotation=annotation, kind=parameter.KEYWORD_ONLY))
+        elif isinstance(declared, Settings):
+            fields = [field for field in dataclasses.fields(declared) if field.metadata["option"] != ""]  # type: ignore[arg-type]
+            groups[parameter.name] = declared, fields
+            for field in fields:
+                kind = field.type if field.metadata["unit"] is None else float | None
+                annotation = Annotated[kind, _option(field.name, kind, field)]  # type: ignore[valid-type]
+                default = getattr(declared, field.name)
+                parameters.append(inspect.Parameter(field.name, parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+        else:
+            parameters.append(parameter)  # typer's own context
+
+    @wraps(command)
+    def with_settings(*context: typer.Context, **given: Any) -> None:
+        for name, (settings, fields) in groups.items():
+            values = {field.name: given.pop(field.name) for field in fields}
+            for field in fields:
+                if field.metadata["unit"] is not None and values[field.name] is not None:
+                    values[field.name] = int(values[field.name] * field.metadata["unit"])
+            given[name] = dataclasses.replace(settings, **values)
+        command(*context, **given)
+
+    with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_settings
+
+
+def _option(name: str, kind: Any, declared: "dataclasses.Field[Any]", *, checked: bool = False) -> Any:
+    """What typer shall know of a parameter; it checks the limits of whole numbers, and of others where nothing else does (`checked`)."""
+    described = declared.metadata
+    kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+    flag = described["option"] or f"--{name.replace('_', '-')}"
+    if bool in kinds:
+        return typer.Option(f"{flag}/--no-{flag[2:]}" if declared.default else flag, help=described["help"])
+    words = {int: "N", float: "X", Path: "FILE", list[Path]: "FILE"}
+    metavar = described["metavar"] or next((words[each] for each in kinds if each in words), "NAME")
+    limited = int in kinds or checked
+    how = {
+        "help": described["help"],
+        "min": described["low"] if limited else None,
+        "max": described["high"] if limited and described["high"] < math.inf else None,
+        "envvar": described["envvar"],
+    }
+    if described["argument"]:
+        return typer.Argument(metavar=described["metavar"] or name.upper(), **how)
+    return typer.Option(*flag.split(), *(["-o"] if flag == "--output" else []), metavar=metavar, **how)
+
+
+def _field(settings: Any, name: str, default: Any = None) -> Any:
+    """A parameter that is described as one field of a settings class."""
+    field = settings.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default if default is None else default, metadata=field.metadata)
+
+
+TRAINING = TrainSettings()
+"""What `train` and `compare` start from."""
+
+MODEL = setting(..., "A hub id, a local folder, a .gguf file, or smollm2-135m (embedded, fetched once).", argument=True)
+CARD = setting(..., "A card that `layercard profile` wrote.", argument=True)
+DATA = setting(
+    ...,
+    "Records: .jsonl, .csv or .parquet with prompt + completion, messages or text; hub:NAME[:split]; or synthetic.",
+    metavar="FILE",
+)
+RECORDS = setting(None, "Use the first N records; all when not given.", low=1)
+VALID_RECORDS = setting(None, "Use the first N held-out records.", low=1)
+MAX_LENGTH = setting(1024, "Cut longer records to N tokens.", low=2)
+RANK = _field(TrainSettings, "rank")
+SEED = _field(TrainSettings, "seed")
+DEVICE = _field(LoadSettings, "device")
+DTYPE = _field(LoadSettings, "dtype")
+EXPERTS = setting(True, "Adapt stacked experts where a placement names them, as only plain LoRA can.")
+STOCK = setting(False, "Leave nothing out: train as the libraries do by themselves.")
+RESUME = setting(False, "Go on with what is unfinished in the output folder.")
+RESULT_FILE = setting(None, "Write the result as JSON.")
+FORCE = setting(False, "Replace what exists at the output.")
+AS_JSON = setting(False, "Print the result as JSON.", option="--json")
+ROI_FILE = setting(None, "Figures of the calculator as a JSON object; docs/roi.md names them.", option="--inputs")
+ROI_FIGURES = setting(None, "One figure of the calculator: --set gpu_price_per_hour=2.5.", option="--set", metavar="NAME=VALUE")
+
+
+def batch_size(default: int) -> Any:
+    """Records in a batch."""
+    return _field(TrainSettings, "batch_size", default)
 
 
 def check_folder(path: Path, *, resume: bool, force: bool) -> None:
@@ -82,30 +124,10 @@ def check_folder(path: Path, *, resume: bool, force: bool) -> None:
         raise OutputError(f"{path} exists already; pass --resume to go on with it, --force to replace it, or name another output")
 
 
-def spared(
-    cut: bool,
-    prefix_cache: bool,
-    cache: Path | None,
-    cache_gb: float | None,
-    unpadded: bool,
-    labels_only: bool,
-    fused_lora: bool,
-    stock: bool,
-) -> FastSettings:
-    """The options of faster training as settings; `--stock` turns all of it off."""
-    if stock and cache is not None:
-        raise TrainingError("--stock keeps no prefix cache, but --cache names a folder for one; leave one of them out")
-    if stock:
-        return FastSettings.baseline()
-    return FastSettings(
-        cut=cut,
-        prefix_cache=prefix_cache,
-        unpadded=unpadded,
-        labels_only=labels_only,
-        fused_lora=fused_lora,
-        cache_folder=None if cache is None else str(cache),
-        cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
-    )
+def check_suffix(path: Path, *suffixes: str) -> None:
+    """Refuse an output that is named as another kind of file."""
+    if path.suffix not in suffixes:
+        raise OutputError(f"{path}: {path.suffix or 'no ending'} is not written; name a {' or '.join(suffixes)} file")
 
 
 def check_data(*sources: str | None) -> None:
@@ -115,3 +137,24 @@ def check_data(*sources: str | None) -> None:
     for source in sources:
         if source is not None and not source.startswith("hub:"):
             read_records(source)
+
+
+def fast_or_stock(fast: FastSettings, stock: bool) -> FastSettings:
+    """The options of faster training; `--stock` turns all of them off."""
+    if stock and fast.cache_folder is not None:
+        raise TrainingError("--stock keeps no prefix cache, but --cache names a folder for one; leave one of them out")
+    return FastSettings.baseline() if stock else fast
+
+
+def load(model: str, loading: LoadSettings, progress: "Progress") -> "BaseModel":
+    """The model of a command."""
+    from layercard.models.load import load_model
+
+    return load_model(model, progress=progress, **loading.to_json())
+
+
+def read(source: str, base: "BaseModel", records: int | None, max_length: int) -> "Dataset":
+    """Records of a command, as the model reads them."""
+    from layercard.data.load import load_data
+
+    return load_data(source, base.tokenizer, records=records, max_length=max_length, classes=base.classes)

@@ -1,31 +1,25 @@
 """`layercard pareto`: what can be kept at which cost, as a table, a file or a page."""
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import Display, emit_json, out
-from layercard.errors import OutputError
+from layercard.commands.terminal import Display, show_result
 from layercard.files import refuse_existing
+from layercard.settings import setting
 
 
 def pareto(
-    card: opt.CardPath,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to keep it: .json, or .html for a page that needs no network."),
-    ] = None,
-    force: opt.Force = False,
-    as_json: opt.AsJson = False,
+    card: Path = opt.CARD,
+    output: Path | None = setting(None, "Where to keep it: .json, or .html for a page that needs no network."),
+    force: bool = opt.FORCE,
+    as_json: bool = opt.AS_JSON,
 ) -> None:
     """Show the whole front: the least step time and the least memory for each performance kept, with plain placements beside it."""
     if output is not None:
-        if output.suffix not in (".json", ".html"):
-            raise OutputError(f"{output}: {output.suffix or 'no ending'} is not written; name a .json or .html file")
+        opt.check_suffix(output, ".json", ".html")
         refuse_existing(output, force)
     from layercard.card.card import LayerCard
+    from layercard.report.front import front_view
     from layercard.selection.pareto import pareto as fronts
 
     source = LayerCard.load(card)
@@ -38,12 +32,4 @@ def pareto(
         write_page(output, front_story(value), force=force)
     elif output is not None:
         front.save(output, force=force)
-    if as_json:
-        emit_json(value)
-        return
-    from layercard.report.front import front_view
-
-    console = out()
-    console.print(front_view(value))
-    if output is not None:
-        console.print(f"wrote {output}", style="dim", soft_wrap=True)
+    show_result(value, as_json, front_view(value), wrote=output)

@@ -1,27 +1,22 @@
 """`layercard push`: a card to a repository on the hub."""
 
 import re
-from typing import Annotated
-
-import typer
+from pathlib import Path
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import emit_json, out
+from layercard.commands.terminal import show_result
 from layercard.errors import HubError
+from layercard.settings import setting
 
 
 def push(
-    card: opt.CardPath,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="OWNER/NAME of a data set repository, or NAME for the token's owner.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="Write to this branch, made where it is not there.")
-    ] = None,
-    license_id: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="Licence of the card, as the hub names it: cc-by-4.0.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace another card there, or write beside other files.")] = False,
-    as_json: opt.AsJson = False,
+    card: Path = opt.CARD,
+    name: str = setting(..., "OWNER/NAME of a data set repository, or NAME for the token's owner.", argument=True),
+    private: bool = setting(False, "Make a new repository private."),
+    revision: str | None = setting(None, "Write to this branch, made where it is not there.", metavar="BRANCH"),
+    license_id: str | None = setting(None, "Licence of the card, as the hub names it: cc-by-4.0.", metavar="ID", option="--license"),
+    force: bool = setting(False, "Replace another card there, or write beside other files."),
+    as_json: bool = opt.AS_JSON,
 ) -> None:
     """Put a card on the Hugging Face hub, as a small data set repository with a page that shows it.
 
@@ -34,9 +29,5 @@ def push(
     from layercard.report.hub import push as push_card
 
     pushed = push_card(LayerCard.load(card), name, private=private, revision=revision, license_id=license_id, force=force)
-    if as_json:
-        emit_json({"name": pushed.name, "url": pushed.url, "commit": pushed.commit})
-        return
-    console = out()
-    console.print(f"{pushed.url}: written", soft_wrap=True)
-    console.print(f"next: layercard pull {pushed.name} -o card.json", style="dim", soft_wrap=True)
+    value = {"name": pushed.name, "url": pushed.url, "commit": pushed.commit}
+    show_result(value, as_json, f"{pushed.url}: written", then=f"layercard pull {pushed.name} -o card.json")

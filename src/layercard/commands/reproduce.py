@@ -2,10 +2,21 @@
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layercard.report.sources import Sources
+
+Json = Mapping[str, Any]
 
 
-def command_lines(card: Mapping[str, Any], placement: Mapping[str, Any] | None, comparison: Mapping[str, Any] | None) -> list[str]:
+def commands_of(sources: "Sources") -> list[str]:
+    """The command lines that make the files of a report again, as far as the files say."""
+    lines = command_lines(sources.card, sources.placement, next(iter(sources.comparisons), None))
+    return [*lines, *dict.fromkeys(str(table["command"]) for table in sources.tables if table.get("command"))]
+
+
+def command_lines(card: Json, placement: Json | None, comparison: Json | None) -> list[str]:
     """One command line for each file that is given, in the order in which they are run."""
     lines = [_profile(card)]
     if placement is not None and placement["objective"] != "given":  # what was named by hand has no rule behind it
@@ -15,54 +26,43 @@ def command_lines(card: Mapping[str, Any], placement: Mapping[str, Any] | None, 
     return [shlex.join(["layercard", *line]) for line in lines]
 
 
-def _options(values: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+def _options(values: Json, *names: str) -> list[str]:
     """`--batch-size 8` for each name that has a value."""
     return [part for name in names if values.get(name) is not None for part in (f"--{name.replace('_', '-')}", str(values[name]))]
 
 
-def _source(data: Mapping[str, Any]) -> str:
+def _source(data: Json) -> str:
     """A data source as `--data` takes it; the built-in set also says how it was generated."""
     return str(data["source"]).partition(" (")[0]
 
 
-def _profile(card: Mapping[str, Any]) -> list[str]:
+def _profile(card: Json) -> list[str]:
     settings, data = card["settings"], card["data"]
-    found = _options(settings, ("rank", "ridge", "batch_size", "label_samples", "device", "dtype", "seed"))
     kind = settings.get("probe") or ("step" if settings.get("step_probe", True) else "none")  # earlier cards have a yes or no
-    probe = {"step": [], "none": ["--probe", "none"], "train": ["--probe", "train", *_options(settings, ("probe_steps",))]}[kind]
-    return [
-        "profile",
-        str(card["model"]["name"]),
-        "--data",
-        _source(data),
-        "--records",
-        str(data["records"]),
-        *found,
-        *probe,
-        "-o",
-        "card.json",
-    ]
+    probe = {"step": [], "none": ["--probe", "none"], "train": ["--probe", "train", *_options(settings, "probe_steps")]}[kind]
+    line = ["profile", str(card["model"]["name"]), "--data", _source(data), "--records", str(data["records"])]
+    options = _options(settings, "rank", "ridge", "batch_size", "label_samples", "device", "dtype", "seed")
+    return [*line, *options, *probe, "-o", "card.json"]
 
 
-def _select(placement: Mapping[str, Any]) -> list[str]:
+def _select(placement: Json) -> list[str]:
     objective = str(placement["objective"])
     how = "--objective" if objective in ("performance", "cost", "balanced") else "--strategy"
     asked = placement.get("asked") or {}
-    budgets = ("max_time", "max_memory", "max_params", "max_latency", "min_performance", "seed")
     count = asked.get("k") if asked else len(placement["layers"])
-    ranks = ["--allocate-ranks", *_options(asked, ("rank", "alpha"))] if "rank" in asked else []
-    given = [*(["--k", str(count)] if count is not None else []), how, objective, *_options(asked, budgets), *ranks]
-    return ["select", "card.json", *given, "-o", "placement.json"]
+    budgets = _options(asked, "max_time", "max_memory", "max_params", "max_latency", "min_performance", "seed")
+    ranks = ["--allocate-ranks", *_options(asked, "rank", "alpha")] if "rank" in asked else []
+    return ["select", "card.json", *_options({"k": count}, "k"), how, objective, *budgets, *ranks, "-o", "placement.json"]
 
 
-def _compare(comparison: Mapping[str, Any], placement: Mapping[str, Any] | None) -> list[str]:
-    chosen = list(placement["layers"]) if placement is not None else None
-    names = ["placement.json" if list(row["layers"]) == chosen else str(row["name"]) for row in comparison["rows"]]
-    data, valid, settings = comparison.get("data") or {}, comparison.get("valid") or {}, comparison.get("settings") or {}
-    records = [
-        *(["--data", _source(data), "--records", str(data.get("records"))] if "source" in data else []),
-        *(["--valid", _source(valid), "--valid-records", str(valid.get("records"))] if "source" in valid else []),
-    ]
+def _compare(comparison: Json, placement: Json | None) -> list[str]:
+    layers = list(placement["layers"]) if placement is not None else None
+    names = ["placement.json" if list(row["layers"]) == layers else str(row["name"]) for row in comparison["rows"]]
+    line = ["compare", str(comparison["model"].get("name"))]
+    for part, source, records in (("data", "--data", "--records"), ("valid", "--valid", "--valid-records")):
+        data = comparison.get(part) or {}
+        line += [source, _source(data), records, str(data.get("records"))] if "source" in data else []
+    settings = comparison.get("settings") or {}
     given = ("rank", "alpha", "dropout", "learning_rate", "steps", "epochs", "batch_size", "accumulation", "seed")
-    line = ["compare", str(comparison["model"].get("name")), *records, "--placements", ",".join(names)]
-    return [*line, *_options(settings, given), *(["--bf16"] if settings.get("bf16") else []), "-o", "compare"]
+    bf16 = ["--bf16"] if settings.get("bf16") else []
+    return [*line, "--placements", ",".join(names), *_options(settings, *given), *bf16, "-o", "compare"]

@@ -2,29 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import emit_json, out
-from layercard.errors import OutputError, ReportError
+from layercard.commands.terminal import show_result
+from layercard.errors import ReportError
 from layercard.files import read_json, refuse_existing, write_json
+from layercard.settings import setting
 
 if TYPE_CHECKING:
     from layercard.report.roi import RoiInputs
 
 
 def roi(
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE…", help="A card, a placement of it, and run records or folders of these."),
-    ],
-    inputs: opt.RoiFile = None,
-    given: opt.RoiFigures = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result as JSON.")] = None,
-    force: opt.Force = False,
-    as_json: opt.AsJson = False,
+    files: list[Path] = setting(..., "A card, a placement of it, and run records or folders of these.", argument=True, metavar="FILE…"),
+    inputs: Path | None = opt.ROI_FILE,
+    given: list[str] | None = opt.ROI_FIGURES,
+    output: Path | None = opt.RESULT_FILE,
+    force: bool = opt.FORCE,
+    as_json: bool = opt.AS_JSON,
 ) -> None:
     """Compute what a placement saves against all layers: a month, a year, hours, payback, energy and CO₂, each with low, mid and high.
 
@@ -32,11 +28,11 @@ def roi(
     given is an example and is named too.
     """
     if output is not None:
-        if output.suffix != ".json":
-            raise OutputError(f"{output}: {output.suffix or 'no ending'} is not written; name a .json file")
+        opt.check_suffix(output, ".json")
         refuse_existing(output, force)
-    known = figures(inputs, given)
+    roi_inputs = figures(inputs, given)
     from layercard.report import roi as model
+    from layercard.report.calculator import roi_view
     from layercard.report.ratios import ratios_of
     from layercard.report.sources import read_sources
     from layercard.report.trials import rows_of
@@ -44,24 +40,17 @@ def roi(
     sources = read_sources(files)
     if sources.placement is None:
         raise ReportError("there is no placement to compare with all layers; make one with `layercard select` and name it too")
-    found = model.roi(known, ratios_of(sources.placement["layers"], sources.card, rows_of(sources.trials)))
+    result = model.roi(roi_inputs, ratios_of(sources.placement["layers"], sources.card, rows_of(sources.trials)))
     if output is not None:
-        write_json(output, found.to_json(), force=force)
-    if as_json:
-        emit_json(found.to_json())
-        return
-    from layercard.report.calculator import roi_view
-
-    out().print(roi_view(found))
-    if output is not None:
-        out().print(f"wrote {output}", style="dim", soft_wrap=True)
+        write_json(output, result.to_json(), force=force)
+    show_result(result.to_json(), as_json, roi_view(result), wrote=output)
 
 
 def figures(file: Path | None, given: Sequence[str] | None) -> "RoiInputs":
     """The reader's figures from a JSON file and from `NAME=VALUE`; the latter win.
 
     Raises:
-        ReportError: The file is no JSON object, a pair has no `=`, or a name or value is none of the calculator's.
+        ReportError: The file is not a JSON object, a pair has no `=`, or the calculator has no such name or value.
     """
     values: dict[str, Any] = {}
     if file is not None:

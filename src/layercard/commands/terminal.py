@@ -2,22 +2,22 @@
 
 import json
 import logging
-import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from enum import StrEnum
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from layercard.commands.remaining import Pace, Whole
 from layercard.processes import is_first
+
+PROGRESS = "LAYERCARD_PROGRESS"
+"""Environment variable; with the value `lines` progress is written for programs: a tab-separated line `progress PHASE DONE TOTAL`."""
 
 
 def out() -> Console:
@@ -28,6 +28,20 @@ def out() -> Console:
 def emit_json(value: dict[str, Any]) -> None:
     """Print a JSON object, and nothing else, on stdout."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def show_result(
+    value: dict[str, Any], as_json: bool, view: RenderableType, *, wrote: Path | str | None = None, then: str | None = None
+) -> None:
+    """Print what a command found: as JSON and nothing else, or drawn, with the output that was written and the command that comes next."""
+    if as_json:
+        emit_json(value)
+        return
+    console = out()
+    console.print(view, soft_wrap=isinstance(view, str))
+    remarks = [f"wrote {wrote}" if wrote else "", f"next: {then}" if then else ""]
+    if any(remarks):
+        console.print("; ".join(filter(None, remarks)), style="dim", soft_wrap=True)
 
 
 class Level(StrEnum):
@@ -61,65 +75,36 @@ def logging_to_stderr(level: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-PROGRESS = "LAYERCARD_PROGRESS"
-"""Environment variable; with the value `lines` progress is written for programs: a tab-separated line `progress PHASE DONE TOTAL`."""
-
-
-class _Remaining(ProgressColumn):
-    """The remaining time of a phase, or of the command; a dash until there is something to judge by."""
-
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        """As `h:mm:ss`."""
-        seconds = task.fields["pace"].remaining()
-        return Text("-:--:--" if seconds is None else str(timedelta(seconds=math.ceil(seconds))), style="progress.remaining")
-
-
 class Display:
-    """Progress bars on stderr, one for each phase; it is itself the callback that the library calls.
+    """Progress bars on stderr, one for each phase, with the time that the rest of it takes; it is the callback that the library calls.
 
-    A phase that starts over (its count falls) gets a new bar. Where it is known how much work the phases are (`expect`), one more bar
-    is of the whole command. Where stderr is no terminal, nothing is drawn, and of several processes only the first draws.
+    A phase that starts over (its count falls) gets a new bar. Where stderr is not a terminal nothing is drawn, and of several processes
+    only the first draws.
     """
 
     def __init__(self) -> None:
         self._lines = os.environ.get(PROGRESS) == "lines"
-        columns = (TextColumn("{task.description:<16}"), BarColumn(30), TaskProgressColumn(), TimeElapsedColumn(), _Remaining())
+        self._tasks: dict[str, TaskID] = {}
+        columns = (TextColumn("{task.description:<16}"), BarColumn(30), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        self._bars = Progress(*columns, console=console, disable=not (console.is_terminal and is_first()))
-        self._tasks: dict[str, tuple[TaskID, int, Pace]] = {}
-        self._whole: tuple[TaskID, Whole] | None = None
+        # Parts of a phase may take minutes, so speed is judged over the last ten and not, as usual, over half a minute.
+        self.bars = Progress(*columns, console=console, disable=not (console.is_terminal and is_first()), speed_estimate_period=600)
 
     def __enter__(self) -> "Display":
-        self._bars.start()
+        self.bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._whole is not None and kind is None:
-            self._bars.update(self._whole[0], completed=1.0)
-        self._bars.stop()
-
-    def expect(self, work: Mapping[str, float]) -> None:
-        """How much work the phases of the command are, in any unit and in their order: one bar, `all`, shows the time to its end."""
-        whole = Whole(work)
-        self._whole = self._bars.add_task("all", total=1.0, pace=whole), whole
+        self.bars.stop()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a phase are behind us."""
         if self._lines:
             sys.stderr.write(f"progress\t{phase}\t{done}\t{total}\n")
             sys.stderr.flush()
-        known = self._tasks.get(phase)
-        if known is None or done < known[1]:
-            pace = Pace()
-            task = self._bars.add_task(phase, total=total, pace=pace)
+        task = self._tasks.get(phase)
+        if task is None or done < self.bars.tasks[task].completed:
+            # What an interrupted run did counts as done from the start, so that it does not flatter the speed.
+            self._tasks[phase] = self.bars.add_task(phase, total=total, completed=done)
         else:
-            task, _, pace = known
-        pace.update(done, total)
-        self._tasks[phase] = (task, done, pace)
-        self._bars.update(task, completed=done, total=total)
-        if self._whole is not None:
-            bar, whole = self._whole
-            whole.paces[phase] = pace
-            self._bars.update(bar, completed=whole.share)
+            self.bars.update(task, completed=done, total=total)

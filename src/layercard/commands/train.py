@@ -1,122 +1,71 @@
 """`layercard train`: adapters in the layers of a placement, and nowhere else."""
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import Display, emit_json, out
+from layercard.commands.terminal import Display, show_result
 from layercard.processes import is_first
-from layercard.settings import TrainSettings
+from layercard.settings import FastSettings, LoadSettings, TrainSettings, setting
 
 
 def train(
-    model: opt.ModelName,
-    data: opt.Data,
-    placement: Annotated[Path, typer.Option("--placement", metavar="FILE", help="A placement that `layercard select` wrote.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the adapter, the placement and the run record.")
-    ],
-    valid: Annotated[
-        str | None, typer.Option("--valid", metavar="FILE", help="Held-out records, given as --data is: the loss before and after.")
-    ] = None,
-    records: opt.Records = None,
-    valid_records: opt.ValidRecords = None,
-    method: opt.Method = "lora",
-    experts: opt.Experts = True,
-    rank: opt.Rank = 8,
-    alpha: opt.Alpha = 16.0,
-    dropout: opt.Dropout = 0.0,
-    learning_rate: opt.LearningRate = 2e-3,
-    steps: opt.Steps = None,
-    epochs: opt.Epochs = None,
-    batch_size: opt.BatchSize = 4,
-    accumulation: opt.Accumulation = 1,
-    max_length: opt.MaxLength = 1024,
-    bf16: opt.Bf16 = False,
-    cut: opt.Cut = True,
-    prefix_cache: opt.PrefixCache = True,
-    cache: opt.CacheFolder = None,
-    cache_gb: opt.CacheSize = None,
-    unpadded: opt.Unpadded = True,
-    labels_only: opt.LabelsOnly = True,
-    fused_lora: opt.FusedLora = True,
-    stock: opt.Stock = False,
-    report_to: opt.ReportTo = "none",
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "float32",
-    trust_remote_code: opt.TrustRemoteCode = False,
-    seed: opt.Seed = 0,
-    resume: opt.Resume = False,
-    force: opt.Force = False,
-    as_json: opt.AsJson = False,
+    model: str = opt.MODEL,
+    data: str = opt.DATA,
+    placement: Path = setting(..., "A placement that `layercard select` wrote."),
+    output: Path = setting(..., "Folder for the adapter, the placement and the run record.", metavar="DIR"),
+    valid: str | None = setting(None, "Held-out records, given as --data is: the loss before and after.", metavar="FILE"),
+    records: int | None = opt.RECORDS,
+    valid_records: int | None = opt.VALID_RECORDS,
+    max_length: int = opt.MAX_LENGTH,
+    experts: bool = opt.EXPERTS,
+    settings: TrainSettings = opt.TRAINING,
+    fast: FastSettings = FastSettings(),
+    stock: bool = opt.STOCK,
+    loading: LoadSettings = LoadSettings(),
+    resume: bool = opt.RESUME,
+    force: bool = opt.FORCE,
+    as_json: bool = opt.AS_JSON,
 ) -> None:
     """Train adapters in the layers of a placement. The folder loads with plain PEFT.
 
     Under `torchrun` or `accelerate launch` all processes share every batch: losses and adapter are those of one process.
     """
+    # What cannot work is refused before anything heavy is imported.
     if is_first():
         opt.check_folder(output, resume=resume, force=force)
     opt.check_data(data, valid)
-    spare = opt.spared(cut, prefix_cache, cache, cache_gb, unpadded, labels_only, fused_lora, stock)
-    settings = TrainSettings(
-        method=method,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        learning_rate=learning_rate,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=seed,
-        bf16=bf16,
-        report_to=report_to,
-    )
+    fast = opt.fast_or_stock(fast, stock)
     from layercard.selection.placement import Placement
 
     chosen = Placement.load(placement)
     from layercard.adapters.apply import without_experts
-    from layercard.data.load import load_data
     from layercard.measure import Phases
-    from layercard.models.load import load_model
-    from layercard.profiling.workload import training_work
     from layercard.training.train import train as run
 
     phases = Phases()
     with Display() as display:
         with phases.phase("load"):
-            base = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=display)
+            base = opt.load(model, loading, display)
         with phases.phase("data"):
-            dataset = load_data(data, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
-            held_out = (
-                load_data(valid, base.tokenizer, records=valid_records, max_length=max_length, classes=base.classes) if valid else None
-            )
-        chosen = chosen if experts else without_experts(chosen)
-        display.expect(training_work(dataset, held_out, settings))
+            dataset = opt.read(data, base, records, max_length)
+            held_out = opt.read(valid, base, valid_records, max_length) if valid else None
         record = run(
             base,
-            chosen,
+            chosen if experts else without_experts(chosen),
             dataset,
             output,
             settings,
             valid=held_out,
-            spare=spare,
+            spare=fast,
             resume=resume,
             force=force,
             progress=display,
             phases=phases,
         )
-    if not is_first():
-        return
-    if as_json:
-        emit_json(record)
-        return
-    console = out()
-    console.print(_view(record, output))
-    held = f" --data {valid}" if valid else " --data …"
-    console.print(f"next: layercard eval {model}{held} --adapter {output}", style="dim", soft_wrap=True)
+    if is_first():
+        then = f"layercard eval {model} --data {valid or '…'} --adapter {output}"
+        show_result(record, as_json, _view(record, output), then=then)
 
 
 def _view(record: dict[str, Any], output: Path) -> Any:
@@ -130,7 +79,7 @@ def _view(record: dict[str, Any], output: Path) -> Any:
         rows["Loss"] = f"{record['loss_before']:.4f} → {record['loss_after']:.4f} nats per labelled token"
         rows["Reduction"] = f"{record['loss_reduction']:.4f} ({low:.4f} to {high:.4f})"
     if record["fast"]["did"]:
-        rows["Spared"] = "\n".join(record["fast"]["did"].values())
+        rows["Left out"] = "\n".join(record["fast"]["did"].values())
     rows["Training"] = f"{record['steps']} steps in {record['train_seconds']:.1f} s · layers in backward {record['layers_in_backward']}"
     rows["Size"] = (
         f"{record['adapter_bytes'] / 2**20:.2f} MiB · peak memory {record['peak_memory_bytes'] / 2**20:,.0f} MiB above the base model"
