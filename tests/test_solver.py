@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from layercard.cost.model import Linear
 from layercard.selection import solver
-from layercard.selection.solver import Budget, Problem, Relaxation, greedy_cost, greedy_coverage, least_cost, most_coverage
+from layercard.selection.solver import Budget, Problem, coverage_bounds, greedy, least_cost, most_coverage, tightened_bound
 
 EXACT = 1e-9
 PATIENCE = 120.0
@@ -37,7 +37,7 @@ def problem_of(seed: int, depth: int, coupled: bool, budgets: int) -> Problem:
 
 
 def enumerated(problem: Problem) -> list[tuple[int, ...]]:
-    sets = (layers for size in range(1, problem.depth + 1) for layers in combinations(range(problem.depth), size))
+    sets = (layers for size in range(1, problem.num_layers + 1) for layers in combinations(range(problem.num_layers), size))
     return [layers for layers in sets if problem.allows(layers)]
 
 
@@ -54,8 +54,8 @@ def test_the_largest_coverage_is_what_enumeration_finds(seed: int, depth: int, c
     assert found is not None and problem.allows(found.layers)
     assert found.value == pytest.approx(best, rel=1e-7) == pytest.approx(problem.coverage(found.layers))
     assert found.status == "optimal" and found.gap is not None and found.gap <= 1e-7
-    greedy = greedy_coverage(problem)
-    assert greedy is None or (greedy.value <= best * (1 + 1e-9) and problem.allows(greedy.layers))
+    quick = greedy(problem)
+    assert quick is None or (problem.coverage(quick) <= best * (1 + 1e-9) and problem.allows(quick))
 
 
 @given(seed=st.integers(0, 100_000), depth=st.integers(1, 9), coupled=st.booleans(), budgets=st.integers(0, 2), share=st.floats(0.2, 1.05))
@@ -76,8 +76,8 @@ def test_the_least_cost_is_what_enumeration_finds(seed: int, depth: int, coupled
     assert found is not None and problem.allows(found.layers)
     assert found.cost == pytest.approx(min(map(cost.of, allowed)), rel=1e-7)
     assert found.status == "optimal" and found.cost == pytest.approx(cost.of(found.layers))
-    greedy = greedy_cost(problem, cost)
-    assert greedy is None or (greedy.cost is not None and greedy.cost >= found.cost * (1 - 1e-9) and problem.allows(greedy.layers))
+    quick = greedy(problem, cost)
+    assert quick is None or (cost.of(quick) >= found.cost * (1 - 1e-9) and problem.allows(quick))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -129,15 +129,15 @@ def test_permuting_layers_permutes_the_answer(seed: int, k: int) -> None:
 @settings(max_examples=30, deadline=None)
 def test_bounds_hold_for_any_prices(seed: int, depth: int) -> None:
     problem = problem_of(seed, depth, True, 2)
-    relaxation, prices = Relaxation(problem), np.random.default_rng(seed + 1).uniform(-0.2, 1, depth)
-    bounds = relaxation.every(prices)
+    prices = np.random.default_rng(seed + 1).uniform(-0.2, 1, depth)
+    bounds = coverage_bounds(problem, prices)
     for layers in enumerated(problem):
         m, value = layers[0], problem.coverage(layers)
         assert value <= bounds[m] * (1 + 1e-9)
-        sharp = relaxation.improved(m, prices, value)
+        sharp = tightened_bound(problem, m, prices, value)
         assert value <= sharp.value * (1 + 1e-9)
         assert all(value <= sharp.value - sharp.margin[i] + 1e-9 for i in layers)
-        assert len(layers) >= relaxation.fewest(m, sharp.prices, value)
+        assert len(layers) >= sharp.fewest(m, value)
 
 
 def deep(depth: int, seed: int, scale: float) -> tuple[Problem, Linear]:
@@ -164,8 +164,8 @@ def test_128_layers_are_solved_to_optimality(seed: int, scale: float) -> None:
     assert {limited.status, five.status, cheap.status} == {"optimal"}
     assert max(found.gap or 0.0 for found in (limited, five, cheap)) <= 1.001e-3
     assert len(five.layers) == 5 and budget.allows(limited.layers) and cheap.value >= 0.74 * whole * (1 - 1e-9)
-    greedy = greedy_cost(replace(problem, needed=0.74 * whole), time)
-    assert greedy is not None and greedy.cost is not None and cheap.cost is not None and cheap.cost <= greedy.cost
+    quick = greedy(replace(problem, needed=0.74 * whole), time)
+    assert quick is not None and cheap.cost is not None and cheap.cost <= time.of(quick)
 
 
 def test_out_of_time_the_best_so_far_is_given_with_an_honest_gap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_out_of_time_the_best_so_far_is_given_with_an_honest_gap(monkeypatch: py
     assert rushed.status == "time limit" and rushed.gap is not None
     assert rushed.cost * (1 - rushed.gap) <= exact.cost * (1 + 1e-9) <= rushed.cost * (1 + 2e-4)
     best = most_coverage(replace(problem, least=6, most=6), tolerance=EXACT, seconds=PATIENCE)
-    monkeypatch.setattr(solver, "greedy_coverage", lambda problem: replace(greedy_coverage(problem), layers=(0, 1, 2, 3, 4, 5)))  # type: ignore[type-var]
+    monkeypatch.setattr(solver, "greedy", lambda problem, cost: (0, 1, 2, 3, 4, 5))
     poor = most_coverage(replace(problem, least=6, most=6), seconds=0.0)
     assert best is not None and poor is not None and poor.gap is not None
     assert poor.status == "time limit" and best.value <= poor.value * (1 + poor.gap) * (1 + 1e-9)
@@ -186,8 +186,7 @@ def test_out_of_time_the_best_so_far_is_given_with_an_honest_gap(monkeypatch: py
 def test_where_greedy_finds_no_allowed_set_the_solver_does(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of(5, 7, True, 2)
     best = most_coverage(problem, tolerance=EXACT, seconds=PATIENCE)
-    monkeypatch.setattr(solver, "greedy_coverage", lambda problem: None)
-    monkeypatch.setattr(solver, "greedy_cost", lambda problem, cost: None)
+    monkeypatch.setattr(solver, "greedy", lambda problem, cost: None)
     found = most_coverage(problem, tolerance=EXACT, seconds=PATIENCE)
     assert best is not None and found is not None and found.value == pytest.approx(best.value)
     cost = form(np.random.default_rng(0), 7)

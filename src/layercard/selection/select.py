@@ -237,12 +237,12 @@ def _best(asked: Question, seconds: float) -> Solution:
     best = most_coverage(asked.problem, seconds=seconds)
     if best is None or best.value < asked.problem.needed * (1 - 1e-9):
         raise SelectionError(_why_not(asked, best, seconds))
-    tolerance = min(resolution(asked.problem.depth), 1e-4)
+    tolerance = min(resolution(asked.problem.num_layers), 1e-4)
     level = max(best.value * (1 - tolerance), asked.problem.needed)
     cheaper = least_cost(replace(asked.problem, needed=level), asked.time, seconds=min(0.5, seconds))
     if cheaper is None or cheaper.cost is None or cheaper.cost >= asked.time.of(best.layers) * (1 - 1e-9):
         return best
-    highest = best.value * (1 + (best.gap or 0.0))
+    highest = best.value * (1 + best.gap)
     return replace(cheaper, status=best.status, gap=max(0.0, highest / cheaper.value - 1), cost=None)
 
 
@@ -258,7 +258,7 @@ def _why_not(asked: Question, best: Solution | None, seconds: float) -> str:
     ways = [f"the best keeps {asked.performance(best.value):.1f}% (layers {listed(best.layers)})"]
     if nearest := _nearest(asked, problem, seconds):
         ways.append(nearest)
-    elif problem.most is not None and problem.most < problem.depth:
+    elif problem.most is not None and problem.most < problem.num_layers:
         free = least_cost(replace(problem, least=1, most=None), asked.time, seconds=seconds)
         if free is not None:
             ways.append(f"{len(free.layers)} layers would reach it")
