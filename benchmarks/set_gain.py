@@ -11,14 +11,15 @@ noisy as these: with r the mean rank correlation between two of n seeds, `√(n 
 
 import argparse
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
 import numpy as np
 
 from common import RESULTS, data_folder, report, rounded
 from layercard.card.card import LayerCard
-from layercard.selection.select import SET_MODELS
+from layercard.selection.select import coverage_of, layer_weights, probe_measure, set_similarity
+from layercard.statistics.coverage import coverage, similarity
 from layercard.statistics.intervals import spearman
 from layercard.trials.choices import Chooser
 from layercard.trials.placements import keep_settings, prepare
@@ -33,6 +34,58 @@ EACH = 2
 REPEATS = 2000
 SEEDS = 16
 """Seeds that are looked for."""
+RIDGE = 0.05
+"""Added to the diagonal of ρ, so that layers that are nearly alike do not blow up the inverse."""
+
+SetGain = Callable[[Sequence[int]], float]
+
+
+def covering(card: LayerCard, similar: np.ndarray, weighted: bool = True) -> SetGain:
+    """`Σ_j w_j max_{i ∈ S} C_ji` with another similarity than `select` uses, and with `w = √s` smoothed over depth or 1."""
+    weights = layer_weights(card) if weighted else np.ones(card.model.layers)
+    return lambda layers: coverage(similar, weights, list(layers))
+
+
+def quadratic(matrix: np.ndarray, vector: np.ndarray) -> SetGain:
+    """`½ v_Sᵀ M_SS⁻¹ v_S`: the decrease in a local quadratic model."""
+
+    def gain(layers: Sequence[int]) -> float:
+        part = vector[list(layers)]
+        return float(0.5 * part @ np.linalg.lstsq(matrix[np.ix_(list(layers), list(layers))], part, rcond=None)[0])
+
+    return gain
+
+
+def probe_quadratic(card: LayerCard) -> SetGain:
+    """`quadratic` of `ρ + 0.05 I` and `√(2 s)`: what measured gains of single layers leave when they overlap as ρ says."""
+    gains = np.clip(card.values(probe_measure(card)), 0.0, None)
+    return quadratic(np.asarray(card.coupling) + RIDGE * np.eye(card.model.layers), np.sqrt(2 * gains))
+
+
+def curved(card: LayerCard) -> SetGain:
+    """`quadratic` of the card's curvature K and descent b."""
+    scale = np.sqrt(np.clip(card.curvature, 0.0, None))
+    return quadratic(np.asarray(card.coupling) * np.outer(scale, scale), np.asarray(card.descent, dtype=float))
+
+
+def additive(card: LayerCard, measure: str) -> SetGain:
+    """The sum of a measure of single layers."""
+    gains = np.asarray(card.values(measure))
+    return lambda layers: float(gains[list(layers)].sum())
+
+
+SET_MODELS: dict[str, Callable[[LayerCard], SetGain]] = {
+    "coverage": coverage_of,
+    "coverage, coupling as measured": lambda card: covering(card, similarity(card.coupling)),
+    "coverage, squared coupling": lambda card: covering(card, set_similarity(card) ** 2),
+    "coverage, equal weights": lambda card: covering(card, set_similarity(card), weighted=False),
+    "coverage, equal weights, squared coupling": lambda card: covering(card, set_similarity(card) ** 2, weighted=False),
+    "quadratic from step probes": probe_quadratic,
+    "quadratic": curved,
+    "sum of step probes": lambda card: additive(card, probe_measure(card)),
+    "sum of quadratic gains": lambda card: additive(card, "predicted_gain"),
+}
+"""What a card says a set of layers will gain, in several ways by name; `select` uses the first."""
 
 
 def random_sets(depth: int) -> list[tuple[int, ...]]:

@@ -89,7 +89,7 @@ def write(cards: list[tuple[str, LayerCard]], found: Transfer, swaps: list[tuple
     for pair, swap in swaps:
         lost, own = trained_loss(swap, seeds, rank, depth)
         predicted = f"{swap.lost.value:.1f} [{swap.lost.low:.1f}, {swap.lost.high:.1f}]"
-        body.append([swap.source, swap.target, " ".join(map(str, swap.layers)), pair.word, predicted, lost.text(1), own.text(1)])
+        body.append([swap.source, swap.target, " ".join(map(str, swap.layers)), pair.verdict.word, predicted, lost.text(1), own.text(1)])
     report(
         "transfer_swaps",
         f"Layers chosen from another task's card, k = {K}, mean over {len(seeds)} seeds ± half of the 95 % t interval",

@@ -21,7 +21,7 @@ def placed(
     paths = tuple(f"{prefix}.{layer}.{name}" for layer in layers for name in names)
     parameters = tuple(f"{prefix}.{layer}.{name}" for layer in layers for name in experts)
     model = {"name": "org/model", "fingerprint": "0123456789abcdef", "layers": 30}
-    return Placement(model, layers, paths, "balanced", parameters=parameters, **changes)
+    return Placement(model=model, layers=layers, paths=paths, objective="balanced", parameters=parameters, **changes)
 
 
 def ranked(placement: Placement) -> Placement:
@@ -34,7 +34,10 @@ def ranked(placement: Placement) -> Placement:
 CASES = {
     "dense": placed((3, 11), ATTENTION + MLP),
     "uneven": Placement(
-        {"name": "org/model", "layers": 30}, (1, 2), ("model.layers.1.self_attn.o_proj", "model.layers.2.mlp.down_proj"), "x"
+        model={"name": "org/model", "layers": 30},
+        layers=(1, 2),
+        paths=("model.layers.1.self_attn.o_proj", "model.layers.2.mlp.down_proj"),
+        objective="x",
     ),
     "partial": placed((3,), ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")),
     "ranks": ranked(placed((1, 12), ATTENTION[:2])),

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def test_every_module_gets_its_own_rank_at_the_same_scale(family: str, tmp_path:
     base = base_of(family, num_hidden_layers=12)
     placement = place(base, [1, 2, 11])
     ranks = {path: {"1": 1, "2": 5, "11": 3}[next(part for part in path.split(".") if part.isdecimal())] for path in placement.paths}
-    placement = replace(placement, rank_pattern=ranks, alpha_pattern={path: 1.5 * rank for path, rank in ranks.items()})
+    placement = placement.changed(rank_pattern=ranks, alpha_pattern={path: 1.5 * rank for path, rank in ranks.items()})
     with adapted(base, placement, rank=8, alpha=4.0) as model:
         inner = model.get_base_model()
         for path, rank in ranks.items():
@@ -187,12 +186,12 @@ def test_a_placement_of_another_model_is_refused(tiny_base: BaseModel) -> None:
 
 def test_paths_must_exist_and_agree_with_the_layers(tiny_base: BaseModel) -> None:
     placement = place(tiny_base, [1])
-    misspelt = replace(placement, paths=("model.layers.1.self_attn.q_porj",))
+    misspelt = placement.changed(paths=("model.layers.1.self_attn.q_porj",))
     with pytest.raises(PlacementError, match=r"did you mean 'model\.layers\.1\.self_attn\.q_proj'"):
         apply(tiny_base.model, misspelt)
     with pytest.raises(PlacementError, match=r"layers \[1, 2\] but its paths lie in layers \[1\]"):
-        apply(tiny_base.model, replace(placement, layers=(1, 2)))
-    deeper = replace(placement, model=placement.model | {"layers": 99}, layers=(98,))
+        apply(tiny_base.model, placement.changed(layers=(1, 2)))
+    deeper = placement.changed(model=placement.model | {"layers": 99}, layers=(98,))
     with pytest.raises(PlacementError, match="98 is outside"):
         apply(tiny_base.model, deeper)
     assert not any("lora" in name for name, _ in tiny_base.model.named_modules())
@@ -316,7 +315,7 @@ def test_a_configuration_that_says_the_same_as_the_placement_is_taken(tiny_base:
 
 def test_ranks_of_single_modules_need_a_method_that_has_them(tiny_base: BaseModel) -> None:
     placement = place(tiny_base, [1])
-    placement = replace(placement, rank_pattern=dict.fromkeys(placement.paths, 2), alpha_pattern=dict.fromkeys(placement.paths, 4.0))
+    placement = placement.changed(rank_pattern=dict.fromkeys(placement.paths, 2), alpha_pattern=dict.fromkeys(placement.paths, 4.0))
     for config in (IA3Config(), AdaLoraConfig(total_step=10), VeraConfig()):
         with pytest.raises(PlacementError, match="has no rank and alpha for each module"):
             apply(tiny_base.model, placement, config)
@@ -363,10 +362,10 @@ EXPERTS = ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.expert
 def test_experts_are_adapted_in_the_planned_layer_alone(kind: str, tmp_path: Path) -> None:
     base = mixture()
     attention = place(base, [1]).paths if kind == "both" else ()
-    placement = replace(place(base, [1]), paths=attention, parameters=EXPERTS[:1] if kind == "one parameter" else EXPERTS)
+    placement = place(base, [1]).changed(paths=attention, parameters=EXPERTS[:1] if kind == "one parameter" else EXPERTS)
     if kind == "own ranks":
         ranks = {EXPERTS[0]: 3, EXPERTS[1]: 2}
-        placement = replace(placement, rank_pattern=ranks, alpha_pattern={path: 2.0 * rank for path, rank in ranks.items()})
+        placement = placement.changed(rank_pattern=ranks, alpha_pattern={path: 2.0 * rank for path, rank in ranks.items()})
     before = state_of(base.model)
     ids = torch.arange(12).view(2, 6)
     with warnings.catch_warnings():
@@ -395,7 +394,7 @@ def test_experts_are_adapted_in_the_planned_layer_alone(kind: str, tmp_path: Pat
 
 def test_what_parameters_cannot_have_is_said_before_anything_is_wrapped() -> None:
     base = mixture()
-    placement = replace(place(base, [1]), parameters=EXPERTS)
+    placement = place(base, [1]).changed(parameters=EXPERTS)
     before = state_of(base.model)
     for config, words in (
         (IA3Config(), "IA3 cannot adapt parameters"),
@@ -407,4 +406,4 @@ def test_what_parameters_cannot_have_is_said_before_anything_is_wrapped() -> Non
             apply(base.model, placement, config)
         assert_same(before, state_of(base.model))
     with pytest.raises(PlacementError, match=r"is no stack of experts.*did you mean"):
-        apply(base.model, replace(placement, parameters=("model.layers.1.mlp.experts.gate_proj",)))
+        apply(base.model, placement.changed(parameters=("model.layers.1.mlp.experts.gate_proj",)))

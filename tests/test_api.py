@@ -188,11 +188,11 @@ def test_a_placement_is_a_configuration_of_peft(card: layercard.LayerCard) -> No
 
 def test_a_notebook_shows_stacked_experts_too(card: layercard.LayerCard) -> None:
     experts = "model.layers.2.mlp.experts.gate_up_proj"
-    placement = dataclasses.replace(layercard.select(card, strategy="last", k=1), parameters=(experts,))
+    placement = layercard.select(card, strategy="last", k=1).changed(parameters=(experts,))
     shown = placement._repr_html_()
     assert f"{len(placement.paths) + 1}: " in shown
     assert "gate_up_proj" in shown
-    assert "gate_up_proj" not in dataclasses.replace(placement, parameters=())._repr_html_()
+    assert "gate_up_proj" not in placement.changed(parameters=())._repr_html_()
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------------

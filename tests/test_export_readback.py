@@ -81,7 +81,7 @@ def planned(model: PreTrainedModel, layers: tuple[int, ...]) -> Placement:
     blocks = find_blocks(model)
     paths = tuple(each.path for layer in layers for each in blocks[layer].linear_modules)
     stacks = tuple(each.path for layer in layers for each in blocks[layer].stacks)
-    return Placement({"name": "tiny", "layers": len(blocks)}, layers, paths, "given", parameters=stacks)
+    return Placement(model={"name": "tiny", "layers": len(blocks)}, layers=layers, paths=paths, objective="given", parameters=stacks)
 
 
 def adapted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
@@ -192,7 +192,7 @@ def test_exactly_the_planned_targets_are_adapted(family: str, trainer: str, mode
     if family == "experts" and trainer == "llamafactory":
         with pytest.raises(ExportError, match="adapts modules only"):
             exported(plan, TRAINERS[trainer], Settings())
-        plan = Placement(plan.model, plan.layers, plan.paths, "given")
+        plan = Placement(model=plan.model, layers=plan.layers, paths=plan.paths, objective="given")
     done = exported(plan, TRAINERS[trainer], Settings(), suffix=SUFFIX.get(trainer, ""))
     assert adapted(model, READERS[trainer](done.text, model)) == set(plan.targets)
     if trainer in ("axolotl", "llamafactory", "ms-swift", "trl"):
@@ -206,9 +206,9 @@ def test_parts_of_blocks_with_experts(what: str, trainer: str, models: dict[str,
     model = models["experts"]
     whole = planned(model, (1, 2))
     plan = {
-        "attention": Placement(whole.model, (1, 2), whole.paths, "given"),
-        "one": Placement(whole.model, (1,), whole.paths[:1], "given"),
-        "stacks": Placement(whole.model, (1, 2), (), "given", parameters=whole.parameters),
+        "attention": Placement(model=whole.model, layers=(1, 2), paths=whole.paths, objective="given"),
+        "one": Placement(model=whole.model, layers=(1,), paths=whole.paths[:1], objective="given"),
+        "stacks": Placement(model=whole.model, layers=(1, 2), paths=(), objective="given", parameters=whole.parameters),
     }[what]
     if what == "stacks" and trainer == "llamafactory":
         return
@@ -256,7 +256,7 @@ def placements(draw: st.DrawFn) -> Placement:
     some = st.lists(st.sampled_from(NAMES), min_size=1, unique=True)
     same = draw(st.one_of(some, st.none()))
     paths = tuple(f"model.layers.{layer}.{name}" for layer in layers for name in (same or draw(some)))
-    return Placement({"name": "tiny", "layers": 12}, layers, paths, "given")
+    return Placement(model={"name": "tiny", "layers": 12}, layers=layers, paths=paths, objective="given")
 
 
 @settings(max_examples=60, deadline=None)

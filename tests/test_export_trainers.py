@@ -27,7 +27,7 @@ def placed(family: str, layers: tuple[int, ...]) -> tuple[Any, Placement]:
     model = build_tiny(family, **({"n_layer": 12} if family == "gpt2" else {"num_hidden_layers": 12}))
     blocks = find_blocks(model)
     paths = tuple(each.path for layer in layers for each in blocks[layer].linear_modules)
-    return model, Placement({"name": "tiny", "layers": 12}, layers, paths, "given")
+    return model, Placement(model={"name": "tiny", "layers": 12}, layers=layers, paths=paths, objective="given")
 
 
 def values(placement: Placement, trainer: str) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def test_settings_that_a_method_does_not_have_are_refused(changes: dict[str, Any
 
 def test_methods_with_one_rank_refuse_ranks_of_single_modules(tiny_base: BaseModel) -> None:
     placement = place(tiny_base, [1])
-    placement = replace(placement, rank_pattern=dict.fromkeys(placement.paths, 2), alpha_pattern=dict.fromkeys(placement.paths, 4.0))
+    placement = placement.changed(rank_pattern=dict.fromkeys(placement.paths, 2), alpha_pattern=dict.fromkeys(placement.paths, 4.0))
     for method in (name for name, each in METHODS.items() if each.one_rank):
         with pytest.raises(PlacementError, match=f"{method} has one rank for all modules"):
             configuration(settings_of(method), 4, placement)
@@ -268,7 +268,7 @@ def test_methods_with_one_rank_refuse_ranks_of_single_modules(tiny_base: BaseMod
 def test_experts_are_trained_by_plain_lora_alone(tiny_file: Path, tmp_path: Path) -> None:
     base = mixture()
     data = load_data(str(tiny_file), base.tokenizer)
-    placement = replace(place(base, [1]), parameters=tuple(stack.path for stack in base.blocks[1].stacks))
+    placement = place(base, [1]).changed(parameters=tuple(stack.path for stack in base.blocks[1].stacks))
     before = state_of(base.model)
     record = train(base, placement, data, tmp_path / "run", replace(SETTINGS, save_steps=0), valid=data)
     assert record["loss_reduction"] > 0.001
@@ -282,4 +282,4 @@ def test_experts_are_trained_by_plain_lora_alone(tiny_file: Path, tmp_path: Path
     assert train(base, without_experts(placement), data, tmp_path / "maps", replace(settings_of("dora"), save_steps=0))["steps"] == 4
     assert_same(before, state_of(base.model))
     with pytest.raises(PlacementError, match="adapts nothing"):
-        without_experts(replace(placement, paths=()))
+        without_experts(placement.changed(paths=()))

@@ -16,7 +16,7 @@ from layercard.errors import SelectionError
 from layercard.report.figures import front_figure
 from layercard.report.front import front_view
 from layercard.report.html import front_story, render
-from layercard.selection.pareto import LADDER, load_front, pareto
+from layercard.selection.pareto import LADDER, Front, pareto
 from layercard.selection.select import predict
 
 
@@ -68,10 +68,10 @@ def test_progress_is_told(card: LayerCard) -> None:
 
 def test_a_front_survives_the_disk(card: LayerCard, front: dict[str, Any], tmp_path: Path) -> None:
     path = pareto(card).save(tmp_path / "front.json")
-    assert load_front(path) == front
+    assert Front.load(path).to_json() == front
     path.write_text('{"schema": "layercard/1"}', encoding="utf-8")
     with pytest.raises(SelectionError, match="layercard-front/1"):
-        load_front(path)
+        Front.load(path)
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -80,9 +80,7 @@ def test_files_and_objects_give_the_same(sources: Sources) -> None:
     mine = sources.placement or {}
     assert as_json(plots.heat_map(card, Placement.from_json(dict(mine)))) == as_json(plots.heat_map(value, mine))
     front = sources.front or {}
-    made = Front(
-        front["model"], front["cost_source"], {name: tuple(points) for name, points in front["fronts"].items()}, front["baselines"]
-    )
+    made = Front.from_json(front)
     assert as_json(plots.front(made)) == as_json(plots.front(front))
     named = {name: LayerCard.from_json(dict(one)) for name, one in sources.cards.items()}
     result = transfer(list(named.items()))

@@ -17,14 +17,14 @@ from cards import fake_card
 from layercard.card.card import LayerCard
 from layercard.commands.main import run
 from layercard.errors import CardError, SelectionError
-from layercard.selection import transfer as module
 from layercard.selection.transfer import (
     AGAIN,
     REUSE,
     UNKNOWN,
     Agreement,
-    Estimate,
+    Interval,
     Swap,
+    Transfer,
     agreement,
     overlap,
     shared_measures,
@@ -52,7 +52,7 @@ def read(value: Json) -> LayerCard:
     return LayerCard.from_json(value)
 
 
-def two(first: Json, second: Json, **options: Any) -> module.Transfer:
+def two(first: Json, second: Json, **options: Any) -> Transfer:
     return transfer([("a", read(first)), ("b", read(second))], **options)
 
 
@@ -129,7 +129,7 @@ def test_more_noise_in_the_card_widens_the_interval() -> None:
 def test_few_layers_are_no_evidence() -> None:
     found = two(card_of(depth=3), card_of(seed=1, depth=3), k=1)
     assert found.pairs[0].measures["gain_estimate"].p >= 1 / 6
-    assert found.pairs[0].word == UNKNOWN
+    assert found.pairs[0].verdict.word == UNKNOWN
 
 
 # --- pairs of cards ---------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_few_layers_are_no_evidence() -> None:
 
 def test_alike_cards_are_reused() -> None:
     pair = two(card_of(), card_of(seed=1)).pairs[0]
-    assert pair.word == REUSE, pair.reason
+    assert pair.verdict.word == REUSE, pair.verdict.reason
     assert set(pair.measures) == set(shared_measures([read(card_of())])) >= {"resnorm", "centrality", "gain_estimate"}
     assert "training_probe" not in pair.measures
     for swap in pair.swaps:
@@ -161,7 +161,7 @@ def test_a_measure_that_one_card_lacks_is_left_out() -> None:
 
 def test_cards_that_rank_differently_are_profiled_again() -> None:
     pair = two(card_of(0.05), card_of(0.95)).pairs[0]
-    assert pair.word == AGAIN, pair.reason
+    assert pair.verdict.word == AGAIN, pair.verdict.reason
 
 
 def test_the_best_layers_of_both() -> None:
@@ -191,10 +191,15 @@ def test_many_cards_give_matrices() -> None:
 
 
 def swap_of(value: float, low: float, high: float, source: str = "a", target: str = "b") -> Swap:
-    return Swap(source, target, (1,), (2,), 95.0 - value, 95.0, Estimate(value, low, high))
+    lost = Interval(value=value, low=low, high=high)
+    return Swap(source=source, target=target, layers=(1,), own=(2,), kept=95.0 - value, kept_own=95.0, lost=lost)
 
 
-GOOD = Agreement(0.9, 0.5, 0.95, 0.02, 1e-9)
+def ranks_of(value: float, low: float, high: float, p: float) -> Agreement:
+    return Agreement(value=value, low=low, high=high, p=p, p_plain=1e-4)
+
+
+GOOD = ranks_of(0.9, 0.5, 0.95, 0.02)
 SMALL = (swap_of(0.5, 0.1, 1.0), swap_of(0.2, 0.0, 0.5, "b", "a"))
 
 
@@ -210,17 +215,17 @@ SMALL = (swap_of(0.5, 0.1, 1.0), swap_of(0.2, 0.0, 0.5, "b", "a"))
             AGAIN,
             "b's layers lose 5.0 points (3.0 to 7.0) on a, more than 2 points",
         ),
-        (Agreement(0.1, -0.3, 0.4, 0.5, 0.3), SMALL, 0.9, AGAIN, "rank layers differently"),
+        (ranks_of(0.1, -0.3, 0.4, 0.5), SMALL, 0.9, AGAIN, "rank layers differently"),
         (GOOD, SMALL, 0.5, UNKNOWN, "profile more records"),
-        (Agreement(0.6, -0.1, 0.8, 0.02, 1e-4), SMALL, 0.9, UNKNOWN, "may be zero"),
-        (Agreement(0.4, 0.1, 0.7, 0.02, 1e-2), SMALL, 0.9, UNKNOWN, "is low"),
-        (Agreement(0.9, 0.5, 0.95, 0.2, 1e-9), SMALL, 0.9, UNKNOWN, "by chance (p = 0.20)"),
+        (ranks_of(0.6, -0.1, 0.8, 0.02), SMALL, 0.9, UNKNOWN, "may be zero"),
+        (ranks_of(0.4, 0.1, 0.7, 0.02), SMALL, 0.9, UNKNOWN, "is low"),
+        (ranks_of(0.9, 0.5, 0.95, 0.2), SMALL, 0.9, UNKNOWN, "by chance (p = 0.20)"),
         (GOOD, (SMALL[0], swap_of(1.5, 0.5, 4.0, "b", "a")), 0.9, UNKNOWN, "b's layers may lose over 2 points on a"),
     ],
 )
 def test_verdicts_and_their_reasons(ranks: Agreement, swaps: tuple[Swap, Swap], stability: float | None, word: str, says: str) -> None:
-    found, reason = verdict(ranks, swaps, {"a": stability, "b": 0.9})
-    assert (found, says in reason) == (word, True), reason
+    found = verdict(ranks, swaps, {"a": stability, "b": 0.9})
+    assert (found.word, says in found.reason) == (word, True), found.reason
 
 
 # --- cards that cannot be compared --------------------------------------------------------------------------------------------
@@ -255,7 +260,7 @@ def test_cards_that_do_not_belong_together(second: Callable[[], Json], message: 
 
 def test_one_model_in_two_dtypes_on_request() -> None:
     half = in_dtype(card_of(seed=1), "bfloat16", fingerprint="0000", name="HuggingFaceTB/SmolLM2-135M")
-    assert two(card_of(), half, across_dtypes=True).pairs[0].word == REUSE
+    assert two(card_of(), half, across_dtypes=True).pairs[0].verdict.word == REUSE
     with pytest.raises(CardError, match="its weights differ"):
         two(card_of(), of_model(card_of(seed=1), fingerprint="0000"), across_dtypes=True)
     with pytest.raises(CardError, match="different models"):

@@ -1,6 +1,5 @@
 """`verify` finds adapters that landed elsewhere than they were meant to, without the model's weights."""
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -213,12 +212,10 @@ def test_a_placement_is_compared_path_by_path_and_rank_by_rank() -> None:
     assert differences(base.model, LoraConfig(target_modules=list(placement.paths)), placement=placement) == ()
     (words,) = differences(base.model, LoraConfig(target_modules=list(placement.paths[:-1])), placement=placement)
     assert words == f"{placement.paths[-1]} planned and not adapted"
-    smaller = dataclasses.replace(placement, paths=placement.paths[:2])
+    smaller = placement.changed(paths=placement.paths[:2])
     (words,) = differences(base.model, LoraConfig(target_modules=list(placement.paths[:3])), placement=smaller)
     assert words == f"{placement.paths[2]} adapted and not planned"
-    ranked = dataclasses.replace(
-        placement, rank_pattern=dict.fromkeys(placement.paths, 4), alpha_pattern=dict.fromkeys(placement.paths, 8.0)
-    )
+    ranked = placement.changed(rank_pattern=dict.fromkeys(placement.paths, 4), alpha_pattern=dict.fromkeys(placement.paths, 8.0))
     config = LoraConfig(r=8, lora_alpha=16, target_modules=list(placement.paths), rank_pattern={"q_proj": 4})
     (words,) = differences(base.model, config, placement=ranked)
     assert "7 modules have another rank or scale than planned" in words

@@ -20,6 +20,9 @@ The message of each is one line: what was wrong, what was found, how to mend it.
 docs/errors.md lists what users meet most often.
 """
 
+import difflib
+from collections.abc import Iterable
+
 LONGEST = 1000
 """Characters of a message. The middle of a longer one, which quotes a broken file, is left out."""
 
@@ -85,3 +88,14 @@ def one_line(error: Exception, longest: int = 160) -> str:
     """The message of another package's exception on one line, cut at `longest` characters; the name of its class where it is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """What to write instead of a name that is unknown.
+
+    >>> suggestion("midle", ["first", "middle"]), suggestion("x", ["first", "middle"])
+    ('did you mean middle?', 'choose one of first, middle')
+    """
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"

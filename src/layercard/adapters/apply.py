@@ -273,7 +273,7 @@ def place(base: BaseModel, layers: Iterable[Any], *, objective: str = "given") -
     blocks = [base.blocks[layer] for layer in checked]
     paths = tuple(projection.path for block in blocks for projection in block.linear_modules)
     parameters = tuple(stack.path for block in blocks for stack in block.stacks)
-    return Placement(describe(base), checked, paths, objective, parameters=parameters)
+    return Placement(model=describe(base), layers=checked, paths=paths, objective=objective, parameters=parameters)
 
 
 def without_experts(placement: Placement) -> Placement:
@@ -286,7 +286,7 @@ def without_experts(placement: Placement) -> Placement:
         return placement
     ranks = {path: placement.rank_pattern[path] for path in placement.paths if path in placement.rank_pattern}
     alphas = {path: placement.alpha_pattern[path] for path in ranks}
-    return dataclasses.replace(placement, parameters=(), predicted={}, rank_pattern=ranks, alpha_pattern=alphas)
+    return placement.changed(parameters=(), predicted={}, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def check_model(base: BaseModel, placement: Placement) -> None:

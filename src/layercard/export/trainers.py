@@ -136,7 +136,7 @@ def split(placement: Placement) -> Blocks | None:
     """The placement's module paths cut at the list of blocks; `None` where there is no one list.
 
     >>> paths = ("model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj")
-    >>> split(Placement({"layers": 3}, (0, 2), paths, "given"))
+    >>> split(Placement(model={"layers": 3}, layers=(0, 2), paths=paths, objective="given"))
     Blocks(prefix='model.layers', names={0: ('mlp.up_proj',), 2: ('mlp.up_proj',)})
     """
     for cut in re.finditer(r"\.\d+\.", placement.paths[0] if placement.paths else ""):

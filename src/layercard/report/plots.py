@@ -20,10 +20,8 @@ from layercard.card.card import LayerCard
 from layercard.cost.model import CostModel
 from layercard.errors import CardError, PlacementError, ReportError
 from layercard.files import shown
-from layercard.selection.pareto import SCHEMA as FRONT
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement, check_layers
-from layercard.selection.transfer import SCHEMA as TRANSFER
 from layercard.selection.transfer import Transfer, transfer
 
 if TYPE_CHECKING:
@@ -133,7 +131,7 @@ def front(
 
     value = front.to_json() if isinstance(front, Front) else front
     named = {name: _placement(placement).to_json() for name, placement in (placements or {}).items()}
-    with _whole(value, FRONT, "layercard pareto"):
+    with _whole(value, Front.schema_name(), "layercard pareto"):
         _one_of("cost", cost, value["fronts"])
         for name, placement in named.items():
             if placement["model"].get("fingerprint") != value["model"]["fingerprint"]:
@@ -157,7 +155,7 @@ def transfer_matrix(cards: Transfer | Mapping[str, Any]) -> "Figure":
     if isinstance(cards, Transfer):
         return figures.transfer_figure(cards.to_json())
     if isinstance(cards.get("schema"), str):
-        with _whole(cards, TRANSFER, "layercard transfer"):
+        with _whole(cards, Transfer.schema_name(), "layercard transfer"):
             return figures.transfer_figure(cards)
     return figures.transfer_figure(transfer([(str(name), _card(card)) for name, card in cards.items()]).to_json())
 

@@ -11,7 +11,7 @@ from layercard.errors import PlacementError, ReportError
 from layercard.files import read_json, shown
 from layercard.report.frames import read_comparison
 from layercard.report.trials import Trial, compared, of_bench, of_comparison, of_run
-from layercard.selection.pareto import load_front
+from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 
 MOST_FILES = 5_000
@@ -187,7 +187,7 @@ def _comparison(found: Sources, file: Path, value: dict[str, Any]) -> str:
 
 
 def _front(found: Sources, file: Path, value: dict[str, Any]) -> str:
-    found.front = load_front(file)
+    found.front = Front.load(file).to_json()
     return "front"
 
 

@@ -4,33 +4,29 @@ Each point is the cheapest placement that keeps a performance of a ladder (`LADD
 one beats in both are left out. Plain placements stand beside them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from layercard.card.card import LayerCard, cost_of
 from layercard.cost.model import What
 from layercard.errors import SelectionError
-from layercard.files import read_json, shown, write_json
+from layercard.records import Record
 from layercard.selection.budgets import Budgets
 from layercard.selection.select import predict, question
 from layercard.selection.solver import least_cost
 from layercard.selection.strategies import strategy_layers
 
-SCHEMA = "layercard-front/1"
 LADDER = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0)
 """Performance kept at which the cheapest placement is looked for."""
 SIZES = (1, 2, 3, 5, 8, 12, 16)
 """Numbers of layers of the plain placements."""
-COSTS: dict[str, tuple[What, str]] = {"time": ("time", "step_time"), "memory": ("memory", "peak_memory")}
-"""The fronts: the cost that is minimised, and where a point says it."""
-
-Progress = Callable[[str, int, int], None]
+FRONTS: dict[str, tuple[What, str]] = {"time": ("time", "step_time"), "memory": ("memory", "peak_memory")}
+"""The fronts: the cost that is minimised, and the name under which a point holds it."""
 
 
-@dataclass(frozen=True)
-class Front:
+class Front(Record):
     """Fronts of one card.
 
     Attributes:
@@ -41,82 +37,41 @@ class Front:
         baselines: Plain placements by name (`last-5`, `all`), with the same predictions.
     """
 
+    error: ClassVar = SelectionError
+    noun: ClassVar = "front"
+    made_by: ClassVar = "layercard pareto"
+    schema_: Literal["layercard-front/1"] = Field(default="layercard-front/1", alias="schema")
     model: dict[str, Any]
     cost_source: str
     fronts: dict[str, tuple[dict[str, Any], ...]]
     baselines: tuple[dict[str, Any], ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of schema `layercard-front/1`."""
-        return {
-            "schema": SCHEMA,
-            "model": dict(self.model),
-            "cost_source": self.cost_source,
-            "fronts": {name: list(points) for name, points in self.fronts.items()},
-            "baselines": list(self.baselines),
-        }
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the front to a file, atomically."""
-        return write_json(path, self.to_json(), force=force)
-
-
-def load_front(path: str | Path) -> dict[str, Any]:
-    """Read the JSON object of a front.
-
-    Raises:
-        SelectionError: There is none, or it has another schema.
-    """
-    value = read_json(path, SelectionError, "front")
-    if value.get("schema") != SCHEMA:
-        raise SelectionError(f"{path}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make it with `layercard pareto`")
-    return value
-
-
-def pareto(card: LayerCard, *, progress: Progress | None = None) -> Front:
+def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None = None) -> Front:
     """The fronts of a card: performance kept against step time and against peak memory.
 
     Args:
         card: The Layer Card.
         progress: Hears of the phase `pareto`, in placements solved.
     """
-    total, done = len(COSTS) * len(LADDER), 0
     fronts: dict[str, tuple[dict[str, Any], ...]] = {}
-    for name, (_, measure) in COSTS.items():
-        found = []
-        for kept in LADDER:
-            point = _cheapest(card, name, kept)
-            done += 1
+    for row, (name, (what, measure)) in enumerate(FRONTS.items()):
+        points = []
+        for step, kept in enumerate(LADDER):
+            asked = question(card, "balanced", None, Budgets(min_performance=100 * kept))
+            solution = least_cost(asked.problem, asked.cost.linear(what))
+            if solution is not None:
+                points.append({"layers": list(solution.layers), **predict(card, solution.layers), "solver": solution.notes()})
             if progress is not None:
-                progress("pareto", done, total)
-            if point is not None:
-                found.append(point)
-        fronts[name] = _undominated(found, measure)
-    return Front(card.model.model_dump(), cost_of(card).source, fronts, tuple(_baselines(card)))
-
-
-def _cheapest(card: LayerCard, name: str, kept: float) -> dict[str, Any] | None:
-    """The placement that keeps so much and costs least; `None` where none does."""
-    asked = question(card, "balanced", None, Budgets(min_performance=100 * kept))
-    found = least_cost(asked.problem, asked.cost.linear(COSTS[name][0]))
-    if found is None:
-        return None
-    gap = None if found.gap is None else float(f"{found.gap:.3g}")
-    return {"layers": list(found.layers), **predict(card, found.layers), "solver": {"status": found.status, "gap": gap}}
-
-
-def _undominated(points: Sequence[dict[str, Any]], measure: str) -> tuple[dict[str, Any], ...]:
-    """From the cheapest up, each better than all before it."""
-    kept: list[dict[str, Any]] = []
-    for point in sorted(points, key=lambda p: (p[measure]["share"], -p["coverage"])):
-        if not kept or point["coverage"] > kept[-1]["coverage"] * (1 + 1e-9):
-            kept.append(point)
-    return tuple(kept)
-
-
-def _baselines(card: LayerCard) -> list[dict[str, Any]]:
+                progress("pareto", row * len(LADDER) + step + 1, len(FRONTS) * len(LADDER))
+        # From the cheapest up, only what is better than all before it.
+        undominated: list[dict[str, Any]] = []
+        for point in sorted(points, key=lambda point: (point[measure]["share"], -point["coverage"])):
+            if not undominated or point["coverage"] > undominated[-1]["coverage"] * (1 + 1e-9):
+                undominated.append(point)
+        fronts[name] = tuple(undominated)
     depth = card.model.layers
-    named = [
-        (f"{name}-{k}", strategy_layers(name, depth, k)) for name in ("last", "middle", "uniform", "first") for k in SIZES if k < depth
-    ]
-    return [{"name": name, "layers": layers, **predict(card, layers)} for name, layers in [*named, ("all", list(range(depth)))]]
+    plain = {f"{name}-{k}": strategy_layers(name, depth, k) for name in ("last", "middle", "uniform", "first") for k in SIZES if k < depth}
+    plain["all"] = list(range(depth))
+    baselines = tuple({"name": name, "layers": layers, **predict(card, layers)} for name, layers in plain.items())
+    return Front(model=card.model.model_dump(), cost_source=cost_of(card).source, fronts=fronts, baselines=baselines)

@@ -1,32 +1,25 @@
 """A placement: which layers get adapters, as exact module paths, and why."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Self, SupportsIndex
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from layercard.card.notebook import placement_html
 from layercard.errors import PlacementError
-from layercard.files import read_json, shown, write_json
-
-if TYPE_CHECKING:
-    pass
-
-SCHEMA = "layercard-placement/1"
-PREDICTED = ("performance_kept", "step_time", "peak_memory", "parameters", "latency")
-"""Predictions that are read; each is an object."""
+from layercard.files import shown
+from layercard.records import Record
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(Record):
     """The layers that get adapters in one model.
 
     Attributes:
         model: `name`, `fingerprint` and number of `layers` of the base model.
         layers: Block indices, ascending, 0 at the input.
         paths: Exact paths of the adapted modules.
-        parameters: Exact paths of adapted parameters that are no module's weight of their own, such as the stacked experts of a
+        parameters: Exact paths of adapted parameters that are not the weight of a module, such as the stacked experts of a
             mixture-of-experts block (`model.layers.3.mlp.experts.gate_up_proj`); mostly empty.
         objective: What the layers were chosen for ("performance", "middle", …).
         predicted: What the card predicts: `performance_kept` and so on; empty where nothing is known.
@@ -36,34 +29,47 @@ class Placement:
         alpha_pattern: The alpha of each path's adapter; there is one exactly where there is a rank.
     """
 
+    error: ClassVar = PlacementError
+    noun: ClassVar = "placement"
+    made_by: ClassVar = "layercard select"
+    schema_: Literal["layercard-placement/1"] = Field(default="layercard-placement/1", alias="schema")
     model: dict[str, Any]
     layers: tuple[int, ...]
     paths: tuple[str, ...]
-    objective: str
-    predicted: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    asked: dict[str, Any] = field(default_factory=dict)
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
+    objective: str
+    predicted: dict[str, Any] = Field(default_factory=dict)
+    reasons: dict[str, str] = Field(default_factory=dict)
+    asked: dict[str, Any] = Field(default_factory=dict)
+    rank_pattern: dict[str, Any] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Any] = Field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        checked = check_layers(self.layers, int(self.model["layers"]))
-        object.__setattr__(self, "layers", checked)
-        object.__setattr__(self, "paths", tuple(str(path) for path in self.paths))
-        object.__setattr__(self, "parameters", tuple(str(path) for path in self.parameters))
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(model.get("layers"), int):
+            raise ValueError(f"the number of layers is {shown(model.get('layers'))}, not a whole number")
+        return model
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, layers: Any, info: ValidationInfo) -> Any:
+        return check_layers(layers, info.data["model"]["layers"]) if isinstance(layers, Iterable) and "model" in info.data else layers
+
+    @field_validator("predicted")
+    @classmethod
+    def _check_predicted(cls, predicted: dict[str, Any]) -> dict[str, Any]:
+        for name in ("performance_kept", "step_time", "peak_memory", "parameters", "latency"):
+            if not isinstance(predicted.get(name) or {}, dict):
+                raise ValueError(f"{name} is {shown(predicted[name])}, not an object")
+        return predicted
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
         if not self.targets:
             raise PlacementError("a placement without module paths adapts nothing; select again from a card that lists its modules")
-        self._check_patterns()
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Everything that gets an adapter: `paths`, then `parameters`."""
-        return self.paths + self.parameters
-
-    def _check_patterns(self) -> None:
         if not self.rank_pattern and not self.alpha_pattern:
-            return
+            return self
         if set(self.rank_pattern) != set(self.targets) or set(self.alpha_pattern) != set(self.targets):
             raise PlacementError("rank_pattern and alpha_pattern must name every path of the placement and no other; select again")
         for path, rank in self.rank_pattern.items():
@@ -72,65 +78,28 @@ class Placement:
                 raise PlacementError(f"rank_pattern has {shown(rank)} for {path}; ranks are whole numbers of at least 1, so select again")
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
                 raise PlacementError(f"alpha_pattern has {shown(alpha)} for {path}; alphas are numbers above 0, so select again")
+        return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Everything that gets an adapter: `paths`, then `parameters`."""
+        return self.paths + self.parameters
+
+    def changed(self, **parts: Any) -> "Placement":
+        """A copy with other `parts`, checked as a new placement is."""
+        return Placement(**{**{name: getattr(self, name) for name in type(self).model_fields if name != "schema_"}, **parts})
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard-placement/1`."""
-        return {
-            "schema": SCHEMA,
-            "model": dict(self.model),
-            "layers": list(self.layers),
-            "paths": list(self.paths),
-            **({"parameters": list(self.parameters)} if self.parameters else {}),
-            "objective": self.objective,
-            "predicted": dict(self.predicted),
-            "reasons": dict(self.reasons),
-            **{name: dict(part) for name in ("asked", "rank_pattern", "alpha_pattern") if (part := getattr(self, name))},
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any], source: str = "placement") -> "Placement":
-        """Check and read a JSON object; `source` names it in messages."""
-        if value.get("schema") != SCHEMA:
-            raise PlacementError(f"{source}: schema {shown(value.get('schema'))} is not {SCHEMA!r}; make it with `layercard select`")
-        try:
-            return cls(
-                model=dict(value["model"]),
-                layers=tuple(value["layers"]),
-                paths=tuple(value["paths"]),
-                objective=str(value["objective"]),
-                predicted=_checked_predictions(value.get("predicted") or {}),
-                reasons={str(k): str(v) for k, v in (value.get("reasons") or {}).items()},
-                asked=dict(value.get("asked") or {}),
-                rank_pattern=dict(value.get("rank_pattern") or {}),
-                alpha_pattern=dict(value.get("alpha_pattern") or {}),
-                parameters=tuple(value.get("parameters") or ()),
-            )
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as problem:
-            raise PlacementError(f"{source}: not a whole placement ({problem}); make it with `layercard select`") from None
+        optional = ("parameters", "asked", "rank_pattern", "alpha_pattern")
+        return {name: part for name, part in super().to_json().items() if part or name not in optional}
 
     def _repr_html_(self) -> str:
         """What a notebook shows: layers, objective, predictions and the reason for each layer, all escaped."""
         return placement_html(self.to_json())
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the placement to a file, atomically."""
-        return write_json(path, self.to_json(), force=force)
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Placement":
-        """Read a placement from a file."""
-        return cls.from_json(read_json(path, PlacementError, "placement"), str(path))
-
-
-def _checked_predictions(value: Mapping[str, Any]) -> dict[str, Any]:
-    """What is predicted, if the parts that are read later are objects; a `TypeError` says which is not."""
-    for name in PREDICTED:
-        if not isinstance(value.get(name) or {}, dict):
-            raise TypeError(f"predicted.{name} is {shown(value[name])}, and not an object")
-    return dict(value)
-
-
-def check_layers(layers: Iterable[Any], depth: int) -> tuple[int, ...]:
+def check_layers(layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:
     """Layer indices as plain ascending integers.
 
     PEFT adapts *every* layer for an empty list, drops indices out of range silently and cannot save NumPy integers or a
@@ -139,16 +108,16 @@ def check_layers(layers: Iterable[Any], depth: int) -> tuple[int, ...]:
     Raises:
         PlacementError: Empty, out of range, negative, repeated, or not integers.
     """
-    found = []
+    checked = []
     for layer in layers:
-        if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-            raise PlacementError(f"layer {layer!r} is not an integer; give block indices from 0 to {depth - 1}")
-        found.append(int(layer.__index__()))
-    if not found:
+        if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
+            raise PlacementError(f"layer {shown(layer)} is not an integer; give block indices from 0 to {num_layers - 1}")
+        checked.append(int(layer.__index__()))
+    if not checked:
         raise PlacementError("no layers: an empty placement adapts nothing; choose at least one layer")
-    outside = [layer for layer in found if not 0 <= layer < depth]
+    outside = [layer for layer in checked if not 0 <= layer < num_layers]
     if outside:
-        raise PlacementError(f"layer {outside[0]} is outside the model, which has layers 0 to {depth - 1}")
-    if len(set(found)) != len(found):
-        raise PlacementError(f"layers {sorted(found)} name a layer twice; name each once")
-    return tuple(sorted(found))
+        raise PlacementError(f"layer {shown(outside[0])} is outside the model, which has layers 0 to {num_layers - 1}")
+    if len(set(checked)) != len(checked):
+        raise PlacementError(f"layers {shown(sorted(checked))} name a layer twice; name each once")
+    return tuple(sorted(checked))

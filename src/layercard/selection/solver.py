@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -138,6 +139,10 @@ class Solution:
     status: str
     gap: float
     cost: float | None = None
+
+    def notes(self) -> dict[str, Any]:
+        """Status and gap, as files keep them."""
+        return {"status": self.status, "gap": float(f"{self.gap:.3g}")}
 
 
 # ---- greedy choice
@@ -431,7 +436,7 @@ def _solve_lowest(
 
     # Step 4: constraints on the number of layers, the budgets, the layers that must be served and the coverage; then the chains.
     target = known * (1 + tolerance / 2) if cost is None else known * (1 - SLACK)
-    limits = [(np.ones(n), fewest - 1, problem.largest - 1)]
+    limits: list[tuple[np.ndarray, float, float]] = [(np.ones(n), fewest - 1, problem.largest - 1)]
     limits += [(own[candidates], -np.inf, room[m] - own[m]) for own, room in zip(problem.own, problem.room, strict=True)]
     limits += [(np.isin(np.arange(n), must), 1, np.inf) for must in musts]
     table = np.zeros((len(limits) + 1, width))
