@@ -239,7 +239,7 @@ def test_predictions_of_the_wrong_kind_are_left_out() -> None:
         "peak_memory": {"share": 1, "bytes": "y"},
     }
     value = {**fake_placement(fake_card(8), [1]), "predicted": {**predicted, "baseline": "z"}}
-    with pytest.raises(PlacementError, match=r"predicted\.performance_kept is 'w', and not an object"):
+    with pytest.raises(PlacementError, match=r"predicted: performance_kept is 'w', not an object"):
         Placement.from_json({**value, "predicted": {**predicted, "performance_kept": "w"}})
     placement = Placement.from_json(value)
     facts = {row[0]: row[1] for row in Shown(placement._repr_html_()).rows if len(row) == 2}
