@@ -29,7 +29,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found; name one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[app,dev,docs,trl,data,ray]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[app,dev,docs,ray]"
 	@touch $@
 
 demo: setup

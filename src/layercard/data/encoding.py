@@ -1,18 +1,15 @@
 """Records as token ids and labels: `prompt` + `completion`, chat `messages`, `text`, or for classifiers `text` + `label`.
 
-Each function returns `(ids, labels)`, two lists of equal length; a label is the id where the token carries loss, else `IGNORED`.
-A record that cannot be encoded raises `DataError` without saying where it is; the reader adds file and line.
+A label is the token's id where it carries loss, else `IGNORED`. A record that cannot be encoded raises `DataError` without saying where
+it is; the reader adds file and line.
 """
 
 import difflib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from layercard.errors import DataError, one_line
-
-IGNORED = -100
-"""Label of a token that carries no loss."""
+from layercard.data.chat import IGNORED, ChatEncoder, Tokens, check_text, end_token
+from layercard.errors import DataError
 
 CLASS = "class"
 """The format of records for classifiers, with `text` and `label`."""
@@ -20,73 +17,141 @@ CLASS = "class"
 FORMATS = {"pair": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
 """The fields that each record format needs."""
 
-Tokens = tuple[list[int], list[int]]
+COLUMNS: dict[tuple[str, ...], dict[str, str]] = {
+    ("conversations",): {"conversations": "messages"},
+    ("conversation",): {"conversation": "messages"},
+    ("instruction", "output"): {"instruction": "prompt", "output": "completion"},
+    ("instruction", "response"): {"instruction": "prompt", "response": "completion"},
+    ("question", "answer"): {"question": "prompt", "answer": "completion"},
+    ("query", "response"): {"query": "prompt", "response": "completion"},
+    ("prompt", "response"): {"prompt": "prompt", "response": "completion"},
+    ("input", "output"): {"input": "prompt", "output": "completion"},
+}
+"""Columns of well-known public sets, and the fields that they stand for, tried in this order."""
 
-_PROBE = "\ue000\ue001"
-"""Stands in for an assistant's words to find where a template puts them; private-use characters, so no text begins or ends alike."""
+
+class RecordReader:
+    """Finds a set's format by its first record, and encodes its records.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        separator: Put between prompt and completion.
+        classes: The classes of a classifier; `None` for a language model.
+        max_length: Most tokens of a classifier's text.
+
+    Attributes:
+        format: `pair`, `chat`, `text` or `class`; empty before the first record.
+        notes: What a user should know about how the records were read.
+    """
+
+    def __init__(self, tokenizer: Any, separator: str, classes: Mapping[str, int] | None, max_length: int) -> None:
+        self.tokenizer, self.separator, self.classes, self.max_length = tokenizer, separator, classes, max_length
+        self.format = "" if classes is None else CLASS
+        self.columns: dict[str, str] = {}
+        self.chat = ChatEncoder(tokenizer)
+        self._notes: list[str] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the records were read."""
+        return (*self._notes, *self.chat.notes)
+
+    def encode(self, record: Mapping[str, Any]) -> tuple[Tokens, bool]:
+        """Ids and labels of a record, and whether a classifier's text was cut; the first token is never predicted, so it has no label."""
+        if self.classes is not None:
+            return encode_class(self.tokenizer, record, self.classes, self.max_length)
+        if not self.format:
+            self.format, self.columns = record_format(record)
+            if self.columns:
+                names = {"instruction": "instruction and input"} if "input" in record else {}
+                parts = [f"{names.get(column, column)} as {field}" for column, field in self.columns.items()]
+                self._notes.append("columns read: " + ", ".join(parts))
+        fields = renamed(record, self.columns)
+        missing = [field for field in FORMATS[self.format] if field not in fields]
+        if missing:
+            raise DataError(f"has no {missing[0]}, which the first record has; found fields: {', '.join(map(str, record)) or 'none'}")
+        if self.format == "chat":
+            messages = fields["messages"]
+            if isinstance(fields.get("prompt"), list):  # a conversational prompt and completion, as TRL has them
+                messages = [*fields["prompt"], *messages]
+            ids, labels = self.chat.encode(messages, fields.get("tools"), fields.get("chat_template_kwargs"))
+        elif self.format == "pair":
+            ids, labels = encode_pair(self.tokenizer, text_field(fields, "prompt"), text_field(fields, "completion"), self.separator)
+        else:
+            ids = _with_one_end(self.tokenizer, _with_one_start(self.tokenizer, text_field(fields, "text")))
+            labels = list(ids)
+        return (ids, [IGNORED, *labels[1:]] if labels else []), False
 
 
-def record_format(record: Mapping[str, Any]) -> str:
-    """`pair`, `chat` or `text`, by the fields that a record has.
+def record_format(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """`pair`, `chat` or `text`, by the fields that a record has, and the columns that stand for fields of other names.
+
+    >>> record_format({"question": "How many?", "answer": "two"})
+    ('pair', {'question': 'prompt', 'answer': 'completion'})
 
     Raises:
         DataError: It has the fields of none of them.
     """
-    for name, fields in FORMATS.items():
-        if all(field in record for field in fields):
-            return name
+    if isinstance(record.get("prompt"), list) and isinstance(record.get("completion"), list):
+        return "chat", {"completion": "messages"}
+    for name in ("pair", "chat"):
+        if all(field in record for field in FORMATS[name]):
+            return name, {}
+    if "chosen" in record and "rejected" in record:
+        raise DataError("is a preference (chosen and rejected); layercard trains on one answer, so write it as prompt and completion")
+    for needed, columns in COLUMNS.items():
+        if all(column in record for column in needed):
+            return ("chat" if "messages" in columns.values() else "pair"), columns
+    if "text" in record:
+        return "text", {}
     wanted = [field for fields in FORMATS.values() for field in fields]
-    hints = [f"{key!r} looks like {close[0]!r}" for key in map(str, record) if (close := _close(key, wanted)) and key != close[0]]
-    found = ", ".join(map(str, record)) or "none"
-    raise DataError(f"needs prompt and completion, messages, or text; found fields: {found}" + (f" ({hints[0]})" if hints else ""))
+    hints = [
+        f"{key!r} looks like {close[0]!r}"
+        for key in map(str, record)
+        if (close := difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.75)) and key != close[0]
+    ]
+    fields = ", ".join(map(str, record)) or "none"
+    raise DataError(f"needs prompt and completion, messages, or text; found fields: {fields}" + (f" ({hints[0]})" if hints else ""))
 
 
-def encode(tokenizer: Any, record: Mapping[str, Any], kind: str, separator: str = "\n") -> Tokens:
-    """Ids and labels of one record of format `kind`; the first token is never predicted, so it has no label."""
-    missing = [field for field in FORMATS[kind] if field not in record]
-    if missing:
-        raise DataError(f"has no {missing[0]}, which the first record has; found fields: {', '.join(map(str, record)) or 'none'}")
-    if kind == "pair":
-        ids, labels = encode_pair_tokens(tokenizer, text_field(record, "prompt"), text_field(record, "completion"), separator)
-    elif kind == "chat":
-        ids, labels = encode_chat(tokenizer, record["messages"])
-    else:
-        ids = list(tokenizer(text_field(record, "text"), add_special_tokens=True, verbose=False).input_ids)
-        labels = list(ids)
-    return ids, [IGNORED, *labels[1:]] if labels else []
+def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A record's fields under their usual names; Alpaca's `input` is put behind its instruction."""
+    fields = {columns.get(name, name): value for name, value in record.items()}
+    if "instruction" in columns and record.get("input") and isinstance(fields["prompt"], str):
+        fields["prompt"] = f"{fields['prompt']}\n\n{record['input']}"
+    return fields
 
 
-def encode_pair_tokens(tokenizer: Any, prompt: str, completion: str, separator: str) -> Tokens:
-    """Prompt, separator, completion, end token; loss on the last two."""
-    end = end_token(tokenizer)
-    before = list(tokenizer(prompt + separator, add_special_tokens=True, verbose=False).input_ids)
-    if len(before) > 1 and before[-1] == end:  # tokenizers that close every text would end the prompt, too
+def encode_pair(tokenizer: Any, prompt: str, completion: str, separator: str = "\n") -> Tokens:
+    """Prompt, separator, completion and one end token; loss on the last two.
+
+    The prompt's tokens are those that it has alone, since that is what the model is given when it answers.
+    """
+    before = _with_one_start(tokenizer, prompt + separator)
+    if len(before) > 1 and before[-1] == end_token(tokenizer):  # tokenizers that close every text would end the prompt, too
         before.pop()
-    after = [*tokenizer(completion, add_special_tokens=False, verbose=False).input_ids, end]
+    # The completion's tokens are those that it has behind the prompt, unless a token would reach across the border.
+    joined = _with_one_start(tokenizer, prompt + separator + completion)
+    apart = list(tokenizer(completion, add_special_tokens=False, verbose=False).input_ids)
+    after = _with_one_end(tokenizer, joined[len(before) :] if joined[: len(before)] == before and completion else apart)
     return [*before, *after], [IGNORED] * len(before) + after
 
 
-def encode_chat(tokenizer: Any, messages: Any) -> Tokens:
-    """A conversation in the tokenizer's chat template; loss on what the assistant says and on the end token behind it.
+def _with_one_start(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text with the special tokens that the tokenizer adds, but one start token where the text brings its own."""
+    ids = list(tokenizer(text, add_special_tokens=True, verbose=False).input_ids)
+    start = getattr(tokenizer, "bos_token_id", None)
+    while start is not None and ids[:2] == [start, start]:
+        ids.pop(0)
+    return ids
 
-    Templates that mark the assistant's words (`{% generation %}`) are believed. For others, each assistant turn is rendered once
-    more with other words in it: the stretch that changes is the turn, wherever the template puts it.
-    """
-    _check_messages(messages)
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    if template is None:
-        raise DataError("holds chat messages, but the tokenizer has no chat template; use a chat model, or prompt and completion")
-    if re.search(r"\{%-?\s*generation\b", template):
-        marked = _render(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, spoken = list(marked["input_ids"]), [bool(flag) for flag in marked["assistant_masks"]]
-    else:
-        text = _render(tokenizer, messages, tokenize=False)
-        turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [_span(tokenizer, messages, at, text) for at in turns]
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = list(encoded.input_ids)
-        spoken = [any(low < stop and high > start for start, stop in spans) for low, high in encoded.offset_mapping]
-    return _with_ends(tokenizer, ids, spoken)
+
+def _with_one_end(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Ids that close with one end token, whether the text brought its own or not."""
+    end = end_token(tokenizer)
+    while ids and ids[-1] == end:
+        ids = ids[:-1]
+    return [*ids, end]
 
 
 def encode_class(tokenizer: Any, record: Mapping[str, Any], classes: Mapping[str, int], max_length: int) -> tuple[Tokens, bool]:
@@ -99,10 +164,11 @@ def encode_class(tokenizer: Any, record: Mapping[str, Any], classes: Mapping[str
         raise DataError(f"has no {missing[0]}; a classifier needs text and label; found fields: {', '.join(map(str, record)) or 'none'}")
     text, number = text_field(record, "text"), class_number(record["label"], classes)
     longest = min(max_length, tokenizer.model_max_length)
-    whole = list(tokenizer(text, add_special_tokens=True, verbose=False).input_ids)
-    cut = len(whole) > longest
-    ids = list(tokenizer(text, add_special_tokens=True, truncation=True, max_length=longest).input_ids) if cut else whole
-    return (ids, [IGNORED] * (len(ids) - 1) + [number]), cut
+    ids = list(tokenizer(text, add_special_tokens=True, verbose=False).input_ids)
+    is_cut = len(ids) > longest
+    if is_cut:
+        ids = list(tokenizer(text, add_special_tokens=True, truncation=True, max_length=longest).input_ids)
+    return (ids, [IGNORED] * (len(ids) - 1) + [number]), is_cut
 
 
 def class_number(label: Any, classes: Mapping[str, int]) -> int:
@@ -122,82 +188,12 @@ def class_number(label: Any, classes: Mapping[str, int]) -> int:
     raise DataError(f"label {label!r:.40} is no class of the model ({names}); {hint}")
 
 
-def end_token(tokenizer: Any) -> int:
-    """Id of the tokenizer's end token."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token, so a completion cannot end; set its eos_token")
-    return int(tokenizer.eos_token_id)
-
-
 def text_field(record: Mapping[str, Any], name: str) -> str:
     """A field that must be a string of valid text."""
     value = record[name]
-    if not isinstance(value, str):
-        mend = "; for chat turns use messages" if isinstance(value, list) else "; write it as a string"
-        raise DataError(f"{name} must be a string, found {type(value).__name__}{mend}")
-    return _valid(value, name)
-
-
-def _valid(text: str, name: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{name} holds half a character (a lone surrogate) at position {error.start}; mend the text") from None
-    return text
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"messages must be a list of turns, found {'an empty list' if messages == [] else type(messages).__name__}")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            found = ", ".join(f"{key}: {type(value).__name__}" for key, value in message.items()) if isinstance(message, dict) else message
-            raise DataError(f"message {number} must have a role and a content, both strings; found {found!s:.80}")
-        for part in ("role", "content"):
-            _valid(message[part], f"the {part} of message {number}")
-    if all(message["role"] != "assistant" for message in messages):
-        raise DataError("messages have no assistant turn, so no token carries loss; add one, or remove the record")
-
-
-def _render(tokenizer: Any, messages: list[dict[str, Any]], **how: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template(messages, **how)
-    except Exception as error:  # templates raise their own kinds, also by calling raise_exception
-        detail = one_line(error, 120)
-        raise DataError(f"the chat template refuses these messages ({detail}); mend their roles or order") from error
-
-
-def _span(tokenizer: Any, messages: list[dict[str, Any]], at: int, text: str) -> tuple[int, int]:
-    """Start and stop of message `at` in the rendered `text`."""
-    probed = _render(tokenizer, [*messages[:at], {**messages[at], "content": _PROBE}, *messages[at + 1 :]], tokenize=False)
-    start = _agreement(text, probed)
-    after = _agreement(text[start:][::-1], probed[start:][::-1])
-    if probed[start : len(probed) - after] != _PROBE:
-        raise DataError(f"the chat template does not show message {at + 1} exactly once, so no token can be laid to it; use another")
-    return start, len(text) - after
-
-
-def _agreement(one: str, other: str) -> int:
-    """How many characters two texts have in common from their start."""
-    shorter = min(len(one), len(other))
-    return next((at for at in range(shorter) if one[at] != other[at]), shorter)
-
-
-def _with_ends(tokenizer: Any, ids: list[int], spoken: list[bool]) -> Tokens:
-    """Labels of the spoken tokens and of the special token that ends each turn; a last turn without one gets the end token."""
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} | {tokenizer.eos_token_id}
-    blank: Callable[[int], bool] = lambda token: not tokenizer.decode([token]).strip()  # noqa: E731
-    labelled = list(spoken)
-    for at in [at for at in range(len(ids)) if spoken[at] and not (at + 1 < len(ids) and spoken[at + 1])]:
-        end = at if ids[at] in special else at + 1
-        while end < len(ids) and ids[end] not in special and blank(ids[end]):
-            end += 1
-        if end < len(ids) and ids[end] in special:
-            labelled[at : end + 1] = [True] * (end + 1 - at)
-        elif end == len(ids):
-            ids, labelled = [*ids[: at + 1], end_token(tokenizer)], [*labelled[: at + 1], True]
-    return ids, [token if flag else IGNORED for token, flag in zip(ids, labelled, strict=True)]
-
-
-def _close(key: str, wanted: list[str]) -> list[str]:
-    return difflib.get_close_matches(key.lower(), wanted, n=1, cutoff=0.75)
+    if value is None:
+        raise DataError(f"{name} is null; fill it in, or remove the record")
+    if isinstance(value, list):
+        raise DataError(f"{name} must be a string, found list; for chat turns use messages")
+    check_text(value, name)
+    return str(value)

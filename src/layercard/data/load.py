@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from layercard.data.encoding import CLASS, IGNORED, encode, encode_class, record_format
+from layercard.data.chat import IGNORED
+from layercard.data.encoding import RecordReader, renamed
 from layercard.data.formats import Source, find_records
 from layercard.errors import DataError
 
-__all__ = ["IGNORED", "Batch", "Dataset", "Example", "batches", "collate", "encode_pair", "load_data"]
+__all__ = ["IGNORED", "Batch", "Dataset", "Example", "batches", "collate", "load_data"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Dataset:
         fingerprint: 16 hex digits over all ids and labels.
         truncated: How many records were cut to the longest allowed length.
         format: `pair` (prompt and completion), `chat`, `text`, or `class` (text and label, for a classifier).
+        notes: What a user should know about how the records were read, such as columns of other names.
     """
 
     examples: tuple[Example, ...]
@@ -54,6 +56,7 @@ class Dataset:
     fingerprint: str
     truncated: int = 0
     format: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -96,12 +99,12 @@ def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> Ba
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
-    for at, row in enumerate(rows):
+    for place, row in enumerate(rows):
         example = examples[row]
-        n = len(example.input_ids)
-        ids[at, :n] = torch.tensor(example.input_ids)
-        mask[at, :n] = 1
-        labels[at, :n] = torch.tensor(example.labels)
+        length = len(example.input_ids)
+        ids[place, :length] = torch.tensor(example.input_ids)
+        mask[place, :length] = 1
+        labels[place, :length] = torch.tensor(example.labels)
     return Batch(ids, mask, labels, tuple(rows))
 
 
@@ -117,11 +120,6 @@ def batches(examples: Sequence[Example], size: int, pad_id: int, *, by_length: b
 def positions(found: Sequence[Batch]) -> list[int]:
     """Positions, padding included, in the first batch, the first two and so on: how far a pass is, where batches differ in length."""
     return list(itertools.accumulate(batch.input_ids.numel() for batch in found))
-
-
-def encode_pair(tokenizer: Any, record: dict[str, Any], separator: str, max_length: int) -> tuple[Example, bool]:
-    """Tokens of a `prompt` + `completion` record, loss on the completion and its end token; whether it was cut."""
-    return _example(record, *encode(tokenizer, record, "pair", separator), max_length)
 
 
 def shuffled(records: int, rows: int, seed: int) -> list[int]:
@@ -156,8 +154,9 @@ def load_data(
     """Read and tokenise records.
 
     A record has `prompt` and `completion` (loss on the completion and its end token), chat `messages` (the tokenizer's template, loss
-    on assistant turns and their end tokens) or `text` (loss on every token but the first); all records have what the first has. For a
-    classifier it has `text` and `label`, the name or number of its class.
+    on all that the assistant says, see `data.chat`) or `text` (loss on every token but the first, and on an end token); all records have
+    what the first has. Well-known columns of other names are understood (`data.encoding.COLUMNS`). For a classifier a record has `text`
+    and `label`, the name or number of its class.
 
     Args:
         source: A JSON Lines, CSV or Parquet file, `hub:NAME[:split]`, or `synthetic[:split]`; or the records themselves: a list of
@@ -177,28 +176,24 @@ def load_data(
         raise DataError(f"max_length must be at least 2 tokens, found {max_length}; 1024 is the default")
     label, located = find_records(source)
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else label
-    examples, truncated, kind = [], 0, ""
+    reader = RecordReader(tokenizer, separator, classes, max_length)
+    examples, truncated = [], 0
     for place, record in itertools.islice(located, records):
         try:
-            if classes is not None:
-                kind = CLASS
-                tokens, cut = encode_class(tokenizer, record, classes, max_length)
-                example = Example(tuple(tokens[0]), tuple(tokens[1]), record)
-            else:
-                kind = kind or record_format(record)
-                example, cut = _example(record, *encode(tokenizer, record, kind, separator), max_length)
-            _check(example, cut, kind)
+            (ids, labels), is_cut = reader.encode(record)
+            is_cut = is_cut or len(ids) > max_length
+            example = Example(tuple(ids[:max_length]), tuple(labels[:max_length]), renamed(record, reader.columns))
+            _check(example, is_cut, reader.format)
         except DataError as error:
             raise DataError(f"{name} {place}: {error}") from error.__cause__
-        truncated += cut
+        truncated += is_cut
         examples.append(example)
     if not examples:
         raise DataError(f"{name} holds no records; it needs at least one with prompt and completion, messages or text")
-    return Dataset(tuple(examples), label, _fingerprint(examples), truncated, kind)
-
-
-def _example(record: dict[str, Any], ids: list[int], labels: list[int], max_length: int) -> tuple[Example, bool]:
-    return Example(tuple(ids[:max_length]), tuple(labels[:max_length]), record), len(ids) > max_length
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.input_ids, example.labels)).encode())
+    return Dataset(tuple(examples), label, digest.hexdigest()[:16], truncated, reader.format, reader.notes)
 
 
 def _check(example: Example, cut: bool, kind: str) -> None:
@@ -213,10 +208,3 @@ def _check(example: Example, cut: bool, kind: str) -> None:
     references = record.get("references")
     if references is not None and not (isinstance(references, list) and references and all(isinstance(text, str) for text in references)):
         raise DataError(f'references must be a list of strings, found {type(references).__name__}; write them as ["…", "…"]')
-
-
-def _fingerprint(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.input_ids, example.labels)).encode())
-    return digest.hexdigest()[:16]

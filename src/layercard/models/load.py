@@ -32,9 +32,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from layercard import processes
-from layercard.data.formats import hub_answers
 from layercard.data.load import IGNORED, Batch
 from layercard.errors import ModelError, one_line
+from layercard.hub import hub_answers
 from layercard.models.embedded import EMBEDDED, embedded_folder
 from layercard.models.gguf import read_gguf
 from layercard.models.layers import Block, find_blocks

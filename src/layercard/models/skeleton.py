@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from layercard.data.formats import hub_answers
 from layercard.errors import ModelError, one_line
+from layercard.hub import hub_answers
 from layercard.models.layers import find_blocks
 from layercard.models.load import BaseModel, locate, quiet_libraries
 

@@ -29,9 +29,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.initialization import no_init_weights
 
-from layercard.data.formats import hub_answers
 from layercard.errors import ModelError, one_line
 from layercard.files import read_json
+from layercard.hub import hub_answers
 from layercard.models.layers import Block, find_blocks
 from layercard.models.load import (
     DTYPES,

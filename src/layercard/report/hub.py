@@ -27,9 +27,9 @@ from huggingface_hub.hf_api import DatasetInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from layercard.card.card import LayerCard
-from layercard.data.formats import hub_answers
 from layercard.errors import CardError, HubError, one_line
 from layercard.files import json_text, parse_json
+from layercard.hub import hub_answers
 from layercard.report.hub_page import COUPLING, DEPTH, fingerprint_tag, readme
 from layercard.report.svg import coupling_svg, depth_svg
 
