@@ -36,14 +36,14 @@ def writing(base: BaseModel, options: argparse.Namespace) -> tuple[list[list[Any
     """Rows of the first table."""
     every = random_adapter(base, place(base, range(len(base.blocks))), name="all 30 layers")
     chosen = random_adapter(base, place(base, SELECTED), name="5 layers")
-    found = measure_latency(
+    found: dict[str, Any] = measure_latency(
         base,
         [every, chosen],
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         repeats=options.repeats,
         clock=time.process_time,
-    )
+    ).to_json()
     rows = [
         [
             row["name"],

@@ -21,7 +21,8 @@ from layercard.adapters.apply import place
 from layercard.data.load import load_data
 from layercard.errors import LayercardError
 from layercard.models.load import wrap_model
-from layercard.training.train import TrainSettings, train
+from layercard.settings import TrainSettings
+from layercard.training.train import train
 from test_cut import batches, enable, peft_model
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
@@ -45,7 +46,7 @@ def trained(folder: Path) -> dict[str, Any]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     dist.barrier()
     resumed = run("cut", resume=True)
-    found = {"record": record, "resumed": resumed["losses"], "heard": heard}
+    found = {"record": record.to_json(), "resumed": resumed.losses, "heard": heard}
     found["uneven"] = refusal(lambda: run("uneven", replace(SETTINGS, batch_size=3)))
     found["exists"] = refusal(lambda: run("whole"))
     found["diverged"] = refusal(lambda: run("wild", replace(SETTINGS, learning_rate=1e30, max_grad_norm=0.0, scheduler="constant")))

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     base = wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny-llama")
     data = load_data(str(folder / "train.jsonl"), base.tokenizer)
-    losses = {name: train(base, place(base, [1, 2]), data, folder / name, settings_of(name, save_steps=0))["losses"] for name in METHODS}
+    losses = {name: train(base, place(base, [1, 2]), data, folder / name, settings_of(name, save_steps=0)).losses for name in METHODS}
     if processes.is_first():
         (folder / "losses.json").write_text(json.dumps(losses))
     dist.destroy_process_group()

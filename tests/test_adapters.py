@@ -405,5 +405,5 @@ def test_what_parameters_cannot_have_is_said_before_anything_is_wrapped() -> Non
         with pytest.raises(PlacementError, match=words):
             apply(base.model, placement, config)
         assert_same(before, state_of(base.model))
-    with pytest.raises(PlacementError, match=r"is no stack of experts.*did you mean"):
+    with pytest.raises(PlacementError, match=r"is not a stack of experts.*did you mean"):
         apply(base.model, placement.changed(parameters=("model.layers.1.mlp.experts.gate_proj",)))

@@ -14,7 +14,8 @@ from layercard.data.load import Dataset, load_data
 from layercard.errors import DataError, OutputError, PlacementError, TrainingError
 from layercard.models.load import BaseModel
 from layercard.selection.placement import Placement
-from layercard.training.train import TrainSettings, train
+from layercard.settings import TrainSettings
+from layercard.training.train import train
 from layercard.trials import compare as compare_module
 from layercard.trials.compare import compare
 from test_adapters import assert_same, base_of, state_of
@@ -93,7 +94,7 @@ def test_each_run_is_the_one_that_train_gives(
     alone = train(tiny_base, placements[1][1], data, tmp_path / "alone", SETTINGS, valid=valid)
     run = json.loads((tmp_path / "out" / "all" / "run.json").read_text())
     for key in ("losses", "loss_before", "loss_after", "peak_memory_bytes", "tokens_seen"):
-        assert run[key] == alone[key], key
+        assert run[key] == getattr(alone, key), key
 
 
 def test_resume_keeps_what_is_finished_and_goes_on_with_the_rest(

@@ -242,24 +242,24 @@ def test_generation_stays_within_the_models_positions(data: Dataset) -> None:
 def test_evaluate_with_and_without_adapters(tiny_base: BaseModel, data: Dataset) -> None:
     calls: list[str] = []
     plain = evaluate(tiny_base, data, max_new_tokens=5, progress=lambda phase, done, total: calls.append(phase))
-    assert plain["schema"] == "layercard-eval/1"
-    low, high = plain["loss_interval"]
-    assert low < plain["loss"] < high
-    assert plain["perplexity_interval"] == pytest.approx([math.exp(low), math.exp(high)])
-    assert plain["generation"]["records"] == 7
-    assert plain["generation"].keys() >= {"bleu", "chrf", "rouge_l", "max_new_tokens"}
-    assert "exact_match" not in plain["generation"]
+    assert plain.schema_ == "layercard-eval/1"
+    low, high = plain.loss_interval
+    assert low < plain.loss < high
+    assert plain.perplexity_interval == pytest.approx([math.exp(low), math.exp(high)])
+    assert plain.generation["records"] == 7
+    assert plain.generation.keys() >= {"bleu", "chrf", "rouge_l", "max_new_tokens"}
+    assert "exact_match" not in plain.generation
     assert set(calls) == {"evaluate", "generate"}
     with adapted(tiny_base, place(tiny_base, [1])) as model:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.5)
         changed = evaluate(tiny_base, data, model=model, max_new_tokens=5)
-    assert changed["loss"] != plain["loss"]
-    assert [one["text"] for one in changed["generation"]["texts"]] != [one["text"] for one in plain["generation"]["texts"]]
-    assert [phase["name"] for phase in plain["phases"]] == ["evaluate", "generate"]
+    assert changed.loss != plain.loss
+    assert [one["text"] for one in changed.generation["texts"]] != [one["text"] for one in plain.generation["texts"]]
+    assert [phase["name"] for phase in plain.phases] == ["evaluate", "generate"]
     without = evaluate(tiny_base, data, with_generation=False)
-    assert without == plain | {"generation": None, "phases": without["phases"]}
-    assert [phase["name"] for phase in without["phases"]] == ["evaluate"]
+    assert without == plain.model_copy(update={"generation": None, "phases": without.phases})
+    assert [phase["name"] for phase in without.phases] == ["evaluate"]
     bare = replace(data, examples=tuple(replace(example, record={"prompt": "p"}) for example in data.examples))
-    assert evaluate(tiny_base, bare)["generation"] is None
+    assert evaluate(tiny_base, bare).generation is None

@@ -233,8 +233,8 @@ def test_from_card_to_a_trained_adapter(tmp_path: Path) -> None:
     (layer,) = placement.layers
     assert placement.parameters == tuple(stack.path for stack in base.blocks[layer].stacks)
     record = train(base, placement, data, tmp_path / "run", TrainSettings(rank=2, steps=3), valid=data)
-    assert record["trainable_parameters"] > 0 and record["loss_after"] < record["loss_before"]
-    assert record["placement"]["parameters"] == list(placement.parameters)
+    assert record.trainable_parameters > 0 and record.loss_after < record.loss_before
+    assert record.placement["parameters"] == list(placement.parameters)
 
 
 def test_experts_without_a_token_are_named(tmp_path: Path) -> None:

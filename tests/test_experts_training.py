@@ -25,7 +25,7 @@ FAMILIES = ("mixtral", "qwen3_moe")
 
 def assert_near(one: dict[str, Any], other: dict[str, Any], folders: tuple[Path, Path]) -> None:
     """As `assert_same_run`, by whole tensors: AdamW makes rounding errors large where few tokens make a gradient."""
-    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=1e-5, atol=0)
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert first.keys() == second.keys()
     for name, weight in first.items():
@@ -42,15 +42,15 @@ def test_all_faster_parts_together_equal_stock_training(family: str, tmp_path: P
     stock = run(base, tmp_path, "stock", FastSettings.baseline(), (1, 2))
     found = run(base, tmp_path, "fast", FastSettings(), (1, 2))
     assert_near(stock, found, (tmp_path / "stock", tmp_path / "fast"))
-    assert set(found["fast"]["did"]) == set(PARTS)
-    assert found["fast"]["did"]["fused_lora"] == "adapters computed in one step: 8 of 8; 4 of stacked experts as they are"
+    assert set(found.fast["did"]) == set(PARTS)
+    assert found.fast["did"]["fused_lora"] == "adapters computed in one step: 8 of 8; 4 of stacked experts as they are"
 
 
 def test_every_expert_that_sees_a_token_is_trained_and_no_other_layer(tmp_path: Path) -> None:
     base = float_base("mixtral")
     before = fingerprint(base.model)
     record = run(base, tmp_path, "a", FastSettings(), (1,), valid=records(base, tmp_path, 8, 40))
-    assert record["loss_reduction"] > 0 and fingerprint(base.model) == before
+    assert record.loss_reduction > 0 and fingerprint(base.model) == before
     weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {name.split(".layers.")[1].partition(".")[0] for name in weights} == {"1"}
     stacked = {name: weight for name, weight in weights.items() if "experts" in name and "lora_B" in name}
@@ -60,7 +60,7 @@ def test_every_expert_that_sees_a_token_is_trained_and_no_other_layer(tmp_path: 
     with loaded(base, tmp_path / "a") as model:
         assert set(adapted_paths(model)) == set(place(base, [1]).targets)
         found = held_out_losses(model, base.pad_id, records(base, tmp_path, 8, 40))
-    assert found.loss == pytest.approx(record["loss_after"], rel=1e-6)
+    assert found.loss == pytest.approx(record.loss_after, rel=1e-6)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:

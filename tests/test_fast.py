@@ -19,6 +19,7 @@ from layercard.errors import TrainingError
 from layercard.fast.fast_training import FastTraining, fast_training
 from layercard.models.load import BaseModel, wrap_model
 from layercard.settings import FastSettings, TrainSettings
+from layercard.training.records import Run
 from layercard.training.train import train
 from padded import batch, no_dropout
 
@@ -38,12 +39,12 @@ def records(base: BaseModel, folder: Path, count: int = 16, start: int = 0) -> D
     return load_data(str(tiny.write_records(folder / f"{start}.jsonl", tiny.tiny_records(count, start))), base.tokenizer)
 
 
-def run(base: BaseModel, folder: Path, name: str, spare: FastSettings, layers: tuple[int, ...], **how: Any) -> dict[str, Any]:
-    return train(base, place(base, layers), records(base, folder), folder / name, STEPS, spare=spare, **how)
+def run(base: BaseModel, folder: Path, name: str, fast: FastSettings, layers: tuple[int, ...], **how: Any) -> Run:
+    return train(base, place(base, layers), records(base, folder), folder / name, STEPS, fast=fast, **how)
 
 
-def assert_same_run(one: dict[str, Any], other: dict[str, Any], folders: tuple[Path, Path]) -> None:
-    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(other["losses"]), rtol=1e-5, atol=0)
+def assert_same_run(one: Run, other: Run, folders: tuple[Path, Path]) -> None:
+    torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=1e-5, atol=0)
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert first.keys() == second.keys()
     for name, weight in first.items():
@@ -55,12 +56,12 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any], folders: tuple[P
 def test_each_part_and_all_together_equal_stock_training(family: str, layers: tuple[int, ...], tmp_path: Path) -> None:
     base = base_of(family)
     stock = run(base, tmp_path, "stock", FastSettings.baseline(), layers)
-    assert stock["fast"]["did"] == {}
+    assert stock.fast["did"] == {}
     for names in (*((name,) for name in PARTS), PARTS):
         name = "-".join(names)
         found = run(base, tmp_path, name, only(*names), layers)
         assert_same_run(stock, found, (tmp_path / "stock", tmp_path / name))
-    assert set(found["fast"]["did"]) == set(PARTS)
+    assert set(found.fast["did"]) == set(PARTS)
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(PARTS, 2)), ids="-".join)
@@ -73,7 +74,7 @@ def test_pairs_of_parts_equal_stock_training(pair: tuple[str, str], tmp_path: Pa
 
 def test_a_run_says_what_was_spared(tmp_path: Path) -> None:
     base = base_of("llama")
-    did = run(base, tmp_path, "run", FastSettings(), (2,))["fast"]["did"]
+    did = run(base, tmp_path, "run", FastSettings(), (2,)).fast["did"]
     assert did["cut"] == "layers in backward: 1/3"
     assert "16 of 32 records read" in did["prefix_cache"]
     assert did["unpadded"].startswith("padding left out: ")
@@ -81,7 +82,7 @@ def test_a_run_says_what_was_spared(tmp_path: Path) -> None:
     assert did["fused_lora"] == "adapters computed in one step: 7 of 7"
 
 
-def interrupted_and_resumed(base: BaseModel, folder: Path, spare: FastSettings) -> dict[str, Any]:
+def interrupted_and_resumed(base: BaseModel, folder: Path, fast: FastSettings) -> Run:
     """A run that is stopped after two of its steps and goes on from its checkpoint, in `folder / "run"`."""
 
     def stop(phase: str, done: int, total: int) -> None:
@@ -91,8 +92,8 @@ def interrupted_and_resumed(base: BaseModel, folder: Path, spare: FastSettings) 
     settings = TrainSettings(**{**STEPS.to_json(), "save_steps": 1})
     data = records(base, folder)
     with pytest.raises(KeyboardInterrupt):
-        train(base, place(base, (2,)), data, folder / "run", settings, spare=spare, progress=stop)
-    return train(base, place(base, (2,)), data, folder / "run", settings, spare=spare, resume=True)
+        train(base, place(base, (2,)), data, folder / "run", settings, fast=fast, progress=stop)
+    return train(base, place(base, (2,)), data, folder / "run", settings, fast=fast, resume=True)
 
 
 def test_an_interrupted_run_goes_on_with_a_cache_on_disk(tmp_path: Path) -> None:
@@ -100,13 +101,13 @@ def test_an_interrupted_run_goes_on_with_a_cache_on_disk(tmp_path: Path) -> None
     stock = run(base, tmp_path, "stock", FastSettings.baseline(), (2,))
     found = interrupted_and_resumed(base, tmp_path, FastSettings(cache_folder=str(tmp_path / "cache")))
     assert_same_run(stock, found, (tmp_path / "stock", tmp_path / "run"))
-    assert "frozen blocks 2/3: 20 of 24 records read" in found["fast"]["did"]["prefix_cache"]
+    assert "frozen blocks 2/3: 20 of 24 records read" in found.fast["did"]["prefix_cache"]
 
 
 def test_without_the_cache_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    base, spare = base_of("qwen3"), FastSettings(prefix_cache=False)
-    run(base, tmp_path, "whole", spare, (2,))
-    interrupted_and_resumed(base, tmp_path, spare)
+    base, fast = base_of("qwen3"), FastSettings(prefix_cache=False)
+    run(base, tmp_path, "whole", fast, (2,))
+    interrupted_and_resumed(base, tmp_path, fast)
     whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -115,11 +116,11 @@ def test_dropout_leaves_padding_in_and_says_so(tmp_path: Path) -> None:
     base = base_of("llama")
     settings = TrainSettings(**{**STEPS.to_json(), "dropout": 0.1})
     runs = [
-        train(base, place(base, (2,)), records(base, tmp_path), tmp_path / str(at), settings, spare=spare)
-        for at, spare in enumerate((FastSettings.baseline(), FastSettings()))
+        train(base, place(base, (2,)), records(base, tmp_path), tmp_path / str(at), settings, fast=fast)
+        for at, fast in enumerate((FastSettings.baseline(), FastSettings()))
     ]
-    assert "dropout is on" in runs[1]["fast"]["did"]["unpadded"]
-    torch.testing.assert_close(torch.tensor(runs[0]["losses"]), torch.tensor(runs[1]["losses"]), rtol=1e-5, atol=0)
+    assert "dropout is on" in runs[1].fast["did"]["unpadded"]
+    torch.testing.assert_close(torch.tensor(runs[0].losses), torch.tensor(runs[1].losses), rtol=1e-5, atol=0)
 
 
 def test_what_cannot_be_spared_is_said_and_the_loop_goes_on() -> None:

@@ -13,7 +13,7 @@ from layercard.errors import DataError, ModelError
 from layercard.models.load import BaseModel
 from layercard.serving import latency
 from layercard.serving.adapter_switch import random_adapter
-from layercard.serving.latency import Reading, measure_latency, variants, write
+from layercard.serving.latency import Reading, measure_latency, write
 from test_adapters import assert_same, state_of
 from test_serving import alone, base_of, save
 from tiny import LAYERS
@@ -48,7 +48,9 @@ def test_variants_take_turns_and_are_compared_within_the_round(monkeypatch: pyte
 
     monkeypatch.setattr(latency, "write", fake)
     told: list[tuple[str, int, int]] = []
-    result = measure_latency(base, adapters, prompt_tokens=8, new_tokens=4, batch_size=2, repeats=3, progress=lambda *a: told.append(a))
+    result = measure_latency(
+        base, adapters, prompt_tokens=8, new_tokens=4, batch_size=2, repeats=3, progress=lambda *a: told.append(a)
+    ).to_json()
     assert_same(before, state_of(base.model))
     order = ["base", "adapter", "merged", "adapter all", "merged all"]
     assert ran == order + order[::-1] + order + order[::-1]
@@ -64,14 +66,14 @@ def test_variants_take_turns_and_are_compared_within_the_round(monkeypatch: pyte
 def test_memory_of_each_variant() -> None:
     base = base_of()
     adapter = random_adapter(base, place(base, [1, 3]), name="two", rank=2)
-    result = measure_latency(base, [adapter], prompt_tokens=40, new_tokens=4, repeats=1)
+    result = measure_latency(base, [adapter], prompt_tokens=40, new_tokens=4, repeats=1).to_json()
     plain, wrapped, merged = result["variants"]
     held = sum(weight.nbytes for weight in base.model.parameters())
     assert plain["weights_bytes"] == merged["weights_bytes"] == held
     assert wrapped["weights_bytes"] == held + adapter.bytes
     cache = 6 * 2 * 2 * 8 * 43 * 4  # blocks, keys and values, heads, width, tokens, float32
     assert cache < plain["peak_bytes"] == merged["peak_bytes"] <= wrapped["peak_bytes"] < 10 * cache
-    longer = measure_latency(base, [], prompt_tokens=80, new_tokens=4, repeats=1)
+    longer = measure_latency(base, [], prompt_tokens=80, new_tokens=4, repeats=1).to_json()
     assert longer["variants"][0]["peak_bytes"] > 1.5 * plain["peak_bytes"]
 
 
@@ -115,7 +117,7 @@ def test_sizes_that_cannot_be_timed(sizes: dict[str, int], words: str, tiny_base
 def test_an_adapter_given_twice(tiny_base: BaseModel) -> None:
     adapter = random_adapter(tiny_base, place(tiny_base, [1]), name="a", rank=2)
     with pytest.raises(DataError, match="adapter a is given twice"):
-        variants([adapter, adapter])
+        measure_latency(tiny_base, [adapter, adapter])
 
 
 def test_memory_runs_out(tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +159,7 @@ def test_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_what_is_no_adapter_is_one_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = save(base_of(), [4], tmp_path / "foreign", 1)
     cases = [
-        (("absent-model", "--adapter", tmp_path / "absent"), "absent is no adapter"),
+        (("absent-model", "--adapter", tmp_path / "absent"), "absent is not an adapter"),
         ((tiny_folder, "--adapter", foreign), "fingerprint"),
         ((tiny_folder, "--placement", tmp_path / "absent.json"), "no such file"),
         ((tiny_folder, "--placement", foreign / "placement.json"), "fingerprint"),

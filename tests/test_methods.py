@@ -61,13 +61,13 @@ def test_every_method_trains_saves_and_loads(method: str, tiny_base: BaseModel, 
         warnings.simplefilter("error")
         record = train(tiny_base, placement, data, tmp_path / "run", settings_of(method), valid=data)
     assert_same(before, state_of(tiny_base.model))
-    assert record["settings"]["method"] == method
-    assert record["layers_in_backward"] == "2/3"
-    assert record["loss_reduction"] > 0.001
+    assert record.settings["method"] == method
+    assert record.layers_in_backward == "2/3"
+    assert record.loss_reduction > 0.001
     with loaded(tiny_base, tmp_path / "run") as model:
         assert set(adapted_paths(model)) == set(placement.paths)
         again = held_out_losses(model, tiny_base.pad_id, data)
-    assert again.loss == pytest.approx(record["loss_after"], abs=1e-5)
+    assert again.loss == pytest.approx(record.loss_after, abs=1e-5)
     assert_same(before, state_of(tiny_base.model))
     assert verify_adapter(tiny_base.model, tmp_path / "run").as_planned
 
@@ -80,12 +80,12 @@ def test_an_interrupted_run_of_every_method_goes_on_to_the_same_adapter(
 ) -> None:
     data = load_data(str(tiny_file), tiny_base.tokenizer)
     placement, settings = place(tiny_base, [1, 2]), settings_of(method)
-    spare = FastSettings(prefix_cache=False)  # with it a resumed run is the same to rounding
-    whole = train(tiny_base, placement, data, tmp_path / "whole", settings, spare=spare)
+    fast = FastSettings(prefix_cache=False)  # with it a resumed run is the same to rounding
+    whole = train(tiny_base, placement, data, tmp_path / "whole", settings, fast=fast)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_base, placement, data, tmp_path / "cut", settings, spare=spare, progress=stop_at(3))
-    resumed = train(tiny_base, placement, data, tmp_path / "cut", settings, spare=spare, resume=True)
-    assert resumed["losses"] == whole["losses"]
+        train(tiny_base, placement, data, tmp_path / "cut", settings, fast=fast, progress=stop_at(3))
+    resumed = train(tiny_base, placement, data, tmp_path / "cut", settings, fast=fast, resume=True)
+    assert resumed.losses == whole.losses
     assert_equal_adapters(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -96,10 +96,10 @@ def test_what_is_spared_changes_no_loss(method: str, tiny_base: BaseModel, tiny_
     """VeRA and RandLoRA share matrices between layers; below the lowest adapted one all is frozen even so."""
     data = load_data(str(tiny_file), tiny_base.tokenizer)
     placement, settings = place(tiny_base, [1, 2]), settings_of(method, save_steps=0)
-    stock = train(tiny_base, placement, data, tmp_path / "stock", settings, spare=FastSettings.baseline())
+    stock = train(tiny_base, placement, data, tmp_path / "stock", settings, fast=FastSettings.baseline())
     fast = train(tiny_base, placement, data, tmp_path / "fast", settings)
-    assert fast["losses"] == pytest.approx(stock["losses"], rel=1e-5, abs=2e-5)
-    assert fast["fast"]["did"]["prefix_cache"].startswith("frozen blocks 1/3")
+    assert fast.losses == pytest.approx(stock.losses, rel=1e-5, abs=2e-5)
+    assert fast.fast["did"]["prefix_cache"].startswith("frozen blocks 1/3")
 
 
 @pytest.mark.parametrize(("method", "fused"), [("lora", 14), ("rslora", 14), ("pissa", 14), ("dora", 0), ("adalora", 0), ("ia3", 0)])
@@ -125,7 +125,7 @@ def test_what_begins_out_of_the_weights_is_saved_as_plain_lora(method: str, fami
     base.model.save_pretrained(tmp_path / "base")
     fresh = type(base.model).from_pretrained(tmp_path / "base")
     plain = PeftModel.from_pretrained(fresh, str(tmp_path / "run")).eval()
-    assert held_out_losses(plain, base.pad_id, data).loss == pytest.approx(record["loss_after"], abs=1e-5)
+    assert held_out_losses(plain, base.pad_id, data).loss == pytest.approx(record.loss_after, abs=1e-5)
 
 
 def test_olora_is_refused_where_peft_would_take_the_weights_the_wrong_way_round() -> None:
@@ -217,15 +217,15 @@ def test_a_classifiers_head_is_trained_interrupted_and_saved_along(method: str, 
     records = [{"text": record["prompt"], "label": at % 2} for at, record in enumerate(tiny_records(12))]
     data = load_data(str(write_records(tmp_path / "data.jsonl", records)), base.tokenizer, classes=base.classes)
     placement, settings, before = place(base, [1, 2]), settings_of(method), state_of(base.model)
-    spare = FastSettings(prefix_cache=False)
-    whole = train(base, placement, data, tmp_path / "whole", settings, spare=spare, valid=data)
+    fast = FastSettings(prefix_cache=False)
+    whole = train(base, placement, data, tmp_path / "whole", settings, fast=fast, valid=data)
     with pytest.raises(KeyboardInterrupt):
-        train(base, placement, data, tmp_path / "cut", settings, spare=spare, valid=data, progress=stop_at(3))
-    train(base, placement, data, tmp_path / "cut", settings, spare=spare, valid=data, resume=True)
+        train(base, placement, data, tmp_path / "cut", settings, fast=fast, valid=data, progress=stop_at(3))
+    train(base, placement, data, tmp_path / "cut", settings, fast=fast, valid=data, resume=True)
     assert_equal_adapters(tmp_path / "whole", tmp_path / "cut")
     assert any("score" in name for name in load_file(tmp_path / "whole" / "adapter_model.safetensors"))
     with loaded(base, tmp_path / "whole") as model:
-        assert held_out_losses(model, base.pad_id, data).loss == pytest.approx(whole["loss_after"], abs=1e-5)
+        assert held_out_losses(model, base.pad_id, data).loss == pytest.approx(whole.loss_after, abs=1e-5)
     assert_same(before, state_of(base.model))
 
 
@@ -238,7 +238,7 @@ def test_two_processes_begin_and_step_as_one(tiny_base: BaseModel, tmp_path: Pat
     data = load_data(str(tmp_path / "train.jsonl"), tiny_base.tokenizer)
     for method, losses in json.loads((tmp_path / "losses.json").read_text()).items():
         alone = train(tiny_base, place(tiny_base, [1, 2]), data, tmp_path / f"{method} alone", settings_of(method, save_steps=0))
-        assert losses == pytest.approx(alone["losses"], rel=1e-4)
+        assert losses == pytest.approx(alone.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -271,15 +271,15 @@ def test_experts_are_trained_by_plain_lora_alone(tiny_file: Path, tmp_path: Path
     placement = place(base, [1]).changed(parameters=tuple(stack.path for stack in base.blocks[1].stacks))
     before = state_of(base.model)
     record = train(base, placement, data, tmp_path / "run", replace(SETTINGS, save_steps=0), valid=data)
-    assert record["loss_reduction"] > 0.001
+    assert record.loss_reduction > 0.001
     with loaded(base, tmp_path / "run") as model:
         assert set(adapted_paths(model)) == set(placement.targets)
-        assert math.isclose(held_out_losses(model, base.pad_id, data).loss, record["loss_after"], abs_tol=1e-5)
+        assert math.isclose(held_out_losses(model, base.pad_id, data).loss, record.loss_after, abs_tol=1e-5)
     for method in ("pissa", "eva", "dora", "ia3", "vera"):
         with pytest.raises(PlacementError):
             train(base, placement, data, tmp_path / method, settings_of(method))
     assert_same(before, state_of(base.model))
-    assert train(base, without_experts(placement), data, tmp_path / "maps", replace(settings_of("dora"), save_steps=0))["steps"] == 4
+    assert train(base, without_experts(placement), data, tmp_path / "maps", replace(settings_of("dora"), save_steps=0)).steps == 4
     assert_same(before, state_of(base.model))
     with pytest.raises(PlacementError, match="adapts nothing"):
         without_experts(placement.changed(paths=()))

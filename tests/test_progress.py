@@ -71,9 +71,9 @@ def test_a_phase_that_fails_is_not_kept() -> None:
 
 def test_run_record_has_its_phases(tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path) -> None:  # noqa: F811
     record = train(tiny_base, place(tiny_base, [2]), data, tmp_path / "a", FAST, valid=valid)
-    assert [phase["name"] for phase in record["phases"]] == ["loss before", "begin", "train", "loss after", "save"]
-    assert sum(phase["seconds"] for phase in record["phases"] if phase["name"] == "train") >= record["train_seconds"]
-    peaks = [phase["resident_peak_bytes"] for phase in record["phases"]]
+    assert [phase["name"] for phase in record.phases] == ["loss before", "begin", "train", "loss after", "save"]
+    assert sum(phase["seconds"] for phase in record.phases if phase["name"] == "train") >= record.train_seconds
+    peaks = [phase["resident_peak_bytes"] for phase in record.phases]
     assert peaks == sorted(peaks)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from layercard.adapters.apply import CONFIG_FILE, adapted, loaded, place
+from layercard.adapters.apply import adapted, loaded, place
+from layercard.adapters.files import CONFIG_FILE
 from layercard.errors import DataError, ModelError, PlacementError
 from layercard.files import read_json, write_json
 from layercard.models.adapted import quiet_peft, unchanged
 from layercard.models.hooks import replaced
 from layercard.models.load import BaseModel, wrap_model
+from layercard.serving import shared_prefix
 from layercard.serving.adapter_switch import Adapter, load_adapter, merged, random_adapter, switched_on
 from layercard.serving.shared_prefix import SharedPrefix, shared
 from test_adapters import assert_same, state_of
@@ -261,7 +264,7 @@ def test_no_adapter_and_no_folder(tmp_path: Path) -> None:
     base = base_of()
     with pytest.raises(PlacementError, match="no adapter to serve"):
         SharedPrefix(base, [])
-    with pytest.raises(PlacementError, match="is no adapter: it lacks"):
+    with pytest.raises(PlacementError, match="is not an adapter: it lacks"):
         SharedPrefix(base, [tmp_path])
 
 
@@ -300,12 +303,9 @@ def test_models_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(DynamicLayer):
         pass
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SharedPrefix, "_empty", lambda self: [Other() for _ in range(DEPTH)])
-        with pytest.raises(ModelError, match=r"more than keys and values of each block \(Other\)"):
-            SharedPrefix(base, adapters)
-        patch.setattr(SharedPrefix, "_empty", lambda self: [DynamicLayer()])
-        with pytest.raises(ModelError, match="1 caches for 6 blocks"):
+    for layers, words in (([Other()] * DEPTH, r"of each block \(Other\)"), ([DynamicLayer()], "1 caches for 6 blocks")):
+        monkeypatch.setattr(shared_prefix, "DynamicCache", lambda config, layers=layers: SimpleNamespace(layers=layers))
+        with pytest.raises(ModelError, match=words):
             SharedPrefix(base, adapters)
 
 

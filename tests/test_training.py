@@ -21,9 +21,9 @@ from layercard.data.load import IGNORED, Dataset, collate, load_data, shuffled
 from layercard.errors import OutputError, PlacementError, TrainingError
 from layercard.models.load import BaseModel, labelled_losses, wrap_model
 from layercard.selection.placement import Placement
-from layercard.settings import SCHEDULERS
+from layercard.settings import SCHEDULERS, TrainSettings
 from layercard.training import trainer as trainer_module
-from layercard.training.train import TrainSettings, train
+from layercard.training.train import train
 from layercard.training.trainer import heaviest_step, last_checkpoint
 from test_adapters import assert_same, base_of, state_of
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
@@ -71,23 +71,23 @@ def test_files_and_record(tiny_base: BaseModel, data: Dataset, valid: Dataset, t
         "placement.json",
         "run.json",
     ]
-    assert json.loads((out / "run.json").read_text()) == record
+    assert json.loads((out / "run.json").read_text()) == record.to_json()
     assert Placement.load(out / "placement.json") == placement
-    assert record["schema"] == "layercard-run/1"
-    assert record["layers_in_backward"] == "2/3"
-    assert record["steps"] == 12 == len(record["losses"])
-    assert record["loss_reduction"] == record["loss_before"] - record["loss_after"] > 0
-    low, high = record["loss_reduction_interval"]
-    assert low <= record["loss_reduction"] <= high
-    assert record["perplexity_before"] == pytest.approx(np.exp(record["loss_before"]))
-    assert record["trainable_parameters"] == sum(weight.numel() for weight in weights(out).values())
-    assert record["adapter_bytes"] == (out / "adapter_model.safetensors").stat().st_size
-    assert record["train_seconds"] > 0
-    assert record["peak_memory_bytes"] > 12 * record["trainable_parameters"]  # weights and both moments, in float32
-    assert record["data"]["records"] == 10
-    assert record["valid"]["labelled_tokens"] == sum(record["valid"]["per_record"]["labelled"])
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["started"].endswith("+00:00")
+    assert record.schema_ == "layercard-run/1"
+    assert record.layers_in_backward == "2/3"
+    assert record.steps == 12 == len(record.losses)
+    assert record.loss_reduction == record.loss_before - record.loss_after > 0
+    low, high = record.loss_reduction_interval
+    assert low <= record.loss_reduction <= high
+    assert record.perplexity_before == pytest.approx(np.exp(record.loss_before))
+    assert record.trainable_parameters == sum(weight.numel() for weight in weights(out).values())
+    assert record.adapter_bytes == (out / "adapter_model.safetensors").stat().st_size
+    assert record.train_seconds > 0
+    assert record.peak_memory_bytes > 12 * record.trainable_parameters  # weights and both moments, in float32
+    assert record.data["records"] == 10
+    assert record.valid["labelled_tokens"] == sum(record.valid["per_record"]["labelled"])
+    assert record.versions["torch"] == torch.__version__
+    assert record.started.endswith("+00:00")
     assert [call for call in calls if call[0] == "train"] == [("train", step, 12) for step in range(1, 13)]
     assert {"loss before", "train", "loss after"} == {call[0] for call in calls}
 
@@ -103,7 +103,7 @@ def test_saved_adapter_loads_with_plain_peft_to_the_same_logits(
         assert torch.equal(plain(input_ids=ids).logits, logits)
         assert not torch.allclose(logits, build_tiny("llama")(input_ids=ids).logits)
         losses = [labelled_losses(plain, collate(valid.examples, [row], 1))[0].sum().item() for row in range(len(valid))]
-    assert sum(losses) / valid.labelled_tokens == pytest.approx(record["loss_after"], rel=1e-5)
+    assert sum(losses) / valid.labelled_tokens == pytest.approx(record.loss_after, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -128,14 +128,14 @@ def test_the_loss_is_per_labelled_token_of_the_whole_accumulated_batch(tiny_base
     placement = place(tiny_base, [1])
     whole = train(tiny_base, placement, data, tmp_path / "whole", replace(FAST, batch_size=4))
     parts = train(tiny_base, placement, data, tmp_path / "parts", replace(FAST, batch_size=1, accumulation=4))
-    assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
     first = [data.examples[row] for row in shuffled(len(data), 16, seed=0)[:4]]
     assert len({example.labelled for example in first}) > 1  # else a mean of means would do as well
     nats = sum(labelled_losses(tiny_base.model, collate([example], [0], 1))[0].sum().item() for example in first)
-    assert whole["losses"][0] == pytest.approx(nats / sum(example.labelled for example in first), rel=1e-5)
+    assert whole.losses[0] == pytest.approx(nats / sum(example.labelled for example in first), rel=1e-5)
     for name, weight in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weight, weights(tmp_path / "parts")[name], rtol=1e-2, atol=1e-3)
-    assert whole["tokens_seen"] == parts["tokens_seen"]
+    assert whole.tokens_seen == parts.tokens_seen
 
 
 def test_one_step_is_adamw_on_the_gradient_of_that_loss(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_resume_gives_the_adapter_of_an_undisturbed_run(
     assert steps == [7, 8, 9]
     assert_equal_adapters(tmp_path / "undisturbed", tmp_path / "a")
     for key in ("losses", "loss_after", "steps", "tokens_seen", "peak_memory_bytes"):
-        assert resumed[key] == undisturbed[key], key
-    assert resumed["train_seconds"] > 0
+        assert getattr(resumed, key) == getattr(undisturbed, key), key
+    assert resumed.train_seconds > 0
 
 
 def test_resume_passes_over_a_checkpoint_that_was_cut_off(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_resume_after_the_last_step_only_measures_and_saves(tiny_base: BaseModel
     )
     assert phases == {"loss before", "loss after"}
     assert_equal_adapters(tmp_path / "undisturbed", tmp_path / "a")
-    assert resumed["losses"] == undisturbed["losses"]
-    assert resumed["loss_after"] == undisturbed["loss_after"]
+    assert resumed.losses == undisturbed.losses
+    assert resumed.loss_after == undisturbed.loss_after
 
 
 def test_resume_starts_where_nothing_was_saved_and_returns_what_is_finished(
@@ -278,7 +278,7 @@ def test_folders_that_are_no_run(tiny_base: BaseModel, data: Dataset, tmp_path: 
         train(tiny_base, placement, data, tmp_path / "other", FAST)
     with pytest.raises(OutputError, match="holds no run to resume"):
         train(tiny_base, placement, data, tmp_path / "other", FAST, resume=True)
-    assert train(tiny_base, placement, data, tmp_path / "empty", FAST)["loss_before"] is None
+    assert train(tiny_base, placement, data, tmp_path / "empty", FAST).loss_before is None
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
@@ -350,8 +350,8 @@ def test_fewer_layers_in_backward_take_less_memory_and_equal_work_equal_memory(d
     peaks = {}
     for name, layers in {"last": [5], "all": range(6), "first": [0], "last again": [5]}.items():
         record = train(base, place(base, layers), data, tmp_path / name, FAST)
-        assert record["layers_in_backward"] == f"{6 - layers[0]}/6"
-        peaks[name] = record["peak_memory_bytes"]
+        assert record.layers_in_backward == f"{6 - layers[0]}/6"
+        peaks[name] = record.peak_memory_bytes
     assert peaks["last"] < 0.7 * peaks["first"] < 0.7 * peaks["all"]
     assert peaks["last"] == peaks["last again"]
 
@@ -382,8 +382,8 @@ def test_bfloat16_for_one_run_only(tiny_base: BaseModel, data: Dataset, tmp_path
     plain = train(tiny_base, placement, data, tmp_path / "a", FAST)
     short = train(tiny_base, placement, data, tmp_path / "b", replace(FAST, bf16=True))
     again = train(tiny_base, placement, data, tmp_path / "c", FAST)
-    assert short["losses"] != plain["losses"] == again["losses"]
-    assert short["losses"] == pytest.approx(plain["losses"], rel=0.02)
+    assert short.losses != plain.losses == again.losses
+    assert short.losses == pytest.approx(plain.losses, rel=0.02)
     assert {weight.dtype for weight in weights(tmp_path / "b").values()} == {torch.float32}
 
 
@@ -391,8 +391,8 @@ def test_bfloat16_for_one_run_only(tiny_base: BaseModel, data: Dataset, tmp_path
 def test_a_base_of_half_precision(dtype: torch.dtype, data: Dataset, valid: Dataset, tmp_path: Path) -> None:
     base = wrap_model(build_tiny("llama").to(dtype), tiny_tokenizer())
     record = train(base, place(base, [1]), data, tmp_path / "a", replace(FAST, steps=8), valid=valid)
-    assert record["model"]["dtype"] == str(dtype).removeprefix("torch.")
-    assert record["loss_reduction"] > 0
+    assert record.model["dtype"] == str(dtype).removeprefix("torch.")
+    assert record.loss_reduction > 0
     assert {weight.dtype for weight in weights(tmp_path / "a").values()} == {torch.float32}
     plain = PeftModel.from_pretrained(build_tiny("llama").to(dtype), str(tmp_path / "a")).eval()
     ids = torch.tensor([valid.examples[0].input_ids])

@@ -14,7 +14,8 @@ import pytest
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from layercard.adapters.apply import CONFIG_FILE, adapted, apply, place
+from layercard.adapters.apply import adapted, apply, place
+from layercard.adapters.files import CONFIG_FILE
 from layercard.adapters.verify import verify_config
 from layercard.errors import PlacementError
 from layercard.models.adapted import adapted_paths

@@ -23,7 +23,8 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from layercard.adapters.apply import PLACEMENT_FILE, adapted, place
+from layercard.adapters.apply import adapted, place
+from layercard.adapters.files import PLACEMENT_FILE
 from layercard.adapters.verify import Verification, verify_adapter, verify_config
 from layercard.commands.main import run
 from layercard.errors import ModelError, PlacementError
@@ -301,7 +302,7 @@ def test_what_is_no_adapter_ends_in_one_line(tmp_path: Path, layercard: Command)
         (tmp_path / "empty", (), "lacks adapter_config.json"),
         (tmp_path / "absent", (), "lacks adapter_config.json"),
         (strange, (), "peft_type 'MAGIC'"),
-        (worded, (), "layers_to_transform has 'a', which is no index"),
+        (worded, (), "layers_to_transform has 'a', which is not an index"),
         (raised, (), "PEFT refuses this configuration"),
         (pickled, (), "only pickled weights"),
         (pickled, ("--layers", "5-"), "--layers has '5-'"),

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear
 
 import tiny
-from layercard.adapters.apply import WEIGHTS_FILE, apply, loaded, place
+from layercard.adapters.apply import apply, loaded, place
+from layercard.adapters.files import WEIGHTS_FILE
 from layercard.adapters.verify import verify_adapter
 from layercard.card.card import LayerCard
 from layercard.data.load import Batch, Dataset, batches, load_data
@@ -43,6 +44,7 @@ from layercard.selection.placement import Placement
 from layercard.selection.select import select
 from layercard.settings import ProfileSettings, TrainSettings
 from layercard.training.evaluate import held_out_losses
+from layercard.training.records import Run
 from layercard.training.train import train
 
 YES, NONE = "yes", "none"
@@ -83,7 +85,7 @@ class Case:
         return select(self.card, k=2, objective="performance")
 
     @cached_property
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Run:
         rate = 5e-3 if self.base.classes is None else 2e-3
         settings = TrainSettings(rank=2, steps=4, learning_rate=rate, warmup_ratio=0.0, save_steps=0)
         return train(self.base, self.placement, self.data, self.folder / "run", settings, valid=self.data)
@@ -167,7 +169,7 @@ def profiles_experts(case: Case) -> str:
 
 def trains(case: Case) -> str:
     """Training with all of the faster parts moves every adapter, and the held-out loss."""
-    assert case.run["loss_reduction"] > 0
+    assert case.run.loss_reduction > 0
     weights = load_file(case.folder / "run" / WEIGHTS_FILE)
     still = [name for name, weight in weights.items() if "lora_B" in name and not weight.any()]
     assert not still, f"nothing was learnt in {still}"
@@ -176,7 +178,7 @@ def trains(case: Case) -> str:
 
 def saves_and_loads(case: Case) -> str:
     """The adapter read back from its folder has the held-out loss that training measured."""
-    expected = case.run["loss_after"]
+    expected = case.run.loss_after
     with loaded(case.base, case.folder / "run") as model:
         found = held_out_losses(model, case.base.pad_id, case.data)
     assert abs(found.loss - expected) <= 1e-5 * expected

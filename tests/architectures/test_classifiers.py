@@ -11,7 +11,8 @@ from families import BY_NAME, CLASSES, base_of
 from safetensors.torch import load_file
 
 import tiny
-from layercard.adapters.apply import WEIGHTS_FILE, loaded
+from layercard.adapters.apply import loaded
+from layercard.adapters.files import WEIGHTS_FILE
 from layercard.commands.main import run
 from layercard.data.load import IGNORED, load_data
 from layercard.errors import DataError, ModelError
@@ -77,7 +78,7 @@ def test_losses_are_those_of_transformers(case: Case) -> None:
 
 
 def test_the_head_is_trained_and_saved_with_the_adapter(case: Case) -> None:
-    assert case.run["steps"] == 4
+    assert case.run.steps == 4
     (name,) = [name for name in load_file(case.folder / "run" / WEIGHTS_FILE) if HEADS[case.family.name] in name and "weight" in name]
     trained = load_file(case.folder / "run" / WEIGHTS_FILE)[name]
     own = case.base.model.get_submodule(HEADS[case.family.name]).get_parameter("weight")
@@ -91,8 +92,8 @@ def test_accuracy_is_the_share_of_right_classes(case: Case) -> None:
         with torch.no_grad():
             guessed = [int(model(input_ids=torch.tensor([example.input_ids])).logits.argmax()) for example in case.data.examples]
     right = [guess == example.labels[-1] for guess, example in zip(guessed, case.data.examples, strict=True)]
-    assert found["accuracy"] == sum(right) / len(right)
-    assert found["generation"] is None
+    assert found.accuracy == sum(right) / len(right)
+    assert found.generation is None
     assert evaluate(base_of("llama"), read_text(case.folder))["accuracy"] is None
 
 

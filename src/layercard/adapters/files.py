@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
@@ -18,45 +17,36 @@ from layercard.files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-
+PLACEMENT_FILE = "placement.json"
 FACTORS = (PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, PeftType.VERA)
 """Methods whose update is a product: one factor that is zero everywhere makes all of it zero."""
 
 
-def read_adapter_config(path: str | Path) -> PeftConfig:
-    """The configuration in an adapter's folder, or in a JSON file of PEFT's kind.
+def read_adapter_config(path: str | Path) -> tuple[PeftConfig, list[str]]:
+    """The configuration in an adapter's folder or in a JSON file of PEFT's kind, and its keys that this PEFT does not know and leaves out.
 
     Raises:
         PlacementError: There is none, or PEFT does not understand it.
     """
-    file, values = _values(path)
-    kinds = [kind.value for kind in PeftType]
-    if values.get("peft_type") not in kinds:
+    path = Path(path)
+    file = path / CONFIG_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise PlacementError(f"{path} is not an adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
+    values = read_json(file, PlacementError, "adapter configuration")
+    values.pop("runtime_config", None)
+    if values.get("peft_type") not in [kind.value for kind in PeftType]:
         raise PlacementError(f"{file} has peft_type {values.get('peft_type')!r}; name a configuration that PEFT wrote (peft_type LORA, …)")
     layers = values.get("layers_to_transform")
     for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
         if isinstance(layer, bool) or not isinstance(layer, int):
-            raise PlacementError(f"{file}: layers_to_transform has {layer!r}, which is no index; write whole numbers")
+            raise PlacementError(f"{file}: layers_to_transform has {layer!r}, which is not an index; write whole numbers")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys that it does not know: `unknown_keys`
-            return PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**values))
+            warnings.simplefilter("ignore")  # of unknown keys, which are returned
+            config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**values))
     except (TypeError, ValueError, KeyError) as error:
         raise PlacementError(f"{file}: PEFT refuses this configuration ({one_line(error, 200)}); mend it") from error
-
-
-def unknown_keys(path: str | Path, config: PeftConfig) -> list[str]:
-    """Keys of a configuration's file that this PEFT does not know, and so leaves out."""
-    return sorted(set(_values(path)[1]) - {field.name for field in dataclasses.fields(config)})
-
-
-def _values(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    path = Path(path)
-    file = path / CONFIG_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise PlacementError(f"{path} is no adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
-    values = read_json(file, PlacementError, "adapter configuration")
-    return file, {name: value for name, value in values.items() if name != "runtime_config"}
+    return config, sorted(set(values) - {field.name for field in dataclasses.fields(config)})
 
 
 def read_weights(folder: str | Path) -> dict[str, torch.Tensor] | None:
@@ -81,26 +71,30 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor] | None:
 
 def load_weights(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> list[str]:
     """Load saved weights into an adapted model, on the meta device mostly, and say in words what does not fit."""
-    if model.peft_config["default"].peft_type == PeftType.ADALORA:
-        _in_memory(model)
+    config = model.peft_config["default"]
+    if config.peft_type == PeftType.ADALORA:
+        # PEFT cuts AdaLoRA's adapters to the saved ranks by their masks, which the meta device cannot do.
+        for module in model.modules():
+            for part in (module.lora_A, module.lora_B, module.lora_E) if isinstance(module, AdaLoraLayer) else ():
+                part["default"] = torch.nn.Parameter(torch.empty_like(part["default"], device="cpu"))
     try:
         result = set_peft_model_state_dict(model, dict(weights), low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
-        return [f"the saved weights do not fit this model: {_mismatch(error)}"]
-    prefix = _prefix(model.peft_config["default"])
-    words = []
+        mismatches = [line.strip().rstrip(".") for line in str(error).splitlines() if "size mismatch" in line]
+        return [f"the saved weights do not fit this model: {one_line(ValueError(mismatches[0]) if mismatches else error, 200)}"]
+    prefix, words = _prefix(config), []
     left_over = sorted({_module(key, prefix) for key in result.unexpected_keys})
     if left_over:
         words.append(f"saved weights of {len(left_over)} modules match nothing, such as {left_over[0]}: dropped on loading")
-    own = (key for key in result.missing_keys if f".{prefix}" in key and not key.startswith("base_model.vera_"))
-    without = sorted({_module(key, prefix) for key in own})
+    missing = (key for key in result.missing_keys if f".{prefix}" in key and not key.startswith("base_model.vera_"))
+    without = sorted({_module(key, prefix) for key in missing})
     if without:
         words.append(f"{len(without)} adapted modules have no saved weights, such as {without[0]}: they stay as they begin")
     return words
 
 
 def without_effect(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tuple[int, int, str]:
-    """How many of the modules with saved weights change nothing, of how many, and the weight that shows it.
+    """How many modules with saved weights change nothing, how many there are, and the weight that shows it.
 
     Known for methods whose update is a product (one factor is zero) and for IA3 (all scales are one); (0, 0, "") for others, and for
     DoRA, which can change lengths with a zero product.
@@ -108,12 +102,12 @@ def without_effect(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> t
     prefix = _prefix(config)
     if any("magnitude" in name for name in weights) or (config.peft_type not in FACTORS and config.peft_type != PeftType.IA3):
         return 0, 0, ""
-    still = 1.0 if config.peft_type == PeftType.IA3 else 0.0
+    neutral = 1.0 if config.peft_type == PeftType.IA3 else 0.0
     modules: dict[str, str] = {}
     for name, weight in weights.items():
         if f".{prefix}" in name:
             module = _module(name, prefix)
-            shows = bool((weight == still).all())
+            shows = bool((weight == neutral).all())
             modules[module] = modules.get(module, "") or (name.removeprefix(module).strip(".") if shows else "")
     shown = [name for name in modules.values() if name]
     return len(shown), len(modules), next((name.split(".")[0] for name in shown), "")
@@ -122,8 +116,8 @@ def without_effect(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> t
 def saved_modules(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """Paths of the modules that saved weights belong to, as they are called in the base model."""
     prefix = _prefix(config)
-    found = {_module(name, prefix) for name in weights if f".{prefix}" in name}
-    return tuple(sorted({module.removeprefix("base_model.model.").replace(".base_layer", "") for module in found}))
+    modules = {_module(name, prefix) for name in weights if f".{prefix}" in name}
+    return tuple(sorted({module.removeprefix("base_model.model.").replace(".base_layer", "") for module in modules}))
 
 
 def _prefix(config: PeftConfig) -> str:
@@ -133,17 +127,3 @@ def _prefix(config: PeftConfig) -> str:
 def _module(key: str, prefix: str) -> str:
     """The module that a saved weight belongs to: its name up to the part that PEFT added."""
     return key.rsplit(f".{prefix}", 1)[0]
-
-
-def _in_memory(model: PeftModel) -> None:
-    """Give AdaLoRA's adapters memory: PEFT cuts them to the saved ranks by their masks, which the meta device cannot do."""
-    for module in model.modules():
-        if isinstance(module, AdaLoraLayer):
-            for part in (module.lora_A, module.lora_B, module.lora_E):
-                part["default"] = torch.nn.Parameter(torch.empty_like(part["default"], device="cpu"))
-
-
-def _mismatch(error: Exception) -> str:
-    """The first shape that does not fit, or the message as it is."""
-    lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-    return one_line(ValueError(lines[0].rstrip(".")), 200) if lines else one_line(error, 200)

@@ -1,7 +1,7 @@
 """A placement as PEFT's `LoraConfig`, for PEFT itself and for TRL's `peft_config=`.
 
 Modules are named by their full paths, never by suffix and layer index: PEFT ignores `layers_to_transform` for stacked experts, takes
-layers of a vision tower for those of the text model, and leaves out without a word blocks that lack a named module.
+layers of a vision tower for those of the text model, and leaves out silently blocks that lack a named module.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ CHOSEN = (
     "rank_pattern",
     "alpha_pattern",
 )
-"""Arguments of `LoraConfig` that choose modules or their ranks: the placement's to say."""
+"""Arguments of `LoraConfig` that choose modules or their ranks, which is the placement's to do."""
 
 
 def lora_arguments(
@@ -85,17 +85,13 @@ def lora_config(
 
 
 def check_settings(placement: Placement, rank: int, alpha: float, dropout: float) -> None:
-    """Refuse ranks, alphas and dropouts that no LoRA adapter can have, or not on these targets.
-
-    Raises:
-        PlacementError: One of them is out of range, or there is dropout on stacked experts.
-    """
+    """Raise `PlacementError` for a rank, alpha or dropout that no LoRA adapter can have, or not on these targets."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise PlacementError(f"rank {rank!r} makes no adapter; give a whole number of at least 1")
     if not 0 < alpha < float("inf"):
         raise PlacementError(f"alpha {alpha!r} scales adapters to nothing; give a number above 0")
     if not 0 <= dropout < 1:
-        raise PlacementError(f"dropout {dropout!r} is no probability below 1; give 0 or a little more")
+        raise PlacementError(f"dropout {dropout!r} is not a probability below 1; give 0 or a little more")
     if dropout and placement.parameters:
         raise PlacementError(
             f"PEFT has no dropout for parameters such as {placement.parameters[0]}; set it to 0, or select without the stacked experts"
@@ -106,7 +102,5 @@ def patterns(placement: Placement) -> dict[str, Any]:
     """`rank_pattern` and `alpha_pattern` where the placement has them: always both, since a rank alone changes the scale alpha / r."""
     if not placement.rank_pattern:
         return {}
-    return {
-        "rank_pattern": dict(placement.rank_pattern),
-        "alpha_pattern": {k: integer_if_whole(v) for k, v in placement.alpha_pattern.items()},
-    }
+    alphas = {path: integer_if_whole(alpha) for path, alpha in placement.alpha_pattern.items()}
+    return {"rank_pattern": dict(placement.rank_pattern), "alpha_pattern": alphas}

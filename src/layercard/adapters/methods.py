@@ -1,12 +1,7 @@
-"""Adapter methods by name: the PEFT configuration of each, and what a card can say about it.
+"""Adapter methods by name: the PEFT configuration of each, and what AdaLoRA needs of each step.
 
 A card's `resnorm_rank` bounds what an update of rank r can take out of the residual; which methods stay within that bound, and which
 figures of a card hold for the others, is in the table of docs/adapters.md.
-
-AdaLoRA in a training loop: ranks are shared out while it trains, by how much each singular value has mattered so far.
-
-PEFT keeps those importances in memory only and cuts saved weights to the ranks of the moment, so that a run could not go on from a
-checkpoint. Here both are kept whole beside it.
 """
 
 import math
@@ -15,33 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import (
-    AdaLoraConfig,
-    BOFTConfig,
-    DeloraConfig,
-    EvaConfig,
-    HiraConfig,
-    HRAConfig,
-    IA3Config,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    MissConfig,
-    OFTConfig,
-    PeftConfig,
-    PeftModel,
-    PeftType,
-    RandLoraConfig,
-    VeraConfig,
-)
+from peft import PeftConfig, PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 
 from layercard.errors import PlacementError, TrainingError
 from layercard.selection.placement import Placement
 from layercard.settings import TrainSettings, integer_if_whole
-
-# ---- methods
 
 
 @dataclass(frozen=True)
@@ -65,26 +41,27 @@ class Method:
 
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 _BEGUN = {"rank": "r", "alpha": "lora_alpha"}  # the adapter holds a part of the weight itself, which dropout would drop
+_RANDOM = "projection_prng_key"
 
 METHODS: dict[str, Method] = {
-    "lora": Method(LoraConfig, _LORA),
-    "rslora": Method(LoraConfig, _LORA, {"use_rslora": True}),
-    "dora": Method(LoraConfig, _LORA, {"use_dora": True}),
-    "pissa": Method(LoraConfig, _BEGUN, {"init_lora_weights": "pissa_niter_16"}, one_rank=True),
-    "olora": Method(LoraConfig, _BEGUN, {"init_lora_weights": "olora"}, one_rank=True),
-    "eva": Method(LoraConfig, _LORA, {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)}, one_rank=True),
-    "adalora": Method(AdaLoraConfig, _LORA | {"rank": "target_r"}, {"orth_reg_weight": 0.0}),  # `adalora.RankAllocation` adds it
-    "loha": Method(LoHaConfig, {"rank": "r", "alpha": "alpha"}),
-    "lokr": Method(LoKrConfig, {"rank": "r", "alpha": "alpha"}),
-    "vera": Method(VeraConfig, {"rank": "r", "dropout": "vera_dropout"}, seed="projection_prng_key"),
-    "randlora": Method(RandLoraConfig, {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}, seed="projection_prng_key"),
-    "delora": Method(DeloraConfig, {"rank": "r"}),
-    "hira": Method(HiraConfig, {"rank": "r", "dropout": "hira_dropout"}),
-    "hra": Method(HRAConfig, {"rank": "r"}),
-    "miss": Method(MissConfig, {"rank": "r", "dropout": "miss_dropout"}),
-    "ia3": Method(IA3Config, {}),
-    "oft": Method(OFTConfig, {}),
-    "boft": Method(BOFTConfig, {"dropout": "boft_dropout"}),
+    "lora": Method(peft.LoraConfig, _LORA),
+    "rslora": Method(peft.LoraConfig, _LORA, {"use_rslora": True}),
+    "dora": Method(peft.LoraConfig, _LORA, {"use_dora": True}),
+    "pissa": Method(peft.LoraConfig, _BEGUN, {"init_lora_weights": "pissa_niter_16"}, one_rank=True),
+    "olora": Method(peft.LoraConfig, _BEGUN, {"init_lora_weights": "olora"}, one_rank=True),
+    "eva": Method(peft.LoraConfig, _LORA, {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0)}, one_rank=True),
+    "adalora": Method(peft.AdaLoraConfig, _LORA | {"rank": "target_r"}, {"orth_reg_weight": 0.0}),  # `RankAllocation` adds it
+    "loha": Method(peft.LoHaConfig, {"rank": "r", "alpha": "alpha"}),
+    "lokr": Method(peft.LoKrConfig, {"rank": "r", "alpha": "alpha"}),
+    "vera": Method(peft.VeraConfig, {"rank": "r", "dropout": "vera_dropout"}, seed=_RANDOM),
+    "randlora": Method(peft.RandLoraConfig, {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}, seed=_RANDOM),
+    "delora": Method(peft.DeloraConfig, {"rank": "r"}),
+    "hira": Method(peft.HiraConfig, {"rank": "r", "dropout": "hira_dropout"}),
+    "hra": Method(peft.HRAConfig, {"rank": "r"}),
+    "miss": Method(peft.MissConfig, {"rank": "r", "dropout": "miss_dropout"}),
+    "ia3": Method(peft.IA3Config, {}),
+    "oft": Method(peft.OFTConfig, {}),
+    "boft": Method(peft.BOFTConfig, {"dropout": "boft_dropout"}),
 }
 """Every name in `settings.METHODS`."""
 
@@ -109,12 +86,12 @@ def configuration(settings: TrainSettings, steps: int, placement: Placement) -> 
         raise PlacementError(
             f"{settings.method} has one rank for all modules, but the placement gives ranks; select without ranks, or use lora"
         )
-    values = {own: getattr(settings, name) for name, own in method.names.items()}
+    values = {theirs: getattr(settings, name) for name, theirs in method.names.items()}
     if "alpha" in method.names:
         values[method.names["alpha"]] = integer_if_whole(settings.alpha)
     if method.seed:
         values[method.seed] = settings.seed
-    if method.config is AdaLoraConfig:
+    if method.config is peft.AdaLoraConfig:
         if steps < 2:
             raise TrainingError("adalora shares out ranks between its first step and its last; give at least 2 steps")
         values |= {
@@ -127,7 +104,7 @@ def configuration(settings: TrainSettings, steps: int, placement: Placement) -> 
     return method.config(**method.fixed, **values)
 
 
-# ---- adalora
+# AdaLoRA
 
 STATE_FILE = "allocation.safetensors"
 ORTHOGONALITY = 0.5
@@ -136,7 +113,11 @@ _HISTORIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class RankAllocation:
-    """What AdaLoRA needs of each step, and of each checkpoint."""
+    """AdaLoRA shares out ranks while it trains, by how much each singular value has mattered so far.
+
+    PEFT keeps those importances in memory only and cuts saved weights to the ranks of the moment, so that a run could not go on from a
+    checkpoint. Here both are saved whole beside it.
+    """
 
     def __init__(self, model: PeftModel) -> None:
         self.model = model
@@ -162,15 +143,15 @@ class RankAllocation:
         self.model.base_model.update_and_allocate(step)
 
     def save(self, folder: Path) -> None:
-        """Keep weights of full size, importances and ranks beside a checkpoint."""
+        """Save weights of full size, importances and ranks beside a checkpoint."""
         tensors = {f"weight.{name}": weight.detach().contiguous() for name, weight in self._weights().items()}
         for history in _HISTORIES:
             tensors |= {f"{history}.{name}": value.contiguous() for name, value in getattr(self.allocator, history).items()}
-        tensors |= {f"rank.{name}": torch.tensor(kept) for name, kept in (self.config.rank_pattern or {}).items()}
+        tensors |= {f"rank.{name}": torch.tensor(mask) for name, mask in (self.config.rank_pattern or {}).items()}
         save_file(tensors, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` kept.
+        """Go on from what `save` wrote.
 
         Raises:
             TrainingError: The checkpoint has no such file, or it is of other adapters.
@@ -190,7 +171,7 @@ class RankAllocation:
                 weight.copy_(parts["weight"][name])
         for history in _HISTORIES:
             setattr(self.allocator, history, {name: value.to(weights[name].device) for name, value in parts[history].items()})
-        self.config.rank_pattern = {name: kept.tolist() for name, kept in parts["rank"].items()} or None
+        self.config.rank_pattern = {name: mask.tolist() for name, mask in parts["rank"].items()} or None
 
     def _weights(self) -> dict[str, torch.nn.Parameter]:
         """The trained weights by the names that the allocator knows them by."""

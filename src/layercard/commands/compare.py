@@ -66,7 +66,7 @@ def compare(
         named = [(name, each if experts else without_experts(each)) for name, each in zip(names, chosen, strict=True)]
         dataset = opt.read(data, base, records, max_length)
         held_out = opt.read(valid, base, valid_records, max_length)
-        how = {"spare": fast, "output": output, "resume": resume, "force": force, "progress": display}
+        how = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
         result = run(base, named, dataset, held_out, settings, **how).to_json()
     show_result(result, as_json, comparison_table(result), wrote=output)
 

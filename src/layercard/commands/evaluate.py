@@ -2,11 +2,14 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.settings import LoadSettings, setting
+
+if TYPE_CHECKING:
+    from layercard.training.records import Evaluation
 
 SCORES = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L", "exact_match": "Exact match"}
 """Scores of what was written, and how they are shown."""
@@ -40,31 +43,31 @@ def evaluate(
                 base,
                 dataset,
                 model=measured,
+                adapter=adapter,
                 batch_size=batch_size,
                 max_new_tokens=max(generate, 1),
                 with_generation=generate > 0,
                 progress=display,
             )
-    result["adapter"] = str(adapter) if adapter else None
-    show_result(result, as_json, _view(result))
+    show_result(result.to_json(), as_json, _view(result))
 
 
-def _view(result: dict[str, Any]) -> Any:
+def _view(result: "Evaluation") -> Any:
     from layercard.report.terminal import pairs
 
-    (low, high), (p_low, p_high) = result["loss_interval"], result["perplexity_interval"]
-    data = result["data"]
+    (low, high), (p_low, p_high) = result.loss_interval, result.perplexity_interval
+    data = result.data
     rows = {
-        "Model": result["model"]["name"] + (f" with {result['adapter']}" if result["adapter"] else ""),
+        "Model": result.model["name"] + (f" with {result.adapter}" if result.adapter else ""),
         "Data": f"{data['source']} · {data['records']:,} records · {data['labelled_tokens']:,} labelled tokens",
-        "Loss": f"{result['loss']:.4f} ({low:.4f} to {high:.4f}) nats per labelled token",
-        "Perplexity": f"{result['perplexity']:.3f} ({p_low:.3f} to {p_high:.3f})",
+        "Loss": f"{result.loss:.4f} ({low:.4f} to {high:.4f}) nats per labelled token",
+        "Perplexity": f"{result.perplexity:.3f} ({p_low:.3f} to {p_high:.3f})",
     }
-    if result["accuracy"] is not None:
-        a_low, a_high = result["accuracy_interval"]
-        rows["Accuracy"] = f"{100 * result['accuracy']:.1f} % ({100 * a_low:.1f} to {100 * a_high:.1f})"
+    if result.accuracy is not None and result.accuracy_interval is not None:
+        a_low, a_high = result.accuracy_interval
+        rows["Accuracy"] = f"{100 * result.accuracy:.1f} % ({100 * a_low:.1f} to {100 * a_high:.1f})"
     for key, name in SCORES.items():
-        score = (result.get("generation") or {}).get(key)
+        score = (result.generation or {}).get(key)
         if score is not None:
             rows[name] = f"{100 * score:.1f} %" if key == "exact_match" else f"{score:.2f}"
     return pairs(rows)

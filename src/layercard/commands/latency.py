@@ -5,7 +5,7 @@ from pathlib import Path
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import PlacementError
-from layercard.files import refuse_existing, write_json
+from layercard.files import refuse_existing
 from layercard.settings import LoadSettings, setting
 
 
@@ -35,7 +35,7 @@ def latency(
     folders, files = adapter or [], placement or []
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():
-            raise PlacementError(f"{folder} is no adapter: it lacks adapter_config.json; name the folder that `layercard train` wrote")
+            raise PlacementError(f"{folder} is not an adapter: it lacks adapter_config.json; name the folder that `layercard train` wrote")
     from layercard.adapters.apply import place
     from layercard.report.latency import latency_view
     from layercard.selection.placement import Placement
@@ -64,5 +64,5 @@ def latency(
             progress=display,
         )
     if output is not None:
-        write_json(output, result, force=force)
-    show_result(result, as_json, latency_view(result), wrote=output)
+        result.save(output, force=force)
+    show_result(result.to_json(), as_json, latency_view(result.to_json()), wrote=output)

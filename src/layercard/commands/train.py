@@ -1,12 +1,15 @@
 """`layercard train`: adapters in the layers of a placement, and nowhere else."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.processes import is_first
 from layercard.settings import FastSettings, LoadSettings, TrainSettings, setting
+
+if TYPE_CHECKING:
+    from layercard.training.records import Run
 
 
 def train(
@@ -57,7 +60,7 @@ def train(
             output,
             settings,
             valid=held_out,
-            spare=fast,
+            fast=fast,
             resume=resume,
             force=force,
             progress=display,
@@ -65,23 +68,23 @@ def train(
         )
     if is_first():
         then = f"layercard eval {model} --data {valid or '…'} --adapter {output}"
-        show_result(record, as_json, _view(record, output), then=then)
+        show_result(record.to_json(), as_json, _view(record, output), then=then)
 
 
-def _view(record: dict[str, Any], output: Path) -> Any:
+def _view(record: "Run", output: Path) -> Any:
     from layercard.report.terminal import pairs
 
-    layers = record["placement"]["layers"]
-    method = record["settings"]["method"]
-    rows = {"Adapter": f"{output} · {method} · layers {' '.join(map(str, layers))} · {record['trainable_parameters']:,} parameters"}
-    if record.get("loss_reduction") is not None:
-        low, high = record["loss_reduction_interval"]
-        rows["Loss"] = f"{record['loss_before']:.4f} → {record['loss_after']:.4f} nats per labelled token"
-        rows["Reduction"] = f"{record['loss_reduction']:.4f} ({low:.4f} to {high:.4f})"
-    if record["fast"]["did"]:
-        rows["Left out"] = "\n".join(record["fast"]["did"].values())
-    rows["Training"] = f"{record['steps']} steps in {record['train_seconds']:.1f} s · layers in backward {record['layers_in_backward']}"
+    layers = record.placement["layers"]
+    method = record.settings["method"]
+    rows = {"Adapter": f"{output} · {method} · layers {' '.join(map(str, layers))} · {record.trainable_parameters:,} parameters"}
+    if record.loss_reduction is not None and record.loss_reduction_interval is not None:
+        low, high = record.loss_reduction_interval
+        rows["Loss"] = f"{record.loss_before:.4f} → {record.loss_after:.4f} nats per labelled token"
+        rows["Reduction"] = f"{record.loss_reduction:.4f} ({low:.4f} to {high:.4f})"
+    if record.fast["did"]:
+        rows["Left out"] = "\n".join(record.fast["did"].values())
+    rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
     rows["Size"] = (
-        f"{record['adapter_bytes'] / 2**20:.2f} MiB · peak memory {record['peak_memory_bytes'] / 2**20:,.0f} MiB above the base model"
+        f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
     )
     return pairs(rows)

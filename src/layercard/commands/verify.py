@@ -32,12 +32,12 @@ def verify(
         raise PlacementError("both --placement and --layers are given; a placement names its layers, so give one of them")
     given_layers = None if layers is None else parse_layers(layers)
     from layercard.adapters.files import read_adapter_config
-    from layercard.adapters.verify import base_words, own_placement, verify_adapter, verify_config
+    from layercard.adapters.verify import base_difference, saved_placement, verify_adapter, verify_config
     from layercard.export.read import peft_config
     from layercard.models.skeleton import skeleton
     from layercard.selection.placement import Placement
 
-    chosen = Placement.load(placement) if placement is not None else None if layers is not None else own_placement(adapter)
+    chosen = Placement.load(placement) if placement is not None else None if layers is not None else saved_placement(adapter)
     if weights and chosen is None:
         raise PlacementError("--weights compares with a placement's fingerprint, and there is no placement; give --placement FILE")
     # A file is an adapter's configuration if it names PEFT's type; any other file should be a trainer's configuration.
@@ -47,7 +47,7 @@ def verify(
     with Display() as display:
         # The fingerprint takes the weights: read them where asked, or where names leave open whether it is the adapter's base model.
         fingerprint = None
-        if chosen is not None and (weights or (of_peft and base_words(read_adapter_config(adapter), chosen, model, None))):
+        if chosen is not None and (weights or (of_peft and base_difference(read_adapter_config(adapter)[0], chosen, model, None))):
             try:
                 fingerprint = opt.load(model, LoadSettings("cpu", dtype), display).fingerprint
             except ModelError:

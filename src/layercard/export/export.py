@@ -130,14 +130,14 @@ def check_landing(placement: Placement, trainer: Trainer, keys: dict[str, Any], 
     """
     from peft import LoraConfig
 
-    from layercard.adapters.apply import planned_maps
+    from layercard.adapters.apply import planned_modules
     from layercard.adapters.verify import verify_config
     from layercard.export.read import config_of
     from layercard.models.skeleton import skeleton
 
     model = skeleton(name)
     if trainer.name in ("mlx-lm", "megatron-bridge"):
-        planned_maps(model, placement)
+        planned_modules(model, placement)
         return f"{name} has all {len(placement.targets)} targets; how {trainer.name} names them cannot be checked on it"
     of_peft = trainer.name in ("peft", "unsloth") or (trainer.name == "trl" and "use_peft" not in keys)
     config = LoraConfig(**keys) if of_peft else config_of(keys, model, trainer.name)

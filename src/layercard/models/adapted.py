@@ -83,7 +83,7 @@ def unchanged(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> Iterator
 
 @contextmanager
 def lora_layers(base: BaseModel, layers: Sequence[int], *, rank: int, alpha: float, seed: int | None = None) -> Iterator[PeftModel]:
-    """Plain LoRA on all linear maps and experts of some layers, in eval mode; model and random state are as before afterwards.
+    """Plain LoRA on all linear modules and experts of some layers, in eval mode; model and random state are as before afterwards.
 
     Args:
         base: The model.
@@ -93,21 +93,21 @@ def lora_layers(base: BaseModel, layers: Sequence[int], *, rank: int, alpha: flo
         seed: Of the adapters' first weights.
     """
     blocks = [base.blocks[layer] for layer in layers]
-    maps = [projection for block in blocks for projection in block.linear_modules]
+    modules = [module for block in blocks for module in block.linear_modules]
     stacks = [stack.path for block in blocks for stack in block.stacks]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=[projection.path for projection in maps],
+        target_modules=[module.path for module in modules],
         target_parameters=stacks or None,
-        fan_in_fan_out=not stacks and all(projection.transposed for projection in maps),
+        fan_in_fan_out=not stacks and all(module.transposed for module in modules),
     )
     with frozen(base.model), unchanged(base.model), torch.enable_grad():
         if seed is not None:
             torch.manual_seed(seed)
         with quiet_peft():
             model = get_peft_model(base.model, config)
-        check_adapted(model, [*(projection.path for projection in maps), *stacks])
+        check_adapted(model, [*(module.path for module in modules), *stacks])
         yield model
 
 

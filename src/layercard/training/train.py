@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import set_seed
 
 from layercard import processes
-from layercard.adapters.apply import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE, adapted, check_model
-from layercard.adapters.methods import REWRITING, configuration
-from layercard.adapters.start import INITIAL, begin, save_as_plain_lora
+from layercard.adapters.apply import adapted, check_model
+from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE
+from layercard.adapters.methods import configuration
+from layercard.adapters.start import begin, save_adapter
 from layercard.data.checks import check_ids
 from layercard.data.load import Dataset
 from layercard.errors import OutputError, TrainingError
@@ -32,11 +32,9 @@ from layercard.models.losses import RecordLosses
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
-from layercard.training.trainer import TrainLog, fit, last_checkpoint
+from layercard.training.records import Run
+from layercard.training.trainer import fit, last_checkpoint
 
-__all__ = ["RUN_FILE", "SCHEMA", "TrainSettings", "train"]
-
-SCHEMA = "layercard-run/1"
 RUN_FILE = "run.json"
 PLAN_FILE = "plan.json"
 CHECKPOINTS = "checkpoints"
@@ -53,13 +51,13 @@ def train(
     settings: TrainSettings | None = None,
     *,
     valid: Dataset | None = None,
-    spare: FastSettings | None = None,
+    fast: FastSettings | None = None,
     before: RecordLosses | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     phases: Phases | None = None,
-) -> dict[str, Any]:
+) -> Run:
     """Train adapters where a placement says, and save them with a record of the run.
 
     The folder `output` gets the adapter as PEFT reads it (`adapter_config.json`, `adapter_model.safetensors`), `placement.json` and,
@@ -77,20 +75,14 @@ def train(
         output: The folder to write.
         settings: How to train; the defaults of `TrainSettings` when not given.
         valid: Held-out records: gives the losses before and after.
-        spare: Which work to spare (`layercard.fast`); all that is exact when not given. It decides about time and memory, not about the
-            result, so a run may be resumed with other ones.
+        fast: Which work to leave out (`layercard.fast`); all that is exact when not given. It decides about time and memory, not about
+            the result, so a run may be resumed with other ones.
         before: Losses of `base` on `valid` where they are known already, so that several runs need not measure them again.
         resume: Go on with an unfinished run of the same settings in `output`, from its last whole checkpoint, to the same adapter that
             an undisturbed run gives. A finished one is returned as it is; where there is none, a new one starts.
         force: Replace a run in `output`.
-        progress: Hears of the phases `loss before` (records), `train` (steps) and `loss after` (records).
+        progress: Told of the phases `loss before` (records), `train` (steps) and `loss after` (records).
         phases: What was measured of the run before it came here (`load`); its own phases are added.
-
-    Returns:
-        The run record (schema `layercard-run/1`). Losses are in nats per labelled token; `loss_reduction` has a paired bootstrap
-        interval over the held-out records, `losses` holds the training loss of each step. `train_seconds` is the time within steps.
-        `peak_memory_bytes` is what training takes above the frozen model: adapters, optimiser, gradients and activations. `phases` has
-        time and memory of each phase of the call that finished the run (`layercard.phases`).
 
     Raises:
         PlacementError: The placement is not for this model, or the method cannot adapt what it names.
@@ -99,128 +91,87 @@ def train(
             runs out, or the loss is not finite.
         DataError, ModelError: As `held_out_losses`.
     """
-    settings, output = settings or TrainSettings(), Path(output)
+    settings, fast, phases, output = settings or TrainSettings(), fast or FastSettings(), phases or Phases(), Path(output)
+    steps, count, checkpoints = settings.total_steps(len(data)), processes.count(), output / CHECKPOINTS
+
+    # Step 1: refuse what cannot be trained before anything is written.
     check_model(base, placement)
     if data.labelled_tokens == 0:
         raise TrainingError(f"{data.source} has no labelled token to learn from; give records with completions")
     check_ids(base.model, data)
-    if settings.batch_size % processes.count():
-        raise TrainingError(
-            f"{processes.count()} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {processes.count()}"
-        )
-    plan = _plan(base, placement, data, valid, settings)
-    with processes.joined(base.device), ExitStack() as stack:
-        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force, stack))
+    if settings.batch_size % count:
+        raise TrainingError(f"{count} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {count}")
+
+    with processes.joined(base.device), ExitStack() as lock:
+        # Step 2: take the folder for this run alone, or return the finished run that it holds.
+        plan = _plan(base, placement, data, valid, settings)
+        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force, lock))
         if finished is not None:
             return finished
-        return _run(
-            base,
-            placement,
-            data,
-            output,
-            settings,
-            spare or FastSettings(),
-            valid,
-            before,
-            resume,
-            progress if processes.is_first() else None,
-            phases or Phases(),
-        )
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        progress = progress if processes.is_first() else None
 
-
-def _run(
-    base: BaseModel,
-    placement: Placement,
-    data: Dataset,
-    output: Path,
-    settings: TrainSettings,
-    spare: FastSettings,
-    valid: Dataset | None,
-    before: RecordLosses | None,
-    resume: bool,
-    progress: Progress | None,
-    phases: Phases,
-) -> dict[str, Any]:
-    """Train in an open folder, and write adapter and record."""
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    if valid is not None and before is None:
-        with phases.phase("loss before"):
-            before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
-    config = configuration(settings, settings.total_steps(len(data)), placement)
-    with _seeded(settings.seed), quiet_libraries(), quiet_peft(), adapted(base, placement, config) as model:
-        resumed = resume and last_checkpoint(output / CHECKPOINTS) is not None
-        with phases.phase("begin"):
-            begin(model, placement, data, base.pad_id, settings, output / CHECKPOINTS, resumed=resumed)
-        passes = settings.total_steps(len(data)) * settings.batch_size * settings.accumulation / len(data)
-        with phases.phase("train"), fast_training(model, spare, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
-            log = fit(
-                model,
-                data,
-                base.pad_id,
-                settings,
-                output / CHECKPOINTS,
-                labels_only=speed.labels_only,
-                resume=resume,
-                progress=progress,
-            )
+        # Step 3: measure the base, train, measure again and save. Every random number comes from the seed.
+        if valid is not None and before is None:
+            with phases.phase("loss before"):
+                before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
         after = None
-        if valid is not None:
-            with phases.phase("loss after"):
-                after = held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
-        trainable = [weight for weight in model.parameters() if weight.requires_grad]
-        with phases.phase("save"):
-            processes.by_first(lambda: _save_adapter(model, output, settings.method))
-    record = {
-        "schema": SCHEMA,
-        "started": started,
-        "placement": placement.to_json(),
-        "settings": settings.to_json(),
-        "model": describe(base) | {"dtype": str(base.model.dtype).removeprefix("torch."), "device": str(base.device)},
-        "data": describe_data(data),
-        **_measured(valid, before, after),
-        **_cost(base, placement, log),
-        "fast": spare.to_json() | {"did": speed.to_json()},
-        "trainable_parameters": sum(weight.numel() for weight in trainable),
-        "adapter_bytes": (output / WEIGHTS_FILE).stat().st_size,
-        "processes": processes.count(),
-        "phases": phases.to_json(),
-        "versions": versions(),
-    }
-    return processes.by_first(lambda: _save_record(record, output)) or record
+        config = configuration(settings, steps, placement)
+        with _seeded(settings.seed), quiet_libraries(), quiet_peft(), adapted(base, placement, config) as model:
+            resumed = resume and last_checkpoint(checkpoints) is not None
+            with phases.phase("begin"):
+                begin(model, placement, data, base.pad_id, settings, checkpoints, resumed=resumed)
+            passes = steps * settings.batch_size * settings.accumulation / len(data)
+            with phases.phase("train"), fast_training(model, fast, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
+                labels_only = speed.labels_only
+                log = fit(model, data, base.pad_id, settings, checkpoints, labels_only=labels_only, resume=resume, progress=progress)
+            if valid is not None:
+                with phases.phase("loss after"):
+                    after = held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
+            trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            with phases.phase("save"):
+                processes.by_first(lambda: _save_adapter_files(model, output, settings.method))
+
+        # Step 4: the record, last of all, since a folder that has it is finished.
+        held_out: dict[str, Any] = {}
+        if valid is not None and before is not None and after is not None:
+            records = {"labelled": before.tokens.int().tolist(), "nats_before": before.nats.tolist(), "nats_after": after.nats.tolist()}
+            held_out = {
+                "valid": describe_data(valid) | {"per_record": records},
+                "loss_before": before.loss,
+                "loss_after": after.loss,
+                "loss_reduction": before.loss - after.loss,
+                "loss_reduction_interval": reduction_interval(before, after),
+                "perplexity_before": before.perplexity,
+                "perplexity_after": after.perplexity,
+            }
+        run = Run(
+            started=started,
+            placement=placement.to_json(),
+            settings=settings.to_json(),
+            model=describe(base) | {"dtype": str(base.model.dtype).removeprefix("torch."), "device": str(base.device)},
+            data=describe_data(data),
+            steps=len(log.losses),
+            tokens_seen=log.tokens,
+            losses=log.losses,
+            train_seconds=log.seconds,
+            peak_memory_bytes=log.peak_bytes,
+            layers_in_backward=f"{len(base.blocks) - placement.layers[0]}/{len(base.blocks)}",
+            fast=fast.to_json() | {"did": speed.to_json()},
+            trainable_parameters=trainable,
+            adapter_bytes=(output / WEIGHTS_FILE).stat().st_size,
+            processes=count,
+            phases=phases.to_json(),
+            versions=versions(),
+            **held_out,
+        )
+        processes.by_first(lambda: run.save(output / RUN_FILE, force=True))
+        return processes.of_first(run)
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide about a run."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _measured(valid: Dataset | None, before: RecordLosses | None, after: RecordLosses | None) -> dict[str, Any]:
-    """The held-out part of a run record; `None` throughout where nothing was held out."""
-    if valid is None or before is None or after is None:
-        names = ("loss_before", "loss_after", "loss_reduction", "loss_reduction_interval", "perplexity_before", "perplexity_after")
-        return {"valid": None} | dict.fromkeys(names)
-    per_record = {"labelled": before.tokens.int().tolist(), "nats_before": before.nats.tolist(), "nats_after": after.nats.tolist()}
-    return {
-        "valid": describe_data(valid) | {"per_record": per_record},
-        "loss_before": before.loss,
-        "loss_after": after.loss,
-        "loss_reduction": before.loss - after.loss,
-        "loss_reduction_interval": list(reduction_interval(before, after)),
-        "perplexity_before": before.perplexity,
-        "perplexity_after": after.perplexity,
-    }
-
-
-def _cost(base: BaseModel, placement: Placement, log: TrainLog) -> dict[str, Any]:
-    depth = len(base.blocks)
-    return {
-        "steps": len(log.losses),
-        "tokens_seen": log.tokens,
-        "losses": log.losses,
-        "train_seconds": log.seconds,
-        "peak_memory_bytes": log.peak_bytes,
-        "layers_in_backward": f"{depth - placement.layers[0]}/{depth}",
-    }
 
 
 def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset | None, settings: TrainSettings) -> dict[str, Any]:
@@ -240,20 +191,18 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
     }
 
 
-def _open_folder(
-    output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool, stack: ExitStack
-) -> dict[str, Any] | None:
-    """Make `output` ready for a run that has it alone until `stack` is closed; or give the record of the finished one to resume."""
+def _open_folder(output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool, lock: ExitStack) -> Run | None:
+    """Make `output` ready for a run that has it alone until `lock` is closed; or give the record of the finished one to resume."""
     if resume and force:
         raise OutputError("resume goes on with a run and force replaces it; give one of them")
     try:
         if not output.is_file():
-            stack.enter_context(alone(output))
+            lock.enter_context(alone(output))
         occupied = output.is_file() or any(path.name != LOCK_FILE for path in output.iterdir())
         if occupied and resume:
-            finished = _finished(output, plan)
-            if finished is not None:
-                return finished
+            _check_plan(output, plan)
+            if (output / RUN_FILE).exists():
+                return Run.load(output / RUN_FILE)
         elif occupied:
             _clear(output, force)
         (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -264,54 +213,43 @@ def _open_folder(
     return None
 
 
-def _finished(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a finished run in `output`, `None` for an unfinished one; both must be of the same plan."""
-    plan_path = output / CHECKPOINTS / PLAN_FILE
-    if not plan_path.exists():
+def _check_plan(output: Path, plan: dict[str, Any]) -> None:
+    """Refuse to resume a run in `output` that has another plan."""
+    path = output / CHECKPOINTS / PLAN_FILE
+    if not path.exists():
         raise OutputError(f"{output} holds no run to resume; name the folder of an unfinished run, or pass --force to start one there")
-    found = EARLIER | read_json(plan_path, TrainingError, "plan")
-    different = [name for name in plan if found.get(name) != plan[name]]
-    if different:
-        name = different[0]
-        raise TrainingError(
-            f"{output} is a run with {name} {_short(found.get(name))}, not {_short(plan[name])}; resume it as it was, or pass --force"
-        )
-    return read_json(output / RUN_FILE, TrainingError, "run record") if (output / RUN_FILE).exists() else None
+    earlier = EARLIER | read_json(path, TrainingError, "plan")
+    for name, value in plan.items():
+        if earlier.get(name) != value:
+            was, now = (text if len(text) <= 40 else text[:37] + "…" for text in (str(earlier.get(name)), str(value)))
+            raise TrainingError(f"{output} is a run with {name} {was}, not {now}; resume it as it was, or pass --force")
 
 
 def _clear(output: Path, force: bool) -> None:
-    """Remove a former run, its record first, or refuse to; files that are not ours stay."""
+    """Remove an earlier run, its record first, or refuse to; other files stay."""
     if not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the adapter")
-    ours = [name for name in (RUN_FILE, WEIGHTS_FILE, CONFIG_FILE, PLACEMENT_FILE, CHECKPOINTS) if (output / name).exists()]
+    names = [name for name in (RUN_FILE, WEIGHTS_FILE, CONFIG_FILE, PLACEMENT_FILE, CHECKPOINTS) if (output / name).exists()]
     if not force:
-        if RUN_FILE in ours:
+        if RUN_FILE in names:
             raise OutputError(f"{output} holds a finished run; name another output or pass --force to replace it")
-        if CHECKPOINTS in ours:
+        if CHECKPOINTS in names:
             raise OutputError(f"{output} holds an unfinished run; pass --resume to go on with it or --force to start again")
         raise OutputError(f"{output} is not empty; name another output or pass --force to write there")
-    for name in ours:
+    for name in names:
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _save_adapter(model: PeftModel, output: Path, method: str) -> None:
+def _save_adapter_files(model: Any, output: Path, method: str) -> None:
     """Write the adapter's two files, each whole or not at all."""
     try:
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as part:
-            if method in REWRITING:
-                save_as_plain_lora(model, Path(part), output / CHECKPOINTS / INITIAL)
-            else:
-                model.save_pretrained(part, save_embedding_layers=False)
+            save_adapter(model, Path(part), method, output / CHECKPOINTS)
             for name in (CONFIG_FILE, WEIGHTS_FILE):
                 (Path(part) / name).replace(output / name)
     except OSError as error:
         raise OutputError(f"cannot write the adapter to {output}: {error.strerror or error}; make room, then pass --resume") from error
-
-
-def _save_record(record: dict[str, Any], output: Path) -> dict[str, Any]:
-    write_json(output / RUN_FILE, record, force=True)
-    return record
 
 
 @contextmanager
@@ -326,8 +264,3 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "…"

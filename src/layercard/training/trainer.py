@@ -33,7 +33,7 @@ LOG_FILE = "log.json"
 
 @dataclass
 class TrainLog:
-    """What training did so far, in all processes together but for the time.
+    """What training did so far, in all processes together except for the time.
 
     Attributes:
         losses: Training loss of each step, in nats per labelled token, before that step's update.
@@ -66,6 +66,7 @@ def fit(
     `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`).
 
     Raises:
+        OutputError: A checkpoint cannot be written.
         TrainingError: The loss or a trained weight is not finite, memory runs out, or the machine cannot train with these settings.
     """
     steps = settings.total_steps(len(data))
@@ -76,60 +77,58 @@ def fit(
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
         logging.getLogger(__name__).info("going on from %s", checkpoint)
-        trainer.history = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
+        trainer.log_so_far = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, SafetensorError, RuntimeError) as error:
-        _explain_writing(error, folder)
-        _explain(error, settings)
-        raise
+        explained = _explained(error, settings, folder)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         watch.peak.stop()
     broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
     if broken:
         raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.learning_rate:g})")
-    return trainer.history
+    return trainer.log_so_far
 
 
-def _explain_writing(error: Exception, folder: Path) -> None:
-    """Raise an `OutputError` in place of an error that came of writing a checkpoint."""
-    said = " ".join(str(error).split())
-    if not isinstance(error, (OSError, SafetensorError)) and "inline_container" not in said and "PytorchStreamWriter" not in said:
-        return
-    full = shutil.disk_usage(folder).free < 2**20  # torch does not say why it could not write
-    reason = "No space left on device" if full else said
-    raise OutputError(f"cannot write a checkpoint to {folder}: {reason}; make room, then pass --resume") from error
-
-
-def _explain(error: Exception, settings: TrainSettings) -> None:
-    """Raise a `TrainingError` in place of an error whose cause is known."""
-    alone = processes.count() == 1
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
+def _explained(error: Exception, settings: TrainSettings, folder: Path) -> Exception | None:
+    """An error of this package in place of one whose cause is known: the disk, memory, or another process."""
+    message, alone = " ".join(str(error).split()), processes.count() == 1
+    if isinstance(error, (OSError, SafetensorError)) or "inline_container" in message or "PytorchStreamWriter" in message:
+        full = shutil.disk_usage(folder).free < 2**20  # torch does not say why it could not write
+        reason = "No space left on device" if full else message
+        return OutputError(f"cannot write a checkpoint to {folder}: {reason}; make room, then pass --resume")
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in message:
         kind, who = (TrainingError, "") if alone else (ProcessError, f"process {processes.rank()}: ")
-        raise kind(
+        return kind(
             f"{who}memory ran out with {settings.batch_size} records in a batch; lower the batch size (and raise accumulation), "
             "or adapt fewer layers, nearer to the output"
-        ) from error
-    if not alone and "onnection" in str(error):
-        raise TrainingError("another process of this run has ended; mend what it says, then pass --resume") from error
+        )
+    if not alone and "onnection" in message:
+        return TrainingError("another process of this run has ended; mend what it says, then pass --resume")
+    return None
 
 
 def heaviest_step(examples: Sequence[Example], batch_size: int, accumulation: int) -> int:
     """The step, counted from 0, with the largest padded batch; never the first of several, which has no optimiser state yet."""
     starts = range(0, len(examples), batch_size)
     sizes = [batch_size * max(len(example.input_ids) for example in examples[start : start + batch_size]) for start in starts]
-    steps = [max(sizes[at : at + accumulation]) for at in range(0, len(sizes), accumulation)]
+    steps = [max(sizes[start : start + accumulation]) for start in range(0, len(sizes), accumulation)]
     return max(range(min(1, len(steps) - 1), len(steps)), key=steps.__getitem__)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{LOG_FILE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{LOG_FILE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class AdapterTrainer(Trainer):
     """`Trainer` whose loss is the sum over labelled tokens divided by their number in the whole accumulated batch."""
+
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -141,24 +140,21 @@ class AdapterTrainer(Trainer):
         folder: Path,
         labels_only: bool = False,
     ) -> None:
-        super().__init__(
-            model=model,
-            args=training_arguments(settings, steps, folder, next(model.parameters()).device),
-            train_dataset=examples,
-            data_collator=lambda rows: _inputs(collate(rows, range(len(rows)), pad_id)),
-        )
+        def inputs(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
+            batch = collate(rows, range(len(rows)), pad_id)
+            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+
+        arguments = training_arguments(settings, steps, folder, next(model.parameters()).device)
+        super().__init__(model=model, args=arguments, train_dataset=examples, data_collator=inputs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided over the accumulated batch
         self.learning_rate = settings.learning_rate
         self.labels_only = labels_only
         self.allocation = RankAllocation.of(model)
-        self.history = TrainLog()
-        self.step_loss = 0.0
-        self.step_tokens = 0
+        self.log_so_far = TrainLog()
+        self.step_loss, self.step_tokens = 0.0, 0
         if processes.count() > 1:
             torch.manual_seed(settings.seed + processes.rank())  # dropout differs between processes
-
-    loss_is_scaled_for_ga = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches in the order of the examples, which `shuffled` has shuffled; of several processes each gets every so many-th."""
@@ -173,13 +169,11 @@ class AdapterTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], torch.Tensor]:
         """This process's batches of one step, and the number of labelled tokens in those of all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        own = [
-            sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples),
-            sum(int(sample["attention_mask"].sum()) for sample in samples),
-        ]
-        labelled, tokens = processes.total(own)
-        self.step_loss, self.step_tokens = 0.0, int(tokens)
-        return samples, torch.tensor(max(int(labelled), 1), device=device)
+        labelled = sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples)
+        tokens = sum(int(sample["attention_mask"].sum()) for sample in samples)
+        all_labelled, all_tokens = processes.total([labelled, tokens])
+        self.step_loss, self.step_tokens = 0.0, int(all_tokens)
+        return samples, torch.tensor(max(int(all_labelled), 1), device=device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -200,23 +194,10 @@ class AdapterTrainer(Trainer):
             loss = loss + self.allocation.penalty() / (self.args.gradient_accumulation_steps * processes.count())
         return loss * processes.count()
 
-    def end_step(self) -> None:
-        """Keep the loss of the step that was taken, of all processes together."""
-        (loss,) = processes.total([self.step_loss])
-        self.check_loss(loss, self.state.global_step)
-        self.history.losses.append(loss)
-        self.history.tokens += self.step_tokens
-
     def check_loss(self, loss: float, step: int) -> None:
         """Raise `TrainingError` if the loss is not finite."""
         if not math.isfinite(loss):
             raise TrainingError(f"the loss is {loss} at step {step}; lower the learning rate ({self.learning_rate:g}) or use float32")
-
-    def held_bytes(self) -> int:
-        """Memory that the adapters and the optimiser's state hold between steps."""
-        weights = sum(weight.nbytes for weight in self.model.parameters() if weight.requires_grad)
-        states = self.optimizer.state_dict()["state"].values()
-        return weights + sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the walk over all parameters that it needs would be timed with every step."""
@@ -260,12 +241,18 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
-        history = self.trainer.history
-        history.seconds += time.perf_counter() - self.start
-        self.trainer.end_step()
+        trainer, log = self.trainer, self.trainer.log_so_far
+        log.seconds += time.perf_counter() - self.start
+        (loss,) = processes.total([trainer.step_loss])
+        trainer.check_loss(loss, state.global_step)
+        log.losses.append(loss)
+        log.tokens += trainer.step_tokens
         if state.global_step == self.heaviest + 1:
+            # Between steps there are the adapters and the optimiser's state; the peak is what this step took on top of them.
             self.peak.stop()
-            history.peak_bytes = self.peak.bytes + self.trainer.held_bytes()
+            weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+            states = [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]
+            log.peak_bytes = self.peak.bytes + sum(value.nbytes for value in (*weights, *states) if isinstance(value, torch.Tensor))
         state.epoch = self.epochs * state.global_step / state.max_steps
         if self.progress is not None:
             self.progress("train", state.global_step, state.max_steps)
@@ -273,7 +260,7 @@ class _Watch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         processes.wait()  # each has written the state of its own random numbers
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOG_FILE, asdict(self.trainer.history), force=True)
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOG_FILE, asdict(self.trainer.log_so_far), force=True)
 
 
 def training_arguments(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
@@ -283,7 +270,13 @@ def training_arguments(settings: TrainSettings, steps: int, folder: Path, device
         TrainingError: The device is not the one that `Trainer` would take or cannot compute in bfloat16, or there is no such place
             to log to.
     """
-    reporters = _reporters(settings)
+    reporters = settings.reporters()
+    for name in reporters if reporters not in (["none"], ["all"]) else []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
+            raise TrainingError(f"report_to {name!r} is unknown to transformers; did you mean {close!r}?")
+        if name not in get_available_reporting_integrations():
+            raise TrainingError(f"report_to {name!r} needs its package, which is not installed; install it or log to 'none'")
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -317,20 +310,3 @@ def training_arguments(settings: TrainSettings, steps: int, folder: Path, device
     if (used.type, used.index or 0) != (device.type, device.index or 0):
         raise TrainingError(f"the model lies on {device} but transformers trains on {used}; set CUDA_VISIBLE_DEVICES and use --device cuda")
     return arguments
-
-
-def _reporters(settings: TrainSettings) -> list[str]:
-    names = settings.reporters()
-    if names in (["none"], ["all"]):
-        return names
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
-            raise TrainingError(f"report_to {name!r} is unknown to transformers; did you mean {close!r}?")
-        if name not in get_available_reporting_integrations():
-            raise TrainingError(f"report_to {name!r} needs its package, which is not installed; install it or log to 'none'")
-    return names
-
-
-def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}

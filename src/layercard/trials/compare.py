@@ -19,6 +19,7 @@ from layercard.models.losses import RecordLosses
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, held_out_losses, ratio_interval, reduction_interval
+from layercard.training.records import Run
 from layercard.training.train import RUN_FILE, train, versions
 
 SCHEMA = "layercard-compare/1"
@@ -86,7 +87,7 @@ def compare(
     valid: Dataset,
     settings: TrainSettings | None = None,
     *,
-    spare: FastSettings | None = None,
+    fast: FastSettings | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -103,7 +104,7 @@ def compare(
         data: Records to train on.
         valid: Held-out records.
         settings: How to train each of them.
-        spare: Which work to spare (`layercard.fast`); all that is exact when not given.
+        fast: Which work to leave out (`layercard.fast`); all that is exact when not given.
         output: Folder for the adapters and `compare.json`; when not given, nothing is kept.
         resume: Keep the runs in `output` that are finished, go on with the one that was interrupted, and train the others.
         force: Replace what is in `output`.
@@ -130,7 +131,7 @@ def compare(
                 folder / _folder_name(name),
                 settings,
                 valid=valid,
-                spare=spare,
+                fast=fast,
                 before=before,
                 resume=resume,
                 force=force,
@@ -183,26 +184,27 @@ def _warm_up(base: BaseModel, placement: Placement, data: Dataset, settings: Tra
         train(base, placement, few, Path(folder) / "run", once)
 
 
-def _rows(runs: list[tuple[str, dict[str, Any]]], before: RecordLosses) -> Iterator[Row]:
-    whole = next((run for _, run in runs if len(run["placement"]["layers"]) == run["model"]["layers"]), None)
+def _rows(runs: list[tuple[str, Run]], before: RecordLosses) -> Iterator[Row]:
+    whole = next((run for _, run in runs if len(run.placement["layers"]) == run.model["layers"]), None)
     for name, run in runs:
         after = _after(run, before)
         yield Row(
             name=name,
-            layers=tuple(run["placement"]["layers"]),
+            layers=tuple(run.placement["layers"]),
             loss_reduction=_sampled(before.loss - after.loss, reduction_interval(before, after)),
             performance_kept=None if whole is None else _kept(before, after, _after(whole, before)),
-            train_seconds=run["train_seconds"],
-            peak_memory_bytes=run["peak_memory_bytes"],
-            trainable_parameters=run["trainable_parameters"],
-            adapter_bytes=run["adapter_bytes"],
-            layers_in_backward=run["layers_in_backward"],
-            time_share=None if whole is None else 100 * run["train_seconds"] / whole["train_seconds"],
+            train_seconds=run.train_seconds,
+            peak_memory_bytes=run.peak_memory_bytes,
+            trainable_parameters=run.trainable_parameters,
+            adapter_bytes=run.adapter_bytes,
+            layers_in_backward=run.layers_in_backward,
+            time_share=None if whole is None else 100 * run.train_seconds / whole.train_seconds,
         )
 
 
-def _after(run: dict[str, Any], before: RecordLosses) -> RecordLosses:
-    return RecordLosses(torch.tensor(run["valid"]["per_record"]["nats_after"], dtype=torch.float64), before.tokens)
+def _after(run: Run, before: RecordLosses) -> RecordLosses:
+    assert run.valid is not None
+    return RecordLosses(torch.tensor(run.valid["per_record"]["nats_after"], dtype=torch.float64), before.tokens)
 
 
 def _kept(before: RecordLosses, after: RecordLosses, whole: RecordLosses) -> dict[str, float] | None:
