@@ -84,7 +84,5 @@ def _view(record: "Run", output: Path) -> Any:
     if record.fast["did"]:
         rows["Left out"] = "\n".join(record.fast["did"].values())
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
-    rows["Size"] = (
-        f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
-    )
+    rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
     return pairs(rows)
