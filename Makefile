@@ -9,13 +9,14 @@ DEMO  := demo
 SECONDS := 600
 SAMPLE := benchmarks/results/placements
 
-.PHONY: help setup demo test test-slow fuzz bench bench-tables report-sample lint docs cli-docs clean
+.PHONY: help setup demo test test-slow mutants fuzz bench bench-tables report-sample lint docs cli-docs clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV) with everything for development"
 	@echo "make demo       profile, show, select and compare on the embedded model; results in $(DEMO)/"
 	@echo "make test       all quick tests"
 	@echo "make test-slow  the tests that take minutes or need the 135M model"
+	@echo "make mutants    small mutations of the mathematics, each of which a test must notice"
 	@echo "make fuzz       broken files for every reader, SECONDS=600 each"
 	@echo "make bench      every benchmark, results in benchmarks/results/, then the tables in README.md and docs/"
 	@echo "make report-sample  the report of the committed benchmark files, in build/"
@@ -40,6 +41,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+mutants: setup
+	$(BIN)/python tests/mutants.py
 
 fuzz: setup
 	cd tests && ../$(BIN)/python -m fuzzing.run --seconds $(SECONDS)

@@ -14,8 +14,7 @@ from layercard.models.layers import find_blocks, unread_experts
 from layercard.models.load import BaseModel, labelled_losses, wrap_model
 from layercard.profiling.fit import Fit, HeldOut, fit_pass
 from layercard.profiling.held_out import held_out_pass
-from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.profile import split_records
+from layercard.profiling.profile import profile_records as profile, split_records
 from layercard.selection.select import select
 from layercard.settings import ProfileSettings, TrainSettings
 from layercard.statistics.moments import GradientMoments, InputMoments

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from exports import CASES, GOLDEN, REFUSED, golden, placed, ranked
 from layercard.commands import main as cli

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM

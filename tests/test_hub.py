@@ -13,8 +13,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cards import fake_card
 from hub_server import Hub, Repository, served

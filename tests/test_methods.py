@@ -25,8 +25,7 @@ from layercard.fast.lora import fused_lora
 from layercard.files import read_json
 from layercard.models.adapted import adapted_paths
 from layercard.models.load import BaseModel, wrap_model
-from layercard.settings import METHODS as HAS
-from layercard.settings import FastSettings, TrainSettings
+from layercard.settings import METHODS as HAS, FastSettings, TrainSettings
 from layercard.training.evaluate import held_out_losses
 from layercard.training.train import train
 from test_adapters import assert_same, base_of, mixture, state_of

@@ -15,8 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from layercard.data.load import IGNORED, Batch, collate, load_data
 from layercard.errors import ModelError
-from layercard.models import load as loading
-from layercard.models import load as models
+from layercard.models import load as loading, load as models
 from layercard.models.load import describe, fingerprint, labelled_logits, labelled_losses, load_model, wrap_model
 from tiny import LAYERS, TINY_FAMILIES, VOCAB, build_tiny, tiny_tokenizer
 

@@ -13,8 +13,7 @@ from layercard.data.load import Dataset
 from layercard.errors import CardError, DataError, ModelError, OutputError
 from layercard.models.load import BaseModel, describe, wrap_model
 from layercard.profiling import profile as profile_module
-from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.profile import split_records
+from layercard.profiling.profile import profile_records as profile, split_records
 from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer

@@ -17,8 +17,7 @@ from layercard.commands.main import run
 from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError
 from layercard.records import Estimate
-from layercard.report import frames
-from layercard.report import html as report_html
+from layercard.report import frames, html as report_html
 from layercard.report.calculator import amount
 from layercard.report.html import front_story, render, story_of, write_page
 from layercard.report.ratios import ratios_of

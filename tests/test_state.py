@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from layercard import checkpoint as saved
-from layercard import checkpoint as state_module
-from layercard import processes
+from layercard import checkpoint as saved, checkpoint as state_module, processes
 from layercard.checkpoint import State, check_folder, discard, opened
 from layercard.errors import LayercardError, OutputError
 from layercard.files import alone, replacing

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from layercard.statistics.coupling import centrality, correlation, curvature, descent, set_gain, single_gain
 from layercard.statistics.intervals import bootstrap_weights, interval, split_half_spearman

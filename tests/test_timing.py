@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from layercard.adapters.apply import adapted, place
-from layercard.cost import estimate as meta
-from layercard.cost import measure as timing
+from layercard.cost import estimate as meta, measure as timing
 from layercard.cost.measure import (
     ByteCount,
     Stamps,

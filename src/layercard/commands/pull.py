@@ -31,8 +31,7 @@ def pull(
     if name is None and revision is not None:
         raise HubError("--revision is of a repository, but none is named; name one: layercard pull OWNER/NAME --revision …")
     refuse_existing(output, force)
-    from layercard.report.hub import find
-    from layercard.report.hub import pull as pull_card
+    from layercard.report.hub import find, pull as pull_card
 
     described = None
     if model is not None:

@@ -15,8 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import Linear as LoraLinear, ParamWrapper
 from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D

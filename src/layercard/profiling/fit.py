@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from layercard import checkpoint as saved
-from layercard import processes
+from layercard import checkpoint as saved, processes
 from layercard.checkpoint import State
 from layercard.data.checks import check_signals
 from layercard.data.load import Batch, Example, batches, positions

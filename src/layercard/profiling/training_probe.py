@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from layercard import checkpoint as saved
-from layercard import processes
+from layercard import checkpoint as saved, processes
 from layercard.checkpoint import State, opened
 from layercard.data.load import Example
 from layercard.errors import TrainingError

@@ -11,8 +11,7 @@ Alexander-Bloch and others 2018). The usual p value, for independent layers, is 
 import math
 
 import numpy as np
-from scipy.stats import rankdata
-from scipy.stats import t as student
+from scipy.stats import rankdata, t as student
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

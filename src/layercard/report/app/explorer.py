@@ -8,8 +8,7 @@ from typing import Any
 
 from layercard.card.card import LayerCard
 from layercard.errors import LayercardError, OutputError
-from layercard.report.app import choice as choosing
-from layercard.report.app import drawing, money, views
+from layercard.report.app import choice as choosing, drawing, money, views
 from layercard.report.app.choice import Choice, Fronts, Wishes
 from layercard.report.app.jobs import Jobs
 from layercard.report.app.library import Entry, Library, find, inside, read_upload

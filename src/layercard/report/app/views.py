@@ -15,8 +15,7 @@ from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
 from layercard.report.app.library import Entry
 from layercard.report.app.money import page_words
 from layercard.report.frames import MEASURES
-from layercard.report.roadmap import Found, Roadmap
-from layercard.report.roadmap import roadmap as make_roadmap
+from layercard.report.roadmap import Found, Roadmap, roadmap as make_roadmap
 from layercard.report.roi import SHOWN, Range, Roi
 
 INTRO = (

@@ -1,0 +1,89 @@
+"""Small mutations of the mathematics, each of which some test must notice: `make mutants`.
+
+`mutants.toml` lists them: a file of `src/layercard`, a piece of its code that stands there once, what it is replaced by, and the tests that
+should fail. Each mutation is made in a copy of the package, and its tests run on that copy, so nothing here is ever changed.
+
+    python tests/mutants.py                      all of them
+    python tests/mutants.py residual coupling    those whose file or note holds one of these words
+    python tests/mutants.py --check              only look whether each piece of code is still there once
+
+Prints a table and writes build/mutants.json; exit status 1 where fewer than 95 % are noticed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "layercard"
+WANTED = 0.95
+SECONDS = 300
+
+
+def mutations(words: list[str]) -> list[dict[str, Any]]:
+    """The listed mutations, those that hold one of the words."""
+    entries: list[dict[str, Any]] = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))["mutation"]
+    return [entry for entry in entries if not words or any(word in f"{entry['file']} {entry['note']}" for word in words)]
+
+
+def problem(entry: dict[str, Any]) -> str:
+    """Why a mutation cannot be made; empty where it can."""
+    path = PACKAGE / entry["file"]
+    if not path.is_file():
+        return "no such file"
+    count = path.read_text(encoding="utf-8").count(entry["old"])
+    return "" if count == 1 else f"its code stands there {count} times"
+
+
+def noticed(entry: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the tests of a mutation fail on the mutated package, and the first line that says so."""
+    with tempfile.TemporaryDirectory(prefix="layercard-mutant-") as folder:
+        copy = Path(folder) / "layercard"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        path = copy / entry["file"]
+        path.write_text(path.read_text(encoding="utf-8").replace(entry["old"], entry["new"]), encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow", *entry["tests"]]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return True, f"no end within {SECONDS} s"
+    said = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), done.stdout[-200:])
+    return done.returncode == 1, said
+
+
+def main() -> int:
+    """Run the mutations; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    entries = mutations(arguments.words)
+    stale = [(entry, reason) for entry in entries if (reason := problem(entry))]
+    for entry, reason in stale:
+        print(f"stale     {entry['file']}: {entry['note']} ({reason})")
+    if arguments.check or stale:
+        return int(bool(stale))
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        results = list(pool.map(noticed, entries))
+    for entry, (is_noticed, _) in zip(entries, results, strict=True):
+        print(f"{'noticed ' if is_noticed else 'SURVIVED'}  {entry['file']}: {entry['note']}")
+    count = sum(is_noticed for is_noticed, _ in results)
+    print(f"{count} of {len(results)} mutations noticed ({100 * count / len(results):.0f} %)")
+    (ROOT / "build").mkdir(exist_ok=True)
+    rows = [{**entry, "noticed": is_noticed, "says": said} for entry, (is_noticed, said) in zip(entries, results, strict=True)]
+    (ROOT / "build" / "mutants.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return int(count < WANTED * len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
