@@ -23,12 +23,28 @@ from cards import fake_card, fake_comparison, fake_placement
 from layercard.card.card import LayerCard
 from layercard.commands.main import run
 from layercard.errors import CardError, OutputError, ReportError
-from layercard.report.app import drawing, money, trainer, views
-from layercard.report.app.choice import Choice, Fronts, by_hand, changes, choose, command_line, rows, wishes
-from layercard.report.app.explorer import Explorer
-from layercard.report.app.guard import Guard, is_local, own_names
+from layercard.report.app import library as files
+from layercard.report.app import views
+from layercard.report.app.explorer import MOST_FRONTS, Explorer
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Jobs, Progress, card_name, follow, profile_command
-from layercard.report.app.library import LARGEST, MOST_FOLDERS, Entry, Library, find, read_entry, read_upload
+from layercard.report.app.library import (
+    EXAMPLES,
+    LARGEST,
+    MOST_FOLDERS,
+    Choice,
+    Entry,
+    Library,
+    by_hand,
+    changes,
+    choose,
+    command_line,
+    find,
+    read_entry,
+    read_upload,
+    rows,
+    wishes,
+)
+from layercard.report.app.server import Guard, is_local, own_names
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
 from tiny import build_tiny, tiny_tokenizer
@@ -263,7 +279,7 @@ class TestChoice:
         assert table["Layers in backward"] == ("13 of 16", "7 of 16", "−6")
         assert [name for name, *_ in changes(one.placement.to_json(), one.placement.to_json()) if _[2] != "same"] == []
 
-    def test_a_front_is_made_once(self, card: LayerCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_front_is_made_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = []
 
         class Made:
@@ -271,13 +287,15 @@ class TestChoice:
                 made.append(1)
                 return {"fronts": {}, "at": len(made)}
 
-        monkeypatch.setattr("layercard.report.app.choice.pareto", lambda card, progress: Made())
-        fronts = Fronts(most=2)
-        assert fronts.known("a") is None
-        assert fronts.of("a", card) is fronts.of("a", card) is fronts.known("a")
-        for digest in "bc":
-            fronts.of(digest, card)
-        assert len(made) == 3 and fronts.known("a") is None
+        monkeypatch.setattr("layercard.report.app.explorer.pareto", lambda card, progress: Made())
+        explorer = Explorer(Library([tmp_path]))
+        entries = [entry_of(fake_card(4, seed=seed)) for seed in range(MOST_FRONTS + 1)]
+        assert explorer.front(entries[0]) is explorer.front(entries[0])
+        assert len(made) == 1
+        for entry in entries[1:]:
+            explorer.front(entry)
+        explorer.front(entries[0])
+        assert len(made) == MOST_FRONTS + 2, "the oldest was dropped, so it is made anew"
 
 
 class TestTrainers:
@@ -290,24 +308,24 @@ class TestTrainers:
 
         base = wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny")
         placement = place(base, [1, 2]).to_json()
-        wrapped = get_peft_model(base.model, LoraConfig(**json.loads(trainer.lora_json(placement))))
+        wrapped = get_peft_model(base.model, LoraConfig(**json.loads(views.lora_json(placement))))
         adapted = {name for name, module in wrapped.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
         assert adapted == set(placement["paths"])
 
     def test_ranks_are_taken_over(self) -> None:
         placement = fake_placement(fake_card(4), [1])
         ranks, alphas = dict.fromkeys(placement["paths"], 4), dict.fromkeys(placement["paths"], 8.0)
-        found = trainer.lora_arguments({**placement, "rank_pattern": ranks, "alpha_pattern": alphas})
+        found = json.loads(views.lora_json({**placement, "rank_pattern": ranks, "alpha_pattern": alphas}))
         assert (found["rank_pattern"], found["alpha_pattern"]) == (ranks, alphas)
 
     def test_stacked_experts_are_taken_over(self) -> None:
         placement = {**fake_placement(fake_card(4), [1]), "parameters": ["model.layers.1.mlp.experts.down_proj"]}
-        assert trainer.lora_arguments(placement)["target_parameters"] == placement["parameters"]
+        assert json.loads(views.lora_json(placement))["target_parameters"] == placement["parameters"]
 
     @pytest.mark.parametrize("name", ['x"""\nimport os; os.system("id")\n"""', "\\", "'''", NASTY, "{model}"])
     def test_a_name_stays_a_string_in_the_script(self, name: str) -> None:
         placement = fake_placement(fake_card(4, model={"name": name, "fingerprint": "f", "layers": 4}), [1, 3])
-        tree = ast.parse(trainer.trl_script(placement))
+        tree = ast.parse(views.trl_script(placement))
         model = next(node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL")
         assert ast.literal_eval(model.value) == name
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -355,14 +373,14 @@ class TestHtml:
     def test_figures_mark_the_choice_and_the_budgets(self, card: LayerCard) -> None:
         wanted = wishes("balanced", 0, 80, 90, 100, 100, 100)
         found, hand = choose(card, wanted), by_hand(card, ["1"])
-        base = drawing.front(None, "time")
-        drawn = drawing.with_choice(base, "time", found, hand, wanted.limits, wanted.kept)
+        base = views.front(None, "time")
+        drawn = views.with_choice(base, "time", found, hand, wanted.limits, wanted.min_performance)
         assert [trace["name"] for trace in drawn["data"][-2:]] == ["chosen", "by hand"]
         assert found.placement is not None
         assert drawn["data"][-2]["x"] == [100 * found.placement.predicted["step_time"]["share"]]
         assert [(shape["x0"], shape["y0"]) for shape in drawn["layout"]["shapes"]] == [(90, 0), (0, 80)]
         assert "shapes" not in base["layout"], "what is kept is not changed"
-        depth = drawing.with_layers(drawing.depth(card.to_json(), "gain_estimate"), [2, 5])
+        depth = views.with_layers(views.depth(card.to_json(), "gain_estimate"), [2, 5])
         assert list(depth["data"][-1]["x"]) == [2, 5]
 
 
@@ -387,8 +405,8 @@ class TestCompareAndMoney:
         explorer = Explorer(Library([folder]))
         (_, key), *_ = explorer.cards([])
         entry = explorer.card([], key)
-        figures = [money.default(name) for name in money.NAMES]
-        found = money.saved(figures, "EUR", [3, 8], entry, explorer.entries([]))
+        figures = list(EXAMPLES.values())
+        found = files.saved(figures, "EUR", [3, 8], entry, explorer.entries([]))
         share = fake_comparison(fake_card(12), {"placement": [3, 8]})["rows"][0]["time_share"] / 100
         assert "1 timing" in found.ratios.time.source, "the run in the comparison's folder is not counted twice"
         assert found.ratios.time.measured and found.ratios.time.mid == pytest.approx(share)
@@ -398,7 +416,7 @@ class TestCompareAndMoney:
 
     def test_nothing_measured_saves_nothing(self) -> None:
         entry = entry_of(fake_card(12))
-        found = money.saved([money.default(name) for name in money.NAMES], "USD", [3], entry, [entry])
+        found = files.saved(list(EXAMPLES.values()), "USD", [3], entry, [entry])
         assert found.results["saved_month"].mid == 0
         assert "never" in shown(views.roi_headline(found)) and "never months" not in shown(views.roi_headline(found))
         assert "a figure above is empty" in shown(views.roi(found))
@@ -407,15 +425,15 @@ class TestCompareAndMoney:
         ("name", "given", "words"), [("gpu_watts", "abc", "Power of a GPU"), ("gpus", -1, "GPUs of a run"), ("gpus", 1.5, "GPUs")]
     )
     def test_figures_out_of_range_are_one_line(self, name: str, given: Any, words: str) -> None:
-        figures = [given if known == name else money.default(known) for known in money.NAMES]
+        figures = [given if known == name else example for known, example in EXAMPLES.items()]
         entry = entry_of(fake_card(12))
         with pytest.raises(ReportError, match=words):
-            money.saved(figures, "USD", [3], entry, [entry])
+            files.saved(figures, "USD", [3], entry, [entry])
 
     def test_fields_are_all_of_the_calculator(self) -> None:
         from layercard.report.roi import RoiInputs
 
-        assert {*money.NAMES, "currency"} == set(RoiInputs.model_fields)
+        assert {*EXAMPLES, "currency"} == set(RoiInputs.model_fields)
 
 
 def script(text: str) -> list[str]:

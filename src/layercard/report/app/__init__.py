@@ -1,6 +1,6 @@
 """The app (`layercard app`): cards explored in a browser.
 
-What it does lies in pure functions that know nothing of a page: `library` (the files), `choice` (sliders to a placement), `trainer`
-(settings for other trainers), `jobs` (profiling in a process of its own), `views` (values to HTML). `pages` and `server` wire them to
-Gradio, which only these two import.
+What it does lies in functions that know nothing of a page: `library` (files, sliders to a placement, savings), `jobs` (profiling in a
+process of its own), `views` (values to HTML and figures) and `explorer` (what the page asks for). `pages` and `server` wire them to Gradio,
+which only these two import.
 """

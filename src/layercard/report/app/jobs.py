@@ -26,23 +26,14 @@ RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is.
-
-    Attributes:
-        state: `running`, `done`, `failed` or `cancelled`.
-        phase: What it does at the moment.
-        done: Parts of the phase that are behind it.
-        total: Parts of the phase; 0 where that is not known.
-        finished: Phases that are behind it, in order.
-        message: What a failed job said, or where the card of a finished one lies.
-    """
+    """How far a job is: its phase, how many of the phase's parts are done (of 0 where that is not known), and the phases behind it."""
 
     state: str
     phase: str = "start"
     done: int = 0
     total: int = 0
     finished: tuple[str, ...] = ()
-    message: str = ""
+    message: str = ""  # what a failed job said, or where the card of a finished one lies
 
     @property
     def share(self) -> float:
@@ -50,12 +41,10 @@ class Progress:
         return min(1.0, self.done / self.total) if self.total > 0 else 0.0
 
 
-def profile_command(model: Path, data: str, output: Path, records: int, probe: str = "step") -> list[str]:
+def profile_command(model: Path, data: str, output: Path, records: int) -> list[str]:
     """The command of a job; nothing of it is read by a shell."""
-    return [
-        *(sys.executable, "-m", "layercard.commands.main", "profile", str(model), "--data", data),
-        *("--records", str(int(records)), "--probe", probe, "-o", str(output)),
-    ]
+    command = [sys.executable, "-m", "layercard.commands.main", "profile", str(model), "--data", data]
+    return [*command, "--records", str(int(records)), "--probe", "step", "-o", str(output)]
 
 
 def card_name(model: str, data: str) -> str:
@@ -81,8 +70,7 @@ class Job:
     def __init__(self, command: Sequence[str], made: Path, target: Path) -> None:
         self._made, self._target = made, target
         self._lock, self._cancelled = threading.Lock(), False
-        self._progress = Progress(RUNNING)
-        environment = {**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        self.progress = Progress(RUNNING)
         self._process = subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
@@ -91,26 +79,21 @@ class Job:
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=environment,
+            env={**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._follow, daemon=True)
         self._reader.start()
 
     @property
-    def progress(self) -> Progress:
-        """How far it is."""
-        return self._progress
-
-    @property
     def running(self) -> bool:
         """Whether it has not ended yet."""
-        return self._progress.state == RUNNING
+        return self.progress.state == RUNNING
 
     def wait(self, seconds: float | None = None) -> Progress:
         """How far it is when it has ended, or after so many seconds."""
         self._reader.join(seconds)
-        return self._progress
+        return self.progress
 
     def cancel(self) -> Progress:
         """End the process and all that it started; nothing of the card stays."""
@@ -122,32 +105,40 @@ class Job:
             self._reader.join(PATIENCE)
             if not self._reader.is_alive():
                 break
-        return self._progress
+        return self.progress
 
     def _follow(self) -> None:
+        """Read what the process says until it ends, then take its card or say what went wrong."""
         last = ""
         try:
             assert self._process.stderr is not None
             with self._process.stderr as lines:
                 for line in lines:
                     last = line.strip() or last
-                    self._progress = follow(self._progress, line)
+                    self.progress = follow(self.progress, line)
             status = self._process.wait()
-            self._progress = self._end(status, last)
+            with self._lock:
+                if self._cancelled:
+                    self.progress = Progress(CANCELLED, message="cancelled; no card was written")
+                elif status != 0 or not self._made.is_file():
+                    problem = last.removeprefix("error: ")[:400] or f"the process ended with status {status}"
+                    self.progress = Progress(FAILED, message=problem)
+                else:
+                    self.progress = Progress(DONE, "done", 1, 1, self.progress.finished, str(self._moved()))
+        except (LayercardError, OSError) as error:
+            self.progress = Progress(FAILED, message=str(error))
         finally:
             shutil.rmtree(self._made.parent, ignore_errors=True)
 
-    def _end(self, status: int, last: str) -> Progress:
-        with self._lock:
-            if self._cancelled:
-                return Progress(CANCELLED, message="cancelled; no card was written")
-            if status != 0 or not self._made.is_file():
-                return Progress(FAILED, message=last.removeprefix("error: ")[:400] or f"the process ended with status {status}")
-            try:
-                path = _moved(self._made, self._target)
-            except (LayercardError, OSError) as error:
-                return Progress(FAILED, message=str(error))
-        return Progress(DONE, "done", 1, 1, self._progress.finished, str(path))
+    def _moved(self) -> Path:
+        """Put the card at its target, or beside it where there is one already."""
+        path, number = self._target, 1
+        while path.exists():
+            number += 1
+            path = self._target.with_name(f"{self._target.name.removesuffix('.card.json')}-{number}.card.json")
+        with replacing(path) as part:
+            shutil.copyfile(self._made, part)
+        return path
 
 
 def follow(before: Progress, line: str) -> Progress:
@@ -159,26 +150,21 @@ def follow(before: Progress, line: str) -> Progress:
     mark, *rest = line.rstrip("\n").split("\t")
     if mark != "progress" or len(rest) != 3 or not all(part.isdigit() for part in rest[1:]):
         return before
-    phase, done, total = rest[0][:60], int(rest[1]), int(rest[2])
-    finished = before.finished
-    if phase != before.phase and before.phase != "start" and before.phase not in finished:
+    phase, finished = rest[0][:60], before.finished
+    if before.phase not in (phase, "start", *finished):
         finished = (*finished, before.phase)
-    return Progress(RUNNING, phase, done, total, finished)
+    return Progress(RUNNING, phase, int(rest[1]), int(rest[2]), finished)
 
 
 class Jobs:
-    """The one job that may run at a time.
-
-    Args:
-        folder: Where cards go.
-    """
+    """The one job that may run at a time; cards go to `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
         self.job: Job | None = None
 
-    def start(self, model: Path, data: str, records: int, probe: str = "step") -> Job:
+    def start(self, model: Path, data: str, records: int) -> Job:
         """Profile a model.
 
         Raises:
@@ -190,21 +176,9 @@ class Jobs:
             if not os.access(self._folder, os.W_OK):
                 raise OutputError(f"{self._folder} cannot be written; start the app with --cards on a folder of yours")
             made = Path(tempfile.mkdtemp(prefix="layercard-profile-")) / "card.json"
-            self.job = Job(profile_command(model, data, made, records, probe), made, self._folder / card_name(str(model), data))
+            self.job = Job(profile_command(model, data, made, records), made, self._folder / card_name(str(model), data))
             return self.job
 
     def cancel(self) -> Progress | None:
         """End the running job, if there is one."""
         return self.job.cancel() if self.job is not None and self.job.running else None
-
-
-def _moved(made: Path, target: Path) -> Path:
-    """Put a whole file at `target`, or beside it where there is one already."""
-    stem = target.name.removesuffix(".card.json")
-    path, at = target, 1
-    while path.exists():
-        at += 1
-        path = target.with_name(f"{stem}-{at}.card.json")
-    with replacing(path) as part:
-        shutil.copyfile(made, part)
-    return path

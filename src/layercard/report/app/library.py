@@ -1,21 +1,30 @@
-"""The files that the app shows: cards, placements and run records in the given folders, each with its kind or with what is wrong with it.
+"""What the app knows: the files in its folders, the placement that the controls come to, and what a placement saves.
 
 The page names a file by a key that this list gave it, never by a path: what is not listed cannot be asked for.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json
-from layercard.errors import CardError, LayercardError, OutputError
+from layercard.card.numbers import Json, percent, short
+from layercard.errors import CardError, LayercardError, OutputError, ReportError
 from layercard.files import parse_json
 from layercard.records import Estimate
+from layercard.report.ratios import ratios_of
+from layercard.report.roi import Roi, RoiInputs, roi
+from layercard.report.trials import Row, Trial, compared, of_comparison, of_run, rows_of
+from layercard.selection.budgets import Budgets
 from layercard.selection.placement import Placement
+from layercard.selection.select import given, select
+
+# ---- files
 
 LARGEST = 20 * 2**20
 """Bytes of a file that is still read."""
@@ -26,11 +35,10 @@ MOST_FILES = 400
 MOST_FOLDERS = 4
 """Folders below a given one that are looked into."""
 DATA_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
-_CARD, _PLACEMENT, _RUN = "layercard/1", "layercard-placement/1", "layercard-run/1"
 KINDS = {
-    _CARD: "card",
-    _PLACEMENT: "placement",
-    _RUN: "run record",
+    "layercard/1": "card",
+    "layercard-placement/1": "placement",
+    "layercard-run/1": "run record",
     "layercard-compare/1": "comparison",
     "layercard-transfer/1": "transfer",
     "layercard-front/1": "front",
@@ -39,60 +47,88 @@ KINDS = {
     "layercard-bench-run/1": "benchmark run",
 }
 """What a file's schema says that it is."""
+UNFINISHED = ("layercard-plan", "layercard-probe", "layercard-bench")
+"""Schemas of files that belong to unfinished work, which nobody opens."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file.
+    """A file: a card, a placement, a run, or one that cannot be used."""
 
-    Attributes:
-        key: What the page calls it by.
-        name: Where it lies in the given folder, for people.
-        place: Where it lies as a command line can name it.
-        digest: Hash of its content.
-        kind: A value of `KINDS`, or `unreadable`.
-        value: Its JSON object; empty where there is a problem.
-        card: The card, where it is one.
-        problem: Why it cannot be used, in one line; `None` where it can.
-    """
-
-    key: str
-    name: str
-    kind: str
-    value: Json
+    key: str  # what the page calls it by
+    name: str  # where it lies in the given folder, for people
+    kind: str  # a value of `KINDS`, or `unreadable`
+    value: Json  # its JSON object; empty where there is a problem
     card: LayerCard | None = None
-    problem: str | None = None
-    place: str = ""
-    digest: str = ""
+    problem: str | None = None  # why it cannot be used, in one line
+    place: str = ""  # where it lies as a command line can name it
+    digest: str = ""  # hash of its content
 
     @property
     def label(self) -> str:
         """How a list shows it: for a card also the model and the data."""
         if self.card is None:
             return self.name
-        return f"{self.name} · {_short(self.card.model.name)} · {_short(self.card.data.source)}"
+        model, data = (text if len(text) <= 40 else f"…{text[-39:]}" for text in (self.card.model.name, self.card.data.source))
+        return f"{self.name} · {model} · {data}"
 
 
-def read_entry(key: str, name: str, data: bytes, lies_at: str = "") -> Entry | None:
-    """What a file holds; `None` for JSON of other programs. What is no JSON, or says it is ours and is not whole, has a `problem`."""
+def read_entry(key: str, name: str, data: bytes, place: str = "") -> Entry | None:
+    """What a file holds; `None` for JSON of other programs. What is not JSON, or says it is ours and is not whole, has a `problem`."""
     try:
         value = parse_json(data, name, CardError, "JSON file")
         schema = value.get("schema")
-        if not isinstance(schema, str) or not schema.startswith("layercard"):
+        if not isinstance(schema, str) or not schema.startswith("layercard") or schema.partition("/")[0] in UNFINISHED:
             return None
         if schema not in KINDS:
-            return None if _internal(schema) else _broken(key, name, f"{name}: schema {schema[:40]!r} is not read; make the file again")
-        return replace(_checked(key, name, KINDS[schema], value), place=lies_at or name, digest=hashlib.sha256(data).hexdigest())
+            raise CardError(f"{name}: schema {schema[:40]!r} is not read; make the file again")
+        card = _check(name, KINDS[schema], value)
     except LayercardError as error:
         return _broken(key, name, str(error))
+    digest = hashlib.sha256(data).hexdigest()
+    return Entry(key, name, KINDS[schema], card.to_json() if card else value, card, place=place or name, digest=digest)
+
+
+def _check(name: str, kind: str, value: dict[str, Any]) -> LayerCard | None:
+    """Raise what is wrong with an object of a known kind; gives the card, if it is one."""
+
+    def part(key: str) -> dict[str, Any]:
+        if not isinstance(value.get(key), dict):
+            raise CardError(f"{name}: {key} is missing; make the file again")
+        return dict(value[key])
+
+    if kind == "card":
+        card = LayerCard.from_json(value, name)
+        if card.model.layers > DEEPEST_CARD:
+            raise CardError(f"{name}: {card.model.layers} layers; up to {DEEPEST_CARD} can be explored here, use `layercard select`")
+        return card
+    if kind == "placement":
+        Placement.from_json(value, name)
+    elif kind == "run record":
+        Placement.from_json(part("placement"), f"{name}: placement")
+        part("model")
+    elif kind == "comparison":
+        part("model")
+        rows = value.get("rows")
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("layers"), list) for row in rows
+        ):
+            raise CardError(f"{name}: its rows are not whole; make it again with `layercard compare`")
+        if any(Estimate.read(row.get("train_seconds")) is None for row in rows):
+            raise CardError(f"{name}: a row has no training time; make it again with `layercard compare`")
+    return None
+
+
+def _broken(key: str, name: str, problem: str) -> Entry:
+    return Entry(key, name, "unreadable", {}, problem=" ".join(problem.split())[:300])
 
 
 def read_upload(name: str, size: int, read: Callable[[], bytes], taken: int = 0) -> Entry:
-    """The entry of an uploaded file.
+    """The entry of an uploaded file. Of its name only the last part counts; its size is looked at before anything is read.
 
     Args:
-        name: The file's name as the browser gave it; only its last part counts.
-        size: Bytes, looked at before anything is read.
+        name: The file's name as the browser gave it.
+        size: Bytes.
         read: Gives the content.
         taken: How many files were uploaded before, for the key.
 
@@ -104,10 +140,10 @@ def read_upload(name: str, size: int, read: Callable[[], bytes], taken: int = 0)
         raise OutputError(f"{name!r} is no .json file; upload a card, a placement, a run record or a comparison")
     if size > LARGEST:
         raise OutputError(f"{name} has {size / 2**20:.0f} MiB; files up to {LARGEST // 2**20} MiB are read")
-    found = read_entry(f"upload:{taken}:{hashlib.sha256(name.encode()).hexdigest()[:12]}", f"{name} (uploaded)", read(), name)
-    if found is None:
+    entry = read_entry(f"upload:{taken}:{hashlib.sha256(name.encode()).hexdigest()[:12]}", f"{name} (uploaded)", read(), name)
+    if entry is None:
         raise OutputError(f"{name} is no file of layercard; upload a card, a placement, a run record or a comparison")
-    return found
+    return entry
 
 
 class Library:
@@ -118,28 +154,29 @@ class Library:
         models: Where model folders and data files are looked for; `folders` unless given.
 
     Raises:
-        OutputError: One of them is no folder.
+        OutputError: One of them is not a folder.
     """
 
     def __init__(self, folders: Sequence[Path], models: Sequence[Path] = ()) -> None:
-        self.folders = tuple(_folder(path) for path in folders)
-        self.model_folders = tuple(_folder(path) for path in models) or self.folders
+        for path in (*folders, *models):
+            if not path.expanduser().is_dir():
+                raise OutputError(f"{path} is no folder; name one that is there")
+        self.folders = tuple(path.expanduser().resolve() for path in folders)
+        self.model_folders = tuple(path.expanduser().resolve() for path in models) or self.folders
         self._read: dict[Path, tuple[tuple[int, int], Entry | None]] = {}
 
     def entries(self) -> list[Entry]:
         """All files of ours, and those that should be and cannot be read; what did not change since the last time is not read again."""
-        found = [self._entry(root, path) for root, path in self._files((".json",), self.folders)]
-        return sorted((entry for entry in found if entry is not None), key=lambda entry: (entry.problem is not None, entry.name))
+        entries = [self._entry(root, path) for root, path in self._files((".json",), self.folders)]
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: (entry.problem is not None, entry.name))
 
     def models(self) -> dict[str, Path]:
         """Model folders (a `config.json` beside safetensors) and GGUF files, by the names that the page shows."""
-        found = [(root, path) for root, path in self._files((".gguf",), self.model_folders)]
-        found += [
-            (root, path.parent)
-            for root, path in self._files(("config.json",), self.model_folders)
-            if path.name == "config.json" and any(path.parent.glob("*.safetensors"))
-        ]
-        return {self._name(root, path): path for root, path in sorted(found)}
+        models = list(self._files((".gguf",), self.model_folders))
+        for root, path in self._files(("config.json",), self.model_folders):
+            if path.name == "config.json" and any(path.parent.glob("*.safetensors")):
+                models.append((root, path.parent))
+        return {self._name(root, path): path for root, path in sorted(models)}
 
     def data(self) -> dict[str, Path]:
         """Files with records, by the names that the page shows."""
@@ -150,29 +187,30 @@ class Library:
         seen = 0
         for root in folders:
             for folder, below, names in os.walk(root):
-                at = Path(folder)
-                deep = len(at.relative_to(root).parts)
-                below[:] = sorted(name for name in below if not name.startswith(".") and deep < MOST_FOLDERS)
+                depth = len(Path(folder).relative_to(root).parts)
+                below[:] = sorted(name for name in below if not name.startswith(".") and depth < MOST_FOLDERS)
                 for name in sorted(names):
                     if name.startswith(".") or not name.lower().endswith(endings):
                         continue
                     if (seen := seen + 1) > MOST_FILES:
                         return
-                    if inside(at / name, (root,)):
-                        yield root, at / name
+                    if inside(Path(folder) / name, root):
+                        yield root, Path(folder) / name
 
     def _entry(self, root: Path, path: Path) -> Entry | None:
         name = self._name(root, path)
         key = f"file:{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
         try:
-            found = path.stat()
-            stamp = (found.st_mtime_ns, found.st_size)
+            stat = path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
             if path in self._read and self._read[path][0] == stamp:
                 return self._read[path][1]
-            if found.st_size > LARGEST:
-                entry: Entry | None = _broken(key, name, f"{name} has {found.st_size / 2**20:.0f} MiB; up to {LARGEST // 2**20} are read")
+            if stat.st_size > LARGEST:
+                entry: Entry | None = _broken(key, name, f"{name} has {stat.st_size / 2**20:.0f} MiB; up to {LARGEST // 2**20} are read")
             else:
-                entry = read_entry(key, name, path.read_bytes(), place(path))
+                # A command line names it from the current folder where it lies below that.
+                place = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+                entry = read_entry(key, name, path.read_bytes(), str(place))
         except OSError as error:
             return _broken(key, name, f"{name}: {error.strerror or error}; make it readable")
         self._read[path] = (stamp, entry)
@@ -183,16 +221,9 @@ class Library:
         return shown if len({*self.folders, *self.model_folders}) == 1 else f"{root.name}/{shown}"
 
 
-def inside(path: Path, folders: Sequence[Path]) -> bool:
-    """Whether a path, links followed, lies in one of the folders."""
-    real = path.resolve()
-    return any(real.is_relative_to(folder) for folder in folders)
-
-
-def place(path: Path) -> str:
-    """A path as a command line names it: relative where it lies below the current folder."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, lies in a folder."""
+    return path.resolve().is_relative_to(folder)
 
 
 def find(entries: Sequence[Entry], key: str | None, kind: str = "card") -> Entry:
@@ -207,56 +238,205 @@ def find(entries: Sequence[Entry], key: str | None, kind: str = "card") -> Entry
     raise CardError(f"this {kind} is not in the list any more; choose another")
 
 
-def _checked(key: str, name: str, kind: str, value: dict[str, Any]) -> Entry:
-    """The entry of an object with a known schema; what is wrong with it is raised."""
-    if kind == "card":
-        card = LayerCard.from_json(value, name)
-        if card.model.layers > DEEPEST_CARD:
-            raise CardError(f"{name}: {card.model.layers} layers; up to {DEEPEST_CARD} can be explored here, use `layercard select`")
-        return Entry(key, name, kind, card.to_json(), card)
-    if kind == "placement":
-        Placement.from_json(value, name)
-    elif kind == "run record":
-        Placement.from_json(_part(value, "placement", name), f"{name}: placement")
-        _part(value, "model", name)
-    elif kind == "comparison":
-        _part(value, "model", name)
-        _check_rows(value.get("rows"), name)
-    return Entry(key, name, kind, value)
+# ---- choices
+
+SECONDS = 0.06
+"""Time limit of each search while a slider moves; the placement says how far it may be from the best."""
+NO_LIMIT = 100.0
+"""Slider position that means no limit, % of all layers."""
+COSTS = {
+    "Step time": ("step_time", "seconds", "max_time"),
+    "Peak memory": ("peak_memory", "bytes", "max_memory"),
+    "Adapter weights": ("parameters", "count", "max_params"),
+    "Added latency": ("latency", "seconds", "max_latency"),
+}
+"""Costs as the page calls them: name in a placement's prediction, its unit there, and the budget that has a slider."""
+WORDS = {f"--{budget.replace('_', '-')}": title.lower() for title, (_, _, budget) in COSTS.items()}
+WORDS |= {"--min-performance": "performance kept", "--k": "number of layers"}
+"""Options of the command line as the page calls them."""
 
 
-def _part(value: Mapping[str, Any], part: str, name: str) -> dict[str, Any]:
-    found = value.get(part)
-    if not isinstance(found, dict):
-        raise CardError(f"{name}: {part} is missing; make the file again")
-    return found
+@dataclass(frozen=True)
+class Wishes:
+    """What the controls say: `None` for as many layers as are best, and for whatever performance the objective keeps by itself."""
+
+    objective: str = "balanced"
+    k: int | None = None
+    min_performance: float | None = None  # %
+    limits: Mapping[str, float] | None = None  # budgets by name, % of all layers
+
+    def budgets(self) -> Budgets:
+        """As the selection takes them."""
+        limits = {name: f"{value:g}%" for name, value in (self.limits or {}).items()}
+        return Budgets(**limits, min_performance=None if self.min_performance is None else f"{self.min_performance:g}%")
 
 
-def _check_rows(rows: Any, name: str) -> None:
-    whole = isinstance(rows, list) and all(
-        isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("layers"), list) for row in rows
-    )
-    if not whole:
-        raise CardError(f"{name}: its rows are not whole; make it again with `layercard compare`")
-    if any(Estimate.read(row.get("train_seconds")) is None for row in rows):
-        raise CardError(f"{name}: a row has no training time; make it again with `layercard compare`")
+def wishes(objective: str, k: float, min_performance: float, *limits: float) -> Wishes:
+    """The controls as they stand: 0 layers or 0 % kept means not given, 100 % of a cost (in the order of `COSTS`) no limit.
+
+    >>> wishes("balanced", 0, 90, 100, 60, 100, 100)
+    Wishes(objective='balanced', k=None, min_performance=90.0, limits={'max_memory': 60.0})
+    """
+    by_name = {budget: value for (_, _, budget), value in zip(COSTS.values(), limits, strict=True)}
+    given_limits = {name: float(value) for name, value in by_name.items() if value is not None and value < NO_LIMIT}
+    return Wishes(str(objective), int(k) or None, float(min_performance) or None, given_limits)
 
 
-def _internal(schema: str) -> bool:
-    """Files that belong to unfinished work, which nobody opens."""
-    return schema.partition("/")[0] in ("layercard-plan", "layercard-probe", "layercard-bench")
+@dataclass(frozen=True)
+class Choice:
+    """A placement, or in words why there is none."""
+
+    placement: Placement | None
+    problem: str | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The chosen layers; none where nothing meets the wishes."""
+        return self.placement.layers if self.placement else ()
 
 
-def _broken(key: str, name: str, problem: str) -> Entry:
-    return Entry(key, name, "unreadable", {}, problem=" ".join(problem.split())[:300])
+def choose(card: LayerCard, asked: Wishes, seconds: float = SECONDS) -> Choice:
+    """The placement that the selection gives, or what it says where there is none, with the page's words for options."""
+    try:
+        return Choice(select(card, objective=asked.objective, k=asked.k, budgets=asked.budgets(), seconds=seconds))
+    except LayercardError as error:
+        return Choice(None, re.sub(r"--[a-z-]+", lambda option: WORDS.get(option[0], option[0]), str(error)))
 
 
-def _folder(path: Path) -> Path:
-    real = path.expanduser().resolve()
-    if not real.is_dir():
-        raise OutputError(f"{path} is no folder; name one that is there")
-    return real
+def by_hand(card: LayerCard, layers: Iterable[Any]) -> Choice:
+    """The placement of the layers that were picked, or what is wrong with them."""
+    try:
+        return Choice(given(card, [int(layer) for layer in layers]))
+    except (LayercardError, ValueError) as error:
+        return Choice(None, str(error))
 
 
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else f"…{text[1 - most :]}"
+def command_line(asked: Wishes, card_name: str) -> str:
+    """The `layercard select` command that makes the same choice."""
+    options = ["--objective", asked.objective, *(["--k", str(asked.k)] if asked.k else [])]
+    for name, value in asked.budgets().given().items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(["layercard", "select", card_name, *options, "-o", "placement.json"])
+
+
+def rows(placement: Json) -> dict[str, str]:
+    """What is predicted of a placement, in words."""
+    predicted = placement["predicted"]
+    performance = Estimate.read(predicted.get("performance_kept"))
+    table = {"Performance kept": "not known" if performance is None else percent(performance)}
+    for title, (key, unit, _) in COSTS.items():
+        amount, share = predicted[key].get(unit), f"{100 * float(predicted[key]['share']):.0f}%"
+        size = "" if amount is None else {"bytes": f"{amount / 2**20:,.0f} MiB", "count": f"{amount:,}"}.get(unit, f"{short(amount)} s")
+        table[title] = f"{share} · {size}" if size else share
+    table["Layers"] = f"{len(placement['layers'])} of {int(placement['model']['layers'])}"
+    table["Layers in backward"] = str(predicted["layers_in_backward"]).replace("/", " of ")
+    return table
+
+
+def changes(chosen: Json, other: Json) -> list[tuple[str, str, str, str]]:
+    """Rows of a table: measure, the chosen placement, the other one, and the difference in points or numbers."""
+
+    def numbers(placement: Json) -> list[float]:
+        predicted = placement["predicted"]
+        shares = [100 * float(predicted[key]["share"]) for key, _, _ in COSTS.values()]
+        backward = float(str(predicted["layers_in_backward"]).partition("/")[0])
+        return [100 * float(predicted["performance_kept"]["value"]), *shares, len(placement["layers"]), backward]
+
+    table, before, after = [], rows(chosen), rows(other)
+    for name, first, second in zip(before, numbers(chosen), numbers(other), strict=True):
+        difference = second - first
+        amount = f"{abs(difference):.0f}" if name.startswith("Layers") else f"{abs(difference):.1f} points"
+        text = "same" if abs(difference) < 0.05 else f"{'+' if difference > 0 else '−'}{amount}"
+        table.append((name, before[name], after[name], text))
+    return table
+
+
+# ---- savings
+
+FIGURES: dict[str, dict[str, str]] = {
+    "Training": {
+        "gpu_price_per_hour": "GPU price per hour",
+        "runs_per_month": "Fine-tuning runs a month",
+        "hours_per_run": "Hours of an all-layer run",
+        "gpus": "GPUs of a run",
+        "run_memory_gb": "Memory of an all-layer run, GB (empty: as measured)",
+        "smaller_gpu_price_per_hour": "Price of a smaller GPU per hour (empty: none)",
+        "smaller_gpu_memory_gb": "Memory of the smaller GPU, GB",
+        "smaller_gpu_speed": "Its speed, share of the other",
+    },
+    "Serving": {
+        "adapters_served": "Adapters served",
+        "adapter_mb": "Size of an all-layer adapter, MB (empty: as measured)",
+        "storage_price_per_gb_month": "Price of keeping 1 GB a month",
+        "requests_per_month": "Requests a month",
+        "tokens_per_month": "Tokens generated a month",
+        "concurrent_requests": "Requests answered at a time",
+        "adapter_latency_ms": "Time adapters add to a token, ms (empty: as measured)",
+    },
+    "Set-up and energy": {
+        "engineer_hours": "Engineer hours for set-up",
+        "engineer_rate": "Cost of an engineer hour",
+        "profile_hours": "GPU hours to profile",
+        "gpu_watts": "Power of a GPU, W",
+        "grid_gco2_per_kwh": "CO₂ of the grid, g/kWh",
+    },
+}
+"""The reader's figures in groups: name in `RoiInputs`, and what the page calls the field."""
+LABELS = {name: label.partition(" (")[0].partition(",")[0] for group in FIGURES.values() for name, label in group.items()}
+"""The fields in short, in their order."""
+EXAMPLES: dict[str, float | None] = {name: RoiInputs.model_fields[name].default for name in LABELS}
+"""What each field starts with; `None` for one that may stay empty."""
+
+
+def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence[int], card: Entry, entries: Sequence[Entry]) -> Roi:
+    """What a placement saves.
+
+    Args:
+        figures: The fields in the order of `LABELS`, as they were typed; `None` for an empty one.
+        currency: What money is counted in.
+        layers: The placement.
+        card: The card; its cost is used where no run says the same.
+        entries: All files, for the runs of the same model.
+
+    Raises:
+        ReportError: A figure is not a number, or out of range.
+    """
+    values: dict[str, Any] = {"currency": currency}
+    for name, typed in zip(LABELS, figures, strict=True):
+        text = "" if typed is None else str(typed).strip()
+        try:
+            if text and float(text.replace(",", ".")) != EXAMPLES[name]:
+                values[name] = float(text.replace(",", "."))
+        except ValueError:
+            raise ReportError(f"{LABELS[name]}: {text[:40]!r} is no number; give one, such as 2.5") from None
+    try:
+        inputs = RoiInputs.of(values)
+    except ReportError as error:
+        raise ReportError(with_labels(str(error))) from None
+    return roi(inputs, ratios_of(layers, card.value, _runs_of(card, entries)))
+
+
+def with_labels(text: str) -> str:
+    """A sentence of the calculator with the fields called as the page calls them.
+
+    >>> with_labels("example figures, not given: gpus, gpu_watts")
+    'example figures, not given: GPUs of a run, Power of a GPU'
+    """
+    return re.sub(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\bgpus\b", lambda word: LABELS.get(word[0], word[0]), text)
+
+
+def _runs_of(card: Entry, entries: Sequence[Entry]) -> list[Row]:
+    """Trained placements of a card's model, from run records and comparisons; runs that a comparison has are not counted twice."""
+    fingerprint = card.value["model"]["fingerprint"]
+    ours = [entry for entry in entries if entry.problem is None and (entry.value.get("model") or {}).get("fingerprint") == fingerprint]
+    covered = [PurePath(entry.place).parent for entry in ours if entry.kind == "comparison"]
+    trials: list[Trial] = []
+    for entry in ours:
+        try:
+            if entry.kind == "comparison":
+                trials += of_comparison(entry.value)
+            elif entry.kind == "run record" and not any(folder in PurePath(entry.place).parent.parents for folder in covered):
+                trials.append(of_run(entry.value))
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+            continue  # a file that lacks what a run must have
+    return rows_of(compared(trials))
