@@ -23,8 +23,7 @@ from cards import fake_card, fake_comparison, fake_placement
 from layercard.card.card import LayerCard
 from layercard.commands.main import run
 from layercard.errors import CardError, OutputError, ReportError
-from layercard.report.app import library as files
-from layercard.report.app import views
+from layercard.report.app import library as files, views
 from layercard.report.app.explorer import MOST_FRONTS, Explorer
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Jobs, Progress, card_name, follow, profile_command
 from layercard.report.app.library import (
