@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     """Without and with the cache; each process writes what it found."""
     dist.init_process_group("gloo")
     stock, ours = losses(None), losses(folder / "cache")
-    counts = {"found": ours[2].found, "computed": ours[2].computed}
+    counts = {"found": ours[2].records_read, "computed": ours[2].records_computed}
     (folder / f"results{dist.get_rank()}.json").write_text(json.dumps({"stock": stock[:2], "ours": ours[:2], **counts}), encoding="utf-8")
     dist.destroy_process_group()
 

@@ -21,7 +21,8 @@ from layercard.fast.cut import cut_backward
 from layercard.fast.labels import labels_only
 from layercard.fast.packing import unpadded
 from layercard.fast.prefix import PrefixCache, frozen_prefix
-from layercard.fast.prefix_store import CacheWarning, Rates
+from layercard.fast.prefix_cache import Rates
+from layercard.fast.prefix_store import CacheWarning
 from layercard.models.layers import find_blocks
 
 NO_DROPOUT: dict[str, dict[str, float]] = {
@@ -112,7 +113,7 @@ def test_training_is_that_of_stock_peft(family: str, side: str) -> None:
     cache = found[2]
     assert cache.active and not cache.untouched
     if side == "right" or family != "gpt2":
-        assert (cache.computed, cache.found) == (8, 8 + 2 * 3)
+        assert (cache.records_computed, cache.records_read) == (8, 8 + 2 * 3)
     assert cache.taken == sum(LENGTHS) * tiny.WIDTH * 4 if side == "right" else True
 
 
@@ -127,7 +128,7 @@ def test_the_prefix_ends_at_the_lowest_adapter(family: str, layers: tuple[int, .
     model = adapted(family, layers, **changes)
     found = train(model, plan, frozen_prefix(model, always=True))
     assert_same(found, expected)
-    assert (found[2].depth, found[2].found) == (1, 14)
+    assert (found[2].depth, found[2].records_read) == (1, 14)
 
 
 def test_sliding_and_full_attention_on_records_longer_than_the_window() -> None:
@@ -137,7 +138,7 @@ def test_sliding_and_full_attention_on_records_longer_than_the_window() -> None:
     model = adapted("gemma3", **changes)
     found = train(model, plan, frozen_prefix(model, always=True))
     assert_same(found, expected)
-    assert found[2].found == 14
+    assert found[2].records_read == 14
 
 
 def test_learned_positions_with_padding_on_the_left_are_told_apart() -> None:
@@ -149,7 +150,7 @@ def test_learned_positions_with_padding_on_the_left_are_told_apart() -> None:
         with frozen_prefix(model, always=True) as cache:
             for width, loss in [(41, expected[0]), (50, expected[1])] * 2:
                 torch.testing.assert_close(model(**batch(rows, "left", width)).loss, loss, rtol=1e-5, atol=0)
-    assert (cache.computed, cache.found) == (4, 4)
+    assert (cache.records_computed, cache.records_read) == (4, 4)
 
 
 def test_position_ids_make_left_padding_equal_for_learned_positions() -> None:
@@ -162,7 +163,7 @@ def test_position_ids_make_left_padding_equal_for_learned_positions() -> None:
             with torch.no_grad():
                 expected = tiny_loss(model, rows)
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert cache.computed == 2
+    assert cache.records_computed == 2
 
 
 def tiny_loss(model: Any, rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -198,7 +199,7 @@ def test_with_the_other_parts(family: str, names: tuple[str, ...]) -> None:
     model = adapted(family, **changes)
     found = train(model, plan, together(model, names))
     assert_same(found, expected)
-    assert (found[2].found, found[2].computed, dict(found[2].untouched)) == (14, 8, {})
+    assert (found[2].records_read, found[2].records_computed, dict(found[2].untouched)) == (14, 8, {})
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -212,7 +213,7 @@ def test_with_gradient_checkpointing(reentrant: bool, names: tuple[str, ...]) ->
     expected = train(models[0], plan)
     found = train(models[1], plan, together(models[1], names))
     assert_same(found, expected)
-    assert any(weight.abs().sum() for weight in found[1].values()) and found[2].found == 14
+    assert any(weight.abs().sum() for weight in found[1].values()) and found[2].records_read == 14
 
 
 @pytest.mark.parametrize("names", [(), ("packed",)], ids=["padded", "packed"])
@@ -228,12 +229,8 @@ def test_only_what_is_missing_is_computed(family: str, names: tuple[str, ...]) -
             loss = model(**batch(rows[:5])).loss
             hook.remove()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert (cache.found, cache.computed) == (2, 5)
-    assert len(cache_keys(cache)) == 5
-
-
-def cache_keys(cache: PrefixCache) -> set[bytes]:
-    return {key for store in cache._stores.values() for key in (*store._fresh, *store._kept)}
+    assert (cache.records_read, cache.records_computed) == (2, 5)
+    assert sum(len(store) for store in cache.stores.values()) == 5
 
 
 def packed_row(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -253,7 +250,7 @@ def test_rows_packed_by_the_user(family: str) -> None:
             found = [model(**packed_row(plan)).loss for plan in plans]
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=0)
     apart = family != "opt"  # transformers' OPT lets packed records see each other
-    assert (cache.computed, cache.found) == ((5, 6) if apart else (2, 1))
+    assert (cache.records_computed, cache.records_read) == ((5, 6) if apart else (2, 1))
 
 
 def test_a_packed_row_and_a_padded_batch_share_records() -> None:
@@ -261,7 +258,7 @@ def test_a_packed_row_and_a_padded_batch_share_records() -> None:
     with torch.no_grad(), frozen_prefix(model, always=True) as cache:
         model(**batch(rows, "left"))
         model(**packed_row(rows))
-    assert (cache.computed, cache.found) == (3, 3)
+    assert (cache.records_computed, cache.records_read) == (3, 3)
 
 
 def test_packed_rows_that_stock_does_not_tell_apart_are_left_alone() -> None:
@@ -287,7 +284,7 @@ def test_a_later_run_reads_the_folder(family: str, tmp_path: Path) -> None:
         found = train(model, plan, frozen_prefix(model, tmp_path, always=True))
         assert_same(found, expected)
         cache = found[2]
-        assert cache.active and cache.found == 3 + (5 if seen else 0), "the first batch from disk is computed once more, to compare"
+        assert cache.active and cache.records_read == 3 + (5 if seen else 0), "the first batch from disk is computed once more, to compare"
         assert cache.taken == sum(LENGTHS) * tiny.WIDTH * 4
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
 
@@ -309,7 +306,7 @@ def test_a_resumed_run_gives_the_adapter_of_an_undisturbed_one(tmp_path: Path) -
     assert weights
     found = train(whole, plan, frozen_prefix(whole, tmp_path, always=True))
     assert_same(found, expected)
-    assert found[2].computed == 3
+    assert found[2].records_computed == 3
 
 
 @pytest.mark.parametrize(
@@ -319,7 +316,7 @@ def test_a_resumed_run_gives_the_adapter_of_an_undisturbed_one(tmp_path: Path) -
 def test_another_prefix_is_never_read(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(adapted("llama", (2,)), tmp_path, tokenizer=tiny.tiny_tokenizer())
     again = fill(adapted("llama", (2,)), tmp_path, tokenizer=tiny.tiny_tokenizer())
-    assert (again.computed, again.found) == (4, 8)
+    assert (again.records_computed, again.records_read) == (4, 8)
     model = adapted("llama", (1,) if change == "depth" else (2,))
     inner = model.get_base_model()
     tokenizer, kept = tiny.tiny_tokenizer(), None
@@ -343,7 +340,7 @@ def test_another_prefix_is_never_read(change: str, tmp_path: Path, monkeypatch: 
     elif change == "version":
         monkeypatch.setattr("layercard.fast.prefix_blocks.version", lambda name: "0.0.0")
     other = fill(model, tmp_path, tokenizer=tokenizer, dtype=kept)
-    assert (other.computed, other.found) == (8, 4)
+    assert (other.records_computed, other.records_read) == (8, 4)
 
 
 def test_what_does_not_decide_leaves_the_fingerprint_alone(tmp_path: Path) -> None:
@@ -356,11 +353,11 @@ def test_what_does_not_decide_leaves_the_fingerprint_alone(tmp_path: Path) -> No
         model.get_base_model().model.norm.weight.add_(1)
     model.get_base_model().config.use_cache = False
     tokenizer(["one", "another one"], padding=True, truncation=True, max_length=30)
-    assert fill(model, tmp_path, tokenizer=tokenizer).computed == 4
+    assert fill(model, tmp_path, tokenizer=tokenizer).records_computed == 4
     with together(model, ("packed",), folder=tmp_path, tokenizer=tokenizer) as cache, torch.no_grad():
         model(**batch(records()))
         model(**batch(records()))
-    assert (cache.computed, cache.found) == (8, 8)
+    assert (cache.records_computed, cache.records_read) == (8, 8)
 
 
 def test_entered_inside_unpadded_it_leaves_batches_alone() -> None:
@@ -388,7 +385,7 @@ def test_a_cache_of_a_lower_block_is_where_a_higher_one_starts(tmp_path: Path) -
 
 def test_hidden_states_from_disk_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fingerprint that does not tell two models apart: the first batch does."""
-    monkeypatch.setattr("layercard.fast.prefix_blocks._update", lambda *args: None)
+    monkeypatch.setattr("layercard.fast.prefix_cache.fingerprints", lambda *args: ["same"] * 3)
     fill(adapted("llama", seed=0), tmp_path)
     model = adapted("llama", seed=1)
     expected = train(adapted("llama", seed=1), epochs("right"))
@@ -410,7 +407,7 @@ def test_a_truncated_file_is_computed_again(tmp_path: Path, cut: int) -> None:
         found = train(model, epochs("right"), frozen_prefix(model, tmp_path, always=True))
     assert len(said) == 1
     assert_same(found, expected)
-    assert found[2].found == 14
+    assert found[2].records_read == 14
 
 
 def test_a_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +443,7 @@ def test_a_bfloat16_model_within_its_rounding() -> None:
     expected = train(models[0], plan)
     found = train(models[1], plan, frozen_prefix(models[1], always=True))
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=2e-2, atol=0)
-    assert found[2].found == 14 and found[2].taken == sum(LENGTHS) * tiny.WIDTH * 2
+    assert found[2].records_read == 14 and found[2].taken == sum(LENGTHS) * tiny.WIDTH * 2
 
 
 def test_autocast_has_hidden_states_of_its_own() -> None:
@@ -457,7 +454,7 @@ def test_autocast_has_hidden_states_of_its_own() -> None:
             rounded = [model(**inputs).loss for _ in range(2)]
         assert torch.equal(model(**inputs).loss, exact)
     assert torch.equal(*rounded) and not torch.equal(rounded[0], exact)
-    assert (cache.computed, cache.found) == (6, 6)
+    assert (cache.records_computed, cache.records_read) == (6, 6)
 
 
 # What cannot be kept
@@ -494,7 +491,7 @@ def test_other_batches_run_as_they_are(call: Callable[[Any], Any], names: tuple[
         for _ in range(2):
             found = model(**inputs)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5 if names else 0, atol=0)
-    assert sum(cache.untouched.values()) == 2 and cache.computed == 0
+    assert sum(cache.untouched.values()) == 2 and cache.records_computed == 0
     assert (found.hidden_states is None) == (expected.hidden_states is None)
     assert next(iter(cache.untouched)) in str(cache)
 
@@ -526,7 +523,7 @@ def test_hidden_states_kept_in_inference_mode_serve_training() -> None:
         loss = model(**inputs).loss
         loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert cache.found == 3
+    assert cache.records_read == 3
 
 
 def test_random_numbers_above_fall_as_without_the_cache() -> None:
@@ -620,7 +617,7 @@ def test_frozen_weights_that_change_meanwhile() -> None:
         model(**inputs)
         block.mlp.up_proj.weight.copy_(block.mlp.up_proj.weight.clone())
         model(**inputs)
-        assert cache.active and cache.found == 3, "written with what it was"
+        assert cache.active and cache.records_read == 3, "written with what it was"
         block.mlp.up_proj.weight.mul_(2)
         changed = model(**inputs).loss
         assert not cache.active and "were changed" in cache.reason

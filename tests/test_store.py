@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from layercard.errors import OutputError
 from layercard.fast import prefix_store as stores
-from layercard.fast.prefix_store import CacheWarning, Rates, Store, Uncacheable, checksum, disk_rates, forecast, gigabytes, room, take_apart
+from layercard.fast.prefix_cache import Rates, forecast
+from layercard.fast.prefix_records import Uncacheable, take_apart
+from layercard.fast.prefix_store import CacheWarning, Store, checksum, disk_rates, gigabytes, room
 
 WIDTH = 6
 

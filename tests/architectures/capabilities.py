@@ -266,7 +266,7 @@ def cuts(case: Case) -> str:
 def caches(case: Case) -> str:
     """With the frozen prefix cached, losses and gradients are stock ones and records are found again."""
     done = _compare(case, lambda model: frozen_prefix(model, always=True, strict=False))
-    return YES if done.active and done.found >= len(case.data) else done.reason or next(iter(done.untouched))
+    return YES if done.active and done.records_read >= len(case.data) else done.reason or next(iter(done.untouched))
 
 
 def unpads(case: Case) -> str:

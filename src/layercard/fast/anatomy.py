@@ -1,7 +1,10 @@
 """Where a model trains: its blocks, the lowest one with a trainable weight, and whether anything below it trains too."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,6 +15,8 @@ from layercard.models.load import is_classifier
 
 FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 """What decoders call the norm after their last block."""
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+"""Kinds of layers in which a record's tokens see nothing of other records, and only distances count where positions are rotary."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Anatomy:
         causal: The transformers model with the head, inside whatever wraps it (PEFT, DistributedDataParallel).
         decoder: The part of it that runs the blocks: its forward turns token ids into the hidden states of the last block, normed.
         blocks: The decoder blocks, index 0 at the input.
+        final_norm: The norm after the last block.
         lowest: Index of the lowest block with a trainable weight; the number of blocks where none has.
         below: Names of trainable weights that the input reaches before block `lowest`, such as embeddings and prompts.
     """
@@ -29,19 +35,19 @@ class Anatomy:
     causal: PreTrainedModel
     decoder: nn.Module
     blocks: tuple[Block, ...]
+    final_norm: nn.Module | None
     lowest: int
     below: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(self.causal).__name__
 
     @property
     def config(self) -> PreTrainedConfig:
         """The configuration of the decoder."""
         return self.decoder.config if isinstance(self.decoder, PreTrainedModel) else self.causal.config
-
-    @property
-    def final_norm(self) -> nn.Module | None:
-        """The norm after the last block."""
-        children = dict(self.decoder.named_children())
-        return next((children[name] for name in FINAL_NORMS if name in children), None)
 
     @property
     def multimodal(self) -> bool:
@@ -50,13 +56,17 @@ class Anatomy:
 
     @property
     def mixes_records(self) -> bool:
-        """Whether a record's numbers depend on the others of its batch: 8-bit maps of bitsandbytes look for outliers in all of it."""
+        """Whether a record's numbers depend on the others of its batch: 8-bit modules of bitsandbytes look for outliers in all of it."""
         return bool(vars(self.causal).get("is_loaded_in_8bit"))
 
     @property
-    def layers_in_backward(self) -> str:
-        """Blocks from the lowest trained one on, of all: `5/30`."""
-        return f"{len(self.blocks) - self.lowest}/{len(self.blocks)}"
+    def other_layer_kinds(self) -> list[str]:
+        """Kinds of layers that work along the sequence in other ways than full or sliding attention."""
+        return sorted(set(self.config.to_dict().get("layer_types") or ()) - ATTENTION_KINDS)
+
+    def below_words(self) -> str:
+        """The first of `below`, and how many more there are."""
+        return self.below[0] + (f" and {len(self.below) - 1} more" if len(self.below) > 1 else "")
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -71,29 +81,26 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise TrainingError(f"{type(model).__name__} holds no transformers model; give a PreTrainedModel or a PEFT model around one")
     blocks = find_blocks(causal)
     decoder = causal.get_submodule(blocks[0].path.rpartition(".")[0].rpartition(".")[0])
-    trained = {id(weight) for weight in model.parameters() if weight.requires_grad}
-    holders = [block.index for block in blocks if any(id(weight) in trained for weight in block.module.parameters())]
-    parts = Anatomy(causal, decoder, blocks, min(holders, default=len(blocks)), ())
-    return Anatomy(causal, decoder, blocks, parts.lowest, _below(model, parts))
+    children = dict(decoder.named_children())
+    final_norm = next((children[name] for name in FINAL_NORMS if name in children), None)
+    training = [block.index for block in blocks if any(weight.requires_grad for weight in block.module.parameters())]
+
+    # Only blocks, final norm and heads are certain to come after the last frozen block; a tied head trains the embedding.
+    holder = blocks[0].path.partition(".")[0]
+    heads = [child for name, child in causal.named_children() if name != holder] if is_classifier(causal) else []
+    later = [*(block.module for block in blocks), final_norm, causal.get_output_embeddings(), *heads]
+    after = {id(weight) for module in later if module is not None for weight in module.parameters()}
+    after -= {id(weight) for weight in causal.get_input_embeddings().parameters()}
+    below = tuple(name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in after)
+    return Anatomy(causal, decoder, blocks, final_norm, min(training, default=len(blocks)), below)
 
 
-def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Names of what a module's forward takes, in order, as its class says, whatever stands in for the forward of an instance."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+@functools.cache
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what a class's forward takes, in order, without `self`."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _below(model: nn.Module, parts: Anatomy) -> tuple[str, ...]:
-    """Names of the trainable weights outside the blocks that are not certain to come after the last block."""
-    after = {id(weight) for block in parts.blocks for weight in block.module.parameters()}
-    first = parts.causal.get_input_embeddings()
-    head = parts.causal.get_output_embeddings()
-    for module in (parts.final_norm, head, *_classifying(parts)):
-        after |= {id(weight) for weight in module.parameters()} if module is not None else set()
-    after -= {id(weight) for weight in first.parameters()}  # a tied head trains the embedding
-    return tuple(name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in after)
-
-
-def _classifying(parts: Anatomy) -> list[nn.Module]:
-    """What a classifier has beside the model that holds its blocks: the head that its adapters are trained with."""
-    holder = parts.blocks[0].path.partition(".")[0]
-    return [child for name, child in parts.causal.named_children() if name != holder] if is_classifier(parts.causal) else []
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of a module by name, as its class names them, whatever stands in for the forward of this one."""
+    return {**dict(zip(argument_names(type(module).forward), args, strict=False)), **kwargs}

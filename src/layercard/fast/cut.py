@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from layercard.errors import TrainingError
-from layercard.fast.anatomy import Anatomy, anatomy
+from layercard.fast.anatomy import anatomy
 from layercard.models.hooks import block_input, replaced
+from layercard.models.layers import Block
 
 
 @dataclass(frozen=True)
@@ -75,101 +76,75 @@ def cut_backward(model: nn.Module) -> Iterator[Cut]:
         ModelError: The model has no decoder blocks.
     """
     parts = anatomy(model)
-    _check(model, parts)
-    with ExitStack() as stack:
-        take_off = stack.enter_context(_no_input_gradients(parts.causal))
-        stack.enter_context(replaced(parts.decoder, _decoder_forward(parts, take_off)))
-        for block in parts.blocks[: parts.lowest]:
-            stack.enter_context(replaced(block.module, _without_graph(block.module.forward)))
-        for block in parts.blocks[parts.lowest : parts.lowest + 1]:
-            stack.enter_context(replaced(block.module, _from_detached(block.module.forward)))
-        yield Cut(parts.lowest, len(parts.blocks))
-
-
-def _check(model: nn.Module, parts: Anatomy) -> None:
     if not any(weight.requires_grad for weight in model.parameters()):
         raise TrainingError("no weight of the model requires a gradient; add adapters first (get_peft_model), then cut the backward pass")
     if parts.below:
-        more = f" and {len(parts.below) - 1} more" if len(parts.below) > 1 else ""
         raise TrainingError(
-            f"backward cannot be cut: {parts.below[0]}{more} trains below the blocks, so its gradient passes through all of them; "
+            f"backward cannot be cut: {parts.below_words()} trains below the blocks, so its gradient passes through all of them; "
             "freeze it (no prompt or prefix tuning, no trainable or tied embedding), or train without the cut"
         )
+    frozen_blocks, trained_blocks = parts.blocks[: parts.lowest], parts.blocks[parts.lowest :]
+    frozen_weights = [weight for block in frozen_blocks for weight in block.module.parameters()]
+    frozen_layers, trained_layers = _checkpointing_layers(frozen_blocks), _checkpointing_layers(trained_blocks)
+    run_decoder = parts.decoder.forward
 
-
-def _without_graph(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A frozen block below the cut."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return own(*args, **kwargs)
-
-    return forward
-
-
-def _from_detached(own: Callable[..., Any]) -> Callable[..., Any]:
-    """The block at the cut."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden, put = block_input(args, kwargs)
-        args, kwargs = put(hidden.detach())
-        return own(*args, **kwargs)
-
-    return forward
-
-
-def _decoder_forward(parts: Anatomy, take_off: Callable[[], None]) -> Callable[..., Any]:
-    """The decoder's forward with checkpointing where backward goes, and with a look at what trains."""
-    own = parts.decoder.forward
-    frozen = [weight for block in parts.blocks[: parts.lowest] for weight in block.module.parameters()]
-    below = [layer for block in parts.blocks[: parts.lowest] for layer in _checkpointing(block.module)]
-    above = [layer for block in parts.blocks[parts.lowest :] for layer in _checkpointing(block.module)]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if any(weight.requires_grad for weight in frozen):
+    def decoder_forward(*args: Any, **kwargs: Any) -> Any:
+        if any(weight.requires_grad for weight in frozen_weights):
             raise TrainingError(
                 f"a weight below block {parts.lowest} has become trainable since the backward pass was cut there; "
                 "leave the cut, or enter it after the weights are chosen"
             )
-        take_off()
-        with _checkpointed(parts.decoder, below, above):
-            return own(*args, **kwargs)
+        take_off_hooks()
+        with _checkpointing_of(parts.decoder, frozen_layers, trained_layers):
+            return run_decoder(*args, **kwargs)
 
-    return forward
+    def without_graph(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return run(*args, **kwargs)
+
+    def from_detached(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hidden, put = block_input(args, kwargs)
+        args, kwargs = put(hidden.detach())
+        return run(*args, **kwargs)
+
+    with ExitStack() as stack:
+        take_off_hooks = stack.enter_context(_no_input_gradients(parts.causal))
+        stack.enter_context(replaced(parts.decoder, decoder_forward))
+        for block in frozen_blocks:
+            stack.enter_context(replaced(block.module, partial(without_graph, block.module.forward)))
+        for block in trained_blocks[:1]:
+            stack.enter_context(replaced(block.module, partial(from_detached, block.module.forward)))
+        yield Cut(parts.lowest, len(parts.blocks))
 
 
-def _checkpointing(block: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers of a block that checkpoint themselves: in transformers 5 the block itself."""
-    return [module for module in block.modules() if isinstance(module, GradientCheckpointingLayer)]
+def _checkpointing_layers(blocks: tuple[Block, ...]) -> list[GradientCheckpointingLayer]:
+    """The layers of blocks that checkpoint themselves: in transformers 5 the blocks."""
+    return [module for block in blocks for module in block.module.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
-def _checkpointed(decoder: nn.Module, below: list[GradientCheckpointingLayer], above: list[GradientCheckpointingLayer]) -> Iterator[None]:
-    """No checkpointing in `below`, non-reentrant checkpointing in `above` where it is on.
+def _checkpointing_of(
+    decoder: nn.Module, frozen: list[GradientCheckpointingLayer], trained: list[GradientCheckpointingLayer]
+) -> Iterator[None]:
+    """No checkpointing in frozen layers, non-reentrant checkpointing in trained ones where it is on.
 
     Models from the hub written for transformers 4 checkpoint in the decoder's forward, by a function of the decoder's. Non-reentrant
     it does no harm below the cut: a block without a graph is not computed again.
     """
-    with ExitStack() as stack:
-        for layer in below:
-            if layer.gradient_checkpointing:
-                stack.enter_context(_holding(layer, "gradient_checkpointing", False))
-        for layer in (*above, decoder):
-            if vars(layer).get("gradient_checkpointing"):
-                asked = vars(layer)["_gradient_checkpointing_func"]
-                stack.enter_context(_holding(layer, "_gradient_checkpointing_func", partial(asked, use_reentrant=False)))
-        yield
-
-
-@contextmanager
-def _holding(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Let an attribute of a module's own have another value for the length of a `with` block."""
-    before = vars(module)[name]
-    vars(module)[name] = value
+    frozen = [layer for layer in frozen if layer.gradient_checkpointing]
+    changes: list[tuple[nn.Module, str, Any]] = [(layer, "gradient_checkpointing", False) for layer in frozen]
+    for module in (*trained, decoder):
+        if vars(module).get("gradient_checkpointing"):
+            function = partial(vars(module)["_gradient_checkpointing_func"], use_reentrant=False)
+            changes.append((module, "_gradient_checkpointing_func", function))
+    before = [vars(module)[name] for module, name, _ in changes]
+    for module, name, value in changes:
+        vars(module)[name] = value
     try:
         yield
     finally:
-        vars(module)[name] = before
+        for (module, name, _), value in zip(changes, before, strict=True):
+            vars(module)[name] = value
 
 
 @contextmanager
@@ -181,18 +156,17 @@ def _no_input_gradients(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
     """
     removed = False
 
+    def hooked() -> bool:
+        return bool(vars(model).get("_require_grads_hooks"))
+
     def take_off() -> None:
         nonlocal removed
-        removed = removed or _hooked(model)
+        removed = removed or hooked()
         model.disable_input_require_grads()
 
     take_off()
     try:
         yield take_off
     finally:
-        if removed and not _hooked(model):
+        if removed and not hooked():
             model.enable_input_require_grads()
-
-
-def _hooked(model: PreTrainedModel) -> bool:
-    return bool(vars(model).get("_require_grads_hooks"))

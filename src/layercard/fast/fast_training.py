@@ -1,14 +1,13 @@
-"""All of this package around a training loop, in the order in which the parts fit, each where it is exact.
-
-Callbacks for transformers' `Trainer` and TRL's trainers: the context managers of this package, held open while a training runs.
+"""All parts of faster training around a training loop, in the order in which they fit, each where it is exact; and as callbacks.
 
 ```python
 trainer = SFTTrainer(model, args=args, train_dataset=data, peft_config=config, callbacks=[CutBackward(), FrozenPrefix(passes=3)])
 trainer.train()
 ```
 
-Name them in the order in which `with` would enter them. A `Trainer` tells its callbacks when training begins and when it has ended, and
-tells them nothing when it raises: after an exception they hold on until the model trains again. A `with` block always lets go:
+The callbacks, for transformers' `Trainer` and TRL's trainers, hold the context managers open while a training runs. Name them in the order
+in which `with` would enter them. A `Trainer` tells its callbacks when training begins and when it has ended, and tells them nothing when
+it raises: after an exception they hold on until the model trains again. A `with` block always lets go:
 
 ```python
 with cut_backward(trainer.model), frozen_prefix(trainer.model, passes=3):
@@ -21,8 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,10 +32,8 @@ from layercard.fast.labels import labels_only
 from layercard.fast.lora import fused_lora
 from layercard.fast.packing import unpadded
 from layercard.fast.prefix import PrefixCache, frozen_prefix
-from layercard.fast.prefix_blocks import Frozen, randomness
+from layercard.fast.prefix_blocks import randomness
 from layercard.settings import FastSettings
-
-# ---- fast.together
 
 __all__ = ["Fast", "FastSettings", "fast_training"]
 
@@ -95,25 +91,22 @@ def fast_training(
         tokenizer: Becomes part of the fingerprint of the prefix cache.
     """
     settings, done = settings or FastSettings(), Fast()
-    folder = None if settings.cache_folder is None else Path(settings.cache_folder)
-
-    def prefix() -> AbstractContextManager[Any]:
-        return frozen_prefix(model, folder, max_bytes=settings.cache_bytes, passes=passes, tokens=tokens, tokenizer=tokenizer, strict=False)
-
+    options: dict[str, Any] = {"passes": passes, "tokens": tokens, "tokenizer": tokenizer, "max_bytes": settings.cache_bytes}
     parts: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "cut": lambda: cut_backward(model),
-        "prefix_cache": prefix,
+        "prefix_cache": lambda: frozen_prefix(model, settings.cache_folder, strict=False, **options),
         "unpadded": lambda: unpadded(model),
         "labels_only": lambda: labels_only(model),
         "fused_lora": lambda: fused_lora(model),
     }
-    draws = _draws(model) if settings.unpadded else ""
+    anatomy_of_model = anatomy(model)
+    drawing = randomness(anatomy_of_model, len(anatomy_of_model.blocks)) if settings.unpadded else []
     with ExitStack() as stack:
         for name, enter in parts.items():
-            if not settings.to_json()[name]:
+            if not getattr(settings, name):
                 continue
-            if name == "unpadded" and draws:
-                done.off[name] = f"padding is computed: dropout is on ({draws})"
+            if name == "unpadded" and drawing:
+                done.off[name] = f"padding is computed: dropout is on ({drawing[0]})"
                 continue
             try:
                 done.parts[name] = stack.enter_context(enter())
@@ -122,27 +115,24 @@ def fast_training(
         yield done
 
 
-def _draws(model: nn.Module) -> str:
-    """Something in the model that draws random numbers in training; empty where nothing does."""
-    parts = anatomy(model)
-    return next(iter(randomness(Frozen(parts, len(parts.blocks)))), "")
-
-
-# ---- fast.callbacks
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
+class _Entered(NamedTuple):
     """A context manager that a callback holds open, and for which training of which model."""
 
-    holder: "WhileTraining"
+    callback: "WhileTraining"
     manager: AbstractContextManager[object]
     model: nn.Module
     training: TrainerState
 
 
-_held: list[_Held] = []
-"""All that is open, in the order of entering: whatever is left takes with it what was entered after it."""
+_entered: list[_Entered] = []
+"""All that is open, in the order of block_input: whatever is left takes with it what was entered after it."""
+
+
+def _leave(is_first: Callable[[_Entered], bool]) -> None:
+    """Leave the first context manager of which this is true and all that were entered after it, the last one first."""
+    first = next((index for index, entry in enumerate(_entered) if is_first(entry)), len(_entered))
+    while len(_entered) > first:
+        _entered.pop().manager.__exit__(None, None, None)
 
 
 class WhileTraining(TrainerCallback):
@@ -157,8 +147,8 @@ class WhileTraining(TrainerCallback):
 
     def __init__(self, enter: Callable[[nn.Module], AbstractContextManager[object]]) -> None:
         self._enter = enter
-        self._entered: object = None
-        self._said = ""
+        self._yielded: object = None
+        self._last_line = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
@@ -170,32 +160,26 @@ class WhileTraining(TrainerCallback):
         """
         if model is None:
             raise TrainingError(f"{type(self).__name__} was called without a model; give it to a Trainer as a callback")
-        _leave(next((one for one in _held if one.model is model and one.training is not state), None))
+        _leave(lambda entry: entry.model is model and entry.training is not state)
         manager = self._enter(model)
-        self._entered, self._said = manager.__enter__(), ""
-        _held.append(_Held(self, manager, model, state))
-        self._say(state)
+        self._yielded, self._last_line = manager.__enter__(), ""
+        _entered.append(_Entered(self, manager, model, state))
+        self._write_line(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave, together with what was entered later: `Trainer` ends its callbacks in the order in which it began them."""
-        self._say(state)
-        _leave(next((one for one in _held if one.holder is self), None))
+        self._write_line(state)
+        _leave(lambda entry: entry.callback is self)
 
-    def _say(self, state: TrainerState) -> None:
-        line = str(self._entered)
-        if state.is_world_process_zero and line != self._said:
+    def _write_line(self, state: TrainerState) -> None:
+        line = str(self._yielded)
+        if state.is_world_process_zero and line != self._last_line:
             sys.stderr.write(f"{line}\n")
-        self._said = line
-
-
-def _leave(wanted: _Held | None) -> None:
-    """Leave one context manager and all that were entered after it, the last one first."""
-    while wanted in _held:
-        _held.pop().manager.__exit__(None, None, None)
+        self._last_line = line
 
 
 class CutBackward(WhileTraining):
-    """`cut_backward` while a `Trainer` trains; stderr hears `layers in backward: 5/30`."""
+    """`cut_backward` while a `Trainer` trains; it writes `layers in backward: 5/30` to stderr."""
 
     def __init__(self) -> None:
         super().__init__(cut_backward)
@@ -216,5 +200,5 @@ class FrozenPrefix(WhileTraining):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write what waits, so that other processes find it in the next epoch."""
-        if isinstance(self._entered, PrefixCache):
-            self._entered.flush()
+        if isinstance(self._yielded, PrefixCache):
+            self._yielded.flush()

@@ -8,8 +8,8 @@ again in backward instead (`torch.utils.checkpoint`).
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layercard.data.load import IGNORED
-from layercard.fast.anatomy import Anatomy, anatomy, forward_names
+from layercard.fast.anatomy import Anatomy, anatomy, named_arguments
 from layercard.fast.packing import needed, needing
 from layercard.models.hooks import replaced
 
@@ -38,22 +38,19 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class LabelsOnly:
-    """What `labels_only` did so far.
+    """What `labels_only` did so far."""
 
-    Attributes:
-        active: Whether losses of this model can be computed so at all.
-        reason: Why not, where they cannot.
-        labelled: Positions that went through the head.
-        spared: Positions that did not.
-    """
+    reason: str = ""  # why losses of this model cannot be computed so, where they cannot
+    labelled: int = 0  # positions that went through the head
+    spared: int = 0  # positions that did not
 
-    active: bool = True
-    reason: str = ""
-    labelled: int = 0
-    spared: int = 0
+    @property
+    def active(self) -> bool:
+        """Whether losses of this model are computed so."""
+        return not self.reason
 
     def __str__(self) -> str:
-        if not self.active:
+        if self.reason:
             return f"logits of all positions: {self.reason}"
         return f"logits of labelled positions only: {self.labelled} of {self.labelled + self.spared}"
 
@@ -70,83 +67,82 @@ def labels_only(model: nn.Module, *, chunk_bytes: int | None = None) -> Iterator
         chunk_bytes: Float32 logits to hold at once; by default 24 MiB on a CPU, 512 MiB elsewhere.
     """
     parts = anatomy(model)
-    done = LabelsOnly(*_possible(parts))
-    if not done.active:
+    done = LabelsOnly(_obstacle(parts))
+    with ExitStack() as stack:
+        if done.active:
+            stack.enter_context(replaced(parts.causal, _LabelledForward(parts, parts.causal.forward, chunk_bytes, done)))
+            if parts.final_norm is not None:
+                stack.enter_context(replaced(parts.final_norm, partial(_norm_needed, parts.final_norm.forward)))
         yield done
-        return
-    forward, norm = parts.causal.forward, parts.final_norm
-    names = forward_names(type(parts.causal))
-    with replaced(parts.causal, _Labelled(parts, forward, names, chunk_bytes, done)):
-        if norm is None:
-            yield done
-        else:
-            with replaced(norm, partial(_normed, norm.forward)):
-                yield done
+
+
+def _obstacle(parts: Anatomy) -> str:
+    """Why the losses of a model cannot be computed so; empty where they can."""
+    if parts.causal.loss_function is not ForCausalLMLoss:
+        return f"the loss of {parts.name} is not the cross entropy of the next token"
+    if parts.multimodal:
+        return f"{parts.name} puts pictures or sound among its tokens"
+    return "" if parts.causal.get_output_embeddings() is not None else f"{parts.name} has no head"
 
 
 @dataclass
-class _Labelled:
+class _LabelledForward:
     """The model's forward in `labels_only`."""
 
     parts: Anatomy
     run: Callable[..., Any]
-    names: tuple[str, ...]
     chunk_bytes: int | None
     done: LabelsOnly
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        parts = self.parts
+        kwargs = named_arguments(parts.causal, args, kwargs)
         labels = kwargs.get("labels")
-        if labels is None or not self.parts.causal.training or _asks_for_all(kwargs) or vars(self.parts.config).get("output_router_logits"):
+        full = any(kwargs.get(name) is not None and kwargs[name] is not False for name in FULL) or kwargs.get("return_dict") is False
+        if labels is None or full or not parts.causal.training or vars(parts.config).get("output_router_logits"):
             return self.run(**kwargs)
-        before = torch.zeros_like(labels, dtype=torch.bool)
-        before[:, :-1] = labels[:, 1:] != IGNORED
+
+        # The decoder runs as ever; its final norm learns which positions the head will see: those that predict a label.
+        predicting = torch.zeros_like(labels, dtype=torch.bool)
+        predicting[:, :-1] = labels[:, 1:] != IGNORED
         items = kwargs.get("num_items_in_batch")
-        with needing(before):
-            hidden, output = self.body({name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")})
-        targets = labels[:, 1:][before[:, :-1]].to(hidden.device)
-        head = partial(self.head, output)
-        rows = self.rows(len(targets), hidden.device.type)
-        trains = any(weight.requires_grad for weight in self._head_weights())
-        total = (_rerun if trains else _frozen)(hidden[before.to(hidden.device)], targets, head, rows)
+        outputs: list[Any] = []
+        run_decoder = parts.decoder.forward
+
+        def decode(*args: Any, **inner: Any) -> Any:
+            outputs.append(run_decoder(*args, **inner))
+            return _with_hidden(outputs[0], outputs[0][0][:, :0].detach())  # nothing is left for the head to do
+
+        with needing(predicting), replaced(parts.decoder, decode):
+            self.run(**{name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")})
+        hidden = outputs[0][0]
+        hidden = hidden[predicting.to(hidden.device)]
+        targets = labels[:, 1:][predicting[:, :-1]].to(hidden.device)
+
+        def head(part: torch.Tensor) -> torch.Tensor:
+            """Logits `[m, vocabulary]` of hidden states `[m, width]`, by the model's own code: scale, cap and bias included."""
+            output = _with_hidden(outputs[0], part[None])
+            with replaced(parts.decoder, lambda *args, **kwargs: output):
+                ids = torch.zeros((1, len(part)), dtype=torch.long, device=part.device)
+                logits: torch.Tensor = self.run(input_ids=ids, use_cache=False).logits[0]
+                return logits
+
+        # Chunks of equal size, none larger than allowed.
+        limit = CHUNK_BYTES.get(hidden.device.type, OTHER_CHUNK_BYTES) if self.chunk_bytes is None else self.chunk_bytes
+        most = max(1, limit // (4 * parts.config.vocab_size))
+        rows = max(1, math.ceil(len(targets) / math.ceil(max(len(targets), 1) / most)))
+        total = _checkpointed_loss(hidden, targets, head, rows) if self._head_trains() else _FrozenHead.apply(hidden, targets, head, rows)
         self.done.labelled += len(targets)
         self.done.spared += labels.numel() - len(targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 
-    def rows(self, labelled: int, device: str) -> int:
-        """Rows of a chunk, so that chunks are alike and none is larger than allowed."""
-        limit = CHUNK_BYTES.get(device, OTHER_CHUNK_BYTES) if self.chunk_bytes is None else self.chunk_bytes
-        most = max(1, limit // (4 * self.parts.config.vocab_size))
-        return max(1, math.ceil(labelled / math.ceil(max(labelled, 1) / most)))
-
-    def body(self, kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
-        """Hidden states `[B, T, width]` that the head would get, and an output of the decoder to put others in."""
-        run, found = self.parts.decoder.forward, []
-
-        def decode(*args: Any, **inner: Any) -> Any:
-            output = run(*args, **inner)
-            found.append(output)
-            return _with_hidden(output, output[0][:, :0].detach())  # nothing is left for the head to do
-
-        with replaced(self.parts.decoder, decode):
-            self.run(**kwargs)
-        return found[0][0], found[0]
-
-    def head(self, output: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `[m, vocabulary]` of hidden states `[m, width]`, by the model's own code: scale, cap and bias included."""
-        stub = _with_hidden(output, hidden[None])
-        with replaced(self.parts.decoder, lambda *args, **kwargs: stub):
-            ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-            return self.run(input_ids=ids, use_cache=False).logits[0]
-
-    def _head_weights(self) -> Iterator[nn.Parameter]:
+    def _head_trains(self) -> bool:
         inside = {id(weight) for weight in self.parts.decoder.parameters()}
-        yield from (weight for weight in self.parts.causal.parameters() if id(weight) not in inside)
-        head = self.parts.causal.get_output_embeddings()
-        yield from head.parameters() if head is not None else ()
+        outside = [weight for weight in self.parts.causal.parameters() if id(weight) not in inside]
+        return any(weight.requires_grad for weight in (*outside, *self.parts.causal.get_output_embeddings().parameters()))
 
 
-def _normed(norm: Head, hidden: torch.Tensor) -> torch.Tensor:
+def _norm_needed(norm: Head, hidden: torch.Tensor) -> torch.Tensor:
     """The final norm on the positions that the head will see, zeros elsewhere."""
     mask = needed()
     if mask is None or mask.shape != hidden.shape[:2]:
@@ -162,32 +158,18 @@ def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     return changed
 
 
-def _asks_for_all(kwargs: Mapping[str, Any]) -> bool:
-    wanted = [kwargs.get(name) for name in FULL]
-    return any(value is not None and value is not False for value in wanted) or kwargs.get("return_dict") is False
-
-
-def _rerun(hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int) -> torch.Tensor:
+def _checkpointed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int) -> torch.Tensor:
     """Summed cross entropy; the head of each chunk runs again in backward."""
 
     def loss(part: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy(head(part).float(), labels, reduction="sum")
 
     pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
-    total = torch.stack([checkpoint(loss, part, labels, use_reentrant=False) for part, labels in pairs]).sum()
-    assert isinstance(total, torch.Tensor)
-    return total
-
-
-def _frozen(hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int) -> torch.Tensor:
-    """Summed cross entropy through a head without trainable weights."""
-    total = _FrozenHead.apply(hidden, targets, head, rows)
-    assert isinstance(total, torch.Tensor)
-    return total
+    return torch.stack([checkpoint(loss, part, labels, use_reentrant=False) for part, labels in pairs]).sum()
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Summed cross entropy of hidden states `[M, width]`, whose gradient is taken together with it."""
+    """Summed cross entropy of hidden states `[M, width]` through a head without trainable weights; the gradient is taken with it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int) -> torch.Tensor:
@@ -212,14 +194,3 @@ class _FrozenHead(torch.autograd.Function):
         """The gradient from forward, scaled."""
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].to(gradient.dtype), None, None, None
-
-
-def _possible(parts: Anatomy) -> tuple[bool, str]:
-    name = type(parts.causal).__name__
-    if parts.causal.loss_function is not ForCausalLMLoss:
-        return False, f"the loss of {name} is not the cross entropy of the next token"
-    if parts.multimodal:
-        return False, f"{name} puts pictures or sound among its tokens"
-    if parts.causal.get_output_embeddings() is None:
-        return False, f"{name} has no head"
-    return True, ""

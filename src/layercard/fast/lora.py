@@ -1,4 +1,4 @@
-"""LoRA in one step: the frozen map and its adapter as one function with its own backward.
+"""LoRA in one step: the frozen module and its adapter as one function with its own backward.
 
 Stock modules compute `y = W x + s · B(A x)` in five operations, each with a pass over `y` or `x` and a node in the graph, and let
 autograd multiply thin matrices in the slow order. Here, with rows `x: [N, in]`, `h = x Aᵀ: [N, r]` and `δ = ∂loss/∂y: [N, out]`,
@@ -25,7 +25,7 @@ from layercard.models.hooks import replaced
 
 @dataclass(frozen=True)
 class FusedLora:
-    """How many adapters of linear maps `fused_lora` computes in one step; others run as they are, those of stacked experts among them."""
+    """How many adapters of linear modules are computed in one step; others run as they are, those of stacked experts among them."""
 
     fused: int
     adapters: int
@@ -41,7 +41,7 @@ def fused_lora(model: nn.Module) -> Iterator[FusedLora]:
     """Compute plain LoRA adapters of `model` in one step for the length of a `with` block.
 
     Left to PEFT are adapters of stacked experts, which it adds to the weights before the experts run, adapters with dropout, bias or a
-    variant (DoRA), on quantised or trainable maps, merged, switched off, or several at once, and every call under autocast.
+    variant (DoRA), on quantised or trainable modules, merged, switched off, or several at once, and every call under autocast.
 
     Args:
         model: A PEFT model, or what wraps one.
@@ -58,22 +58,20 @@ def _is_plain(module: LoraLinear) -> bool:
     base, names = module.get_base_layer(), module.active_adapters
     if type(base) not in (nn.Linear, Conv1D) or len(names) != 1 or names[0] not in module.lora_A:
         return False
-    name = names[0]
-    dropout = module.lora_dropout[name]
-    still = isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and dropout.p == 0)
+    dropout = module.lora_dropout[names[0]]
+    draws = not isinstance(dropout, nn.Identity) and not (isinstance(dropout, nn.Dropout) and dropout.p == 0)
     frozen = base.weight.is_floating_point() and not any(weight.requires_grad for weight in base.parameters())
-    return still and frozen and name not in module.lora_variant and module.lora_B[name].bias is None
+    return frozen and not draws and names[0] not in module.lora_variant and module.lora_B[names[0]].bias is None
 
 
-def _forward(module: LoraLinear, own: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _forward(module: LoraLinear, run: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     base = module.get_base_layer()
     hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
     if args or kwargs or hooked or module.disable_adapters or module.merged or torch.is_autocast_enabled(x.device.type):
-        return own(x, *args, **kwargs)
+        return run(x, *args, **kwargs)
     (name,) = module.active_adapters
     weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-    down, up = module.lora_A[name].weight, module.lora_B[name].weight
-    return _Adapted.apply(x, weight, base.bias, down, up, module.scaling[name])
+    return _Adapted.apply(x, weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
 
 
 class _Adapted(torch.autograd.Function):

@@ -1,17 +1,16 @@
-"""Which positions of the current pass the head will see; changes with the layout of the batch, padded or packed.
-
-Padding goes through no block: the real tokens of a batch travel as one row, and only attention sees them record by record.
+"""Padding goes through no block: the real tokens of a batch travel as one row, and only attention sees them record by record.
 
 A batch `[B, T]` of records of unequal length is mostly computed for nothing where it is padded (a quarter of it for E2E, four records
-at a time). Every map of a block but attention works on single tokens, so `unpadded` lets the decoder run on `[1, N]`, N the number of
+at a time). Every module of a block but attention works on single tokens, so `unpadded` lets the decoder run on `[1, N]`, N the number of
 real tokens. Attention puts queries, keys and values back to one record a row, padding on the right, where a causal mask keeps it
 unseen, and takes the N real rows of its result. Losses and gradients are the padded ones up to rounding.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,37 +19,31 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from layercard.fast.anatomy import Anatomy, anatomy, forward_names
+from layercard.fast.anatomy import Anatomy, anatomy, argument_names, named_arguments
 from layercard.models.hooks import replaced
 from layercard.models.load import sees_ahead
-
-# ---- fast.positions
-
-_needed: ContextVar[torch.Tensor | None] = ContextVar("needed", default=None)
-
-
-def needed() -> torch.Tensor | None:
-    """Mask `[B, T]` of the positions that the head will see, in the layout that blocks see now; `None` for all."""
-    return _needed.get()
-
-
-@contextmanager
-def needing(mask_bt: torch.Tensor | None) -> Iterator[None]:
-    """Say so for the length of a `with` block."""
-    token = _needed.set(mask_bt)
-    try:
-        yield
-    finally:
-        _needed.reset(token)
-
-
-# ---- fast.packing
 
 NAME = "layercard_records"
 """The attention implementation by which transformers finds `attention` and `mask`."""
 WORTH = 0.05
 """Share of padding from which on taking it out is worth the copies in attention."""
-PLAIN = frozenset({"input_ids", "attention_mask", "position_ids"})
+
+_needed: ContextVar[torch.Tensor | None] = ContextVar("needed", default=None)
+
+
+def needed() -> torch.Tensor | None:
+    """Mask `[B, T]` of the positions that the head will see, in the layout that blocks see now (padded or packed); `None` for all."""
+    return _needed.get()
+
+
+@contextmanager
+def needing(mask_bt: torch.Tensor | None) -> Iterator[None]:
+    """Say what `needed` says, for the length of a `with` block."""
+    token = _needed.set(mask_bt)
+    try:
+        yield
+    finally:
+        _needed.reset(token)
 
 
 @dataclass(frozen=True)
@@ -71,9 +64,8 @@ class Records:
     def of(cls, mask_bt: torch.Tensor) -> "Records":
         """From a mask `[B, T]` of real tokens, which need not be on the left; the layout of attention always is right-padded."""
         lengths = mask_bt.sum(dim=1)
-        width = int(lengths.max())
         starts = lengths.cumsum(0) - lengths
-        column = torch.arange(width, device=mask_bt.device)
+        column = torch.arange(int(lengths.max()), device=mask_bt.device)
         real = column < lengths[:, None]
         gather = torch.where(real, starts[:, None] + column, starts[:, None])
         return cls(gather, real.flatten().nonzero()[:, 0])
@@ -84,28 +76,25 @@ class Records:
         if self.window is None or width <= self.window:
             return None
         index = torch.arange(width, device=self.gather.device)
-        apart = index[:, None] - index
-        return (apart >= 0) & (apart < self.window)
+        distance = index[:, None] - index
+        return (distance >= 0) & (distance < self.window)
 
 
 @dataclass
 class Unpadded:
-    """What `unpadded` did so far.
+    """What `unpadded` did so far."""
 
-    Attributes:
-        active: Whether batches of this model can be packed at all.
-        reason: Why not, where they cannot.
-        tokens: Real tokens that went through the decoder in packed rows.
-        spared: Padding that did not.
-    """
+    reason: str = ""  # why batches of this model cannot be packed, where they cannot
+    tokens: int = 0  # real tokens that went through the decoder in packed rows
+    spared: int = 0  # padding that did not
 
-    active: bool = True
-    reason: str = ""
-    tokens: int = 0
-    spared: int = 0
+    @property
+    def active(self) -> bool:
+        """Whether batches of this model are packed."""
+        return not self.reason
 
     def __str__(self) -> str:
-        if not self.active:
+        if self.reason:
             return f"padding is computed: {self.reason}"
         return f"padding left out: {self.spared} of {self.tokens + self.spared} positions"
 
@@ -118,16 +107,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention by `scaled_dot_product_attention`; of a packed row each record by itself.
 
-    Args:
-        module: The attention module.
-        query: `[1, H, N, d]` of a packed row, else `[B, H, T, d]`.
-        key: As `query`, with as many heads as there are keys.
-        value: As `key`.
-        attention_mask: `Records` of a packed row; else whatever `sdpa_mask` made.
-        kwargs: As transformers passes them on.
-
-    Returns:
-        `[1, N, H, d]` or `[B, T, H, d]`, and no weights.
+    Queries are `[1, H, N, d]` of a packed row, where the mask is `Records`, else `[B, H, T, d]`; keys and values have as many heads as
+    there are keys. Returns `[1, N, H, d]` or `[B, T, H, d]`, and no weights.
     """
     if not isinstance(attention_mask, Records):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -166,102 +147,84 @@ def unpadded(model: nn.Module) -> Iterator[Unpadded]:
         model: A causal language model, or a PEFT or DistributedDataParallel model around one.
     """
     parts = anatomy(model)
-    done = Unpadded(*_possible(parts))
+    done = Unpadded(_obstacle(parts))
     if not done.active:
         yield done
         return
-    config, run = parts.config, parts.decoder.forward
-    names = forward_names(type(parts.decoder))
+    config = parts.config
+    relative = bool(config.to_dict().get("rope_parameters"))  # only distances between positions count
     before = config._attn_implementation_internal
     config._attn_implementation_internal = NAME
     try:
-        with replaced(parts.decoder, _Packing(run, names, done, _relative(config))):
+        with replaced(parts.decoder, partial(_packed_forward, parts.decoder, parts.decoder.forward, relative, done)):
             yield done
     finally:
         config._attn_implementation_internal = before
 
 
-@dataclass
-class _Packing:
+def _packed_forward(decoder: nn.Module, run: Callable[..., Any], relative: bool, done: Unpadded, *args: Any, **kwargs: Any) -> Any:
     """The decoder's forward in `unpadded`."""
+    kwargs = named_arguments(decoder, args, kwargs)
+    real_bt = _packable(kwargs, relative)
+    if real_bt is None:
+        return run(**kwargs)
+    ids, positions, head_mask = kwargs["input_ids"], kwargs.get("position_ids"), needed()
+    columns = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+    packed = {"input_ids": ids[real_bt][None], "attention_mask": None, "position_ids": columns.expand_as(ids)[real_bt][None]}
+    token = _packed.set(Records.of(real_bt))
+    try:
+        with needing(None if head_mask is None else head_mask[real_bt][None]):
+            output = run(**{**kwargs, **packed, "use_cache": False})
+    finally:
+        _packed.reset(token)
+    done.tokens += packed["input_ids"].numel()
+    done.spared += ids.numel() - packed["input_ids"].numel()
 
-    run: Callable[..., Any]
-    names: tuple[str, ...]
-    done: Unpadded
-    relative: bool
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        ids, seen = kwargs.get("input_ids"), _packable(kwargs, self.relative)
-        if ids is None or seen is None:
-            return self.run(**kwargs)
-        positions = kwargs.get("position_ids")
-        columns = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
-        packed = {"input_ids": ids[seen][None], "attention_mask": None, "position_ids": columns.expand_as(ids)[seen][None]}
-        wanted = needed()
-        token = _packed.set(Records.of(seen))
-        try:
-            with needing(None if wanted is None else wanted[seen][None]):
-                output = self.run(**{**kwargs, **packed, "use_cache": False})
-        finally:
-            _packed.reset(token)
-        self.done.tokens += packed["input_ids"].numel()
-        self.done.spared += ids.numel() - packed["input_ids"].numel()
-        return _padded(output, seen)
-
-
-def _packable(kwargs: Mapping[str, Any], relative: bool) -> torch.Tensor | None:
-    """The mask `[B, T]` of real tokens, on the device of the ids, where the batch should be packed; `None` where it should not."""
-    ids, mask_bt, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if ids is None or mask_bt is None or mask_bt.dim() != 2 or mask_bt.shape != ids.shape or kwargs.get("use_cache") is True:
-        return None
-    if any(value is not None and value is not False for name, value in kwargs.items() if name not in PLAIN | {"use_cache", "return_dict"}):
-        return None
-    seen = mask_bt.bool()
-    real = int(seen.sum())
-    if real == 0 or real > (1 - WORTH) * seen.numel() or not bool(seen.any(dim=1).all()):
-        return None
-    turns = (seen[:, 1:] != seen[:, :-1]).sum(dim=1)
-    if int(turns.max()) > 1:
-        return None  # holes, or padding on both sides
-    if positions is None and not relative and not bool(seen[:, 0].all()):
-        return None  # each model numbers left-padded tokens in its own way
-    if positions is not None and not bool(((positions[:, 1:] - positions[:, :-1] == 1) | ~(seen[:, 1:] & seen[:, :-1])).all()):
-        return None  # rows that are packed already
-    return seen
-
-
-def _padded(output: Any, seen: torch.Tensor) -> Any:
-    """The decoder's output with its hidden states back in the padded layout."""
-    packed = output[0]
-    hidden = packed.new_zeros((*seen.shape, packed.shape[-1])).masked_scatter(seen[..., None], packed[0])
+    # Back to the padded layout, zeros where there was padding.
+    states = output[0]
+    hidden = states.new_zeros((*real_bt.shape, states.shape[-1])).masked_scatter(real_bt[..., None], states[0])
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     output["last_hidden_state"] = hidden
     return output
 
 
-def _possible(parts: Anatomy) -> tuple[bool, str]:
-    causal, config = parts.causal, parts.config
-    name = type(causal).__name__
-    if not isinstance(parts.decoder, PreTrainedModel) or not causal._supports_attention_backend:
-        return False, f"{name} does not let its attention be chosen"
-    if config._attn_implementation != "sdpa":
-        return False, f"the attention is {config._attn_implementation!r}, not 'sdpa'"
+def _packable(kwargs: dict[str, Any], relative: bool) -> torch.Tensor | None:
+    """The mask `[B, T]` of real tokens, on the device of the ids, where the batch should be packed; `None` where it should not."""
+    ids, mask_bt, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if ids is None or mask_bt is None or mask_bt.dim() != 2 or mask_bt.shape != ids.shape or kwargs.get("use_cache") is True:
+        return None
+    plain = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
+    if any(value is not None and value is not False for name, value in kwargs.items() if name not in plain):
+        return None
+    real = mask_bt.bool()
+    tokens = int(real.sum())
+    if tokens == 0 or tokens > (1 - WORTH) * real.numel() or not bool(real.any(dim=1).all()):
+        return None
+    if int((real[:, 1:] != real[:, :-1]).sum(dim=1).max()) > 1:
+        return None  # holes, or padding on both sides
+    if positions is None and not relative and not bool(real[:, 0].all()):
+        return None  # each model numbers left-padded tokens in its own way
+    if positions is not None and not bool(((positions[:, 1:] - positions[:, :-1] == 1) | ~(real[:, 1:] & real[:, :-1])).all()):
+        return None  # rows that are packed already
+    return real
+
+
+def _obstacle(parts: Anatomy) -> str:
+    """Why batches of a model cannot be packed; empty where they can."""
+    if not isinstance(parts.decoder, PreTrainedModel) or not parts.causal._supports_attention_backend:
+        return f"{parts.name} does not let its attention be chosen"
+    if parts.config._attn_implementation != "sdpa":
+        return f"the attention is {parts.config._attn_implementation!r}, not 'sdpa'"
     if parts.multimodal:
-        return False, f"{name} puts pictures or sound among its tokens"
+        return f"{parts.name} puts pictures or sound among its tokens"
     if sees_ahead(parts.blocks):
-        return False, f"the tokens of {name} see those behind them, too"
+        return f"the tokens of {parts.name} see those behind them, too"
     if parts.mixes_records:
-        return False, f"the 8-bit maps of {name} look for outliers in the whole batch"
-    if "logits_to_keep" in forward_names(type(parts.decoder)):
-        return False, f"{name} may drop positions before its last blocks"
-    kinds = set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    if kinds or causal._is_stateful:
-        return False, f"{name} has blocks that work along the sequence in other ways ({', '.join(sorted(kinds)) or 'recurrent'})"
-    return True, ""
-
-
-def _relative(config: Any) -> bool:
-    """Whether only distances between positions count (rotary embeddings)."""
-    return bool(config.to_dict().get("rope_parameters"))
+        return f"the 8-bit modules of {parts.name} look for outliers in the whole batch"
+    if "logits_to_keep" in argument_names(type(parts.decoder).forward):
+        return f"{parts.name} may drop positions before its last blocks"
+    if parts.other_layer_kinds or parts.causal._is_stateful:
+        kinds = ", ".join(parts.other_layer_kinds) or "recurrent"
+        return f"{parts.name} has blocks that work along the sequence in other ways ({kinds})"
+    return ""
