@@ -22,7 +22,8 @@ from typing import Any
 
 from common import report, task_file
 from layercard.data.load import Dataset, batches, load_data
-from layercard.models.load import BaseModel, labelled_losses, load_model
+from layercard.models.load import BaseModel, load_model
+from layercard.models.losses import labelled_losses
 from layercard.profiling.fit import fit_pass
 from layercard.profiling.held_out import held_out_pass
 from layercard.profiling.profile import split_records

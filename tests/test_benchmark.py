@@ -254,7 +254,7 @@ def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
     from peft import LoraConfig, get_peft_model
 
     from layercard.data.load import batches
-    from layercard.models.load import labelled_losses
+    from layercard.models.losses import labelled_losses
     from layercard.profiling.step_probe import ProbeTraining
     from layercard.trials.runs import task_data
 

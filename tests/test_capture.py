@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from layercard.data.load import Batch, Example, collate
 from layercard.models.hooks import capturing, frozen, hidden_states, replayed, stepped
 from layercard.models.layers import find_blocks
-from layercard.models.load import labelled_losses
+from layercard.models.losses import labelled_losses
 from tiny import TINY_FAMILIES, VOCAB, build_tiny
 
 
@@ -98,7 +98,7 @@ def test_inputs_are_dropped_as_backward_goes_on() -> None:
     batch = batch_of(examples())
     held = []
     with capturing(model, find_blocks(model)) as capture:
-        capture.start(batch.attention_mask, lambda p, a, d, _: held.append(len(capture._inputs)))
+        capture.start(batch.attention_mask, lambda p, a, d, _: held.append(capture.kept))
         labelled_losses(model, batch)[0].sum().backward()
     assert held == sorted(held, reverse=True) and held[-1] == 0
 

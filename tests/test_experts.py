@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layercard.data.load import load_data
 from layercard.models.hooks import capturing, run_experts, stepped
-from layercard.models.layers import find_blocks, unread_experts
-from layercard.models.load import BaseModel, labelled_losses, wrap_model
+from layercard.models.layers import LinearModule, find_blocks, unread_experts
+from layercard.models.load import BaseModel, wrap_model
+from layercard.models.losses import labelled_losses
 from layercard.profiling.fit import Fit, HeldOut, fit_pass
 from layercard.profiling.held_out import held_out_pass
 from layercard.profiling.profile import profile_records as profile, split_records
@@ -69,13 +70,15 @@ def test_experts_one_by_one_are_the_model_s_own(family: str, implementation: str
     index = torch.stack([torch.randperm(4, generator=draw)[:2] for _ in range(11)])
     weights = torch.rand(11, 2, generator=draw, dtype=torch.float64)
     seen = []
+    modules = {(stack.parameter, each.expert): each for stack in find_blocks(model)[1].stacks for each in stack.modules}
 
-    def tap(parameter: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.append((parameter, expert, len(tokens)))
+    def see(each: LinearModule, x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        assert tokens is not None and x.shape == (len(tokens), each.in_features) and y.shape == (len(tokens), each.out_features)
+        seen.append((each.name.rpartition(".")[2].partition("[")[0], each.expert, len(tokens)))
         return y
 
     with torch.no_grad():
-        torch.testing.assert_close(run_experts(module, tap, hidden, index, weights), module(hidden, index, weights))
+        torch.testing.assert_close(run_experts(module, modules, see, hidden, index, weights), module(hidden, index, weights))
     assert sum(count for name, _, count in seen if name == "down_proj") == index.numel()
     assert {expert for _, expert, _ in seen} == set(index.unique().tolist())
 

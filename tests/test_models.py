@@ -16,7 +16,8 @@ from transformers.utils import logging as hf_logging
 from layercard.data.load import IGNORED, Batch, collate, load_data
 from layercard.errors import ModelError
 from layercard.models import load as loading, load as models
-from layercard.models.load import describe, fingerprint, labelled_logits, labelled_losses, load_model, wrap_model
+from layercard.models.load import describe, fingerprint, load_model, wrap_model
+from layercard.models.losses import labelled_logits, labelled_losses
 from tiny import LAYERS, TINY_FAMILIES, VOCAB, build_tiny, tiny_tokenizer
 
 
@@ -272,7 +273,7 @@ class TestRefusals:
         assert "no model is named" in self.refused("")
 
     def test_an_unreachable_hub(self) -> None:
-        assert "'someone/some-model' is no local folder, the hub cannot be reached" in self.refused("someone/some-model")
+        assert "'someone/some-model' is not a local folder, the hub cannot be reached" in self.refused("someone/some-model")
         assert "the hub cannot be reached" in self.refused("gpt2")
 
     def test_a_hub_that_answers_but_refuses(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +303,7 @@ class TestRefusals:
 
     def test_files_that_are_no_models(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("hello")
-        assert "is a file but no .gguf file" in self.refused(tmp_path / "notes.txt")
+        assert "is a file but not a .gguf file" in self.refused(tmp_path / "notes.txt")
         (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
         assert "cannot be read as a GGUF model" in self.refused(tmp_path / "broken.gguf")
         assert f"did you mean {tmp_path / 'broken.gguf'}?" in self.refused(tmp_path / "brokn.gguf")

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from layercard.models.load import BaseModel, labelled_losses, wrap_model
+from layercard.models.load import BaseModel, wrap_model
+from layercard.models.losses import labelled_losses
 from layercard.profiling.fit import fit_pass
 from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, second_length, step_probe, training_probe
 from test_capture import assert_same, batch_of, examples, state

@@ -7,7 +7,8 @@ import torch
 from torch.func import functional_call
 
 from layercard.data.load import Example
-from layercard.models.load import BaseModel, labelled_logits, wrap_model
+from layercard.models.load import BaseModel, wrap_model
+from layercard.models.losses import labelled_logits
 from layercard.profiling.fit import Fit, HeldOut, fit_pass
 from layercard.profiling.held_out import held_out_pass
 from layercard.statistics.coupling import curvature, descent

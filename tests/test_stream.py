@@ -16,8 +16,10 @@ from layercard.commands.main import run
 from layercard.data.load import Dataset, load_data
 from layercard.errors import LayercardError, ModelError, OutputError, TrainingError
 from layercard.files import LOCK_FILE, alone
-from layercard.models.load import labelled_logits, load_model
-from layercard.models.streamed import INDEX, StreamedModel, Weights, open_model
+from layercard.models.load import load_model
+from layercard.models.losses import labelled_logits
+from layercard.models.streamed import INDEX, StreamedModel, Weights, open_model, weight_files
+from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.streamed import stream_profile
 from layercard.settings import ProfileSettings
@@ -166,9 +168,9 @@ def with_first(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda _: b"not json at all", "no whole safetensors"),
-        (lambda _: b"[1, 2]", "no whole safetensors"),
-        (lambda _: b"[" * 50_000, "no whole safetensors"),
+        (lambda _: b"not json at all", "not a whole safetensors"),
+        (lambda _: b"[1, 2]", "not a whole safetensors"),
+        (lambda _: b"[" * 50_000, "not a whole safetensors"),
         (with_first(data_offsets=[0, 10**15]), "places"),
         (with_first(data_offsets=[-4, 10]), "places"),
         (with_first(shape=[10**9, 10**9]), "places"),
@@ -279,7 +281,7 @@ def test_experts_that_are_stored_one_by_one(family: str, tmp_path: Path) -> None
 def test_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.randn(4).bfloat16(), "empty": torch.zeros(0, 3)}
     save_file(tensors, tmp_path / "model.safetensors")
-    weights = Weights(tmp_path)
+    weights = Weights(weight_files(tmp_path))
     for name, expected in load_file(tmp_path / "model.safetensors").items():
         torch.testing.assert_close(weights.read(name), expected, rtol=0, atol=0)
     assert weights.bytes_read == sum(tensor.nbytes for tensor in tensors.values())
@@ -295,3 +297,16 @@ def test_streamed_weights_are_shared_where_they_are_tied(tmp_path: Path) -> None
         assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
         assert streamed.resident_bytes == model.get_input_embeddings().weight.nbytes
     assert model.get_input_embeddings().weight.device.type == "meta"
+
+
+def test_a_model_in_memory_runs_block_by_block_too(tmp_path: Path) -> None:
+    base = load_model(saved(tmp_path / "gpt2", "gpt2"))
+    examples = data_for(tmp_path, base.tokenizer).examples
+    model = StreamedModel.in_memory(base)
+    walk = BlockByBlock(model, examples, 3, Boundaries(), "some")
+    with torch.no_grad(), walking(model):
+        forward(model, [walk])
+        for number, batch in enumerate(walk.batches):
+            found = torch.cat([logits for logits, *_ in walk.logits(number, walk.hidden(number, len(model.blocks)))])
+            torch.testing.assert_close(found, labelled_logits(base.model, batch)[0])
+    assert model.peak_bytes == 0

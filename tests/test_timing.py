@@ -12,8 +12,8 @@ from hypothesis import given, strategies as st
 from layercard.adapters.apply import adapted, place
 from layercard.cost import estimate as meta, measure as timing
 from layercard.cost.measure import (
-    ByteCount,
-    Stamps,
+    StepBytes,
+    StepClock,
     adapted_layers,
     measure_cost,
     random_batch,
@@ -125,46 +125,46 @@ def test_borders_come_in_the_order_of_the_pass() -> None:
     forward = [(name, at) for at in range(LAYERS) for name in ("enter", "leave")]
     assert seen == [*forward, ("back", 3), ("back", 2)]  # the graph ends within block 1
     seen.clear()
-    with through_all(base) as model, block_borders(base.blocks, lambda name, index: seen.append((name, index))):
+    with through_all(base) as (model, _), block_borders(base.blocks, lambda name, index: seen.append((name, index))):
         training_step(model, random_batch(VOCAB, 2, 12), None)
     assert seen == [*forward, ("back", 3), ("back", 2), ("back", 1), ("back", 0)]
 
 
-def made_stamps(kind: str) -> Stamps:
+def made_clock(kind: str) -> StepClock:
     """A step of a model of which every part is known: block i takes 10 + i forward, 20 + i more, 3 + i for its adapter."""
     graph = {"last": [DEPTH - 1], "through": range(DEPTH), "all": range(DEPTH)}[kind]
     adapters = {"last": [DEPTH - 1], "through": [], "all": range(DEPTH)}[kind]
-    stamps, now = Stamps(torch.device("cpu"), DEPTH), 0.0
-    stamps.marks["start", 0] = now
+    clock, now = StepClock(torch.device("cpu")), 0.0
+    clock.marks["start", 0] = now
     now += 1.0
     for at in range(DEPTH):
-        stamps.marks["enter", at] = now
+        clock.marks["enter", at] = now
         now += 10 + at + (0.25 * (20 + at) if at in graph else 0) + (1.0 if at in adapters else 0.0)
-        stamps.marks["leave", at] = now
+        clock.marks["leave", at] = now
     now += 7.0
-    stamps.marks["loss", 0] = now
+    clock.marks["loss", 0] = now
     now += 9.0
-    stamps.marks["back", DEPTH] = now
+    clock.marks["back", DEPTH] = now
     for at in reversed(graph):
         now += 0.75 * (20 + at) + (2.0 + at if at in adapters else 0.0)
         if at or kind == "through":
-            stamps.marks["back", at] = now
-    stamps.marks["backward", 0] = now
-    stamps.marks["end", 0] = now + (0.5 + 0.1 * len(adapters) if adapters else 0.0)
+            clock.marks["back", at] = now
+    clock.marks["backward", 0] = now
+    clock.marks["end", 0] = now + (0.5 + 0.1 * len(adapters) if adapters else 0.0)
     if kind == "last":
-        del stamps.marks["back", DEPTH - 1]
-    return stamps
+        del clock.marks["back", DEPTH - 1]
+    return clock
 
 
 def test_parts_that_are_known_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(num_hidden_layers=DEPTH)
     kinds: dict[int, str] = {1: "last", 0: "through", DEPTH: "all"}
 
-    def timed(base: BaseModel, model: Any, batch: Batch, optimizer: Any) -> list[Stamps]:
+    def timed(base: BaseModel, model: Any, batch: Batch, optimizer: Any) -> list[StepClock]:
         adapters = sum("lora_A" in name for name, _ in model.named_parameters()) // len(base.blocks[0].linear_modules)
-        return [made_stamps(kinds[adapters])] * 2
+        return [made_clock(kinds[adapters])] * 2
 
-    monkeypatch.setattr(timing, "_timed", timed)
+    monkeypatch.setattr(timing, "timed_steps", timed)
     cost = measure_cost(base, random_batch(VOCAB, 2, 12), rank=2, repeats=2)
     assert cost.embedding_seconds == pytest.approx(1.0)
     assert (cost.head_forward_seconds, cost.head_backward_seconds) == (pytest.approx(7.0), pytest.approx(9.0))
@@ -173,8 +173,8 @@ def test_parts_that_are_known_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert layer.adapter_seconds == pytest.approx(3 + at + 0.1)
         assert layer.forward_seconds + layer.backward_seconds == pytest.approx(10 + at + 20 + at)
     assert [layer.forward_seconds for layer in cost.layers[:-1]] == pytest.approx([10, 11, 12, 13])
-    assert cost.step_time(range(DEPTH)) == pytest.approx(made_stamps("all").total)
-    assert cost.step_time([DEPTH - 1]) == pytest.approx(made_stamps("last").total, rel=0.01)
+    assert cost.step_time(range(DEPTH)) == pytest.approx(made_clock("all").between(("start", 0), ("end", 0)))
+    assert cost.step_time([DEPTH - 1]) == pytest.approx(made_clock("last").between(("start", 0), ("end", 0)), rel=0.01)
 
 
 def test_noise_is_taken_from_equal_blocks_and_real_differences_are_kept() -> None:
@@ -201,7 +201,7 @@ def test_blocks_of_a_kind_of_their_own_are_not_mixed() -> None:
 
 def test_bytes_at_borders_and_between() -> None:
     with LiveTensors() as live:
-        count = ByteCount(live, 1)
+        count = StepBytes(live)
         count("enter", 0)
         kept = torch.ones(100)
         dropped = torch.ones(1000)
@@ -210,7 +210,7 @@ def test_bytes_at_borders_and_between() -> None:
         more = torch.ones(50)
         del more
         count("loss")
-    assert (count.kept(0), count.within([0]), count.above(("loss", 0))) == (400, 4400, 200)
+    assert (count.saved(0), count.above(("enter", 0), ("leave", 0)), count.above(("leave", 0), ("loss", 0))) == (400, 4400, 200)
     assert kept.sum() == 100
 
 
@@ -246,7 +246,7 @@ def test_a_batch_that_is_too_long_or_too_large_is_named(monkeypatch: pytest.Monk
     def full(*arguments: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(timing, "_timed", full)
+    monkeypatch.setattr(timing, "timed_steps", full)
     with pytest.raises(ModelError, match="memory ran out training all layers of tiny gpt2 on 2 records of 12 tokens"):
         measure_cost(base, random_batch(VOCAB, 2, 12))
     assert_same(before, everything(base))

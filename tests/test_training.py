@@ -19,7 +19,8 @@ from torch import nn
 from layercard.adapters.apply import adapted, loaded, place
 from layercard.data.load import IGNORED, Dataset, collate, load_data, shuffled
 from layercard.errors import OutputError, PlacementError, TrainingError
-from layercard.models.load import BaseModel, labelled_losses, wrap_model
+from layercard.models.load import BaseModel, wrap_model
+from layercard.models.losses import labelled_losses
 from layercard.selection.placement import Placement
 from layercard.settings import SCHEDULERS, TrainSettings
 from layercard.training import trainer as trainer_module

@@ -16,7 +16,8 @@ from layercard.adapters.files import WEIGHTS_FILE
 from layercard.commands.main import run
 from layercard.data.load import IGNORED, load_data
 from layercard.errors import DataError, ModelError
-from layercard.models.load import labelled_losses, load_model, wrap_model
+from layercard.models.load import load_model, wrap_model
+from layercard.models.losses import labelled_losses
 from layercard.training.evaluate import evaluate
 
 NAMES = CLASSES["label2id"]

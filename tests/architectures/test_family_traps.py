@@ -8,7 +8,8 @@ from families import BY_NAME, base_of
 
 from layercard.models.hooks import capturing
 from layercard.models.layers import LinearModule
-from layercard.models.load import keeps_logits, labelled_losses, shared_keys
+from layercard.models.load import shared_keys
+from layercard.models.losses import keeps_logits, labelled_losses
 from layercard.profiling.step_probe import ReplayedSet
 
 

@@ -14,7 +14,8 @@ from layercard.adapters.methods import REWRITING
 from layercard.data.load import Batch, Dataset, Example, collate, shuffled
 from layercard.errors import TrainingError
 from layercard.models.adapted import check_adapted
-from layercard.models.load import is_classifier, labelled_logits
+from layercard.models.load import is_classifier
+from layercard.models.losses import labelled_logits
 from layercard.selection.placement import Placement
 from layercard.settings import TrainSettings
 

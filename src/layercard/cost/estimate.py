@@ -1,10 +1,6 @@
-"""Models without their weights: shapes from a configuration alone, a random model where it fits, and a device's rates where not.
-
-No weights are ever fetched: of a model on the hub only its `config.json` is read. Code that comes with a model never runs.
-"""
+"""Costs of models without their weights, from shapes and a device's rates, and whether a model fits the memory that is free."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +20,22 @@ def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dty
     """`CostModel.from_rates` for a model that may be empty; `sizes` are `batch_size`, `length` and `rank`."""
     shapes = [
         [
-            *(Shape(p.in_features, p.out_features) for p in block.linear_modules),
-            *(Shape(s.in_features, s.out_features, s.experts, float(s.active)) for s in block.stacks),
+            *(Shape(module.in_features, module.out_features) for module in block.linear_modules),
+            *(Shape(stack.in_features, stack.out_features, stack.experts, float(stack.active)) for stack in block.stacks),
         ]
         for block in find_blocks(model)
     ]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    found = CostModel.from_rates(
+    cost = CostModel.from_rates(
         shapes, flops=flops, bandwidth=bandwidth, vocabulary=vocabulary, model=name, dtype=dtype, device=device, **sizes
     )
-    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    return found.model_copy(update={"weights_bytes": size * sum(weight.numel() for weight in model.parameters())})
+    weights = sum(weight.numel() for weight in model.parameters())
+    return cost.model_copy(update={"weights_bytes": weights * getattr(torch, dtype).itemsize})
 
 
 def fits(cost: CostModel, device: torch.device) -> bool:
     """Whether the model and training in all its layers fit the memory that is free on a device."""
-    needed = cost.weights_bytes + cost.peak_memory(range(len(cost.layers)))
-    return needed <= ROOM * free_bytes(device)
+    return cost.weights_bytes + cost.peak_memory(range(len(cost.layers))) <= ROOM * free_bytes(device)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -60,17 +55,14 @@ def device_rates(device: torch.device, dtype: torch.dtype, rows: int = 256) -> t
     a, b = torch.ones(rows, width, device=device, dtype=dtype), torch.ones(width, width, device=device, dtype=dtype)
     large = torch.ones(2**23, device=device, dtype=dtype)
     other, result = large.clone(), torch.empty_like(large)
-    product = _best(lambda: torch.matmul(a, b), device)
-    added = _best(lambda: torch.add(large, other, out=result), device)
-    return 2 * rows * width * width / product, 3 * large.nbytes / added
-
-
-def _best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    best = []
+    for run in (lambda: torch.matmul(a, b), lambda: torch.add(large, other, out=result)):
+        seconds = []
+        for _ in range(5):
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        best.append(min(seconds))
+    return 2 * rows * width * width / best[0], 3 * large.nbytes / best[1]

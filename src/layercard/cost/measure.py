@@ -1,8 +1,4 @@
-"""One training step with a reading at every border between its parts: of the clock, or of the bytes that are alive.
-
-Seconds of an adapter by itself, for each shape of what gets one: linear maps, and the stacked maps of a block's experts.
-
-A cost model by the clock: a few training steps on this machine, with a stamp at every border between blocks.
+"""A cost model by the clock: a few training steps on this machine, with a reading at every border between blocks.
 
 Three kinds of step alternate, all on the same batch and in train mode, as a trainer runs them:
 
@@ -13,7 +9,7 @@ Three kinds of step alternate, all on the same batch and in train mode, as a tra
 *last* and *all* are whole training steps of stock PEFT, so the model is exact, to noise, at both ends of what can be placed, and what
 lies between follows from the borders. Each figure is the median over the repeats. Blocks of equal shape differ by noise more than by
 their work, so each is moved to the mean of its kind as far as the repeats disagree about it (`settled`). Bytes come from one further
-step of each kind in which every tensor is counted (`layercard.memory.LiveTensors`).
+step of each kind in which every tensor is counted (`layercard.measure.LiveTensors`).
 """
 
 import platform
@@ -21,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,154 +34,65 @@ from layercard.models.layers import Block
 from layercard.models.load import BaseModel, Progress
 from layercard.models.losses import training_step
 
-# ---- stamps
+Border = tuple[str, int]
+"""`("enter", i)`, `("leave", i)` and `("back", i)` as `block_borders` calls them, and with block 0 those of `training_step`: `start`,
+`loss` (once it is known), `backward` (once it is through) and `end` (after the update)."""
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+class StepClock:
+    """What the clock showed at the borders of one step, in `marks`, seconds."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: dict[Border, float] = {}
 
-class Stamps:
-    """What the clock showed, in seconds, at the borders of one step.
-
-    Attributes:
-        marks: By name and block: `("enter", i)`, `("leave", i)` and `("back", i)` as `capture.block_borders` gives them, and with block 0
-            `start`, `loss` (once it is known), `backward` (once it is through) and `end` (after the update).
-    """
-
-    def __init__(self, device: torch.device, depth: int) -> None:
-        self.device, self.depth = device, depth
-        self.marks: dict[tuple[str, int], float] = {}
-
-    def __call__(self, name: str, index: int = 0) -> None:
+    def __call__(self, name: str, block: int = 0) -> None:
         """Read the clock, once the device has done all that it was told."""
         synchronize(self.device)
-        self.marks[name, index] = time.perf_counter()
+        self.marks[name, block] = time.perf_counter()
 
-    def between(self, first: tuple[str, int], second: tuple[str, int]) -> float:
+    def between(self, first: Border, second: Border) -> float:
         """Growth from one mark to the other."""
         return self.marks[second] - self.marks[first]
 
-    @property
-    def total(self) -> float:
-        """The whole step."""
-        return self.between(("start", 0), ("end", 0))
-
-    @property
-    def embedding(self) -> float:
-        """From the start to block 0."""
-        return self.between(("start", 0), ("enter", 0))
-
-    @property
-    def head(self) -> tuple[float, float]:
-        """Forward and backward of all above the last block."""
-        return self.between(("leave", self.depth - 1), ("loss", 0)), self.between(("loss", 0), ("back", self.depth))
-
-    def forward(self, index: int) -> float:
+    def forward(self, block: int) -> float:
         """Forward of a block."""
-        return self.between(("enter", index), ("leave", index))
+        return self.between(("enter", block), ("leave", block))
 
-    def backward(self, index: int) -> float:
-        """Backward of a block; that of the lowest one in the graph ends with backward itself, and below it there is none."""
-        if ("back", index + 1) not in self.marks:
-            return 0.0
-        return self.between(("back", index + 1), ("back", index) if ("back", index) in self.marks else ("backward", 0))
-
-    @property
-    def update(self) -> float:
-        """Clipping, optimiser and zeroing."""
-        return self.between(("backward", 0), ("end", 0))
+    def both(self, block: int) -> float:
+        """Forward and backward of a block; the backward of the lowest one in the graph ends with backward itself."""
+        if ("back", block + 1) not in self.marks:
+            return self.forward(block)
+        end = ("back", block) if ("back", block) in self.marks else ("backward", 0)
+        return self.forward(block) + self.between(("back", block + 1), end)
 
 
-class ByteCount(Stamps):
-    """Bytes of tensors that the step made and that are alive at its borders, in `marks`; `peaks` holds the most since the border before."""
+class StepBytes:
+    """Bytes of the tensors that a step made and that are alive at its borders, in `marks`; in `peaks` the most since the border before."""
 
-    def __init__(self, live: LiveTensors, depth: int) -> None:
-        super().__init__(torch.device("cpu"), depth)
+    def __init__(self, live: LiveTensors) -> None:
         self.live = live
-        self.peaks: dict[tuple[str, int], int] = {}
+        self.marks: dict[Border, int] = {}
+        self.peaks: dict[Border, int] = {}
 
-    def __call__(self, name: str, index: int = 0) -> None:
+    def __call__(self, name: str, block: int = 0) -> None:
         """Note what is alive, and what was at the worst moment since the last border."""
-        self.marks[name, index] = self.live.now
-        self.peaks[name, index] = self.live.peak
+        self.marks[name, block] = self.live.now
+        self.peaks[name, block] = self.live.peak
         self.live.peak = self.live.now
 
-    def above(self, *ends: tuple[str, int]) -> int:
-        """The worst moment in the stretches that end with these marks, above what is alive when the last block is left."""
-        top = max(self.peaks[end] for end in ends if end in self.peaks)
-        return max(0, round(top - self.marks["leave", self.depth - 1]))
+    def above(self, base: Border, *ends: Border) -> int:
+        """The worst moment in the stretches that end with these marks, above what is alive at the border `base`."""
+        return max(0, max(self.peaks[end] for end in ends if end in self.peaks) - self.marks[base])
 
-    def within(self, blocks: Sequence[int]) -> int:
-        """The worst moment within the forward of any of these blocks, above what is alive when it is entered."""
-        return max((round(self.peaks["leave", at] - self.marks["enter", at]) for at in blocks), default=0)
-
-    def kept(self, index: int) -> int:
+    def saved(self, block: int) -> int:
         """What stays alive after the forward of a block."""
-        return max(0, round(self.between(("enter", index), ("leave", index))))
-
-
-# ---- adapter_timing
-
-
-def adaptable(block: Block) -> list[tuple[str, int, int, int]]:
-    """All that gets an adapter in a block: name, width of input and of output, and number of experts (1 for a linear map)."""
-    single = [(p.name, p.in_features, p.out_features, 1) for p in block.linear_modules]
-    return [*single, *((s.name, s.in_features, s.out_features, s.experts) for s in block.stacks)]
-
-
-def module_seconds(base: BaseModel, batch: Batch, rank: int, repeats: int = 3) -> dict[tuple[int, int, int], float]:
-    """Seconds of an adapter alone, forward and backward on this batch, for each shape `(in, out, experts)` in the model."""
-    found = {}
-    for n_in, n_out, experts in sorted({(n_in, n_out, experts) for block in base.blocks for _, n_in, n_out, experts in adaptable(block)}):
-        once = _of_experts(base, n_in, n_out, experts, rank) if experts > 1 else _of_map(base, batch, n_in, n_out, rank)
-        seconds = []
-        for _ in range(repeats + 1):
-            synchronize(base.device)
-            started = time.perf_counter()
-            with torch.enable_grad():
-                once()
-            synchronize(base.device)
-            seconds.append(time.perf_counter() - started)
-        found[n_in, n_out, experts] = statistics.median(seconds[1:])
-    return found
-
-
-def _of_map(base: BaseModel, batch: Batch, n_in: int, n_out: int, rank: int) -> Callable[[], object]:
-    """Forward and backward of the adapter of one linear map."""
-    zeros = partial(torch.zeros, device=base.device, dtype=next(base.model.parameters()).dtype)
-    x, base_output = zeros(*batch.input_ids.shape, n_in).requires_grad_(), zeros(*batch.input_ids.shape, n_out)
-    down, up = zeros(rank, n_in).requires_grad_(), zeros(n_out, rank).requires_grad_()
-
-    def once() -> object:
-        output = base_output + ((x @ down.T) @ up.T) * 2.0
-        return torch.autograd.grad(output, (x, down, up), torch.ones_like(output))
-
-    return once
-
-
-def _of_experts(base: BaseModel, n_in: int, n_out: int, experts: int, rank: int) -> Callable[[], object]:
-    """Forward and backward of the adapters of stacked experts: PEFT adds `B A` to the weights of all, whichever are used."""
-    zeros = partial(torch.zeros, device=base.device, dtype=next(base.model.parameters()).dtype)
-    weight = zeros(experts, n_out, n_in)
-    down, up = zeros(experts, rank, n_in).requires_grad_(), zeros(experts, n_out, rank).requires_grad_()
-
-    def once() -> object:
-        return torch.autograd.grad(torch.baddbmm(weight, up, down), (down, up), weight)
-
-    return once
-
-
-# ---- timing
+        return max(0, self.marks["leave", block] - self.marks["enter", block])
 
 
 @contextmanager
 def adapted_layers(base: BaseModel, layers: Sequence[int], rank: int) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
-    """The model in train mode with stock PEFT adapters on all maps and experts of some layers, and their optimiser; then as before."""
+    """The model in train mode with stock PEFT adapters on all modules and experts of some layers, and their optimiser; then as before."""
     with lora_layers(base, layers, rank=rank, alpha=2 * rank) as model:
         model.train()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -194,19 +100,19 @@ def adapted_layers(base: BaseModel, layers: Sequence[int], rank: int) -> Iterato
 
 
 @contextmanager
-def through_all(base: BaseModel) -> Iterator[nn.Module]:
-    """The model in train mode without adapters, the gradient going down to the input of block 0; as before afterwards."""
+def through_all(base: BaseModel) -> Iterator[tuple[nn.Module, None]]:
+    """The model in train mode without adapters or optimiser, the gradient going down to the input of block 0; as before afterwards."""
     with frozen(base.model), torch.enable_grad(), input_gradients(base.blocks):
         base.model.train()
-        yield base.model
+        yield base.model, None
 
 
 def usual_batch(examples: Sequence[Example], size: int, pad_id: int, seed: int = 0) -> Batch:
     """Of the batches that training would draw, the one whose padded length is the median."""
     order = shuffled(len(examples), size * max(1, -(-len(examples) // size)), seed)
     drawn = batches([examples[row] for row in order], size, pad_id)
-    found = sorted(drawn, key=lambda batch: batch.input_ids.shape[1])
-    return found[(len(found) - 1) // 2]
+    by_length = sorted(drawn, key=lambda batch: batch.input_ids.shape[1])
+    return by_length[(len(by_length) - 1) // 2]
 
 
 def random_batch(vocabulary: int, size: int, length: int, seed: int = 0) -> Batch:
@@ -218,20 +124,6 @@ def random_batch(vocabulary: int, size: int, length: int, seed: int = 0) -> Batc
         mask[-1, length - length // 4 :] = 0
     labels = torch.where((mask == 1) & (torch.arange(length) >= length // 2), ids, IGNORED)
     return Batch(ids, mask, labels, tuple(range(size)))
-
-
-@dataclass
-class Steps:
-    """The steps that were timed, by kind, and the readings of single tokens with and without adapters."""
-
-    last: list[Stamps] = field(default_factory=list)
-    through: list[Stamps] = field(default_factory=list)
-    all: list[Stamps] = field(default_factory=list)
-    token_plain: list[Stamps] = field(default_factory=list)
-    token_adapted: list[Stamps] = field(default_factory=list)
-    through_bytes: ByteCount | None = None
-    all_bytes: ByteCount | None = None
-    last_bytes: ByteCount | None = None
 
 
 def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int = 3, progress: Progress | None = None) -> CostModel:
@@ -259,84 +151,122 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
     length, limit = batch.input_ids.shape[1], getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise DataError(f"rows of {length} tokens are longer than the {limit} positions of {base.name}; choose a smaller length")
-    batch = batch.to(base.device)
+    batch, depth, progress = batch.to(base.device), len(base.blocks), progress or (lambda *_: None)
+    token = Batch(batch.input_ids[:1, :1], batch.attention_mask[:1, :1], batch.labels[:1, :1], (0,))
+    clocks: dict[str, list[StepClock]] = {kind: [] for kind in ("last", "through", "all", "through, token", "all, token")}
+    counts: dict[str, StepBytes] = {}
+    parts = 3 * (repeats + 1)
     try:
-        steps = _run(base, batch, rank, repeats, progress or (lambda *_: None))
+        # The kinds alternate, so that a machine that grows slower or faster does so for all; the first round counts bytes and warms up.
+        for part in range(parts):
+            progress("cost", part, parts)
+            kind = ("last", "through", "all")[part % 3]
+            layers = range(depth) if kind == "all" else [depth - 1]
+            with through_all(base) if kind == "through" else adapted_layers(base, layers, rank) as (model, optimizer):
+                if part < 3:
+                    if kind == "all":
+                        training_step(model, batch, optimizer)  # makes the optimiser's state, which is not to be counted
+                    counts[kind] = counted_step(base, model, batch, optimizer)
+                else:
+                    clocks[kind] += timed_steps(base, model, batch, optimizer)
+                    if kind != "last":
+                        clocks[f"{kind}, token"] += _timed_tokens(base, model, token)
     except RuntimeError as error:
         if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
             size = f"{batch.input_ids.shape[0]} records of {length} tokens"
             raise ModelError(f"memory ran out training all layers of {base.name} on {size}; choose a smaller batch or length") from error
         raise
-    return _assembled(base, batch, rank, steps)
-
-
-def _run(base: BaseModel, batch: Batch, rank: int, repeats: int, progress: Progress) -> Steps:
-    """All the steps, kinds alternating; the first round counts bytes and warms up."""
-    steps, depth = Steps(), len(base.blocks)
-    token = Batch(batch.input_ids[:1, :1], batch.attention_mask[:1, :1], batch.labels[:1, :1], (0,))
-    parts = (repeats + 1) * 3
-    for at in range(repeats + 1):
-        progress("cost", 3 * at, parts)
-        with adapted_layers(base, [depth - 1], rank) as (model, optimizer):
-            if at == 0:
-                steps.last_bytes = _counted(base, model, batch, optimizer)
-            else:
-                steps.last += _timed(base, model, batch, optimizer)
-        progress("cost", 3 * at + 1, parts)
-        with through_all(base) as model:
-            if at == 0:
-                steps.through_bytes = _counted(base, model, batch, None)
-            else:
-                steps.through += _timed(base, model, batch, None)
-                steps.token_plain += _token(base, model, token)
-        progress("cost", 3 * at + 2, parts)
-        with adapted_layers(base, range(depth), rank) as (model, optimizer):
-            if at == 0:
-                training_step(model, batch, optimizer)  # makes the optimiser's state, which is not to be counted
-                steps.all_bytes = _counted(base, model, batch, optimizer)
-            else:
-                steps.all += _timed(base, model, batch, optimizer)
-                steps.token_adapted += _token(base, model, token)
     progress("cost", parts, parts)
-    return steps
+    return _cost_model(base, batch, rank, clocks, counts)
 
 
-def _timed(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> list[Stamps]:
+def timed_steps(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> list[StepClock]:
     """Two steps, after one that makes the optimiser's state and warms up."""
-    found = [Stamps(base.device, len(base.blocks)) for _ in range(3)]
-    for stamps in found:
-        with block_borders(base.blocks, stamps):
-            training_step(model, batch, optimizer, stamps)
-    return found[1:]
+    clocks = [StepClock(base.device) for _ in range(3)]
+    for clock in clocks:
+        with block_borders(base.blocks, clock):
+            training_step(model, batch, optimizer, clock)
+    return clocks[1:]
 
 
-def _counted(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> ByteCount:
+def counted_step(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> StepBytes:
+    """One step whose tensors are counted."""
     with LiveTensors() as live:
-        count = ByteCount(live, len(base.blocks))
+        count = StepBytes(live)
         with block_borders(base.blocks, count):
             training_step(model, batch, optimizer, count)
     return count
 
 
-def _token(base: BaseModel, model: nn.Module, token: Batch) -> list[Stamps]:
+def _timed_tokens(base: BaseModel, model: nn.Module, token: Batch) -> list[StepClock]:
     """Four forward passes of one token, as in generation, after one to warm up."""
     training = model.training
     model.eval()
-    found = [Stamps(base.device, len(base.blocks)) for _ in range(5)]
+    clocks = [StepClock(base.device) for _ in range(5)]
     with torch.no_grad():
-        for stamps in found:
-            with block_borders(base.blocks, stamps):
+        for clock in clocks:
+            with block_borders(base.blocks, clock):
                 model(input_ids=token.input_ids, attention_mask=token.attention_mask, use_cache=False)
     model.train(training)
-    return found[1:]
+    return clocks[1:]
 
 
-def _assembled(base: BaseModel, batch: Batch, rank: int, steps: Steps) -> CostModel:
+def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list[StepClock]], counts: dict[str, StepBytes]) -> CostModel:
     """From readings to the cost of each part."""
     depth = len(base.blocks)
-    assert steps.through_bytes is not None and steps.all_bytes is not None and steps.last_bytes is not None
-    heads = [stamps.head for stamps in (*steps.last, *steps.through, *steps.all)]
-    fixed_update, weight_update = _update(steps, _parameters(base, rank))
+    modules = [_adaptable(block) for block in base.blocks]
+    kinds = [modules.index(same) for same in modules]  # equal for blocks with the same modules
+    parameters = [rank * sum(experts * (n_in + n_out) for _, n_in, n_out, experts in each) for each in modules]
+
+    def median(first: Border, second: Border, *kinds_of_step: str) -> float:
+        return statistics.median(clock.between(first, second) for kind in kinds_of_step for clock in clocks[kind])
+
+    def per_block(kind: str, seconds: Callable[[StepClock, int], float]) -> np.ndarray:
+        return settled(np.array([[seconds(clock, block) for block in range(depth)] for clock in clocks[kind]]), kinds)
+
+    # The update: what grows with the number of trained weights, and what does not.
+    update_all, update_last = (median(("backward", 0), ("end", 0), kind) for kind in ("all", "last"))
+    more = sum(parameters) - parameters[-1]
+    weight_update = max(0.0, update_all - update_last) / more if more else 0.0
+
+    # Each block: the plain forward of *last*, what *through* takes more, what *all* takes more than that. The graph of the last block is
+    # kept in *last* too, so its plain forward is taken to be less than that of *through* as it is below.
+    forward = per_block("through", StepClock.forward)
+    if depth > 1:
+        plain = settled(np.array([[clock.forward(block) for block in range(depth - 1)] for clock in clocks["last"]]), kinds[:-1])
+        forward = np.append(plain, forward[-1] * plain.sum() / forward[:-1].sum())
+    through, both = per_block("through", StepClock.both), per_block("all", StepClock.both)
+    latency = np.maximum(0.0, per_block("all, token", StepClock.forward) - per_block("through, token", StepClock.forward))
+
+    # The adapter time of a block is shared out by what the adapter of each of its modules takes alone.
+    alone = _module_seconds(base, batch, rank, {shape[1:] for each in modules for shape in each})
+    layers = []
+    for block in range(depth):
+        adapter = max(0.0, both[block] - through[block]) + weight_update * parameters[block]
+        total = sum(alone[shape[1:]] for shape in modules[block])
+        saved = counts["through"].saved(block)
+        layers.append(
+            LayerCost(
+                forward_seconds=forward[block],
+                backward_seconds=max(0.0, through[block] - forward[block]),
+                adapter_seconds=adapter,
+                saved_bytes=saved,
+                adapter_saved_bytes=max(0, counts["all"].saved(block) - saved),
+                adapter_parameters=parameters[block],
+                adapter_latency_seconds=float(latency[block]),
+                modules=tuple(
+                    ModuleCost(
+                        name=name,
+                        in_features=n_in,
+                        out_features=n_out,
+                        experts=experts,
+                        adapter_seconds=adapter * alone[n_in, n_out, experts] / total,
+                    )
+                    for name, n_in, n_out, experts in modules[block]
+                ),
+            )
+        )
+    steps, top = ("last", "through", "all"), ("leave", depth - 1)
     return CostModel(
         source="measured",
         model=base.name,
@@ -347,79 +277,51 @@ def _assembled(base: BaseModel, batch: Batch, rank: int, steps: Steps) -> CostMo
         dtype=str(base.model.dtype).removeprefix("torch."),
         device=device_name(base.device),
         threads=torch.get_num_threads() if base.device.type == "cpu" else 0,
-        embedding_seconds=statistics.median(s.embedding for s in (*steps.last, *steps.through, *steps.all)),
-        head_forward_seconds=statistics.median(forward for forward, _ in heads),
-        head_backward_seconds=statistics.median(backward for _, backward in heads),
-        overhead_seconds=fixed_update,
+        embedding_seconds=median(("start", 0), ("enter", 0), *steps),
+        head_forward_seconds=median(top, ("loss", 0), *steps),
+        head_backward_seconds=median(("loss", 0), ("back", depth), *steps),
+        overhead_seconds=max(0.0, update_last - weight_update * parameters[-1]),
         weights_bytes=sum(weight.nbytes for weight in base.model.parameters()),
-        shared_bytes=round(steps.all_bytes.marks["enter", 0]),
-        head_bytes=steps.all_bytes.above(("loss", 0), ("back", depth)),
-        block_bytes=steps.all_bytes.above(*(("back", at) for at in range(depth)), ("backward", 0)),
-        forward_bytes=steps.last_bytes.within(range(depth - 1)),
-        layers=_layers(base, batch, rank, steps, weight_update),
+        shared_bytes=counts["all"].marks["enter", 0],
+        head_bytes=counts["all"].above(top, ("loss", 0), ("back", depth)),
+        block_bytes=counts["all"].above(top, *(("back", block) for block in range(depth)), ("backward", 0)),
+        forward_bytes=max((counts["last"].above(("enter", block), ("leave", block)) for block in range(depth - 1)), default=0),
+        layers=tuple(layers),
     )
 
 
-def _update(steps: Steps, parameters: Sequence[int]) -> tuple[float, float]:
-    """Seconds of an update that do not grow with the adapters, and seconds for each trained weight."""
-    of_all, of_last = (statistics.median(s.update for s in found) for found in (steps.all, steps.last))
-    more = sum(parameters) - parameters[-1]
-    each = max(0.0, of_all - of_last) / more if more else 0.0
-    return max(0.0, of_last - each * parameters[-1]), each
+def _adaptable(block: Block) -> list[tuple[str, int, int, int]]:
+    """All that gets an adapter in a block: name, width of input and of output, and number of experts (1 for a linear module)."""
+    single = [(module.name, module.in_features, module.out_features, 1) for module in block.linear_modules]
+    return [*single, *((stack.name, stack.in_features, stack.out_features, stack.experts) for stack in block.stacks)]
 
 
-def _parameters(base: BaseModel, rank: int) -> list[int]:
-    return [rank * sum(experts * (n_in + n_out) for _, n_in, n_out, experts in adaptable(block)) for block in base.blocks]
-
-
-def _layers(base: BaseModel, batch: Batch, rank: int, steps: Steps, weight_update: float) -> tuple[LayerCost, ...]:
-    """Each layer: the plain forward of *last*, what *through* takes more, what *all* takes more than that."""
-    assert steps.through_bytes is not None and steps.all_bytes is not None
-    depth, kinds = len(base.blocks), _kinds(base.blocks)
-    passes = {
-        name: settled(np.array([[s.forward(at) + s.backward(at) for at in range(depth)] for s in found]), kinds)
-        for name, found in (("through", steps.through), ("all", steps.all))
-    }
-    plain = _plain_forward(steps, kinds)
-    latency = np.maximum(0.0, _token_seconds(steps.token_adapted, kinds) - _token_seconds(steps.token_plain, kinds))
-    shares = module_seconds(base, batch, rank)
-    layers = []
-    for at, (block, parameters) in enumerate(zip(base.blocks, _parameters(base, rank), strict=True)):
-        adapter = max(0.0, passes["all"][at] - passes["through"][at]) + weight_update * parameters
-        maps = adaptable(block)
-        known = [shares[n_in, n_out, experts] for _, n_in, n_out, experts in maps]
-        layers.append(
-            LayerCost(
-                forward_seconds=plain[at],
-                backward_seconds=max(0.0, passes["through"][at] - plain[at]),
-                adapter_seconds=adapter,
-                saved_bytes=steps.through_bytes.kept(at),
-                adapter_saved_bytes=max(0, steps.all_bytes.kept(at) - steps.through_bytes.kept(at)),
-                adapter_parameters=parameters,
-                adapter_latency_seconds=float(latency[at]),
-                modules=tuple(
-                    ModuleCost(
-                        name=name, in_features=n_in, out_features=n_out, experts=experts, adapter_seconds=adapter * seconds / sum(known)
-                    )
-                    for (name, n_in, n_out, experts), seconds in zip(maps, known, strict=True)
-                ),
-            )
-        )
-    return tuple(layers)
-
-
-def _plain_forward(steps: Steps, kinds: Sequence[int]) -> np.ndarray:
-    """Forward of each block without a graph, `[L]` seconds; the last one, whose graph *last* keeps, as *through* compares to it below."""
-    depth = len(kinds)
-    kept = settled(np.array([[s.forward(at) for at in range(depth)] for s in steps.through]), kinds)
-    if depth == 1:
-        return kept
-    plain = settled(np.array([[s.forward(at) for at in range(depth - 1)] for s in steps.last]), kinds[:-1])
-    return np.append(plain, kept[-1] * plain.sum() / kept[:-1].sum())
-
-
-def _token_seconds(readings: Sequence[Stamps], kinds: Sequence[int]) -> np.ndarray:
-    return settled(np.array([[s.forward(at) for at in range(len(kinds))] for s in readings]), kinds)
+def _module_seconds(
+    base: BaseModel, batch: Batch, rank: int, shapes: set[tuple[int, int, int]], repeats: int = 3
+) -> dict[tuple[int, int, int], float]:
+    """Seconds of an adapter alone, forward and backward on this batch, for each shape `(in, out, experts)`."""
+    zeros = partial(torch.zeros, device=base.device, dtype=next(base.model.parameters()).dtype)
+    result = {}
+    for n_in, n_out, experts in sorted(shapes):
+        if experts > 1:  # PEFT adds `B A` to the weights of all experts, whichever are used
+            weight = zeros(experts, n_out, n_in)
+            down, up = zeros(experts, rank, n_in).requires_grad_(), zeros(experts, n_out, rank).requires_grad_()
+            given = [down, up]
+        else:
+            weight = zeros(*batch.input_ids.shape, n_out)
+            down, up = zeros(rank, n_in).requires_grad_(), zeros(n_out, rank).requires_grad_()
+            given = [zeros(*batch.input_ids.shape, n_in).requires_grad_(), down, up]
+        seconds = []
+        for _ in range(repeats + 1):
+            synchronize(base.device)
+            started = time.perf_counter()
+            with torch.enable_grad():
+                output = torch.baddbmm(weight, up, down) if experts > 1 else weight + ((given[0] @ down.T) @ up.T) * 2.0
+                torch.autograd.grad(output, given, weight if experts > 1 else torch.ones_like(output))
+            synchronize(base.device)
+            seconds.append(time.perf_counter() - started)
+        result[n_in, n_out, experts] = statistics.median(seconds[1:])
+    return result
 
 
 def settled(samples_rl: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
@@ -448,10 +350,12 @@ def settled(samples_rl: np.ndarray, kinds: Sequence[int]) -> np.ndarray:
     return result * (np.median(samples_rl.sum(axis=1)) / result.sum())
 
 
-def _kinds(blocks: Sequence[Block]) -> list[int]:
-    """A number for each block, equal for blocks with the same maps."""
-    shapes = [tuple(adaptable(block)) for block in blocks]
-    return [shapes.index(shape) for shape in shapes]
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def device_name(device: torch.device) -> str:

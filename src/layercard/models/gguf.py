@@ -116,11 +116,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a GGUF file.
-
-    Raises:
-        ModelError: The file is not one, it is cut short, or a length in it is longer than the file.
-    """
+    """Read the header of a GGUF file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _HeaderReader(path, data).header()

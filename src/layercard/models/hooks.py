@@ -12,7 +12,7 @@ transformers keeps the experts of a block as stacked parameters `[E, out, in]` a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -21,14 +21,14 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from layercard.models.layers import Block, ExpertStack, LinearModule
+from layercard.models.layers import Block, LinearModule
 
 GradientSink = Callable[[LinearModule, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Called as `sink(module, a, δ, tokens)` with `a: [tokens, in]` and `δ: [tokens, out]`, padding removed, in the model's dtype.
 For an expert's module `tokens` says which of the batch's tokens (padding not counted) the rows are; otherwise it is `None`: all."""
-Tap = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Called as `tap(parameter, expert, tokens, x, y)` with the name of the stacked parameter, which of the tokens `[S]` were sent to the
-expert, and `x: [S, in]` and `y: [S, out]`; returns what replaces `y`."""
+Seer = Callable[[LinearModule, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
+"""Called as `see(module, x, y, tokens)` with what enters and leaves a module, and for an expert's the numbers of the tokens that were sent
+to it, `[S]`; returns what replaces `y`, or `None`."""
 BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a block's forward."""
 
@@ -88,6 +88,24 @@ def pass_through(*args: Any, **kwargs: Any) -> torch.Tensor:
 # Inputs and gradients of every module
 
 
+@contextmanager
+def module_outputs(block: Block, paths: Container[str], see: Seer) -> Iterator[None]:
+    """Call `see` with the input and output of those modules of a block whose paths are given; what it returns replaces the output."""
+    with ExitStack() as stack:
+        for module in block.linear_modules:
+            if module.path in paths:
+                hook = module.module.register_forward_hook(lambda _, args, output, module=module: see(module, args[0], output, None))
+                stack.callback(hook.remove)
+        experts: dict[nn.Module, dict[tuple[str, int | None], LinearModule]] = {}
+        for each in block.stacks:
+            seen = {(each.parameter, module.expert): module for module in each.modules if module.path in paths}
+            if seen:
+                experts.setdefault(each.module, {}).update(seen)
+        for holder, modules in experts.items():
+            stack.enter_context(replaced(holder, partial(run_experts, holder, modules, see)))
+        yield
+
+
 class Capture:
     """What forward passes inside `capturing` keep for their backward passes, which hand it to `sink`.
 
@@ -114,66 +132,48 @@ class Capture:
         self._token_numbers = None if self.mask is None else self.mask.cumsum(0) - 1
         self.sink, self.keep = sink, keep
 
+    @property
+    def kept(self) -> int:
+        """Number of inputs that are kept for a backward pass."""
+        return len(self._inputs)
+
     def clear(self) -> None:
         """Drop what is kept for a further backward pass."""
         self._inputs.clear()
         self.sink = None
 
-    def _keep_input(
-        self,
-        module: LinearModule,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        without_padding: Callable[[torch.Tensor], torch.Tensor],
-        tokens: torch.Tensor | None,
-    ) -> None:
-        """Keep what entered a module until the gradient of `y`, which left it, is known. A module may run more than once in a pass."""
-        key = module.path, self._runs[module.path]
+    def see(self, module: LinearModule, x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        """Keep what entered a module until the gradient of what left it is known."""
+        if not y.requires_grad:
+            return
+        rows, numbers = self.mask, None
+        if tokens is not None:  # of an expert: it is its own leader, and its rows are the tokens that were sent to it
+            self.leaders.setdefault(module.path, module.path)
+            rows = None if self.mask is None else self.mask.to(tokens.device)[tokens]
+            numbers = tokens if self._token_numbers is None else self._token_numbers.to(tokens.device)[tokens[rows]]
+            if len(numbers) == 0:  # padding alone
+                return
+        elif module.path not in self.leaders:
+            same = (
+                path
+                for (path, _), other in self._inputs.items()
+                if other.data_ptr() == x.data_ptr() and other.shape == x.shape and path in self.leaders
+            )
+            self.leaders[module.path] = next(same, module.path)
+        key = module.path, self._runs[module.path]  # a module may run more than once in a pass
         self._runs[module.path] += 1
         self._inputs[key] = x.detach()
+
+        def without_padding(tensor: torch.Tensor) -> torch.Tensor:
+            flat = tensor.reshape(-1, tensor.shape[-1])
+            return flat if rows is None else flat[rows.to(flat.device)]
 
         def backward(gradient: torch.Tensor) -> None:
             entered = self._inputs[key] if self.keep else self._inputs.pop(key)
             if self.sink is not None:
-                self.sink(module, without_padding(entered.to(gradient.device)), without_padding(gradient), tokens)
+                self.sink(module, without_padding(entered.to(gradient.device)), without_padding(gradient), numbers)
 
         y.register_hook(backward)
-
-    def _forward_hook(self, module: LinearModule) -> Callable[..., None]:
-        def without_padding(tensor: torch.Tensor) -> torch.Tensor:
-            flat = tensor.reshape(-1, tensor.shape[-1])
-            return flat if self.mask is None else flat[self.mask.to(flat.device)]
-
-        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                return
-            if module.path not in self.leaders:
-                x = args[0]
-                same = (
-                    path
-                    for (path, _), other in self._inputs.items()
-                    if other.data_ptr() == x.data_ptr() and other.shape == x.shape and path in self.leaders
-                )
-                self.leaders[module.path] = next(same, module.path)
-            self._keep_input(module, args[0], output, without_padding, None)
-
-        return hook
-
-    def _expert_tap(self, stacks: Sequence[ExpertStack]) -> Tap:
-        """The tap of one experts module: each expert's module is its own leader, and its rows are the tokens that were sent to it."""
-        modules = {(stack.parameter, module.expert): module for stack in stacks for module in stack.modules}
-
-        def tap(parameter: str, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            module = modules.get((parameter, expert))
-            if module is not None and y.requires_grad:
-                self.leaders.setdefault(module.path, module.path)
-                rows = slice(None) if self.mask is None else self.mask.to(tokens.device)[tokens]
-                numbers = tokens if self._token_numbers is None else self._token_numbers.to(tokens.device)[tokens[rows]]
-                if len(numbers) > 0:  # not padding alone
-                    self._keep_input(module, x, y, lambda tensor: tensor[rows], numbers)
-            return y
-
-        return tap
 
 
 @contextmanager
@@ -182,10 +182,7 @@ def capturing(model: nn.Module, blocks: Sequence[Block]) -> Iterator[Capture]:
     capture = Capture()
     with frozen(model), input_gradients(blocks), ExitStack() as stack, torch.enable_grad():
         for block in blocks:
-            for module in block.linear_modules:
-                stack.callback(module.module.register_forward_hook(capture._forward_hook(module)).remove)
-            for experts, stacks in _stacks_by_module(block):
-                stack.enter_context(replaced(experts, partial(run_experts, experts, capture._expert_tap(stacks))))
+            stack.enter_context(module_outputs(block, {module.path for module in block.modules}, capture.see))
         try:
             yield capture
         finally:
@@ -273,23 +270,11 @@ def stepped(block: Block, steps: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
         alpha: Length of the step.
     """
 
-    def moved(path: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        down, up = steps[path]
+    def step(module: LinearModule, x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        down, up = steps[module.path]
         return y + (alpha * ((x.to(down) @ down.T) @ up.T)).to(y)
 
-    with ExitStack() as stack:
-        for module in block.linear_modules:
-            if module.path in steps:
-                handle = module.module.register_forward_hook(lambda _, args, output, path=module.path: moved(path, args[0], output))
-                stack.callback(handle.remove)
-        for experts, stacks in _stacks_by_module(block):
-            paths = {(each.parameter, m.expert): m.path for each in stacks for m in each.modules if m.path in steps}
-
-            def tap(parameter: str, expert: int, _: Any, x: torch.Tensor, y: torch.Tensor, paths: Any = paths) -> torch.Tensor:
-                return moved(paths[parameter, expert], x, y) if (parameter, expert) in paths else y
-
-            if paths:
-                stack.enter_context(replaced(experts, partial(run_experts, experts, tap)))
+    with module_outputs(block, steps, step):
         yield
 
 
@@ -325,12 +310,20 @@ def block_borders(blocks: Sequence[Block], mark: Callable[[str, int], object]) -
 # Experts
 
 
-def run_experts(module: Any, tap: Tap, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def run_experts(
+    holder: Any,
+    modules: Mapping[tuple[str, int | None], LinearModule],
+    see: Seer,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
     """The forward of an experts module of transformers (`use_experts_implementation`), expert by expert.
 
     Args:
-        module: An `nn.Module` that holds the stacked parameters and says how they are laid out.
-        tap: Sees the input and output of every expert's modules.
+        holder: The `nn.Module` that holds the stacked parameters and says how they are laid out.
+        modules: Those that are seen, by name of the stacked parameter and number of the expert.
+        see: Sees the input and output of each of them.
         hidden_states: `[N, width]`, padding included.
         top_k_index: The experts of each token, `[N, k]`; a number beyond the last expert stands for none.
         top_k_weights: What each of them counts, `[N, k]`.
@@ -338,28 +331,25 @@ def run_experts(module: Any, tap: Tap, hidden_states: torch.Tensor, top_k_index:
     Returns:
         `[N, width]`.
     """
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    first = "gate_up_proj" if holder.has_gate else "up_proj"
     total = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
-        if expert >= module.num_experts:
+        if expert >= holder.num_experts:
             continue
         tokens, places = torch.where(top_k_index == expert)
 
         def mapped(name: str, x: torch.Tensor, expert: int = expert, tokens: torch.Tensor = tokens) -> torch.Tensor:
-            weight = getattr(module, name)[expert]
-            bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-            return tap(name, expert, tokens, x, linear(x, weight.T if module.is_transposed else weight, bias))
+            weight = getattr(holder, name)[expert]
+            bias = getattr(holder, f"{name}_bias")[expert] if holder.has_bias else None
+            y = linear(x, weight.T if holder.is_transposed else weight, bias)
+            module = modules.get((name, expert))
+            replacement = None if module is None else see(module, x, y, tokens)
+            return y if replacement is None else replacement
 
         inner = mapped(first, hidden_states[tokens])
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        inner = holder._apply_gate(inner) if holder.has_gate else holder.act_fn(inner)
         out = mapped("down_proj", inner)
-        if module.has_post_expert_norm:
-            out = module.post_expert_norm(out)
+        if holder.has_post_expert_norm:
+            out = holder.post_expert_norm(out)
         total.index_add_(0, tokens, (out * top_k_weights[tokens, places, None]).to(total.dtype))
     return total
-
-
-def _stacks_by_module(block: Block) -> Iterator[tuple[nn.Module, list[ExpertStack]]]:
-    """Each experts module of a block with its stacks."""
-    for module in dict.fromkeys(stack.module for stack in block.stacks):
-        yield module, [stack for stack in block.stacks if stack.module is module]

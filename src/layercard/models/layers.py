@@ -147,9 +147,14 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     )
 
 
+def transformers_model(model: nn.Module) -> PreTrainedModel | None:
+    """The model of transformers inside a wrapper such as PEFT's, or the model itself."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
 def _embedding_path(model: nn.Module) -> str:
     """Path of the input embedding: the one that a transformers model names, else the largest; empty where there is none."""
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inner = transformers_model(model)
     named = inner.get_input_embeddings() if inner is not None else None
     sizes = {path: module.weight.numel() for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
     largest = max(sizes, key=lambda path: sizes[path], default="")

@@ -1,18 +1,73 @@
-"""Losses summed up record by record, and one training step: the same for profiling, timing, training and evaluation."""
+"""Logits and losses of labelled tokens, their sums by record, and one training step, for profiling, timing, training and evaluation."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
-from layercard.data.load import Batch
-from layercard.models.load import labelled_logits, labelled_losses
+from layercard.data.load import IGNORED, Batch
+from layercard.models.layers import transformers_model
+from layercard.models.load import is_classifier
 
 MAX_GRAD_NORM = 1.0
+
+
+def labelled_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits that predict the labelled tokens of a batch, and nothing else; of a classifier, those of each row's classes.
+
+    The logits of position t − 1 predict `labels[t]`. Where the model can (`logits_to_keep`), its head runs only on the positions
+    before a label of any row.
+
+    Args:
+        model: A causal language model or a classifier, or a PEFT model around one.
+        batch: Right-padded tokens `[B, T]` on the model's device; for a classifier each row has one label, the number of its class.
+
+    Returns:
+        Logits `[M, vocabulary]` (or `[M, classes]`) in the model's dtype, label ids `[M]` and rows `[M]` (position of the row in the
+        batch), row by row; M is the number of labelled tokens.
+    """
+    if is_classifier(model):
+        rows = (batch.labels != IGNORED).any(dim=1).nonzero()[:, 0]
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits[rows], batch.labels.amax(dim=1)[rows], rows
+    rows, before = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    targets = batch.labels[rows, before + 1]
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if rows.numel() > 0 and keeps_logits(model):
+        keep, column = torch.unique(before, return_inverse=True)
+        logits = model(**inputs, logits_to_keep=keep).logits
+    else:
+        logits, column = model(**inputs).logits, before
+    return logits[rows, column], targets, rows
+
+
+def labelled_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of every labelled token.
+
+    Returns:
+        Losses `[M]` (nats, float32, differentiable) and rows `[M]` (position of the row in the batch), as `labelled_logits` orders them.
+    """
+    logits, targets, rows = labelled_logits(model, batch)
+    return cross_entropy(logits.float(), targets, reduction="none"), rows
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model's head, and nothing else, can be asked to run on some positions only (`logits_to_keep`).
+
+    The decoders of Gemma 3n and 4 take such a request too, and drop positions before their last blocks.
+    """
+    inner = transformers_model(model) or model
+    below = (module for module in inner.modules() if isinstance(module, PreTrainedModel) and module is not inner)
+    forwards = (inner.forward, *(type(module).forward for module in below))
+    takes, *taken_below = ("logits_to_keep" in inspect.signature(forward).parameters for forward in forwards)
+    return takes and not any(taken_below)
 
 
 @dataclass(frozen=True)

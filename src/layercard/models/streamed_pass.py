@@ -1,14 +1,14 @@
-"""Batches on their way through a model one block at a time, whether its weights are in memory or on disk.
+"""Batches on their way through a model one block at a time, whether its weights are on disk or in memory (`StreamedModel.in_memory`).
 
-`BlockByBlock` takes a `StreamedModel` or a `ModelInMemory`: what is below the blocks, each block and the head run separately, each inside
-`model.loaded([...])`, and `Boundaries` keeps the hidden states (and gradients) in between, for all batches:
+What is below the blocks, each block and the head run separately, each inside `model.loaded([...])`; `Boundaries` keeps what goes from
+block to block for all batches:
 
 ```python
-batches = BlockByBlock(model, examples, 4, Boundaries(), "fit")
+walk = BlockByBlock(model, examples, 4, Boundaries(), "fit")
 with walking(model):
-    forward(model, [batches])
+    forward(model, [walk])
     with model.loaded([model.head()]):
-        for logits, targets, rows, chosen in batches.logits(0, batches.hidden(0, len(model.blocks))):
+        for logits, targets, rows, chosen in walk.logits(0, walk.hidden(0, len(model.blocks))):
             ...
 ```
 """
@@ -26,8 +26,9 @@ from torch import nn
 from layercard.data.load import IGNORED, Batch, Example, batches
 from layercard.errors import ModelError, OutputError
 from layercard.models.hooks import BlockArguments, block_input, frozen, pass_through, replaced
-from layercard.models.load import Progress, keeps_logits, labelled_logits
-from layercard.models.streamed import ModelInMemory, StreamedModel
+from layercard.models.load import Progress
+from layercard.models.losses import keeps_logits, labelled_logits
+from layercard.models.streamed import StreamedModel
 
 LOGITS = 2**25
 """Logits that are computed at once, unless one position of a batch has more; the head needs a few float32 copies of them."""
@@ -98,9 +99,7 @@ class BlockByBlock:
         kind: What they are called there.
     """
 
-    def __init__(
-        self, model: StreamedModel | ModelInMemory, examples: Sequence[Example], batch_size: int, boundaries: Boundaries, kind: str
-    ) -> None:
+    def __init__(self, model: StreamedModel, examples: Sequence[Example], batch_size: int, boundaries: Boundaries, kind: str) -> None:
         self.model, self.boundaries, self.kind = model, boundaries, kind
         self.batches = [batch.to(model.device) for batch in batches(examples, batch_size, model.base.pad_id, by_length=True)]
         self._arguments: list[list[Callable[[torch.Tensor], BlockArguments]]] = []
@@ -198,15 +197,13 @@ def _portions(model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, torch.Ten
 
 
 @contextmanager
-def walking(model: StreamedModel | ModelInMemory) -> Iterator[None]:
+def walking(model: StreamedModel) -> Iterator[None]:
     """The model frozen, and in memory what is outside of blocks, embedding and head."""
     with frozen(model.base.model), model.loaded(model.outside()):
         yield
 
 
-def forward(
-    model: StreamedModel | ModelInMemory, walks: Sequence[BlockByBlock], progress: Progress | None = None, until: int | None = None
-) -> None:
+def forward(model: StreamedModel, walks: Sequence[BlockByBlock], progress: Progress | None = None, until: int | None = None) -> None:
     """Let all batches through what is below the blocks, and through the blocks, or through those below `until`."""
     with model.loaded([model.base.model.get_input_embeddings()]):
         for walk in walks:

@@ -22,7 +22,8 @@ from layercard.data.load import Batch, Example, batches, positions
 from layercard.errors import DataError
 from layercard.models.hooks import Capture, GradientSink, capturing
 from layercard.models.layers import Block, LinearModule
-from layercard.models.load import BaseModel, Progress, labelled_logits
+from layercard.models.load import BaseModel, Progress
+from layercard.models.losses import labelled_logits
 from layercard.profiling.step_probe import Step, StepProbe
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual, ridge_scale

@@ -14,7 +14,8 @@ from layercard.checkpoint import State
 from layercard.data.load import Batch, Example, batches, positions
 from layercard.models.hooks import Capture, GradientSink, capturing
 from layercard.models.layers import LinearModule
-from layercard.models.load import BaseModel, Progress, labelled_logits
+from layercard.models.load import BaseModel, Progress
+from layercard.models.losses import labelled_logits
 from layercard.profiling.fit import PROBES, Fit, HeldOut, own_batches
 
 

@@ -14,8 +14,8 @@ from layercard.checkpoint import State
 from layercard.data.load import Batch, Example, batches, positions, shuffled
 from layercard.models.adapted import lora_layers
 from layercard.models.hooks import frozen, hidden_states, replayed, stepped
-from layercard.models.load import BaseModel, Progress, labelled_losses, shared_keys
-from layercard.models.losses import RecordLosses, record_losses, training_step
+from layercard.models.load import BaseModel, Progress, shared_keys
+from layercard.models.losses import RecordLosses, labelled_losses, record_losses, training_step
 
 
 class ReplayedSet:

@@ -19,7 +19,8 @@ from layercard.cost.measure import device_name, synchronize
 from layercard.errors import DataError, ModelError
 from layercard.measure import PeakMemory
 from layercard.models.hooks import frozen
-from layercard.models.load import BaseModel, Progress, describe, keeps_logits
+from layercard.models.load import BaseModel, Progress, describe
+from layercard.models.losses import keeps_logits
 from layercard.records import Estimate, Part, Record
 from layercard.serving.adapter_switch import Adapter, merged, switched_on
 

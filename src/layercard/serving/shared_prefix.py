@@ -29,7 +29,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from layercard.errors import DataError, ModelError, PlacementError
 from layercard.models.hooks import frozen, hidden_states, replayed
-from layercard.models.load import BaseModel, keeps_logits
+from layercard.models.load import BaseModel
+from layercard.models.losses import keeps_logits
 from layercard.serving.adapter_switch import Adapter, load_adapter, switched_on
 
 CHECK_TOKENS = 5

@@ -24,7 +24,8 @@ from layercard.data.load import IGNORED, Batch, Dataset, Example, collate, shuff
 from layercard.errors import OutputError, ProcessError, TrainingError
 from layercard.files import read_json, write_json
 from layercard.measure import PeakMemory
-from layercard.models.load import Progress, labelled_losses
+from layercard.models.load import Progress
+from layercard.models.losses import labelled_losses
 from layercard.settings import TrainSettings
 
 LOG_FILE = "log.json"

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset as TorchDataset
 from layercard.data.load import Example, batches
 from layercard.errors import BenchmarkError
 from layercard.models.hooks import frozen, hidden_states
-from layercard.models.load import BaseModel, labelled_losses
+from layercard.models.load import BaseModel
+from layercard.models.losses import labelled_losses
 
 PEERS = ("gradient_norm", "activation_norm", "one_minus_cka", "snr")
 ALETHEIA_BATCHES = 5
