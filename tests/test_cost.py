@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from cards import fake_card
 from layercard.card.card import LayerCard, cost_of
-from layercard.cost.model import CostModel, LayerCost, Linear
+from layercard.cost.model import CostModel, LayerCost, Linear, Shape
 from layercard.errors import CardError, OutputError, PlacementError
 
 LLAMA = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
@@ -147,6 +147,24 @@ def test_rates_that_make_no_sense(changes: dict[str, object], message: str) -> N
     given_values = {"shapes": [[(8, 8)]], "flops": 1e9, "bandwidth": 1e9, **changes}
     with pytest.raises(CardError, match=message):
         CostModel.from_rates(**given_values)  # type: ignore[arg-type]
+
+
+def rated(maps: list[tuple[int, int] | Shape]) -> CostModel:
+    return CostModel.from_rates([maps] * 3, flops=1e11, bandwidth=1e10, batch_size=4, length=64, rank=2)
+
+
+ATTENTION = [(64, 64), (64, 32)]
+
+
+def test_one_expert_costs_forward_what_a_linear_map_costs() -> None:
+    dense, single = rated([*ATTENTION, (64, 96)]), rated([*ATTENTION, Shape(64, 96, 1, 1.0)])
+    assert dense == single
+    sparse, wider = rated([*ATTENTION, Shape(64, 96, 8, 1.0)]), rated([*ATTENTION, Shape(64, 96, 8, 2.0)])
+    assert sparse.weights_bytes - dense.weights_bytes == 3 * 7 * 64 * 96 * 4
+    assert sparse.linear("params").of([0]) - dense.linear("params").of([0]) == 7 * 2 * (64 + 96)
+    assert sparse.layers[0].saved_bytes == dense.layers[0].saved_bytes < wider.layers[0].saved_bytes
+    assert sparse.layers[0].forward_seconds < wider.layers[0].forward_seconds
+    assert sparse.layers[0].adapter_saved_bytes > dense.layers[0].adapter_saved_bytes + 8 * 64 * 96 * 4 - 4 * 4 * 64 * 64
 
 
 def test_layers_that_are_not_there() -> None:

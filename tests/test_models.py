@@ -253,6 +253,24 @@ class TestLoadModel:
         assert not wrap_model(build_tiny("gpt2").train(), tiny_tokenizer()).model.training
 
 
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 class TestRefusals:
     """Each is one line that says what was wrong, what was found and how to mend it."""
 
@@ -280,56 +298,39 @@ class TestRefusals:
         monkeypatch.setattr(loading, "hub_answers", lambda: True)
         assert "the hub did not give it" in self.refused("someone/some-model")
 
-    def test_a_folder_without_weights(self, tiny_folder: Path) -> None:
-        (tiny_folder / "model.safetensors").unlink()
-        assert "has a config.json but no weights" in self.refused(tiny_folder)
-
-    def test_an_empty_folder(self, tmp_path: Path) -> None:
-        assert "has no config.json" in self.refused(tmp_path)
-
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
-    def test_pickled_weights(self, tiny_folder: Path, name: str) -> None:
-        (tiny_folder / "model.safetensors").rename(tiny_folder / name)
-        message = self.refused(tiny_folder)
-        assert "only pickled weights" in message and name in message
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda folder: (folder / "model.safetensors").unlink(), "has a config.json but no weights"),
+            (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+            (
+                lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+                "only pickled weights (pytorch_model.bin)",
+            ),
+            (lambda folder: (folder / "model.safetensors").rename(folder / "model.pt"), "only pickled weights (model.pt)"),
+            (lambda folder: cut(folder / "model.safetensors"), "cannot be read as a causal language model"),
+            (lambda folder: without(folder, UP_PROJ), f"lack 1 of the model's tensors, such as {UP_PROJ}"),
+            (lambda folder: configure(folder, intermediate_size=40), "cannot be read as a causal language model"),
+            (lambda folder: configure(folder, model_type="no-such-family"), "cannot be read as a causal language model"),
+            (lambda folder: cut(folder / "config.json"), "cannot be read as a causal language model"),
+            (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "its tokenizer cannot be read"),
+        ],
+    )
+    def test_a_folder_that_is_not_whole(self, change: Any, words: str, tiny_folder: Path) -> None:
+        change(tiny_folder)
+        assert words in self.refused(tiny_folder)
 
     def test_an_adapter(self, tmp_path: Path) -> None:
         get_peft_model(build_tiny("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
         assert "adapter without its base model" in self.refused(tmp_path)
 
-    def test_a_folder_with_a_gguf_file(self, tmp_path: Path) -> None:
-        (tmp_path / "some.gguf").touch()
-        assert f"name the file itself: {tmp_path / 'some.gguf'}" in self.refused(tmp_path)
-
-    def test_files_that_are_no_models(self, tmp_path: Path) -> None:
+    def test_gguf_files_and_files_that_are_no_models(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("hello")
         assert "is a file but not a .gguf file" in self.refused(tmp_path / "notes.txt")
         (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
+        assert f"name the file itself: {tmp_path / 'broken.gguf'}" in self.refused(tmp_path)
         assert "cannot be read as a GGUF model" in self.refused(tmp_path / "broken.gguf")
         assert f"did you mean {tmp_path / 'broken.gguf'}?" in self.refused(tmp_path / "brokn.gguf")
-
-    def test_truncated_weights(self, tiny_folder: Path) -> None:
-        path = tiny_folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-1000])
-        assert "cannot be read as a causal language model" in self.refused(tiny_folder)
-
-    def test_missing_tensors_are_never_made_up(self, tiny_folder: Path) -> None:
-        path = tiny_folder / "model.safetensors"
-        tensors = load_file(path)
-        del tensors["model.layers.1.mlp.up_proj.weight"]
-        save_file(tensors, path, {"format": "pt"})
-        assert "lack 1 of the model's tensors, such as model.layers.1.mlp.up_proj.weight" in self.refused(tiny_folder)
-
-    def test_tensors_of_another_shape(self, tiny_folder: Path) -> None:
-        config = json.loads((tiny_folder / "config.json").read_text())
-        (tiny_folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-        assert "cannot be read as a causal language model" in self.refused(tiny_folder)
-
-    def test_an_unknown_architecture_and_a_broken_configuration(self, tiny_folder: Path) -> None:
-        (tiny_folder / "config.json").write_text('{"model_type": "no-such-family"}')
-        assert "cannot be read as a causal language model" in self.refused(tiny_folder)
-        (tiny_folder / "config.json").write_text('{"model_type": ')
-        assert "cannot be read as a causal language model" in self.refused(tiny_folder)
 
     def test_code_that_comes_with_the_model_is_not_run(self, tiny_folder: Path) -> None:
         code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -337,11 +338,6 @@ class TestRefusals:
         (tiny_folder / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tiny_folder / 'ran')!r}).touch()")
         assert "needs code that comes with the model" in self.refused(tiny_folder)
         assert not (tiny_folder / "ran").exists()
-
-    def test_a_missing_tokenizer(self, tiny_folder: Path) -> None:
-        for path in tiny_folder.glob("tokenizer*"):
-            path.unlink()
-        assert "its tokenizer cannot be read" in self.refused(tiny_folder)
 
     @pytest.mark.parametrize("device", ["gpu", "tpu:0", "", "cpu:x", "CUDA"])
     def test_unknown_devices(self, device: str, tiny_folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from layercard.adapters.apply import adapted, place
+from layercard.card.card import cost_of
 from layercard.cost import estimate as meta, measure as timing
 from layercard.cost.measure import (
     StepBytes,
@@ -21,7 +22,7 @@ from layercard.cost.measure import (
     through_all,
     usual_batch,
 )
-from layercard.cost.model import CostModel
+from layercard.cost.model import CostModel, Shape
 from layercard.data.load import IGNORED, Batch, Dataset
 from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors, PeakMemory
@@ -33,20 +34,23 @@ from layercard.models.losses import training_step
 from layercard.profiling.profile import profile_records as profile
 from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
+from test_experts import build as with_experts
 from tiny import LAYERS, TINY_FAMILIES, VOCAB, WIDTH, build_tiny, tiny_tokenizer
 
 DEPTH = 5
+EXPERTS = ("mixtral", "gpt_oss", "qwen3_moe")
 
 
 def base_of(family: str = "llama", **changes: Any) -> BaseModel:
-    return wrap_model(build_tiny(family, **changes), tiny_tokenizer(), name=f"tiny {family}")
+    model = with_experts(family).float() if family in EXPERTS else build_tiny(family, **changes)
+    return wrap_model(model, tiny_tokenizer(), name=f"tiny {family}")
 
 
 def everything(base: BaseModel) -> dict[str, Any]:
     return state(base.model) | {"own": sorted(vars(base.model)), "config": base.model.config.to_dict()}
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", [*TINY_FAMILIES, "mixtral", "gpt_oss"])
 def test_every_family_is_measured_and_left_as_it_was(family: str) -> None:
     base = base_of(family)
     base.model.train()
@@ -59,14 +63,17 @@ def test_every_family_is_measured_and_left_as_it_was(family: str) -> None:
     assert cost.weights_bytes == sum(weight.nbytes for weight in base.model.parameters())
     for layer, block in zip(cost.layers, base.blocks, strict=True):
         assert layer.forward_seconds > 0 and layer.saved_bytes > 0 and layer.adapter_saved_bytes > 0
-        assert layer.adapter_parameters == 2 * sum(p.in_features + p.out_features for p in block.linear_modules)
-        assert [module.name for module in layer.modules] == [p.name for p in block.linear_modules]
+        single = sum(p.in_features + p.out_features for p in block.linear_modules)
+        stacked = sum(4 * sum(stack.module.get_parameter(stack.parameter).shape[1:]) for stack in block.stacks)
+        assert bool(block.stacks) == (family in EXPERTS) and layer.adapter_parameters == 2 * (single + stacked)
+        assert [module.name for module in layer.modules] == [each.name for each in (*block.linear_modules, *block.stacks)]
+        assert [module.experts for module in layer.modules] == [1] * len(block.linear_modules) + [4] * len(block.stacks)
         assert sum(module.adapter_seconds for module in layer.modules) == pytest.approx(layer.adapter_seconds)
     assert 0 < cost.step_time([LAYERS - 1]) <= cost.step_time(range(LAYERS))
     assert CostModel.from_json(cost.to_json()) == cost
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_predicted_memory_is_that_of_a_real_training_step(family: str) -> None:
     base, batch = base_of(family), random_batch(VOCAB, 4, 40)
     cost = measure_cost(base, batch, rank=4, repeats=1)
@@ -337,3 +344,33 @@ def test_every_placement_is_between_the_cheapest_and_all() -> None:
         for layers in itertools.combinations(every, count):
             assert cost.step_time(layers) <= cost.step_time(every)
             assert cost.peak_memory(layers) <= cost.peak_memory(every)
+
+
+def test_trained_weights_are_those_that_the_cost_counts() -> None:
+    base = base_of("qwen3_moe")
+    cost = measure_cost(base, random_batch(VOCAB, 2, 12), rank=2, repeats=1)
+    with adapted(base, place(base, [1]), rank=2) as model:
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert cost.linear("params").of([1]) == trained
+
+
+def test_an_empty_model_of_experts_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("qwen3_moe")
+    empty = skeleton.empty_model(base.model.config, "tiny")
+    found = meta.estimated_cost(empty, flops=1e11, bandwidth=1e10, name="tiny", dtype="float32", batch_size=2, length=16, rank=2)
+    real = measure_cost(base, random_batch(VOCAB, 2, 16), rank=2, repeats=1)
+    assert [layer.adapter_parameters for layer in found.layers] == [layer.adapter_parameters for layer in real.layers]
+    assert found.weights_bytes == real.weights_bytes
+    shapes: list[Any] = []
+    monkeypatch.setattr(CostModel, "from_rates", lambda given, **_: shapes.extend(given) or found)
+    meta.estimated_cost(empty, flops=1e11, bandwidth=1e10, name="tiny", dtype="float32")
+    assert shapes[0][-2:] == [Shape(32, 48, 4, 2.0), Shape(24, 32, 4, 2.0)]
+
+
+def test_a_card_without_a_measured_cost_counts_every_expert() -> None:
+    base = base_of("qwen3_moe")
+    data = Dataset(tuple(examples((9, 6, 12, 7, 5, 11), seed=4)), "random tokens", "0" * 16)
+    cost = cost_of(profile(base, data, ProfileSettings(rank=2, probe="none", cost=False)))
+    with adapted(base, place(base, [1]), rank=2) as model:
+        assert cost.linear("params").of([1]) == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert cost.step_time(range(LAYERS)) == pytest.approx(1.0)

@@ -5,7 +5,6 @@ One trap is elsewhere: stock gradient checkpointing puts every layer back into b
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def narrowed(base: BaseModel, layers: Iterable[Any], *names: str) -> Placement:
     """The maps of some names in the layers, and the experts where `experts` is one of the names."""
     whole = place(base, layers)
     stacks = tuple(stack.path for layer in whole.layers for stack in base.blocks[layer].stacks if "experts" in names)
-    return replace(whole, paths=tuple(path for path in whole.paths if path.endswith(names)), parameters=stacks)
+    return whole.changed(paths=tuple(path for path in whole.paths if path.endswith(names)), parameters=stacks)
 
 
 def based(model: PreTrainedModel) -> BaseModel:
@@ -156,9 +155,9 @@ def test_a_rank_without_an_alpha_changes_the_scale(tiny_base: BaseModel) -> None
         apply(tiny_base.model, narrowed(tiny_base, [1], "q_proj", "v_proj"), LoraConfig(r=4, **settings))
     plain = narrowed(tiny_base, [1], "q_proj", "v_proj")
     with pytest.raises(PlacementError, match="must name every path"):
-        replace(plain, rank_pattern={plain.paths[0]: 16})
+        plain.changed(rank_pattern={plain.paths[0]: 16})
     ranks = dict(zip(plain.paths, (16, 4), strict=True))
-    both = replace(plain, rank_pattern=ranks, alpha_pattern={path: 4.0 * rank for path, rank in ranks.items()})
+    both = plain.changed(rank_pattern=ranks, alpha_pattern={path: 4.0 * rank for path, rank in ranks.items()})
     with adapted(tiny_base, both) as wrapped:
         inner = wrapped.get_base_model()
         assert {inner.get_submodule(path).scaling["default"] for path in both.paths} == {4.0}
@@ -169,7 +168,7 @@ def test_rank_0_is_an_error_everywhere(tiny_base: BaseModel) -> None:
         stock(build_tiny("llama"), target_modules=["q_proj"], rank_pattern={"q_proj": 0})
     plain = narrowed(tiny_base, [1], "q_proj")
     with pytest.raises(PlacementError, match="ranks are whole numbers of at least 1"):
-        replace(plain, rank_pattern={plain.paths[0]: 0}, alpha_pattern={plain.paths[0]: 1.0})
+        plain.changed(rank_pattern={plain.paths[0]: 0}, alpha_pattern={plain.paths[0]: 1.0})
 
 
 def test_a_path_is_taken_for_the_end_of_others() -> None:

@@ -426,13 +426,13 @@ class _Step:
         single, stacked = [each for each in shapes if each.experts == 1], [each for each in shapes if each.experts > 1]
         inputs = [each.in_features for each in single if each.in_features != width]
         inputs += [width] * min(2, len(single) - len(inputs))
-        kept = rows * (sum(inputs) + self.rank * len(single)) + sum(self.rows(each) * each.in_features + each.weights for each in stacked)
+        saved = rows * (sum(inputs) + self.rank * len(single)) + sum(self.rows(each) * each.in_features + each.weights for each in stacked)
         return LayerCost(
             forward_seconds=products + attention + elementwise,
             backward_seconds=products + 2 * attention + 2 * elementwise,
             adapter_seconds=sum(module.adapter_seconds for module in modules),
             saved_bytes=self.size * rows * (5 * width + widths),
-            adapter_saved_bytes=self.size * kept,
+            adapter_saved_bytes=self.size * saved,
             adapter_parameters=sum(self.parameters(each) for each in shapes),
             adapter_latency_seconds=sum(self.adapter(1, each) for each in (*single, *stacked)),
             modules=modules,
