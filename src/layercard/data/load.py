@@ -150,6 +150,8 @@ def load_data(
     max_length: int = 1024,
     separator: str = "\n",
     classes: Mapping[str, int] | None = None,
+    on_long: str = "cut",
+    on_bad: str = "refuse",
 ) -> Dataset:
     """Read and tokenise records.
 
@@ -163,7 +165,10 @@ def load_data(
             dictionaries, a `datasets.Dataset`.
         tokenizer: The model's tokenizer.
         records: Take only the first so many; no more are read.
-        max_length: Tokens of a record, what goes beyond is cut and counted in `Dataset.truncated`.
+        max_length: Tokens of a record.
+        on_long: What is done with a longer record: `cut` (it is cut and counted in `Dataset.truncated`), `skip` or `refuse`.
+        on_bad: What is done with a record that cannot be used: `refuse`, or `skip`. `Dataset.notes` says how many were skipped, and why
+            the first was. A file that cannot be read is always refused.
         separator: Put between prompt and completion.
         classes: The classes of a classifier (`BaseModel.classes`); `None` for a language model.
 
@@ -177,23 +182,44 @@ def load_data(
     label, located = find_records(source)
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else label
     reader = RecordReader(tokenizer, separator, classes, max_length)
-    examples, truncated = [], 0
-    for place, record in itertools.islice(located, records):
+    examples: list[Example] = []
+    truncated, skipped = 0, {"long": 0, "bad": 0}
+    first_bad = ""
+    for place, record in located:
         try:
-            (ids, labels), is_cut = reader.encode(record)
-            is_cut = is_cut or len(ids) > max_length
+            (ids, labels), is_long = reader.encode(record)
+            is_long = is_long or len(ids) > max_length
+            if is_long and on_long == "skip":
+                skipped["long"] += 1
+                continue
+            if is_long and on_long == "refuse":
+                raise DataError(f"longer than {max_length} tokens; raise max_length, or cut or skip long records")
             example = Example(tuple(ids[:max_length]), tuple(labels[:max_length]), renamed(record, reader.columns))
-            _check(example, is_cut, reader.format)
+            _check(example, is_long, reader.format)
         except DataError as error:
-            raise DataError(f"{name} {place}: {error}") from error.__cause__
-        truncated += is_cut
+            if on_bad != "skip":
+                raise DataError(f"{name} {place}: {error}") from error.__cause__
+            skipped["bad"] += 1
+            first_bad = first_bad or f"{place}: {error}"
+            continue
+        truncated += is_long
         examples.append(example)
+        if len(examples) == records:
+            break
+    notes = list(reader.notes)
+    if truncated:
+        notes.append(f"{truncated:,} of {len(examples):,} records are cut to {max_length:,} tokens")
+    if skipped["long"]:
+        notes.append(f"{skipped['long']:,} records of more than {max_length:,} tokens are left out")
+    if skipped["bad"]:
+        notes.append(f"{skipped['bad']:,} records that cannot be used are left out, the first at {first_bad}")
     if not examples:
-        raise DataError(f"{name} holds no records; it needs at least one with prompt and completion, messages or text")
+        reason = f": {notes[-1]}" if any(skipped.values()) else "; it needs at least one with prompt and completion, messages or text"
+        raise DataError(f"{name} holds no records{reason}")
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.input_ids, example.labels)).encode())
-    return Dataset(tuple(examples), label, digest.hexdigest()[:16], truncated, reader.format, reader.notes)
+    return Dataset(tuple(examples), label, digest.hexdigest()[:16], truncated, reader.format, tuple(notes))
 
 
 def _check(example: Example, cut: bool, kind: str) -> None:
