@@ -44,10 +44,10 @@ def plain(base: BaseModel, dataset: Dataset, size: int) -> None:
 
 def signals(base: BaseModel, dataset: Dataset, size: int) -> None:
     """The two passes of a profile, without the step probe."""
-    settings = ProfileSettings(cost=False)
+    settings = ProfileSettings(batch_size=size, cost=False)
     fit_examples, held = split_records(dataset, settings)
-    fit = fit_pass(base, fit_examples, rank=settings.rank, ridge=settings.ridge, batch_size=size)
-    held_out_pass(base, held, fit, samples=settings.label_samples, seed=0, batch_size=size)
+    fit = fit_pass(base, fit_examples, settings)
+    held_out_pass(base, held, fit, settings)
 
 
 def aletheia(base: BaseModel, dataset: Dataset, size: int) -> None:

@@ -80,8 +80,8 @@ def cost(base: BaseModel, records: int) -> tuple[float, float]:
     settings, examples = ProfileSettings(cost=False), random_examples(records)
     cut = round(settings.fit_share * records)
     started = time.process_time()
-    fit = fit_pass(base, examples[:cut], rank=settings.rank, ridge=settings.ridge, batch_size=settings.batch_size, progress=tell)
-    held_out_pass(base, examples[cut:], fit, samples=settings.label_samples, seed=0, batch_size=settings.batch_size)
+    fit = fit_pass(base, examples[:cut], settings, tell)
+    held_out_pass(base, examples[cut:], fit, settings)
     return time.process_time() - started, stamps["steps"] - stamps["fit pass"]
 
 

@@ -17,7 +17,7 @@ from layercard.card.card import LayerCard
 from layercard.data.load import load_data
 from layercard.models.load import BaseModel, load_model
 from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.step_probe import ProbeTraining
+from layercard.profiling.training_probe import ProbeTraining
 from layercard.settings import ProfileSettings
 from layercard.statistics.ranks import spearman
 from single_layer import BATCH, MAX_LENGTH, arguments, measure, run_file

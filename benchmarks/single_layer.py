@@ -1,7 +1,7 @@
 """Ground truth: LoRA trained in one layer alone, for every chosen layer, task and seed.
 
 One JSON a run lies in `results/single_layer/`; a run that is there is not repeated, so the program may be killed at any point.
-The hidden states that enter a layer are kept, so only the blocks above run (`layercard.probe.training_probe`).
+The hidden states that enter a layer are kept, so only the blocks above run (`training_probe`).
 
     python benchmarks/single_layer.py --tasks e2e gsm8k --seeds 0
 """
@@ -15,7 +15,8 @@ from common import RESULTS, machine, task_file
 from layercard.data.load import load_data
 from layercard.files import write_json
 from layercard.models.load import BaseModel, load_model
-from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, training_probe
+from layercard.profiling.step_probe import ReplayedSet
+from layercard.profiling.training_probe import ProbeTraining, training_probe
 
 LAYERS = (0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 29)
 BATCH = {"e2e": 4, "webnlg": 4, "gsm8k": 2}

@@ -36,7 +36,6 @@ from layercard.models.embedded import embedded_folder
 from layercard.models.load import load_model
 from layercard.models.streamed import open_model
 from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.streamed import stream_profile
 from layercard.settings import ProfileSettings
 
 FOLDER = RESULTS / "stream_profile"
@@ -111,7 +110,7 @@ def child(options: argparse.Namespace) -> None:
     settings = ProfileSettings(
         probe="step" if options.probe_records else "none", probe_records=options.probe_records, batch_size=4, cost=False
     )
-    card = stream_profile(streamed, data, settings, _tell, boundaries=between, state=Path(options.child) / "state")
+    card = profile(streamed, data, settings, _tell, boundaries=between, state=Path(options.child) / "state")
     shutil.rmtree(Path(options.child) / "between", ignore_errors=True)
     shutil.rmtree(Path(options.child) / "state", ignore_errors=True)
     card.save(Path(options.child) / "card.json", force=True)
@@ -169,7 +168,7 @@ def equality(work: Path, threads: int) -> dict[str, Any]:
     started = time.process_time()
     plain = profile(base, data, settings)
     between = time.process_time()
-    other = stream_profile(streamed, data, settings)
+    other = profile(streamed, data, settings)
     ended = time.process_time()
     return {
         "tokens": data.tokens,

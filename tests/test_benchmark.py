@@ -255,7 +255,7 @@ def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
 
     from layercard.data.load import batches
     from layercard.models.losses import labelled_losses
-    from layercard.profiling.step_probe import ProbeTraining
+    from layercard.profiling.training_probe import ProbeTraining
     from layercard.trials.runs import task_data
 
     base = base_model(settings)

@@ -13,9 +13,10 @@ from layercard.models.hooks import capturing, run_experts, stepped
 from layercard.models.layers import LinearModule, find_blocks, unread_experts
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
-from layercard.profiling.fit import Fit, HeldOut, fit_pass
-from layercard.profiling.held_out import held_out_pass
-from layercard.profiling.profile import profile_records as profile, split_records
+from layercard.profiling.fit import Fit, fit_pass
+from layercard.profiling.held_out import HeldOut, held_out_pass
+from layercard.profiling.profile import profile_records as profile
+from layercard.profiling.profile import split_records
 from layercard.selection.select import select
 from layercard.settings import ProfileSettings, TrainSettings
 from layercard.statistics.moments import GradientMoments, InputMoments
@@ -55,8 +56,9 @@ def base_of(model: PreTrainedModel) -> BaseModel:
 
 
 def passes(base: BaseModel, *, batch_size: int = 2) -> tuple[Fit, HeldOut]:
-    fit = fit_pass(base, examples(LENGTHS, seed=1), rank=4, ridge=1.0, batch_size=batch_size)
-    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, samples=2, seed=0, batch_size=batch_size)
+    settings = ProfileSettings(rank=4, batch_size=batch_size, label_samples=2)
+    fit = fit_pass(base, examples(LENGTHS, seed=1), settings)
+    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -185,8 +187,8 @@ def test_one_expert_is_a_dense_block() -> None:
     (fit, held), (plain, plain_held) = passes(base_of(sparse)), passes(base_of(dense))
     assert fit.loss == pytest.approx(plain.loss)
     for layer in range(LAYERS):
-        found = {m.projection.path.rpartition("mlp.")[2]: m.resnorm_squared for m in fit.modules[layer]}
-        of = {m.projection.name.rpartition(".")[2]: m.resnorm_squared for m in plain.modules[layer]}
+        found = {m.module.path.rpartition("mlp.")[2]: m.resnorm_squared for m in fit.layers[layer].modules}
+        of = {m.module.name.rpartition(".")[2]: m.resnorm_squared for m in plain.layers[layer].modules}
         assert found["experts.gate_up_proj[0]"] == pytest.approx(of["gate_proj"] + of["up_proj"])
         assert found["experts.down_proj[0]"] == pytest.approx(of["down_proj"])
     torch.testing.assert_close(held.nats, plain_held.nats)
@@ -197,8 +199,8 @@ def test_signals_do_not_depend_on_batches_and_follow_a_permutation_of_experts() 
     fit, held = passes(base_of(model))
     same, same_held = passes(base_of(model), batch_size=5)
     for layer in range(LAYERS):
-        for one, other in zip(fit.modules[layer], same.modules[layer], strict=True):
-            assert one.projection.path == other.projection.path and one.tokens == other.tokens
+        for one, other in zip(fit.layers[layer].modules, same.layers[layer].modules, strict=True):
+            assert one.module.path == other.module.path and one.tokens == other.tokens
             assert one.resnorm_squared == pytest.approx(other.resnorm_squared)
     for one, other in ((held.slopes, same_held.slopes), (held.drawn, same_held.drawn), (held.residual, same_held.residual)):
         torch.testing.assert_close(one, other)
@@ -211,7 +213,7 @@ def test_signals_do_not_depend_on_batches_and_follow_a_permutation_of_experts() 
     moved, _ = passes(base_of(model))
 
     def by_expert(found: Fit) -> dict[str, float]:
-        return {m.projection.path: m.resnorm_squared for layer in found.modules for m in layer if m.projection.expert is not None}
+        return {m.module.path: m.resnorm_squared for layer in found.layers for m in layer.modules if m.module.expert is not None}
 
     before, after = by_expert(fit), by_expert(moved)
     assert len(before) == len(after) > LAYERS * 4
@@ -274,11 +276,11 @@ def test_resnorm_of_each_expert_is_that_of_a_loop_over_its_tokens(family: str) -
         for key, found in rows_by_token(module, hidden, index, weights, output.grad).items():
             rows.setdefault(key, []).extend(found)
     handle.remove()
-    ridges = {signals.path: signals.ridge for signals in fit.inputs[1]}
+    ridges = {signals.path: signals.ridge for signals in fit.layers[1].inputs}
     checked = 0
-    for m in fit.modules[1]:
-        if m.projection.expert is not None:
-            own = rows[m.projection.name.partition("[")[0].rpartition(".")[2], m.projection.expert]
+    for m in fit.layers[1].modules:
+        if m.module.expert is not None:
+            own = rows[m.module.name.partition("[")[0].rpartition(".")[2], m.module.expert]
             assert m.tokens == len(own)
             assert m.resnorm_squared == pytest.approx(resnorm_squared(own, fit.tokens, fit.labelled, ridges[m.leader]), rel=1e-6)
             checked += 1
@@ -295,7 +297,7 @@ def test_rows_of_experts_land_at_their_records() -> None:
         loss = labelled_losses(base.model, batch_of([example]))[0].sum()
         slopes = torch.autograd.grad(loss, [*weights, *(p.module.weight for p in maps.values())])
         gradients = dict(zip([*stacks, *maps], slopes, strict=True))
-        for layer, step in enumerate(fit.steps):
+        for layer, step in enumerate(each.step for each in fit.layers):
             expected = 0.0
             for path, (down, up) in step.items():
                 stack, _, number = path.rstrip("]").partition("[")
@@ -333,12 +335,12 @@ def test_padding_alone_is_no_token_of_an_expert() -> None:
         block.module.self_attn.o_proj.weight.zero_()
     entered = []
     handle = block.stacks[0].module.register_forward_pre_hook(lambda _, args: entered.append(args[1]))
-    fit = fit_pass(base, made, rank=4, ridge=1.0, batch_size=2)
+    fit = fit_pass(base, made, ProfileSettings(rank=4, batch_size=2))
     handle.remove()
     assert 3 in entered[0]
-    found = {m.projection.expert for m in fit.modules[0] if m.projection.expert is not None}
+    found = {m.module.expert for m in fit.layers[0].modules if m.module.expert is not None}
     assert found and 3 not in found
-    assert all(math.isfinite(m.resnorm_squared) for layer in fit.modules for m in layer)
+    assert all(math.isfinite(m.resnorm_squared) for layer in fit.layers for m in layer.modules)
 
 
 def test_experts_count_as_one_input_by_their_tokens(tmp_path: Path) -> None:
@@ -347,9 +349,10 @@ def test_experts_count_as_one_input_by_their_tokens(tmp_path: Path) -> None:
     settings = ProfileSettings(rank=2, probe="none", cost=False)
     card = profile(base, data, settings)
     fit_examples, _ = split_records(data, settings)
-    fit = fit_pass(base, fit_examples, rank=2, ridge=1.0, batch_size=8)
-    for entry, inputs, modules in zip(card.layers, fit.inputs, fit.modules, strict=True):
-        tokens = {m.projection.path: m.tokens for m in modules}
+    fit = fit_pass(base, fit_examples, ProfileSettings(rank=2, batch_size=8))
+    for entry, layer in zip(card.layers, fit.layers, strict=True):
+        inputs, modules = layer.inputs, layer.modules
+        tokens = {m.module.path: m.tokens for m in modules}
         ranks = {signals.path: signals.energy**2 / signals.second_moment_squared for signals in inputs}
         single = [rank for path, rank in ranks.items() if "[" not in path]
         stacked = []
@@ -381,17 +384,17 @@ def test_few_tokens_and_unread_experts_are_named(tmp_path: Path) -> None:
 
 def test_processes_that_see_other_experts_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     made = examples((3, 2, 3, 2), seed=3)
-    how: dict[str, Any] = {"rank": 4, "ridge": 1.0, "batch_size": 1}
-    alone = fit_pass(base_of(build("mixtral", num_experts_per_tok=1)), made, **how)
+    settings = ProfileSettings(rank=4, batch_size=1)
+    alone = fit_pass(base_of(build("mixtral", num_experts_per_tok=1)), made, settings)
     found: list[Fit] = []
     bases = [base_of(build("mixtral", num_experts_per_tok=1)) for _ in range(2)]
-    functions = [lambda base=base: found.append(fit_pass(base, made, **how)) for base in bases]
+    functions = [lambda base=base: found.append(fit_pass(base, made, settings)) for base in bases]
     Threads(2, monkeypatch).run(functions)  # type: ignore[arg-type]
     assert len(found) == 2
     idle: set[str] = set()
     for fit in found:
         for layer in range(LAYERS):
-            one, other = ({m.projection.path: m for m in each.modules[layer]} for each in (alone, fit))
+            one, other = ({m.module.path: m for m in each.layers[layer].modules} for each in (alone, fit))
             assert one.keys() == other.keys()
             idle |= {own.path for own in find_blocks(build("mixtral"))[layer].modules} - one.keys()
             for path, signals in one.items():

@@ -25,8 +25,16 @@ from layercard.errors import OutputError, TrainingError
 from layercard.models.load import BaseModel, wrap_model
 from layercard.profiling import training_probe as halving
 from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, adapting, training_probe
-from layercard.profiling.training_probe import TrainingProbe, better_half, rungs, training_probes
+from layercard.profiling.step_probe import ReplayedSet
+from layercard.profiling.training_probe import (
+    ProbeTraining,
+    TrainingProbe,
+    adapting,
+    better_half,
+    rungs,
+    training_probe,
+    training_probes,
+)
 from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
 from test_profile import dataset

@@ -8,7 +8,9 @@ import torch
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
 from layercard.profiling.fit import fit_pass
-from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, second_length, step_probe, training_probe
+from layercard.profiling.step_probe import ReplayedSet, second_length, step_probe
+from layercard.profiling.training_probe import ProbeTraining, training_probe
+from layercard.settings import ProfileSettings
 from test_capture import assert_same, batch_of, examples, state
 from tiny import build_tiny, tiny_tokenizer
 
@@ -28,7 +30,8 @@ def mean_loss(model: torch.nn.Module, seed: int) -> float:
 def test_step_probe_equals_a_model_whose_weights_were_changed(family: str) -> None:
     base = base_of(family)
     before = state(base.model)
-    steps = fit_pass(base, examples(LENGTHS, seed=1), rank=3, ridge=1.0, batch_size=3).steps
+    fit = fit_pass(base, examples(LENGTHS, seed=1), ProfileSettings(rank=3, batch_size=3))
+    steps = [layer.step for layer in fit.layers]
     held_out = ReplayedSet(base, examples(LENGTHS, seed=2), range(3), 3)
     probe = step_probe(base, steps, [0.1] * 3, held_out)
     assert_same(before, state(base.model))

@@ -9,8 +9,9 @@ from torch.func import functional_call
 from layercard.data.load import Example
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_logits
-from layercard.profiling.fit import Fit, HeldOut, fit_pass
-from layercard.profiling.held_out import held_out_pass
+from layercard.profiling.fit import Fit, fit_pass
+from layercard.profiling.held_out import HeldOut, held_out_pass
+from layercard.settings import ProfileSettings
 from layercard.statistics.coupling import curvature, descent
 from reference.gauss_newton import explicit_curvature
 from test_capture import batch_of, examples
@@ -24,14 +25,15 @@ def base_of(family: str = "llama") -> BaseModel:
 
 
 def passes(base: BaseModel, *, batch_size: int = 2, samples: int = 2, rank: int = 4) -> tuple[Fit, HeldOut]:
-    fit = fit_pass(base, examples(LENGTHS, seed=1), rank=rank, ridge=1.0, batch_size=batch_size)
-    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, samples=samples, seed=0, batch_size=batch_size)
+    settings = ProfileSettings(rank=rank, batch_size=batch_size, label_samples=samples)
+    fit = fit_pass(base, examples(LENGTHS, seed=1), settings)
+    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, settings)
 
 
 def logits_with_steps(base: BaseModel, fit: Fit, made: list[Example], c: torch.Tensor) -> torch.Tensor:
     """Logits of the labelled tokens with `c_ℓ Δ_ℓ` added to the weights of every layer ℓ."""
     weights = dict(base.model.named_parameters())
-    for layer, step in enumerate(fit.steps):
+    for layer, step in enumerate(each.step for each in fit.layers):
         for path, (down, up) in step.items():
             weights[f"{path}.weight"] = weights[f"{path}.weight"].detach() + c[layer] * (up @ down)
 
@@ -68,8 +70,8 @@ def test_slopes_and_coupling_equal_an_explicit_gauss_newton_matrix() -> None:
 def test_padding_and_batch_split_change_nothing(batch_size: int) -> None:
     base = base_of()
     (fit, held), (again, held_again) = passes(base, batch_size=2), passes(base, batch_size=batch_size)
-    for one, two in zip(fit.modules, again.modules, strict=True):
-        for m, n in zip(one, two, strict=True):
+    for one, two in zip(fit.layers, again.layers, strict=True):
+        for m, n in zip(one.modules, two.modules, strict=True):
             assert m.resnorm_squared == pytest.approx(n.resnorm_squared, rel=1e-9)
             assert m.residual_energy == pytest.approx(n.residual_energy, rel=1e-9)
             assert m.resnorm_rank_squared == pytest.approx(n.resnorm_rank_squared, rel=1e-6)
@@ -86,9 +88,9 @@ def test_module_gradient_norm_is_that_of_autograd() -> None:
     model = copy.deepcopy(base.model)
     logits, targets, _ = labelled_logits(model, batch_of(made))
     torch.nn.functional.cross_entropy(logits, targets).backward()
-    for modules in fit.modules:
-        for m in modules:
-            gradient = model.get_parameter(f"{m.projection.path}.weight").grad
+    for layer in fit.layers:
+        for m in layer.modules:
+            gradient = model.get_parameter(f"{m.module.path}.weight").grad
             assert gradient is not None
             assert m.gradient_squared == pytest.approx(float(gradient.square().sum()), rel=1e-6)
 
@@ -97,16 +99,17 @@ def test_held_out_contributions_estimate_the_fit_quantities() -> None:
     """On the very records of the fit, contributions add up to the quantity itself, but for the random directions."""
     base = base_of()
     made = examples(tuple(range(5, 25)), seed=1)
-    fit = fit_pass(base, made, rank=4, ridge=1.0, batch_size=4)
-    held = held_out_pass(base, made, fit, samples=0, seed=0, batch_size=4)
-    for layer, modules in enumerate(fit.modules):
+    settings = ProfileSettings(rank=4, batch_size=4, label_samples=1)
+    fit = fit_pass(base, made, settings)
+    held = held_out_pass(base, made, fit, settings)
+    for layer, modules in enumerate(found.modules for found in fit.layers):
         squared = sum(m.resnorm_squared for m in modules)
         assert float(held.residual[layer].sum() / held.labelled.sum()) == pytest.approx(squared, rel=0.4)
         gradient = sum(m.gradient_squared for m in modules)
         assert float(held.gradient[layer].sum() / held.labelled.sum()) == pytest.approx(gradient, rel=0.4)
         rank_squared = sum(m.resnorm_rank_squared for m in modules)
         assert -float(held.slopes[layer].sum() / held.labelled.sum()) == pytest.approx(rank_squared, rel=1e-6)
-        for signals in fit.inputs[layer]:
+        for signals in fit.layers[layer].inputs:
             energy, square, top, noise = held.inputs[signals.path].sum(dim=1) / held.tokens.sum()
             assert float(energy) == pytest.approx(signals.energy)
             assert float(top) == pytest.approx(signals.top)
@@ -117,10 +120,10 @@ def test_held_out_contributions_estimate_the_fit_quantities() -> None:
 def test_a_short_pass_takes_the_other_form_and_says_the_same() -> None:
     base = base_of()
     short = [Example(tuple(range(6, 12)), (-100, *range(7, 12)), {}), Example(tuple(range(20, 26)), (-100, *range(21, 26)), {})]
-    few = fit_pass(base, short, rank=2, ridge=1.0, batch_size=2)
+    few = fit_pass(base, short, ProfileSettings(rank=2, batch_size=2))
     assert few.tokens == 12 < base.blocks[0].linear_modules[0].in_features
-    many = fit_pass(base, short * 4, rank=2, ridge=1.0, batch_size=2)  # the same tokens four times: the d×d form
-    for one, two in zip(few.modules, many.modules, strict=True):
-        for m, n in zip(one, two, strict=True):
+    many = fit_pass(base, short * 4, ProfileSettings(rank=2, batch_size=2))  # the same tokens four times: the d×d form
+    for one, two in zip(few.layers, many.layers, strict=True):
+        for m, n in zip(one.modules, two.modules, strict=True):
             assert m.resnorm_squared == pytest.approx(n.resnorm_squared, rel=1e-8)
             assert m.residual_energy == pytest.approx(n.residual_energy, rel=1e-8)

@@ -21,7 +21,6 @@ from layercard.models.losses import labelled_logits
 from layercard.models.streamed import INDEX, StreamedModel, Weights, open_model, weight_files
 from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.streamed import stream_profile
 from layercard.settings import ProfileSettings
 from test_experts import build as with_experts
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
@@ -51,7 +50,7 @@ def test_the_card_is_that_of_the_model_in_memory(family: str, tmp_path: Path) ->
     base, streamed = load_model(folder), open_model(str(folder))
     assert streamed.base.fingerprint == base.fingerprint
     data = data_for(tmp_path, base.tokenizer)
-    expected, found = comparable(profile(base, data, SETTINGS)), comparable(stream_profile(streamed, data, SETTINGS))
+    expected, found = comparable(profile(base, data, SETTINGS)), comparable(profile(streamed, data, SETTINGS))
     assert found == expected
 
 
@@ -62,7 +61,7 @@ def test_one_block_at_a_time_is_in_memory_and_none_at_the_end(family: str, tmp_p
         changes = {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
         streamed = open_model(str(saved(tmp_path / f"{family}-{layers}", family, **changes)))
         before = streamed.weights.bytes_read
-        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(rank=2, probe="none", cost=False))
+        profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(rank=2, probe="none", cost=False))
         assert all(weight.device.type == "meta" for weight in streamed.base.model.parameters()) and streamed.resident_bytes == 0
         peaks.append(streamed.peak_bytes)
         blocks = sum(weight.nbytes for block in streamed.blocks for weight in block.module.parameters())
@@ -75,7 +74,7 @@ def test_boundaries_on_disk_and_another_dtype(tmp_path: Path) -> None:
     base = load_model(folder, dtype="bfloat16")
     data = data_for(tmp_path, base.tokenizer)
     streamed = open_model(str(folder), dtype="bfloat16")
-    found = stream_profile(streamed, data, SETTINGS, boundaries=tmp_path / "between")
+    found = profile(streamed, data, SETTINGS, boundaries=tmp_path / "between")
     assert comparable(found) == comparable(profile(base, data, SETTINGS))
     assert found.settings["dtype"] == "bfloat16"
     assert {path.name for path in (tmp_path / "between").iterdir()} <= {LOCK_FILE}, "nothing is left there"
@@ -85,7 +84,7 @@ def test_boundaries_on_disk_and_another_dtype(tmp_path: Path) -> None:
 def test_the_head_runs_on_a_few_positions_at_a_time(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / family, family)
     data = data_for(tmp_path, tiny_tokenizer())
-    whole = stream_profile(open_model(str(folder)), data, SETTINGS)
+    whole = profile(open_model(str(folder)), data, SETTINGS)
     sizes: list[int] = []
 
     def watched(*args: Any) -> Any:
@@ -95,7 +94,7 @@ def test_the_head_runs_on_a_few_positions_at_a_time(family: str, tmp_path: Path,
 
     monkeypatch.setattr("layercard.models.streamed_pass.LOGITS", 2 * 3 * 128)
     monkeypatch.setattr("layercard.models.streamed_pass.labelled_logits", watched)
-    parts = stream_profile(open_model(str(folder)), data, SETTINGS)
+    parts = profile(open_model(str(folder)), data, SETTINGS)
     assert max(sizes) <= 2 * SETTINGS.batch_size
     assert parts.data.loss == pytest.approx(whole.data.loss, rel=1e-6)
     for measure in ("resnorm", "centrality", "step_probe", "predicted_gain"):
@@ -108,17 +107,17 @@ def test_an_interrupted_profile_goes_on_to_the_same_card(stop: tuple[str, int], 
     monkeypatch.setattr("layercard.checkpoint.SHARE", 0.0)
     folder = saved(tmp_path / "llama", "llama")
     data = data_for(tmp_path, tiny_tokenizer())
-    expected = comparable(stream_profile(open_model(str(folder)), data, SETTINGS))
+    expected = comparable(profile(open_model(str(folder)), data, SETTINGS))
 
     def interrupt(phase: str, done: int, total: int) -> None:
         if (phase, done) == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stream_profile(open_model(str(folder)), data, SETTINGS, interrupt, state=tmp_path / "state")
+        profile(open_model(str(folder)), data, SETTINGS, interrupt, state=tmp_path / "state")
     ran: list[tuple[str, int]] = []
     streamed = open_model(str(folder))
-    card = stream_profile(streamed, data, SETTINGS, lambda phase, done, _: ran.append((phase, done)), state=tmp_path / "state")
+    card = profile(streamed, data, SETTINGS, lambda phase, done, _: ran.append((phase, done)), state=tmp_path / "state")
     assert comparable(card) == expected
     if stop[0] != "forward":
         assert ("backward", 1) not in ran, "the last block was done before the interrupt"
@@ -215,12 +214,12 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
 def test_the_training_probe_needs_the_model_in_memory(tmp_path: Path) -> None:
     streamed = open_model(str(saved(tmp_path / "llama", "llama")))
     with pytest.raises(TrainingError, match="needs the model in memory"):
-        stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="train", cost=False))
+        profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="train", cost=False))
 
 
 def test_costs_are_estimated_from_shapes(tmp_path: Path) -> None:
     streamed = open_model(str(saved(tmp_path / "llama", "llama")))
-    card = stream_profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="none", rank=2, cost=True))
+    card = profile(streamed, data_for(tmp_path, streamed.base.tokenizer), ProfileSettings(probe="none", rank=2, cost=True))
     assert card.cost is not None and len(card.cost.layers) == 3
     assert all(layer.forward_seconds > 0 and layer.adapter_parameters > 0 for layer in card.cost.layers)
     weights = sum(weight.numel() for weight in streamed.base.model.parameters())
@@ -238,8 +237,8 @@ def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, m
 
     monkeypatch.setattr("layercard.profiling.streamed.free_bytes", lambda _: 4 * 4 * data.tokens * 32 * 4 - 1)
     settings = ProfileSettings(probe="none", rank=2, cost=False)
-    expected = comparable(stream_profile(streamed, data, settings))
-    found = stream_profile(streamed, data, settings, watch, state=tmp_path / "state")
+    expected = comparable(profile(streamed, data, settings))
+    found = profile(streamed, data, settings, watch, state=tmp_path / "state")
     assert comparable(found) == expected and "fit-0-0.safetensors" in seen[0]
 
 
@@ -262,7 +261,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     streamed = open_model(str(saved(tmp_path / "llama", "llama")))
     data = data_for(tmp_path, streamed.base.tokenizer)
     with alone(tmp_path / "between"), pytest.raises(OutputError, match="another run"):
-        stream_profile(streamed, data, SETTINGS, boundaries=tmp_path / "between")
+        profile(streamed, data, SETTINGS, boundaries=tmp_path / "between")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -275,7 +274,7 @@ def test_experts_that_are_stored_one_by_one(family: str, tmp_path: Path) -> None
     base, streamed = load_model(folder), open_model(str(folder))
     assert streamed.base.fingerprint == base.fingerprint
     data = data_for(tmp_path, base.tokenizer)
-    assert comparable(stream_profile(streamed, data, SETTINGS)) == comparable(profile(base, data, SETTINGS))
+    assert comparable(profile(streamed, data, SETTINGS)) == comparable(profile(base, data, SETTINGS))
 
 
 def test_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:

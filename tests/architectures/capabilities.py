@@ -40,7 +40,6 @@ from layercard.models.losses import labelled_losses
 from layercard.models.streamed import open_model
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.step_probe import ReplayedSet
-from layercard.profiling.streamed import stream_profile
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
 from layercard.settings import ProfileSettings, TrainSettings
@@ -133,7 +132,7 @@ def streams(case: Case) -> str:
         streamed = open_model(str(folder), device="cpu")
     except ModelError as error:
         return str(error).replace(str(folder), "the model").partition(" (")[0].partition(";")[0].partition(", so it")[0]
-    card = stream_profile(streamed, case.data, PROFILE)
+    card = profile(streamed, case.data, PROFILE)
     assert card.model.fingerprint == case.base.fingerprint
     for name in ("resnorm", "effective_rank", "predicted_gain", "centrality", "step_probe", "gain_estimate"):
         torch.testing.assert_close(torch.tensor(card.values(name)), torch.tensor(case.card.values(name)), rtol=1e-4, atol=1e-6, msg=name)

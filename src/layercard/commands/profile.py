@@ -72,7 +72,6 @@ def profile(
     from layercard.commands.reuse import card_folder, keep, reusable
     from layercard.models.streamed import open_model
     from layercard.profiling.profile import profile_records
-    from layercard.profiling.streamed import stream_profile
 
     started, folder = time.perf_counter(), card_folder(cache_dir)
     with Display() as display:
@@ -86,10 +85,8 @@ def profile(
                 typer.echo(f"not reused: {reason}", err=True)
             version = "" if card is None else card.versions.get("layercard", "of no version")
             typer.echo(f"reused: {source}, made with layercard {version}" if card else "no card to reuse; profiling", err=True)
-        if card is None and streamed is not None:
-            card = stream_profile(streamed, dataset, settings, display, boundaries=boundaries, state=state)
-        elif card is None:
-            card = profile_records(base, dataset, settings, display, state=state)
+        if card is None:
+            card = profile_records(streamed or base, dataset, settings, display, state=state, boundaries=boundaries)
     if not is_first():
         return
 

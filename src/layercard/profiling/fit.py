@@ -1,12 +1,10 @@
-"""What the fit pass sums up: kept on the way, and put together where several processes share the batches.
+"""The fit pass: a share of the records goes through the model forward and backward once, and each layer gets a low-rank step `Δ_ℓ`.
 
-The first of the two passes over the records from which every signal of a card comes, and what both give.
-
-The *fit* pass streams the first share of the records through the model once, forward and backward, and ends in a low-rank step `Δ_ℓ` for
-each layer. The *held-out* pass (`layercard.held_out`) takes the other records.
+What enters each linear module, and the gradient of what leaves it, is summed up batch by batch (`FitSums`). One solve a layer
+(`solve_layer`) then turns the sums into signals, steps, and directions against which the held-out pass (`held_out`) measures other records.
+Both are the same for a model in memory (`fit_pass`) and for one on disk (`streamed`).
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,33 +13,37 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from layercard import checkpoint as saved, processes
+from layercard import checkpoint, processes
 from layercard.checkpoint import State
 from layercard.data.checks import check_signals
-from layercard.data.load import Batch, Example, batches, positions
+from layercard.data.load import Example, batches, positions
 from layercard.errors import DataError
 from layercard.models.hooks import Capture, GradientSink, capturing
 from layercard.models.layers import Block, LinearModule
 from layercard.models.load import BaseModel, Progress
 from layercard.models.losses import labelled_logits
-from layercard.profiling.step_probe import Step, StepProbe
+from layercard.settings import ProfileSettings
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.residual import Whitening, projected_residual, ridge_scale
 
-# ---- fit_sums
+PROBES = 8
+"""Random directions by which the held-out pass estimates squared norms."""
+
+Step = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""For the path of each module (`Block.modules`) the factors `A: [r, in]` and `B: [out, r]` of a step `Δ = B A` of its weight."""
 
 
 @dataclass
 class FitSums:
-    """What the fit pass has summed up after some of its batches.
+    """Sums over some batches of the fit pass.
 
     Attributes:
         batches: Number of the batch that comes next.
         labelled: Labelled tokens.
         nats: Their summed loss.
-        leaders: For each map the one whose input moments it shares (`Capture.leaders`).
-        inputs: Moments by path of the leading map.
-        gradients: Moments by path.
+        leaders: For each module the one whose input moments it shares (`Capture.leaders`).
+        inputs: Moments of inputs, by path of the leading module.
+        gradients: Moments of output gradients, by path.
     """
 
     batches: int = 0
@@ -51,66 +53,66 @@ class FitSums:
     inputs: dict[str, InputMoments] = field(default_factory=dict)
     gradients: dict[str, GradientMoments] = field(default_factory=dict)
 
+    def sink(self, capture: Capture, blocks: Sequence[Block], tokens: int) -> GradientSink:
+        """What adds the signals of a backward pass to the moments; `tokens` are expected in the whole pass."""
+        shares = {module.path: stack.active / stack.experts for block in blocks for stack in block.stacks for module in stack.modules}
+
+        def sink(module: LinearModule, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
+            keep_rows = tokens * shares.get(module.path, 1) < module.in_features
+            if capture.leaders[module.path] == module.path:
+                self.inputs.setdefault(module.path, InputMoments(module.in_features, keep_rows)).update(a_ti)
+            empty = GradientMoments(module.out_features, module.in_features, keep_rows)
+            self.gradients.setdefault(module.path, empty).update(a_ti, d_to)
+
+        return sink
+
     def merge(self, like: torch.Tensor) -> None:
         """Put the sums of all processes in place of this one's; all of them must call it.
 
-        A map that ran in other processes only (an expert, or any map where there are fewer batches than processes) gets its sums too.
-
-        Args:
-            like: A tensor of the model's dtype on its device.
+        A module that ran in other processes only (an expert, or any module where there are fewer batches than processes) gets its sums
+        too. `like` is a tensor of the model's dtype on its device.
         """
         if processes.count() == 1:
             return
         self.nats, labelled = processes.total([self.nats, self.labelled])
         self.labelled = int(labelled)
-        everywhere = [json.loads(data) for data in processes.gathered(json.dumps(self._shapes()).encode())]
-        self.leaders = _union(theirs["leaders"] for theirs in everywhere)
-        for path, (features, keep_rows) in _union(theirs["inputs"] for theirs in everywhere).items():
+        input_shapes = {path: (sums.features, sums.keep_rows) for path, sums in self.inputs.items()}
+        gradient_shapes = {path: (sums.outputs, sums.features, sums.keep_rows) for path, sums in self.gradients.items()}
+        everywhere = processes.gathered((self.leaders, input_shapes, gradient_shapes))
+        self.leaders, inputs, gradients = (_union(parts) for parts in zip(*everywhere, strict=True))
+        for path, (features, keep_rows) in inputs.items():
             moments = self.inputs.setdefault(path, InputMoments(features, keep_rows))
             moments.update(like.new_zeros(0, features))
             moments.across(processes.add_up, processes.stacked)
-        for path, (outputs, features, keep_rows) in _union(theirs["gradients"] for theirs in everywhere).items():
+        for path, (outputs, features, keep_rows) in gradients.items():
             slopes = self.gradients.setdefault(path, GradientMoments(outputs, features, keep_rows))
             slopes.update(like.new_zeros(0, features), like.new_zeros(0, outputs))
             slopes.across(processes.add_up, processes.stacked)
 
-    def _shapes(self) -> dict[str, Any]:
-        return {
-            "leaders": self.leaders,
-            "inputs": {path: [sums.features, sums.keep_rows] for path, sums in self.inputs.items()},
-            "gradients": {path: [sums.outputs, sums.features, sums.keep_rows] for path, sums in self.gradients.items()},
-        }
+    def check_loss(self, model: str) -> None:
+        """Raise `DataError` if the loss is not finite."""
+        if not math.isfinite(self.nats):
+            raise DataError(f"the loss of {model} on these records is {self.nats}; check the weights and records, or use --dtype float32")
 
 
-def _union(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _union(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """All entries, in an order that is the same in every process."""
-    return dict(sorted((path, value) for part in found for path, value in part.items()))
-
-
-def own_batches(done: int, count: int) -> range:
-    """Which of `count` batches this process takes from number `done` on: every so many-th, beginning with its own number.
-
-    >>> own_batches(2, 5)
-    range(2, 5)
-    """
-    step, first = processes.count(), processes.rank()
-    return range(done + (first - done) % step, count, step)
-
-
-# ---- signals
-
-PROBES = 8
-"""Random directions by which the held-out pass estimates squared norms."""
+    return dict(sorted((path, value) for part in parts for path, value in part.items()))
 
 
 @dataclass(frozen=True)
 class ModuleSignals:
-    """What the fit pass found at one map; squared norms in nats, energies in squared units of the activations.
+    """What the fit pass found at one linear module; squared norms in nats, energies in squared units of the activations.
 
-    `tokens` entered it: all of the pass, or those that were sent to the expert whose map it is.
+    Attributes:
+        leader: Path of the module whose input it reads.
+        tokens: How many entered it: all of the pass, or those that were sent to its expert.
+        rank: Rank of its step.
+        directions_in: `[in, rank + 16]`: the step's `Aᵀ`, then what squared norms of gradient and residual are estimated with.
+        directions_out: `[out, rank + 8]`: the step's `B`, then random directions.
     """
 
-    projection: LinearModule
+    module: LinearModule
     leader: str
     tokens: int
     resnorm_squared: float
@@ -119,11 +121,14 @@ class ModuleSignals:
     gradient_squared: float
     step_squared: float
     noise: float
+    rank: int
+    directions_in: torch.Tensor
+    directions_out: torch.Tensor
 
 
 @dataclass(frozen=True)
 class InputSignals:
-    """What the fit pass found at one input, which several maps may share."""
+    """What the fit pass found at one input, which several modules may share; `directions` are `[in, 25]`, for the held-out pass."""
 
     path: str
     features: int
@@ -134,252 +139,160 @@ class InputSignals:
     ridge: float
     noise_trace: float
     massive: float
+    directions: torch.Tensor
 
 
 @dataclass(frozen=True)
-class _Directions:
-    """Columns against which the held-out tokens of a map are projected; the first r of each are the step's factors."""
+class LayerSignals:
+    """What the fit pass found in one layer: its modules (of experts, those that saw a token) and their inputs."""
 
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-    rank: int
+    modules: list[ModuleSignals]
+    inputs: list[InputSignals]
+
+    @property
+    def step(self) -> Step:
+        """The layer's low-rank step."""
+        return {m.module.path: (m.directions_in[:, : m.rank].T, m.directions_out[:, : m.rank]) for m in self.modules}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fit:
-    """Result of the fit pass: signals by layer, the low-rank steps, and directions for the held-out pass."""
+    """Result of the fit pass: tokens, labelled tokens, loss in nats per labelled token, and the signals of each layer."""
 
     tokens: int
     labelled: int
     loss: float
-    modules: list[list[ModuleSignals]] = field(default_factory=list)
-    inputs: list[list[InputSignals]] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    map_directions: dict[str, _Directions] = field(default_factory=dict)
-    input_directions: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def extend(self, upper: "Fit") -> None:
-        """Append the layers of another fit of the same records."""
-        self.modules += upper.modules
-        self.inputs += upper.inputs
-        self.steps += upper.steps
-        self.map_directions |= upper.map_directions
-        self.input_directions |= upper.input_directions
+    layers: list[LayerSignals]
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Scalars of each held-out record.
+def form(base: BaseModel, *classes: type) -> checkpoint.Form:
+    """What the results of the passes are made of, for their `State`, and what else is kept there."""
+    kinds = (FitSums, ModuleSignals, InputSignals, LayerSignals, Fit, InputMoments, GradientMoments, *classes)
+    return checkpoint.Form(kinds, {module.path: module for block in base.blocks for module in block.modules})
 
-    Attributes:
-        slopes: True-label derivative of the record's summed loss along each layer's step, `[L, n]`.
-        drawn: The same under labels drawn from the model, `[samples, L, n]`.
-        labelled: Labelled tokens, `[n]`.
-        tokens: Tokens, `[n]`.
-        nats: Summed loss, `[n]`.
-        residual: Contribution of the record to resnorm² of each layer, `[L, n]`.
-        gradient: Contribution to `‖G‖²`, `[L, n]`.
-        inputs: For each input path: contributions to `tr Σ`, `‖Σ‖²`, the top eigenvalue and `tr(Σ Σ_λ⁻²)`, `[4, n]`.
+
+def share_of_process(done: int, count: int) -> range:
+    """Which of `count` batches this process takes from number `done` on: every n-th of n processes, the first by its own number.
+
+    >>> share_of_process(2, 5)
+    range(2, 5)
     """
-
-    slopes: torch.Tensor
-    drawn: torch.Tensor
-    labelled: torch.Tensor
-    tokens: torch.Tensor
-    nats: torch.Tensor
-    residual: torch.Tensor
-    gradient: torch.Tensor
-    inputs: dict[str, torch.Tensor]
-
-    @classmethod
-    def empty(cls, layers: int, records: int, samples: int, paths: Iterable[str]) -> "HeldOut":
-        """Zeros, to be added to."""
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, records, dtype=torch.float64)
-
-        return cls(
-            slopes=zeros(layers),
-            drawn=zeros(samples, layers),
-            labelled=zeros(),
-            tokens=zeros(),
-            nats=zeros(),
-            residual=zeros(layers),
-            gradient=zeros(layers),
-            inputs={path: zeros(4) for path in paths},
-        )
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All of them, in an order that depends on the model alone."""
-        single = [self.slopes, self.drawn, self.labelled, self.tokens, self.nats, self.residual, self.gradient]
-        return [*single, *(self.inputs[path] for path in sorted(self.inputs))]
-
-
-def form(base: BaseModel) -> saved.Form:
-    """What the values of the two passes and the step probe are made of, for their `State`."""
-    kinds = (Fit, FitSums, ModuleSignals, InputSignals, _Directions, HeldOut, InputMoments, GradientMoments, StepProbe)
-    return saved.Form(kinds, {p.path: p for block in base.blocks for p in block.modules})
+    step, first = processes.count(), processes.rank()
+    return range(done + (first - done) % step, count, step)
 
 
 def fit_pass(
-    base: BaseModel,
-    examples: Sequence[Example],
-    *,
-    rank: int,
-    ridge: float,
-    batch_size: int,
-    progress: Progress | None = None,
-    state: State | None = None,
+    base: BaseModel, examples: Sequence[Example], settings: ProfileSettings, progress: Progress | None = None, state: State | None = None
 ) -> Fit:
     """Forward and backward over `examples`, then one step for each layer.
 
-    Several processes share the batches, and the layers once the moments are merged; all get the whole result.
-
-    Args:
-        base: The model.
-        examples: Records to make the steps from.
-        rank: Rank of the steps.
-        ridge: λ as a share of `ridge_scale`.
-        batch_size: Records in a batch.
-        progress: Told of each batch, counted in positions, and of layers.
-        state: Where the sums are kept from time to time.
+    Several processes share the batches, and the layers once the sums are merged; all get the whole result. `progress` is told of batches,
+    counted in positions, and of layers; unfinished sums go to `state` now and then.
 
     Raises:
         DataError: The loss is not finite.
+        ModelError: Activations or gradients are not, though the loss is.
     """
-    expected = sum(len(example.input_ids) for example in examples)
-    state, name = state or State(), f"steps-{processes.rank()}"
-    sums = _fit_sums(base, list(batches(examples, batch_size, base.pad_id, by_length=True)), expected, progress, state)
-    sums.merge(torch.zeros(0, dtype=next(base.model.parameters()).dtype, device=base.device))
-    if not math.isfinite(sums.nats):
-        raise DataError(f"the loss of {base.name} on these records is {sums.nats}; check the weights and records, or use --dtype float32")
-    parts: dict[str, Fit] = state.load(name) or {}
-    for block in base.blocks:
-        if block.index % processes.count() == processes.rank() and str(block.index) not in parts:
-            part = Fit(expected, sums.labelled, sums.nats / sums.labelled)
-            solve_layer(part, block, sums.leaders, sums.inputs, sums.gradients, rank, ridge)
-            parts[str(block.index)] = part
-            state.snapshot(name, lambda: parts)
-        if progress:
-            progress("steps", block.index + 1, len(base.blocks))
-    for other in processes.gathered(saved.to_bytes(form(base), parts)) if processes.count() > 1 else ():
-        parts |= saved.from_bytes(form(base), other)
-    fit = Fit(expected, sums.labelled, sums.nats / sums.labelled)
-    for block in base.blocks:
-        fit.extend(parts[str(block.index)])
-    return fit
+    state, sums_name, layers_name = state or State(), f"fit-pass-{processes.rank()}", f"steps-{processes.rank()}"
+    tokens = sum(len(example.input_ids) for example in examples)
+    all_batches = list(batches(examples, settings.batch_size, base.pad_id, by_length=True))
 
-
-def _fit_sums(base: BaseModel, found: Sequence[Batch], tokens: int, progress: Progress | None, state: State) -> FitSums:
-    """This process's share of the pass, from where the state has it."""
-    name = f"fit-pass-{processes.rank()}"
-    sums, spent = state.load(name) or FitSums(), positions(found)
+    # Step 1: sum up this process's batches, from where an earlier call stood.
+    sums: FitSums = state.load(sums_name) or FitSums()
+    positions_done = positions(all_batches)
     with capturing(base.model, base.blocks) as capture:
         capture.leaders.update(sums.leaders)
-
-        sink = fit_sink(sums, capture, base.blocks, tokens)
-        for at in own_batches(sums.batches, len(found)):
-            batch = found[at].to(base.device)
+        sink = sums.sink(capture, base.blocks, tokens)
+        for number in share_of_process(sums.batches, len(all_batches)):
+            batch = all_batches[number].to(base.device)
             capture.start(batch.attention_mask, sink)
             logits, targets, _ = labelled_logits(base.model, batch)
             loss = cross_entropy(logits.float(), targets, reduction="sum")
-            del logits
+            del logits  # the graph keeps what it needs
             loss.backward()
-            sums.labelled, sums.nats, sums.batches = sums.labelled + len(targets), sums.nats + float(loss.detach()), at + 1
+            sums.labelled, sums.nats, sums.batches = sums.labelled + len(targets), sums.nats + float(loss.detach()), number + 1
             del loss
             sums.leaders = dict(capture.leaders)
-            state.snapshot(name, lambda: sums)
+            state.snapshot(sums_name, lambda: sums)
             if progress:
-                progress("fit pass", spent[min(at + processes.count(), len(found)) - 1], spent[-1])
-    return sums
+                progress("fit pass", positions_done[min(number + processes.count(), len(all_batches)) - 1], positions_done[-1])
+    sums.merge(torch.zeros(0, dtype=next(base.model.parameters()).dtype, device=base.device))
+    sums.check_loss(base.name)
+
+    # Step 2: solve for this process's layers, and exchange them.
+    solved: dict[str, LayerSignals] = state.load(layers_name) or {}
+    for block in base.blocks:
+        if block.index % processes.count() == processes.rank() and str(block.index) not in solved:
+            solved[str(block.index)] = solve_layer(block, sums, tokens, settings)
+            state.snapshot(layers_name, lambda: solved)
+        if progress:
+            progress("steps", block.index + 1, len(base.blocks))
+    if processes.count() > 1:
+        for other in processes.gathered(checkpoint.to_bytes(form(base), solved)):
+            solved |= checkpoint.from_bytes(form(base), other)
+    return Fit(tokens, sums.labelled, sums.nats / sums.labelled, [solved[str(block.index)] for block in base.blocks])
 
 
-def fit_sink(sums: FitSums, capture: Capture, blocks: Sequence[Block], tokens: int) -> GradientSink:
-    """What adds the signals of a backward pass to the moments; `tokens` are expected in the whole pass."""
-    shares = {own.path: stack.active / stack.experts for block in blocks for stack in block.stacks for own in stack.modules}
-
-    def sink(projection: LinearModule, a_ti: torch.Tensor, d_to: torch.Tensor, _: torch.Tensor | None) -> None:
-        dual = tokens * shares.get(projection.path, 1) < projection.in_features
-        if capture.leaders[projection.path] == projection.path:
-            sums.inputs.setdefault(projection.path, InputMoments(projection.in_features, dual)).update(a_ti)
-        empty = GradientMoments(projection.out_features, projection.in_features, dual)
-        sums.gradients.setdefault(projection.path, empty).update(a_ti, d_to)
-
-    return sink
-
-
-def solve_layer(
-    fit: Fit,
-    block: Block,
-    leaders: dict[str, str],
-    inputs: dict[str, InputMoments],
-    gradients: dict[str, GradientMoments],
-    rank: int,
-    ridge: float,
-) -> None:
-    """Turn one layer's moments into signals and a step, and drop the moments."""
-    whitenings: dict[str, Whitening] = {}
-    modules, entering, step = [], [], {}
-    present = [projection for projection in block.modules if projection.path in gradients]
-    for projection in present:
-        leader = leaders[projection.path]
-        check_signals(projection.path, inputs[leader], gradients[projection.path], next(block.module.parameters()).dtype)
+def solve_layer(block: Block, sums: FitSums, tokens: int, settings: ProfileSettings) -> LayerSignals:
+    """Turn one layer's moments into signals and a step, and drop the moments. `tokens` are those of the whole pass."""
+    scale, whitenings = 1 / sums.labelled, {}
+    modules: list[ModuleSignals] = []
+    inputs: dict[str, InputSignals] = {}
+    for module in block.modules:
+        if module.path not in sums.gradients:
+            continue  # an expert that no token was sent to
+        leader = sums.leaders[module.path]
+        moments, gradients = sums.inputs[leader], sums.gradients.pop(module.path)
+        check_signals(module.path, moments, gradients, next(block.module.parameters()).dtype)
         if leader not in whitenings:
-            moments = inputs[leader]
-            moments.absent = fit.tokens - moments.tokens if projection.expert is not None else 0
-            whitenings[leader] = Whitening.of(moments, ridge * ridge_scale(moments))
-            entering.append(_input_signals(fit, leader, moments, whitenings[leader]))
-        shared, sums = whitenings[leader], gradients.pop(projection.path)
-        residual = projected_residual(inputs[leader], sums, shared, 1 / fit.labelled, rank)
-        energy = sums.residual_energy(shared.tokens, 1 / fit.labelled)
-        trace = next(signals.noise_trace for signals in entering if signals.path == leader)
+            # λ is measured against the usual energy; tokens that other experts saw count as zeros.
+            moments.absent = tokens - moments.tokens if module.expert is not None else 0
+            whitenings[leader] = Whitening.of(moments, settings.ridge * ridge_scale(moments))
+            inputs[leader] = _input_signals(leader, moments, whitenings[leader])
+        whitening = whitenings[leader]
+        residual = projected_residual(moments, gradients, whitening, scale, settings.rank)
+        energy = gradients.residual_energy(whitening.tokens, scale)
+        z_op = _gaussian(module.out_features, residual.gradient)
         modules.append(
             ModuleSignals(
-                projection,
+                module,
                 leader,
-                inputs[leader].tokens,
+                moments.tokens,
                 resnorm_squared=residual.squared,
                 resnorm_rank_squared=residual.squared_rank,
                 residual_energy=energy,
                 gradient_squared=residual.gradient_squared,
                 step_squared=residual.step_squared,
-                noise=energy * trace / shared.tokens,
+                noise=energy * inputs[leader].noise_trace / whitening.tokens,
+                rank=residual.up.shape[1],
+                directions_in=torch.cat([residual.down.T, residual.gradient.T @ z_op, -residual.step.T @ z_op], dim=1),
+                directions_out=torch.cat([residual.up, z_op], dim=1),
             )
         )
-        step[projection.path] = (residual.down, residual.up)
-        z_op = _gaussian(projection.out_features, residual.gradient)
-        fit.map_directions[projection.path] = _Directions(
-            inputs=torch.cat([residual.down.T, residual.gradient.T @ z_op, -residual.step.T @ z_op], dim=1),
-            outputs=torch.cat([residual.up, z_op], dim=1),
-            rank=residual.up.shape[1],
-        )
     for leader in whitenings:
-        del inputs[leader]
-    fit.modules.append(modules)
-    fit.inputs.append(entering)
-    fit.steps.append(step)
+        del sums.inputs[leader]
+    return LayerSignals(modules, list(inputs.values()))
 
 
-def _input_signals(fit: Fit, path: str, moments: InputMoments, whitening: Whitening) -> InputSignals:
+def _input_signals(path: str, moments: InputMoments, whitening: Whitening) -> InputSignals:
     condition, top = whitening.condition()
     z_ip = _gaussian(moments.features, top)
-    product = whitening.times_second_moment(z_ip)
-    fit.input_directions[path] = torch.cat([z_ip, product, top.unsqueeze(1), whitening.solve(z_ip)], dim=1)
-    if whitening.second_moment is None:
-        gram = moments.rows() @ moments.rows().T / moments.count
+    if whitening.second_moment is None:  # ‖A Aᵀ/N‖ equals ‖Σ‖, and is smaller
+        second_moment = moments.rows() @ moments.rows().T / moments.count
     else:
-        gram = whitening.second_moment
-    typical = moments.typical_energy() * moments.features
+        second_moment = whitening.second_moment
+    usual_energy = moments.typical_energy() * moments.features
     return InputSignals(
         path=path,
         features=moments.features,
         energy=moments.energy(),
-        second_moment_squared=float(gram.double().square().sum()),
+        second_moment_squared=float(second_moment.double().square().sum()),
         condition=condition,
         top=float(top @ whitening.times_second_moment(top.unsqueeze(1))[:, 0]),
         ridge=whitening.ridge,
         noise_trace=whitening.noise_trace(),
-        massive=moments.energy() / typical if typical > 0 else math.inf,
+        massive=moments.energy() / usual_energy if usual_energy > 0 else math.inf,
+        directions=torch.cat([z_ip, whitening.times_second_moment(z_ip), top.unsqueeze(1), whitening.solve(z_ip)], dim=1),
     )
 
 

@@ -1,22 +1,24 @@
-"""From a model and records to a Layer Card.
-
-`layercard.profile`: the first call of the way through, for models and records at hand.
+"""From a model and records to a Layer Card: the first call of the way through.
 
 ```python
 card = layercard.profile(model, tokenizer, records)
 placement = layercard.select(card, k=5)
 model = layercard.apply(model, placement, LoraConfig(r=16, lora_alpha=32))
 ```
+
+`profile_records` is the main path: the fit pass makes a step for each layer (`fit`), the held-out pass measures the steps on other records
+(`held_out`), the probes try them out (`step_probe`, `training_probe`), and all of it becomes a card (`assemble_card`).
+For a model whose weights stay on disk, `streamed` goes the same way block by block.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from peft import PeftModel
@@ -26,221 +28,29 @@ from transformers import PreTrainedModel
 
 from layercard import processes
 from layercard.card.card import LayerCard, PhaseInfo
-from layercard.checkpoint import SCHEMA, State, opened
+from layercard.checkpoint import SCHEMA, opened
 from layercard.cost.measure import measure_cost, usual_batch
 from layercard.cost.model import CostModel
 from layercard.data.checks import check_ids, check_labels
 from layercard.data.load import Dataset, Example, load_data
-from layercard.errors import DataError, ModelError
+from layercard.errors import DataError, ModelError, TrainingError
+from layercard.files import alone
 from layercard.measure import Phases
 from layercard.models.load import BaseModel, Progress, load_model, wrap_model
-from layercard.profiling.assemble_card import Assembly
-from layercard.profiling.fit import Fit, HeldOut, fit_pass, form
-from layercard.profiling.held_out import held_out_pass
-from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, Step, StepProbe, step_probe
-from layercard.profiling.training_probe import TrainingProbe, training_probes
+from layercard.models.streamed import StreamedModel
+from layercard.models.streamed_pass import Boundaries
+from layercard.profiling.assemble_card import assemble_card
+from layercard.profiling.fit import Fit, Step, fit_pass, form
+from layercard.profiling.held_out import HeldOut, held_out_pass
+from layercard.profiling.step_probe import ReplayedSet, StepProbe, step_probe
+from layercard.profiling.streamed import folder_between_blocks, stream_passes, stream_step_probe, streamed_cost
+from layercard.profiling.training_probe import ProbeTraining, TrainingProbe, training_probes
 from layercard.settings import ProfileSettings, TrainSettings
 from layercard.statistics.coupling import curvature, descent
 
-# ---- profiling
-
-REPLAYED = 0.05
-"""How far losses of blocks that were entered may lie from those of the whole forward, as a share: more than rounding in bfloat16."""
-
-
-def probe_training(settings: ProfileSettings) -> ProbeTraining:
-    """How the training probe trains: adapters of the card's rank, with twice the rank as alpha."""
-    return ProbeTraining(steps=settings.probe_steps, rank=settings.rank, alpha=2.0 * settings.rank, seed=settings.seed)
-
-
-def profile_records(
-    base: BaseModel,
-    dataset: Dataset,
-    settings: ProfileSettings | None = None,
-    progress: Progress | None = None,
-    *,
-    state: Path | None = None,
-) -> LayerCard:
-    """Make the Layer Card of a model on a reference data set.
-
-    The model is bit for bit the same afterwards: weights, hooks, `requires_grad`, `.grad`, modes and random state. Started by `torchrun`
-    or `accelerate launch`, the processes share records and layers, and all return the card of one process, to rounding.
-
-    Args:
-        base: The model.
-        dataset: Reference records, at least 4.
-        settings: How.
-        progress: Told of each phase.
-        state: Folder where the parts are kept as they are finished; what an interrupted call of the same model, data and settings left
-            there is used, to the same card bit for bit (on a CPU). It is the caller's to remove (`state.discard`).
-
-    Raises:
-        DataError: Fewer than 4 records, one without a labelled token or with ids that the model does not have, or a loss that is not
-            finite.
-        ModelError: Activations or gradients are not finite: half precision overflows.
-        OutputError: `state` is something else, another run works there, or it cannot be written.
-        TrainingError: A loss of the training probe is not finite.
-    """
-    settings = settings or ProfileSettings()
-    check_ids(base.model, dataset)
-    split = split_records(dataset, settings)
-    with processes.joined(base.device), opened(state, plan_of(base, dataset, settings), form(base)) as kept:
-        return _Profile(base, dataset, settings, *split, kept, progress if processes.is_first() else None).card()
-
-
-class _Profile:
-    """One card on its way; each part is made once and kept."""
-
-    def __init__(
-        self,
-        base: BaseModel,
-        dataset: Dataset,
-        settings: ProfileSettings,
-        fit_examples: list[Example],
-        held_examples: list[Example],
-        state: State,
-        progress: Progress | None,
-    ) -> None:
-        self.base, self.dataset, self.settings, self.state, self.progress = base, dataset, settings, state, progress
-        self.fit_examples, self.held_examples = fit_examples, held_examples
-        self.phases = Phases()
-
-    def card(self) -> LayerCard:
-        """All parts in turn."""
-        settings, once = self.settings, self._once
-        fit: Fit = once("fit", self._fit)
-        for name in ("fit-pass", "steps"):
-            self.state.drop(f"{name}-{processes.rank()}")
-        held_out: HeldOut = once("held-out", lambda: self._held_out(fit))
-        probe: StepProbe | None = once("step-probe", lambda: self._step_probe(fit, held_out)) if settings.probe != "none" else None
-        trained = None
-        if settings.probe == "train":
-            with self.phases.phase("training-probe"):
-                trained = self._training_probe()
-        made_with = asdict(settings) | ({"training_probe": asdict(probe_training(settings))} if trained is not None else {})
-        card = Assembly(self.base, self.dataset, made_with, fit, held_out, probe, trained, len(self.fit_examples)).card()
-        if not settings.cost:
-            return card
-        card = card.with_cost(CostModel.from_json(once("cost", self._cost)))
-        return card.model_copy(update={"phases": tuple(PhaseInfo(**phase) for phase in self.state.once("phases", self.phases.to_json))})
-
-    def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A part of the state, its making measured."""
-        with self.phases.phase(name):
-            return self.state.once(name, make)
-
-    def _fit(self) -> Fit:
-        settings = self.settings
-        return fit_pass(
-            self.base,
-            self.fit_examples,
-            rank=settings.rank,
-            ridge=settings.ridge,
-            batch_size=settings.batch_size,
-            progress=self.progress,
-            state=self.state,
-        )
-
-    def _held_out(self, fit: Fit) -> HeldOut:
-        settings = self.settings
-        return held_out_pass(
-            self.base,
-            self.held_examples,
-            fit,
-            samples=settings.label_samples,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            progress=self.progress,
-            state=self.state,
-        )
-
-    def _step_probe(self, fit: Fit, held_out: HeldOut) -> StepProbe:
-        scaled, slopes = scaled_steps(fit, held_out)
-        probed = self.held_examples[: self.settings.probe_records]
-        entered = ReplayedSet(self.base, probed, range(len(self.base.blocks)), self.settings.batch_size, progress=self.progress)
-        probe = step_probe(self.base, scaled, slopes, entered, self.progress, self.state)
-        _check_replay(self.base, probe, held_out)
-        return probe
-
-    def _training_probe(self) -> TrainingProbe:
-        settings, folder = self.settings, self.state.folder
-        return training_probes(
-            self.base,
-            self.fit_examples,
-            self.held_examples,
-            probe_training(settings),
-            key=f"{self.dataset.fingerprint} {len(self.dataset)} {settings.fit_share} {settings.seed}",
-            batch_size=settings.batch_size,
-            folder=None if folder is None else folder / "training-probe",
-            progress=self.progress,
-        )
-
-    def _cost(self) -> dict[str, Any] | None:
-        """Cost of a training step; the first process measures it, the others wait."""
-        return processes.by_first(lambda: step_cost(self.base, self.dataset, self.settings, self.progress).to_json())
-
-
-def step_cost(base: BaseModel, dataset: Dataset, settings: ProfileSettings, progress: Progress | None = None) -> CostModel:
-    """What a training step costs on this machine, timed on a batch as training takes them by default."""
-    batch = usual_batch(dataset.examples, TrainSettings().batch_size, base.pad_id, settings.seed)
-    return measure_cost(base, batch, rank=settings.rank, repeats=1, progress=progress)
-
-
-def plan_of(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dict[str, Any]:
-    """All that decides about a card: two calls with equal plans make the same one."""
-    return {
-        "schema": SCHEMA,
-        "model": base.fingerprint,
-        "data": dataset.fingerprint,
-        "records": len(dataset),
-        **asdict(settings),
-        "device": base.device.type,
-        "processes": processes.count(),
-        "versions": {name: version(name) for name in ("layercard", "torch", "transformers", "peft")},
-    }
-
-
-def split_records(dataset: Dataset, settings: ProfileSettings) -> tuple[list[Example], list[Example]]:
-    """Records that make the steps, and records that measure them; the split depends on the seed alone."""
-    if len(dataset) < 4:
-        raise DataError(f"{dataset.source} gives {len(dataset)} records; a card needs at least 4, and 64 are a good start")
-    check_labels(dataset)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    cut = min(max(round(settings.fit_share * len(order)), 2), len(order) - 2)
-    return [dataset.examples[row] for row in sorted(order[:cut])], [dataset.examples[row] for row in sorted(order[cut:])]
-
-
-def _check_replay(base: BaseModel, probe: StepProbe, held_out: HeldOut) -> None:
-    """Refuse a step probe whose losses without a step, which come from the last block alone, are not those of the whole forward.
-
-    Raises:
-        ModelError: They are not, so the blocks hand each other more than hidden states.
-    """
-    whole = held_out.nats[: len(probe.before)]
-    apart = float((probe.before - whole).abs().sum() / whole.sum())
-    if apart > REPLAYED:
-        raise ModelError(
-            f"the blocks of {type(base.model).__name__} hand each other more than hidden states: from the last block on the records' "
-            f"losses lie {100 * apart:.0f} % from those of the whole forward; profile with probe 'none' (--probe none)"
-        )
-
-
-def scaled_steps(fit: Fit, held_out: HeldOut) -> tuple[list[Step], list[float]]:
-    """Each layer's step at the length where the quadratic model puts its minimum, and the slope of the loss along it at 0."""
-    lengths = step_lengths(fit, held_out).tolist()
-    steps = [{path: (down * length, up) for path, (down, up) in step.items()} for step, length in zip(fit.steps, lengths, strict=True)]
-    return steps, (descent(held_out.slopes, held_out.labelled) * torch.tensor(lengths)).tolist()
-
-
-def step_lengths(fit: Fit, held_out: HeldOut) -> torch.Tensor:
-    """`b_ℓ / K_ℓℓ: [L]`, the length at which the quadratic model puts the minimum along each layer's step."""
-    k, b = curvature(held_out.drawn, held_out.labelled).diagonal(), descent(held_out.slopes, held_out.labelled)
-    lengths = torch.where((k > 0) & (b > 0), b / k.clamp(min=1e-12), torch.full_like(b, math.nan))
-    usual = lengths.nanmedian()
-    return torch.where(lengths.isnan(), usual if not usual.isnan() else torch.ones_like(usual), lengths)
-
-
-# ---- api
+T = TypeVar("T")
+REPLAY_ERROR = 0.05
+"""How far losses from the last block alone may lie from those of the whole forward, as a share: more than rounding in bfloat16."""
 
 Model: TypeAlias = PreTrainedModel | BaseModel | str | os.PathLike[str]
 """A transformers model, what `load_model` gives, or a name that `load_model` takes."""
@@ -282,17 +92,7 @@ def profile(
         records: Profile the first so many, `None` for all. A `Dataset` is taken whole.
         max_length: Longest record in tokens; what goes beyond is cut. A `Dataset` is cut already.
         separator: Put between prompt and completion; empty where the prompts end as they do in training.
-        rank: Rank of the steps: that of the adapter one means to train.
-        ridge: Regularisation of each input's covariance, as a share of its usual energy.
-        batch_size: Records in a batch.
-        fit_share: Share of the records that make the steps; the others measure them.
-        label_samples: How often labels are drawn from the model for the coupling; each is one more backward pass.
-        probe: `none`, `step` (the step probe) or `train` (the step probe, then the training probe).
-        probe_steps: Training steps of the training probe.
-        probe_records: Held-out records that the step probe measures on.
-        cost: Whether to time a few training steps, in seconds and bytes; else costs are relative, from shapes. Times differ from call
-            to call, so a card that must come out the same again does without.
-        seed: Of the split, the drawn labels and the bootstrap.
+        rank, ridge, batch_size, fit_share, label_samples, probe, probe_steps, probe_records, cost, seed: As in `ProfileSettings`.
         progress: Called with a phase's name, how much is done and how much there is.
         state: Folder for what is finished; an interrupted call with the same arguments goes on from there. It is the caller's to remove.
 
@@ -314,23 +114,23 @@ def profile(
         cost=cost,
         seed=seed,
     )
-    with _modes_kept(model) if isinstance(model, nn.Module) else nullcontext():
-        base = _base(model, tokenizer, progress)
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        base = _base_model(model, tokenizer, progress)
         if not isinstance(data, Dataset):
             data = load_data(data, base.tokenizer, records=records, max_length=max_length, separator=separator, classes=base.classes)
         return profile_records(base, data, settings, progress, state=None if state is None else Path(state))
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
-def _base(model: Model, tokenizer: Any, progress: Progress | None) -> BaseModel:
-    """The model with what profiling must know of it.
-
-    Raises:
-        ModelError: It is none, carries adapters, or lacks a tokenizer.
-    """
-    if isinstance(model, BaseModel):
-        return _with_tokenizer(model, tokenizer)
+def _base_model(model: Model, tokenizer: Any, progress: Progress | None) -> BaseModel:
+    """The model with what profiling must know of it."""
     if isinstance(model, str | os.PathLike):
-        return _with_tokenizer(load_model(model, progress=progress), tokenizer)
+        model = load_model(model, progress=progress)
+    if isinstance(model, BaseModel):
+        return model if tokenizer is None else replace(model, tokenizer=tokenizer)
     if isinstance(model, PeftModel):
         raise ModelError("the model carries adapters, and a card is of a base model; pass model.unload(), or profile before adding them")
     if not isinstance(model, PreTrainedModel):
@@ -343,16 +143,184 @@ def _base(model: Model, tokenizer: Any, progress: Progress | None) -> BaseModel:
     return wrap_model(model, tokenizer, name=model.name_or_path or "in-memory")
 
 
-def _with_tokenizer(base: BaseModel, tokenizer: Any) -> BaseModel:
-    return base if tokenizer is None else replace(base, tokenizer=tokenizer)
+def profile_records(
+    model: BaseModel | StreamedModel,
+    dataset: Dataset,
+    settings: ProfileSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    state: Path | None = None,
+    boundaries: Path | None = None,
+) -> LayerCard:
+    """Make the Layer Card of a model on a reference data set.
+
+    The model is bit for bit the same afterwards: weights, hooks, `requires_grad`, `.grad`, modes and random state. Started by `torchrun`
+    or `accelerate launch`, the processes share records and layers, and all return the card of one process, to rounding.
+
+    Of a streamed model one block at a time is in memory; its card is the same. Memory: the largest of block with its moments, embedding,
+    and head with the logits of a batch; and what goes from block to block, `blocks × tokens × width` numbers, unless that is on disk.
+    Each block is read twice for the signals and three times more for the step probe.
+
+    Args:
+        model: The model, in memory or streamed. A streamed one cannot have the training probe, which needs the model in memory; its costs
+            are estimated from the shapes and this device's rates, for the same reason.
+        dataset: Reference records, at least 4.
+        settings: How.
+        progress: Told of each phase.
+        state: Folder where the parts are kept as they are finished; what an interrupted call of the same model, data and settings left
+            there is used, to the same card bit for bit (on a CPU). It is the caller's to remove (`checkpoint.discard`).
+        boundaries: Of a streamed model, the folder for hidden states and gradients between blocks, which this run has for itself; they are
+            gone at the end. When not given they are in memory, or in `state` where they would take more than a
+            quarter of what is free.
+
+    Raises:
+        DataError: Fewer than 4 records, one without a labelled token or with ids that the model does not have, or a loss that is not
+            finite.
+        ModelError: Activations or gradients are not finite: half precision overflows; or the blocks hand each other more than hidden
+            states.
+        OutputError: A folder is something else, another run works there, or it cannot be written.
+        TrainingError: A loss of the training probe is not finite, or a streamed model is to be trained.
+    """
+    settings = settings or ProfileSettings()
+    streamed = model if isinstance(model, StreamedModel) else None
+    base = streamed.base if streamed else model
+    assert isinstance(base, BaseModel)
+    if streamed and settings.probe == "train":
+        raise TrainingError("the training probe needs the model in memory, and --stream leaves it on disk; use --probe step or none")
+    check_ids(base.model, dataset)
+    fit_examples, held_out_examples = split_records(dataset, settings)
+    plan = plan_of(base, dataset, settings) | ({"device": streamed.device.type, "streamed": True} if streamed else {})
+    progress = progress if processes.is_first() else None
+    made_with, phases = asdict(settings), Phases()
+    with ExitStack() as stack:
+        stack.enter_context(processes.joined(base.device))
+        parts = stack.enter_context(opened(state, plan, form(base, HeldOut, StepProbe)))
+
+        def once(name: str, make: Callable[[], T]) -> T:
+            """A part of the state, its making measured."""
+            with phases.phase(name):
+                return parts.once(name, make)  # type: ignore[no-any-return]
+
+        # Steps 1 and 2: some records make a step for each layer, the others measure it.
+        fit: Fit
+        held_out: HeldOut
+        if streamed:
+            boundaries = boundaries or folder_between_blocks(streamed, dataset, state)
+            if boundaries is not None:
+                stack.enter_context(alone(boundaries))
+            between = Boundaries(boundaries)
+            fit, held_out = parts.once(
+                "passes",
+                lambda: stream_passes(streamed, fit_examples, held_out_examples, settings, between, progress, parts, phases),
+            )
+        else:
+            fit = once("fit", lambda: fit_pass(base, fit_examples, settings, progress, parts))
+            for name in ("fit-pass", "steps"):
+                parts.drop(f"{name}-{processes.rank()}")
+            held_out = once("held-out", lambda: held_out_pass(base, held_out_examples, fit, settings, progress, parts))
+
+        # Step 3: what each layer's step does to the held-out loss.
+        def probe_steps() -> StepProbe:
+            steps, slopes = scaled_steps(fit, held_out)
+            examples = held_out_examples[: settings.probe_records]
+            if streamed:
+                return stream_step_probe(streamed, steps, slopes, examples, settings.batch_size, between, progress, parts)
+            entered = ReplayedSet(base, examples, range(len(base.blocks)), settings.batch_size, progress=progress)
+            probe = step_probe(base, steps, slopes, entered, progress, parts)
+            _check_replay(base, probe, held_out)
+            return probe
+
+        probe = once("step-probe", probe_steps) if settings.probe != "none" else None
+
+        # Step 4: what a few training steps in each layer do.
+        trained: TrainingProbe | None = None
+        if settings.probe == "train":
+            training = probe_training(settings)
+            made_with["training_probe"] = asdict(training)
+            with phases.phase("training-probe"):
+                trained = training_probes(
+                    base,
+                    fit_examples,
+                    held_out_examples,
+                    training,
+                    key=f"{dataset.fingerprint} {len(dataset)} {settings.fit_share} {settings.seed}",
+                    batch_size=settings.batch_size,
+                    folder=None if parts.folder is None else parts.folder / "training-probe",
+                    progress=progress,
+                )
+
+        # Step 5: the card, and what placements cost on this machine.
+        card = assemble_card(base, dataset, made_with, fit, held_out, probe, trained)
+        if streamed:
+            read = {"bytes_read": streamed.weights.bytes_read, "peak_weights_bytes": streamed.peak_bytes}
+            card = card.model_copy(update={"settings": card.settings | {"device": streamed.device.type, "stream": read}})
+        if not settings.cost:
+            return card
+        if streamed:
+            card = card.with_cost(streamed_cost(streamed, dataset, settings))
+        else:  # the first process measures it, the others wait
+            cost = once("cost", lambda: processes.by_first(lambda: step_cost(base, dataset, settings, progress).to_json()))
+            card = card.with_cost(CostModel.from_json(cost))
+        return card.model_copy(update={"phases": tuple(PhaseInfo(**phase) for phase in parts.once("phases", phases.to_json))})
 
 
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module back into train or eval mode as it was."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+def probe_training(settings: ProfileSettings) -> ProbeTraining:
+    """How the training probe trains: adapters of the card's rank, with twice the rank as alpha."""
+    return ProbeTraining(steps=settings.probe_steps, rank=settings.rank, alpha=2.0 * settings.rank, seed=settings.seed)
+
+
+def step_cost(base: BaseModel, dataset: Dataset, settings: ProfileSettings, progress: Progress | None = None) -> CostModel:
+    """What a training step costs on this machine, timed on a batch as training takes them by default."""
+    batch = usual_batch(dataset.examples, TrainSettings().batch_size, base.pad_id, settings.seed)
+    return measure_cost(base, batch, rank=settings.rank, repeats=1, progress=progress)
+
+
+def plan_of(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dict[str, Any]:
+    """All that decides about a card: two calls with equal plans make the same one."""
+    return {
+        "schema": SCHEMA,
+        "model": base.fingerprint,
+        "data": dataset.fingerprint,
+        "records": len(dataset),
+        **asdict(settings),
+        "device": base.device.type,
+        "processes": processes.count(),
+        "versions": {name: version(name) for name in ("layercard", "torch", "transformers", "peft")},
+    }
+
+
+def split_records(dataset: Dataset, settings: ProfileSettings) -> tuple[list[Example], list[Example]]:
+    """Records that make the steps, and records that measure them; the split depends on the seed alone."""
+    if len(dataset) < 4:
+        raise DataError(f"{dataset.source} gives {len(dataset)} records; a card needs at least 4, and 64 are a good start")
+    check_labels(dataset)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    cut = min(max(round(settings.fit_share * len(order)), 2), len(order) - 2)
+    return [dataset.examples[row] for row in sorted(order[:cut])], [dataset.examples[row] for row in sorted(order[cut:])]
+
+
+def scaled_steps(fit: Fit, held_out: HeldOut) -> tuple[list[Step], list[float]]:
+    """Each layer's step at the length where the quadratic model puts its minimum, and the slope of the loss along it at 0.
+
+    The lengths are `b_ℓ / K_ℓℓ`, or their median where a step leads uphill.
+    """
+    k, b = curvature(held_out.drawn, held_out.labelled).diagonal(), descent(held_out.slopes, held_out.labelled)
+    lengths = torch.where((k > 0) & (b > 0), b / k.clamp(min=1e-12), torch.full_like(b, math.nan))
+    median = lengths.nanmedian()
+    lengths = torch.where(lengths.isnan(), median if not median.isnan() else torch.ones_like(median), lengths)
+    steps = [
+        {path: (down * length, up) for path, (down, up) in layer.step.items()}
+        for layer, length in zip(fit.layers, lengths.tolist(), strict=True)
+    ]
+    return steps, (b * torch.tensor(lengths.tolist())).tolist()
+
+
+def _check_replay(base: BaseModel, probe: StepProbe, held_out: HeldOut) -> None:
+    """Refuse a step probe whose losses without a step, which come from the last block alone, are not those of the whole forward."""
+    nats = held_out.nats[: len(probe.before)]
+    error = float((probe.before - nats).abs().sum() / nats.sum())
+    if error > REPLAY_ERROR:
+        raise ModelError(
+            f"the blocks of {type(base.model).__name__} hand each other more than hidden states: from the last block on the records' "
+            f"losses lie {100 * error:.0f} % from those of the whole forward; profile with probe 'none' (--probe none)"
+        )

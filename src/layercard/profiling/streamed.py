@@ -1,246 +1,160 @@
-"""The two passes of a profile over a model on disk: forward block by block, then backward block by block.
+"""The passes and the step probe over a model on disk, one block in memory at a time.
 
-Each block is read twice. Forward, all batches go through it before the next one is read, and what enters each block is kept. Backward, a
-block runs once more on what entered it, with its graph this time: the gradient of what left it gives the gradient of what entered it, and
-on the way the signals of its maps. The batches that make the steps come first, so that the steps of the block are known when the
-held-out batches reach it. The numbers are those of the passes over a model in memory (`layercard.signals`), to rounding.
+Each block is read twice for the signals. Forward, all batches go through it before the next one is read, and what enters each block is
+kept. Backward, a block runs once more on what entered it, with its graph this time: the gradient of what left it gives the gradient of
+what entered it, and on the way the signals of its modules. The batches that make the steps come first, so that the step of the block is
+known when the held-out batches reach it. Sums and solving are those of `fit` and `held_out`, so the numbers are the same, to rounding.
 
-The step probe over a model on disk: the steps of all layers at once, so that each block is read twice however many layers there are.
-
-From a model on disk and records to a Layer Card.
+The step probe takes the steps of all layers at once, so that each block is read twice however many layers there are.
 """
 
-import math
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from layercard.card.card import LayerCard, PhaseInfo
-from layercard.checkpoint import State, opened
+from layercard.checkpoint import State
 from layercard.cost.estimate import device_rates, estimated_cost, free_bytes
 from layercard.cost.measure import device_name, usual_batch
 from layercard.cost.model import CostModel
-from layercard.data.checks import check_ids
-from layercard.data.load import IGNORED, Batch, Dataset, Example
-from layercard.errors import DataError, TrainingError
-from layercard.files import alone
+from layercard.data.load import IGNORED, Dataset, Example
 from layercard.measure import Phases
 from layercard.models.hooks import capturing, stepped
 from layercard.models.load import Progress
+from layercard.models.losses import RecordLosses
 from layercard.models.streamed import StreamedModel
 from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
-from layercard.profiling.assemble_card import Assembly
-from layercard.profiling.fit import Fit, FitSums, HeldOut, fit_sink, form, solve_layer
-from layercard.profiling.held_out import HeldOutSums, drawn_slopes, label_thresholds
-from layercard.profiling.profile import plan_of, scaled_steps, split_records
-from layercard.profiling.step_probe import Step, StepProbe, second_length
+from layercard.profiling.fit import Fit, FitSums, LayerSignals, Step, solve_layer
+from layercard.profiling.held_out import HeldOut, HeldOutSums, backward_starts, label_thresholds
+from layercard.profiling.step_probe import StepProbe, second_length
 from layercard.settings import ProfileSettings, TrainSettings
 
-# ---- stream.passes
-
-PART = "streamed-passes"
-"""Name of the part that a `State` keeps."""
+PASSES, PROBE = "streamed-passes", "streamed-step-probe"
+"""Names of the parts of a `State`."""
+ROOM = 0.25
+"""Share of the free memory that what goes from block to block may take."""
 
 
 def stream_passes(
     streamed: StreamedModel,
     fit_examples: Sequence[Example],
-    held_examples: Sequence[Example],
-    *,
-    rank: int,
-    ridge: float,
-    batch_size: int,
-    samples: int,
-    seed: int,
-    boundaries: Boundaries | None = None,
-    progress: Progress | None = None,
-    state: State | None = None,
-    phases: Phases | None = None,
+    held_out_examples: Sequence[Example],
+    settings: ProfileSettings,
+    between: Boundaries,
+    progress: Progress | None,
+    state: State,
+    phases: Phases,
 ) -> tuple[Fit, HeldOut]:
-    """Both passes of a profile over a model on disk.
+    """Fit pass and held-out pass over a model on disk.
 
     Args:
         streamed: The model.
         fit_examples: Records to make the steps from.
-        held_examples: Records that measure them.
-        rank: Rank of the steps.
-        ridge: λ as a share of `ridge_scale`.
-        batch_size: Records in a batch.
-        samples: How many times labels are drawn from the model.
-        seed: Of the draws.
-        boundaries: Where hidden states and gradients are kept; in memory when not given.
+        held_out_examples: Records that measure them.
+        settings: Rank and so on.
+        between: Where hidden states and gradients are kept.
         progress: Told of blocks: `forward`, then `backward`.
-        state: Where the blocks that are done are kept from time to time; a later call runs forward to the next one only.
+        state: Where finished blocks are kept from time to time; a later call runs forward only to the block that comes next.
         phases: Where time and memory of `forward`, `head` and `backward` are noted.
 
     Raises:
         DataError: The loss is not finite.
         ModelError: The blocks hand on more than hidden states.
     """
-    kept, state, phases = boundaries or Boundaries(), state or State(), phases or Phases()
-    fit = BlockByBlock(streamed, fit_examples, batch_size, kept, "fit")
-    held = BlockByBlock(streamed, held_examples, batch_size, kept, "held")
-    passes = _Passes(streamed, fit, held, samples, seed, kept)
+    base, depth, samples = streamed.base, len(streamed.blocks), settings.label_samples
+    fit = BlockByBlock(streamed, fit_examples, settings.batch_size, between, "fit")
+    held = BlockByBlock(streamed, held_out_examples, settings.batch_size, between, "held")
+    tokens = sum(len(example.input_ids) for example in fit_examples)
+    # Gradients of what enters a block, by kind: 0 under the true labels, else of the sample counted from 1.
+    walks = {"fit-gradient-0": fit, **{f"held-gradient-{backward}": held for backward in range(samples + 1)}}
+
+    def keep_gradient(kind: str, number: int, block: int, gradient: torch.Tensor | None) -> None:
+        """Keep what has come down to the input of a block, in place of what had come to its output."""
+        assert gradient is not None
+        between.put(kind, number, block, gradient)
+        between.drop(kind, number, block + 1)
+        between.drop(walks[kind].kind, number, block + 1)
+
+    def snapshot() -> dict[str, Any]:
+        cpu = torch.device("cpu")
+        numbers = {kind: range(len(walk.batches)) for kind, walk in walks.items()}
+        return done | {"gradients": {kind: [between.get(kind, n, done["next"], cpu) for n in numbers[kind]] for kind in walks}}
+
+    empty = {"next": depth, "sums": FitSums(), "held_out": HeldOut.empty(depth, len(held_out_examples), samples), "layers": {}}
+    done: dict[str, Any] = state.load(PASSES) or empty
+    for kind, gradients in done.pop("gradients", {}).items():
+        for number, gradient in enumerate(gradients):
+            between.put(kind, number, done["next"], gradient)
+    sums: FitSums = done["sums"]
+    held_out: HeldOut = done["held_out"]
+    layers: dict[str, LayerSignals] = done["layers"]
+
     with walking(streamed):
-        done = state.load(PART)
-        if done is not None:
-            passes.restore(done)
+        # Step 1: forward, as far as backward has not come down yet.
         with phases.phase("forward"):
-            forward(streamed, (fit, held), progress, until=passes.next)
-        if done is None:
+            forward(streamed, (fit, held), progress, until=done["next"])
+
+        # Step 2: the losses, and the gradients of what leaves the last block.
+        if done["next"] == depth:
             with phases.phase("head"), streamed.loaded([streamed.head()]):
-                passes.head(len(held_examples))
+                for number in range(len(fit.batches)):
+                    hidden = fit.hidden(number, depth).requires_grad_(True)
+                    for logits, targets, _, _ in fit.logits(number, hidden):
+                        loss = cross_entropy(logits.float(), targets, reduction="sum")
+                        del logits  # the graph keeps what it needs
+                        loss.backward()
+                        sums.labelled, sums.nats = sums.labelled + len(targets), sums.nats + float(loss.detach())
+                    keep_gradient("fit-gradient-0", number, depth, hidden.grad)
+                sums.check_loss(base.name)
+                for number, batch in enumerate(held.batches):
+                    hidden = held.hidden(number, depth).requires_grad_(True)
+                    held_out.tokens.index_add_(0, torch.tensor(batch.rows), batch.attention_mask.sum(dim=1).double().cpu())
+                    rows = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)[0]
+                    thresholds = label_thresholds(torch.tensor(batch.rows)[rows.cpu()], samples, settings.seed)
+                    slopes = [torch.zeros_like(hidden) for _ in range(samples + 1)]
+                    for logits, targets, rows, chosen in held.logits(number, hidden):
+                        record = torch.tensor(batch.rows)[rows.cpu()]
+                        starts = backward_starts(held_out, record, logits, targets, thresholds[:, chosen.cpu()])
+                        for slope, (tensor, gradient, again) in zip(slopes, starts, strict=True):
+                            slope += torch.autograd.grad(tensor, hidden, gradient, retain_graph=again)[0]
+                    for backward, slope in enumerate(slopes):
+                        keep_gradient(f"held-gradient-{backward}", number, depth, slope)
+
+        # Step 3: backward, block by block: the fit batches make the step, then the held-out batches measure it.
         with phases.phase("backward"):
-            return passes.backward(rank, ridge, progress, state)
-
-
-def _gradient_of(hidden: torch.Tensor, value: torch.Tensor, slope: torch.Tensor | None, *, keep: bool) -> torch.Tensor:
-    """What `value.backward(slope)` gives to `hidden`; the graph stays where it is to be kept."""
-    return torch.autograd.grad(value, hidden, slope, retain_graph=keep)[0]
-
-
-class _Passes:
-    """From the losses down to the first block."""
-
-    def __init__(
-        self, streamed: StreamedModel, fit: BlockByBlock, held: BlockByBlock, samples: int, seed: int, boundaries: Boundaries
-    ) -> None:
-        self.streamed, self.fit, self.held, self.samples, self.seed, self.boundaries = streamed, fit, held, samples, seed, boundaries
-        self.labelled, self.nats, self.tokens = 0, 0.0, 0
-        self.sums: HeldOut | None = None
-        self.parts: dict[str, Fit] = {}
-        self.next = len(streamed.blocks)
-
-    def restore(self, done: dict[str, Any]) -> None:
-        """Go on from what `_done` gave; the hidden states below its last block must be made anew."""
-        self.labelled, self.nats, self.tokens, self.next = done["labelled"], done["nats"], done["tokens"], done["next"]
-        self.sums, self.parts = done["sums"], done["parts"]
-        for name, gradient in done["gradients"].items():
-            kind, which, at = name.split("-")
-            self.boundaries.put(f"{kind}-gradient-{which}", int(at), self.next, gradient)
-
-    def _done(self) -> dict[str, Any]:
-        kinds = [("fit", 0, self.fit), *(("held", which, self.held) for which in range(self.samples + 1))]
-        return {
-            "labelled": self.labelled,
-            "nats": self.nats,
-            "tokens": self.tokens,
-            "next": self.next,
-            "sums": self.sums,
-            "parts": self.parts,
-            "gradients": {
-                f"{kind}-{which}-{at}": self._gradient(kind, at, which, self.next).cpu()
-                for kind, which, walk in kinds
-                for at in range(len(walk.batches))
-            },
-        }
-
-    def head(self, records: int) -> None:
-        """Losses, and the gradients of what leaves the last block: of the losses and, held out, of those under drawn labels."""
-        top = len(self.streamed.blocks)
-        for at, batch in enumerate(self.fit.batches):
-            hidden = self.fit.hidden(at, top).requires_grad_(True)
-            for logits, targets, _, _ in self.fit.logits(at, hidden):
-                loss = cross_entropy(logits.float(), targets, reduction="sum")
-                del logits
-                loss.backward()
-                self.labelled, self.nats = self.labelled + len(targets), self.nats + float(loss.detach())
-            self.tokens += int(batch.attention_mask.sum())
-            self._keep("fit", at, 0, top, hidden)
-        if not math.isfinite(self.nats):
-            name = self.streamed.base.name
-            raise DataError(f"the loss of {name} on these records is {self.nats}; check the weights and records, or use --dtype float32")
-        self.sums = HeldOut.empty(top, records, self.samples, ())
-        for at, batch in enumerate(self.held.batches):
-            self._held_out_head(at, batch, self.sums, top)
-
-    def _held_out_head(self, at: int, batch: Batch, sums: HeldOut, top: int) -> None:
-        hidden = self.held.hidden(at, top).requires_grad_(True)
-        sums.tokens.index_add_(0, torch.tensor(batch.rows), batch.attention_mask.sum(dim=1).double().cpu())
-        rows = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)[0]
-        thresholds = label_thresholds(torch.tensor(batch.rows)[rows.cpu()], self.samples, self.seed)
-        slopes = [torch.zeros_like(hidden) for _ in range(self.samples + 1)]
-        for logits, targets, rows, chosen in self.held.logits(at, hidden):
-            losses = cross_entropy(logits.float(), targets, reduction="none")
-            record = torch.tensor(batch.rows)[rows.cpu()]
-            sums.nats.index_add_(0, record, losses.detach().double().cpu())
-            sums.labelled.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
-            slopes[0] += _gradient_of(hidden, losses.sum(), None, keep=self.samples > 0)
-            for sample, slope in enumerate(drawn_slopes(logits, thresholds[:, chosen.cpu()])):
-                slopes[sample + 1] += _gradient_of(hidden, logits, slope, keep=sample + 1 < self.samples)
-        for which, slope in enumerate(slopes):
-            self.boundaries.put(f"held-gradient-{which}", at, top, slope)
-
-    def _keep(self, kind: str, at: int, which: int, block: int, hidden: torch.Tensor) -> None:
-        """Keep the gradient of what enters a block, and clear it; `which` is 0 for the true labels, else the sample counted from 1."""
-        assert hidden.grad is not None
-        self.boundaries.put(f"{kind}-gradient-{which}", at, block, hidden.grad)
-        self.boundaries.drop(f"{kind}-gradient-{which}", at, block + 1)
-        self.boundaries.drop(kind, at, block + 1)
-        hidden.grad = None
-
-    def backward(self, rank: int, ridge: float, progress: Progress | None, state: State) -> tuple[Fit, HeldOut]:
-        """Down through the blocks."""
-        assert self.sums is not None
-        for block in reversed(self.streamed.blocks[: self.next]):
-            with self.streamed.loaded([block.module]):
-                part = self.parts[str(block.index)] = Fit(self.tokens, self.labelled, self.nats / self.labelled)
-                moments = self._fit_block(block.index)
-                solve_layer(part, block, moments.leaders, moments.inputs, moments.gradients, rank, ridge)
-                self._held_out_block(block.index, part)
-            self.next = block.index
-            state.snapshot(PART, self._done)
-            if progress:
-                progress("backward", len(self.streamed.blocks) - block.index, len(self.streamed.blocks))
-        whole = Fit(self.tokens, self.labelled, self.nats / self.labelled)
-        for block in self.streamed.blocks:
-            whole.extend(self.parts[str(block.index)])
-        self.boundaries.clear()
-        return whole, self.sums
-
-    def _fit_block(self, index: int) -> FitSums:
-        sums = FitSums()
-        block = self.streamed.blocks[index]
-        with capturing(self.streamed.base.model, [block]) as capture:
-            sink = fit_sink(sums, capture, [block], self.tokens)
-            for at, batch in enumerate(self.fit.batches):
-                hidden = self.fit.hidden(at, index).requires_grad_(True)
-                capture.start(batch.attention_mask, sink)
-                self.fit.run(at, index, hidden).backward(self._gradient("fit", at, 0, index + 1))
-                self._keep("fit", at, 0, index, hidden)
-            sums.leaders = dict(capture.leaders)
-        return sums
-
-    def _held_out_block(self, index: int, part: Fit) -> None:
-        assert self.sums is not None
-        block = self.streamed.blocks[index]
-        self.sums.inputs.update({path: torch.zeros(4, len(self.sums.nats), dtype=torch.float64) for path in part.input_directions})
-        sums = HeldOutSums(self.streamed.base, part, self.sums)
-        with capturing(self.streamed.base.model, [block]) as capture:
-            for at, batch in enumerate(self.held.batches):
-                hidden = self.held.hidden(at, index).requires_grad_(True)
-                sums.enter(batch)
-                capture.start(batch.attention_mask, sums.true_labels, keep=self.samples > 0)
-                out = self.held.run(at, index, hidden)
-                for which in range(self.samples + 1):
-                    if which:
-                        capture.sink, capture.keep = sums.drawn_labels(which - 1), which < self.samples
-                    out.backward(self._gradient("held", at, which, index + 1), retain_graph=which < self.samples)
-                    self._keep("held", at, which, index, hidden)
-
-    def _gradient(self, kind: str, at: int, which: int, block: int) -> torch.Tensor:
-        return self.boundaries.get(f"{kind}-gradient-{which}", at, block, self.streamed.device)
-
-
-# ---- stream.probe
-
-PART_PROBE = "streamed-step-probe"
-"""Name of the part that a `State` keeps."""
+            for block in reversed(streamed.blocks[: done["next"]]):
+                with streamed.loaded([block.module]), capturing(base.model, [block]) as capture:
+                    of_block = FitSums(labelled=sums.labelled)
+                    sink = of_block.sink(capture, [block], tokens)
+                    for number, batch in enumerate(fit.batches):
+                        hidden = fit.hidden(number, block.index).requires_grad_(True)
+                        capture.start(batch.attention_mask, sink)
+                        fit.run(number, block.index, hidden).backward(
+                            between.get("fit-gradient-0", number, block.index + 1, streamed.device)
+                        )
+                        keep_gradient("fit-gradient-0", number, block.index, hidden.grad)
+                    of_block.leaders = dict(capture.leaders)
+                    layers[str(block.index)] = solve_layer(block, of_block, tokens, settings)
+                    records = HeldOutSums(held_out, {block.index: layers[str(block.index)]})
+                    for number, batch in enumerate(held.batches):
+                        hidden = held.hidden(number, block.index).requires_grad_(True)
+                        records.enter(batch)
+                        capture.start(batch.attention_mask, records.sink(0), keep=samples > 0)
+                        output = held.run(number, block.index, hidden)
+                        for backward in range(samples + 1):
+                            kind, again = f"held-gradient-{backward}", backward < samples
+                            capture.sink, capture.keep = records.sink(backward), again
+                            output.backward(between.get(kind, number, block.index + 1, streamed.device), retain_graph=again)
+                            keep_gradient(kind, number, block.index, hidden.grad)
+                            hidden.grad = None
+                done["next"] = block.index
+                state.snapshot(PASSES, snapshot)
+                if progress:
+                    progress("backward", depth - block.index, depth)
+    between.clear()
+    return Fit(tokens, sums.labelled, sums.nats / sums.labelled, [layers[str(index)] for index in range(depth)]), held_out
 
 
 def stream_step_probe(
@@ -249,219 +163,91 @@ def stream_step_probe(
     slopes: Sequence[float],
     examples: Sequence[Example],
     batch_size: int,
-    *,
-    boundaries: Boundaries | None = None,
-    progress: Progress | None = None,
-    state: State | None = None,
+    between: Boundaries,
+    progress: Progress | None,
+    state: State,
 ) -> StepProbe:
-    """As `probe.step_probe`. The blocks are computed as often as there: from each layer on, for two lengths.
+    """As `step_probe.step_probe`. The blocks are computed as often as there: from each layer on, for two lengths.
 
-    Args:
-        streamed: The model.
-        steps: For each layer its low-rank step.
-        slopes: For each layer the decrease of the held-out loss per unit of α at α = 0, nats per labelled token.
-        examples: Records that had no part in making the steps.
-        batch_size: Records in a batch.
-        boundaries: Where hidden states are kept; in memory when not given.
-        progress: Told of batches that were let through a block, `step probe`.
-        state: Where it is kept from time to time how far the steps have come.
+    `progress` is told of batches that were let through a block; `state` keeps from time to time how far the steps have come.
     """
-    kept, state, depth = boundaries or Boundaries(), state or State(), len(streamed.blocks)
-    walk = BlockByBlock(streamed, examples, batch_size, kept, "probe")
-    sweeps = _Sweeps(walk, steps, len(examples))
+    depth = len(streamed.blocks)
+    walk = BlockByBlock(streamed, examples, batch_size, between, "probe")
+    numbers = range(len(walk.batches))
+    runs = len(numbers) * depth * (depth + 1) // 2
+
+    def snapshot() -> dict[str, Any]:
+        cpu = torch.device("cpu")
+        hidden = [[between.get(f"step-{layer}", number, done["next"], cpu) for number in numbers] for layer in range(done["next"])]
+        return done | {"hidden": hidden}
+
+    done = state.load(PROBE) or {
+        "trial": 0,
+        "next": 0,
+        "alphas": torch.ones(depth, 2, dtype=torch.float64),
+        "after": torch.zeros(depth, 2, len(examples), dtype=torch.float64),
+    }
+    alphas, after = done["alphas"], done["after"]
+    for layer, of_layer in enumerate(done.pop("hidden", ())):
+        for number, hidden in enumerate(of_layer):
+            between.put(f"step-{layer}", number, done["next"], hidden)
     with torch.no_grad(), walking(streamed):
         forward(streamed, (walk,))
         with streamed.loaded([streamed.head()]):
-            before, tokens = _losses(walk, "probe", depth)
-        sweeps.restore(state.load(PART_PROBE))
-        while sweeps.trial < 2:
-            sweeps.run(progress, state)
+            before = _losses(walk, "probe")
+        for trial in range(done["trial"], 2):
+            # Once through all blocks: a batch goes on with the steps of the layers below, and begins with the block's own.
+            for block in streamed.blocks[done["next"] :]:
+                with streamed.loaded([block.module]):
+                    for number in numbers:
+                        for layer in range(block.index):
+                            hidden = between.get(f"step-{layer}", number, block.index, streamed.device)
+                            between.put(f"step-{layer}", number, block.index + 1, walk.run(number, block.index, hidden))
+                            between.drop(f"step-{layer}", number, block.index)
+                        with stepped(block, steps[block.index], float(alphas[block.index, trial])):
+                            stepped_on = walk.run(number, block.index, walk.hidden(number, block.index))
+                        between.put(f"step-{block.index}", number, block.index + 1, stepped_on)
+                        if progress:
+                            below = len(numbers) * block.index * (block.index + 1) // 2
+                            progress("step probe", trial * runs + below + (number + 1) * (block.index + 1), 2 * runs)
+                done["trial"], done["next"] = trial, block.index + 1
+                state.snapshot(PROBE, snapshot)
             with streamed.loaded([streamed.head()]):
-                sweeps.finish()
-            if sweeps.trial == 1:
-                means = (before.sum() - sweeps.after[:, 0].sum(dim=1)) / tokens.sum()
-                lengths = [second_length(slope, reduction) for slope, reduction in zip(slopes, means.tolist(), strict=True)]
-                sweeps.alphas[:, 1] = torch.tensor(lengths)
-    kept.clear()
-    state.drop(PART_PROBE)
-    return StepProbe(sweeps.alphas, before, sweeps.after, tokens)
+                for layer in range(depth):
+                    after[layer, trial] = _losses(walk, f"step-{layer}").nats
+                    for number in numbers:
+                        between.drop(f"step-{layer}", number, depth)
+            done["next"] = 0
+            if trial == 0:
+                reductions = (before.nats.sum() - after[:, 0].sum(dim=1)) / before.tokens.sum()
+                lengths = [second_length(slope, reduction) for slope, reduction in zip(slopes, reductions.tolist(), strict=True)]
+                alphas[:, 1] = torch.tensor(lengths)
+    between.clear()
+    state.drop(PROBE)
+    return StepProbe(alphas, before.nats, after, before.tokens)
 
 
-class _Sweeps:
-    """Twice through all blocks, each time once for every layer with the step in that layer alone.
-
-    Attributes:
-        alphas: Lengths of the steps, `[layers, 2]`.
-        after: Summed losses, `[layers, 2, records]`.
-        trial: Which of the two times.
-        next: The block that comes next.
-    """
-
-    def __init__(self, walk: BlockByBlock, steps: Sequence[Step], records: int) -> None:
-        depth = len(walk.model.blocks)
-        self.walk, self.steps, self.trial, self.next = walk, steps, 0, 0
-        self.alphas = torch.ones(depth, 2, dtype=torch.float64)
-        self.after = torch.zeros(depth, 2, records, dtype=torch.float64)
-
-    def run(self, progress: Progress | None, state: State) -> None:
-        """Once through the blocks."""
-        streamed, batches = self.walk.model, len(self.walk.batches)
-        whole = batches * len(streamed.blocks) * (len(streamed.blocks) + 1) // 2
-        for block in streamed.blocks[self.next :]:
-            with streamed.loaded([block.module]):
-                for at in range(batches):
-                    self._advance(at, block.index)
-                    if progress:
-                        done = batches * block.index * (block.index + 1) // 2 + (at + 1) * (block.index + 1)
-                        progress("step probe", self.trial * whole + done, 2 * whole)
-            self.next = block.index + 1
-            state.snapshot(PART_PROBE, self._done)
-
-    def _advance(self, at: int, index: int) -> None:
-        """Let a batch through a block: with the steps of the layers below, and with the block's own."""
-        walk, kept = self.walk, self.walk.boundaries
-        for layer in range(index):
-            moved = walk.run(at, index, kept.get(f"step-{layer}", at, index, walk.model.device))
-            kept.put(f"step-{layer}", at, index + 1, moved)
-            kept.drop(f"step-{layer}", at, index)
-        with stepped(walk.model.blocks[index], self.steps[index], float(self.alphas[index, self.trial])):
-            kept.put(f"step-{index}", at, index + 1, walk.run(at, index, walk.hidden(at, index)))
-
-    def finish(self) -> None:
-        """Losses at the end of one time through; the head must be in memory."""
-        depth = len(self.steps)
-        for layer in range(depth):
-            self.after[layer, self.trial], _ = _losses(self.walk, f"step-{layer}", depth)
-            for at in range(len(self.walk.batches)):
-                self.walk.boundaries.drop(f"step-{layer}", at, depth)
-        self.trial, self.next = self.trial + 1, 0
-
-    def _done(self) -> dict[str, Any]:
-        cpu = torch.device("cpu")
-        found = {
-            f"{layer}-{at}": self.walk.boundaries.get(f"step-{layer}", at, self.next, cpu)
-            for layer in range(self.next)
-            for at in range(len(self.walk.batches))
-        }
-        return {"trial": self.trial, "next": self.next, "alphas": self.alphas, "after": self.after, "hidden": found}
-
-    def restore(self, done: dict[str, Any] | None) -> None:
-        """Go on from what `_done` gave."""
-        if done is None:
-            return
-        self.trial, self.next, self.alphas, self.after = done["trial"], done["next"], done["alphas"], done["after"]
-        for name, hidden in done["hidden"].items():
-            layer, at = name.split("-")
-            self.walk.boundaries.put(f"step-{layer}", int(at), self.next, hidden)
-
-
-def _losses(walk: BlockByBlock, kind: str, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss (nats) and labelled tokens of each record, `[records]`, where the last block gives what is kept as `kind`."""
+def _losses(walk: BlockByBlock, kind: str) -> RecordLosses:
+    """Losses of the records where the last block gives what is kept as `kind`; the head must be in memory."""
     records = sum(len(batch.rows) for batch in walk.batches)
     nats, tokens = torch.zeros(records, dtype=torch.float64), torch.zeros(records, dtype=torch.float64)
-    for at, batch in enumerate(walk.batches):
-        for logits, targets, rows, _ in walk.logits(at, walk.boundaries.get(kind, at, depth, walk.model.device)):
+    for number, batch in enumerate(walk.batches):
+        hidden = walk.boundaries.get(kind, number, len(walk.model.blocks), walk.model.device)
+        for logits, targets, rows, _ in walk.logits(number, hidden):
             record = torch.tensor(batch.rows)[rows.cpu()]
             nats.index_add_(0, record, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
             tokens.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
-    return nats, tokens
+    return RecordLosses(nats, tokens)
 
 
-# ---- stream.profile
-
-ROOM = 0.25
-"""Share of the free memory that what goes from block to block may take."""
-
-
-def stream_profile(
-    streamed: StreamedModel,
-    dataset: Dataset,
-    settings: ProfileSettings | None = None,
-    progress: Progress | None = None,
-    *,
-    boundaries: Path | None = None,
-    state: Path | None = None,
-) -> LayerCard:
-    """As `profiling.profile`, with one block of the model in memory at a time.
-
-    Memory: the largest of block with its moments, embedding, and head with the logits of a batch; and what goes from block to block,
-    `blocks × tokens × width` numbers, or nothing where `boundaries` names a folder for it. Each block is read twice for the signals and
-    three times more for the step probe.
-
-    Args:
-        streamed: The model.
-        dataset: Reference records, at least 4.
-        settings: How. The training probe cannot be had, since it needs the model in memory; costs are estimated from the shapes and
-            this device's rates, for the same reason.
-        progress: Told of each phase.
-        boundaries: Folder for hidden states and gradients, which this run has for itself; they are gone at the end. When not given they
-            are in memory, or in `state` where they would take more than `ROOM` of it.
-        state: Folder where finished parts are kept, as for `profile`.
-
-    Raises:
-        TrainingError: The training probe is asked for.
-        OutputError: A folder cannot be written, or another run is at work in it.
-        DataError, ModelError: As `stream_passes`.
-    """
-    settings = settings or ProfileSettings()
-    if settings.probe == "train":
-        raise TrainingError("the training probe needs the model in memory, and --stream leaves it on disk; use --probe step or none")
-    base = streamed.base
-    check_ids(base.model, dataset)
-    fit_examples, held_examples = split_records(dataset, settings)
-    if boundaries is None and state is not None and _passing_bytes(streamed, dataset) > ROOM * free_bytes(torch.device("cpu")):
-        boundaries = state / "boundaries"
-    kept, phases = Boundaries(boundaries), Phases()
-    with ExitStack() as stack:
-        plan = plan_of(base, dataset, settings) | {"device": streamed.device.type, "streamed": True}
-        parts = stack.enter_context(opened(state, plan, form(base)))
-        if boundaries is not None:
-            stack.enter_context(alone(boundaries))
-        fit: Fit
-        held_out: HeldOut
-        fit, held_out = parts.once(
-            "passes",
-            lambda: stream_passes(
-                streamed,
-                fit_examples,
-                held_examples,
-                rank=settings.rank,
-                ridge=settings.ridge,
-                batch_size=settings.batch_size,
-                samples=settings.label_samples,
-                seed=settings.seed,
-                boundaries=kept,
-                progress=progress,
-                state=parts,
-                phases=phases,
-            ),
-        )
-
-        def probed() -> StepProbe:
-            steps, slopes = scaled_steps(fit, held_out)
-            examples = held_examples[: settings.probe_records]
-            with phases.phase("step-probe"):
-                return stream_step_probe(
-                    streamed, steps, slopes, examples, settings.batch_size, boundaries=kept, progress=progress, state=parts
-                )
-
-        probe: StepProbe | None = parts.once("step-probe", probed) if settings.probe == "step" else None
-        took = parts.once("phases", phases.to_json)
-    card = Assembly(base, dataset, asdict(settings), fit, held_out, probe, None, len(fit_examples)).card()
-    card = card.model_copy(update={"settings": card.settings | _read(streamed)})
-    if not settings.cost:
-        return card
-    card = card.with_cost(_cost(streamed, dataset, settings))
-    return card.model_copy(update={"phases": tuple(PhaseInfo(**phase) for phase in took)})
-
-
-def _passing_bytes(streamed: StreamedModel, dataset: Dataset) -> int:
-    """Bytes of the hidden states between all blocks, padding not counted."""
+def folder_between_blocks(streamed: StreamedModel, dataset: Dataset, state: Path | None) -> Path | None:
+    """A folder in `state` for hidden states and gradients between blocks, where they would take too much memory."""
     width = streamed.base.model.get_input_embeddings().weight.shape[1]
-    return (len(streamed.blocks) + 1) * dataset.tokens * width * streamed.dtype.itemsize
+    size = (len(streamed.blocks) + 1) * dataset.tokens * width * streamed.dtype.itemsize  # hidden states, padding not counted
+    return state / "boundaries" if state is not None and size > ROOM * free_bytes(torch.device("cpu")) else None
 
 
-def _cost(streamed: StreamedModel, dataset: Dataset, settings: ProfileSettings) -> CostModel:
+def streamed_cost(streamed: StreamedModel, dataset: Dataset, settings: ProfileSettings) -> CostModel:
     """What a training step would cost with the model in memory, from its shapes and what this device reaches."""
     base, size = streamed.base, TrainSettings().batch_size
     length = usual_batch(dataset.examples, size, base.pad_id, settings.seed).input_ids.shape[1]
@@ -477,11 +263,3 @@ def _cost(streamed: StreamedModel, dataset: Dataset, settings: ProfileSettings) 
         length=length,
         rank=settings.rank,
     )
-
-
-def _read(streamed: StreamedModel) -> dict[str, Any]:
-    """What a card says of how the model was read."""
-    return {
-        "device": streamed.device.type,
-        "stream": {"bytes_read": streamed.weights.bytes_read, "peak_weights_bytes": streamed.peak_bytes},
-    }

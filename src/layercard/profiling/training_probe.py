@@ -1,34 +1,145 @@
-"""The training probe for every layer: each is adapted alone for a few steps, and the worse half stops at each rung.
+"""The training probe: each layer is adapted alone for a few steps, and the worse half stops at each rung.
 
 With rungs at 6, 12, 24 and 48 steps all layers train for 6, the better half of them goes on to 12, the better half of those to
 24, and so on (successive halving, Jamieson and Talwalkar 2016). A layer that goes on resumes where it stopped, so no step is
 taken twice, and what the last layers reach is what training each of them alone for all steps would give. The blocks below a layer
 are frozen and run once a rung: their output is handed from one layer to the next.
 
-Where training stands lies in a folder, one file a layer, so that an interrupted probe goes on (`state`). Several processes share the
-layers: number i of n has every n-th from layer i on, at every rung.
+Where training stands lies in a folder, one file a layer, so that an interrupted probe goes on (`checkpoint`). Several processes share
+the layers: number i of n has every n-th from layer i on, at every rung.
 """
 
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layercard import checkpoint as saved, processes
-from layercard.checkpoint import State, opened
-from layercard.data.load import Example
+from layercard import processes
+from layercard.checkpoint import Form, State, opened
+from layercard.data.load import Example, shuffled
 from layercard.errors import TrainingError
+from layercard.models.adapted import lora_layers
 from layercard.models.hooks import frozen
 from layercard.models.load import BaseModel, Progress
-from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, adapting
+from layercard.models.losses import RecordLosses, training_step
+from layercard.profiling.step_probe import ReplayedSet
 
 SCHEMA = "layercard-probe/2"
 RUNGS = 4
 """Number of rungs: the last one trains an eighth of the layers for eight times the steps of the first."""
+
+
+@dataclass(frozen=True)
+class ProbeTraining:
+    """How a layer is adapted: LoRA on all linear modules of the block, AdamW, warm-up then linear decay.
+
+    `learning_rate` is per step of the optimiser; `batch_size` is in records.
+    """
+
+    steps: int = 96
+    batch_size: int = 4
+    rank: int = 8
+    alpha: float = 16.0
+    learning_rate: float = 3e-3
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def schedule(self, step: int) -> float:
+        """Share of `learning_rate` used in `step` (from 0)."""
+        warm = max(1, math.ceil(self.warmup * self.steps))
+        return (step + 1) / warm if step < warm else (self.steps - step) / max(1, self.steps - warm)
+
+    def batches(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples in the order in which they are trained on; a batch is `batch_size` consecutive ones."""
+        return [examples[row] for row in shuffled(len(examples), self.steps * self.batch_size, self.seed)]
+
+
+class Adaptation:
+    """Adapters in a few layers on their way through `settings.steps` steps; training can stop after any step and go on later.
+
+    Attributes:
+        model: The PEFT model around the base model.
+        lowest: The lowest adapted layer; only the blocks from there on run.
+        step: Steps taken so far.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[int], settings: ProbeTraining) -> None:
+        self.model, self.lowest, self.settings, self.step = model, min(layers), settings, 0
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=settings.learning_rate, weight_decay=0.0)
+
+    def advance(self, train: ReplayedSet, until: int, progress: Callable[[int], None] | None = None) -> None:
+        """Train to step `until`, at most `settings.steps`.
+
+        Args:
+            train: The batches of the steps from `step` on, in the order of training (`by_length=False`), with entries for `lowest`.
+            until: Step to stop after.
+            progress: Told of the number of each step.
+        """
+        first = self.step
+        for step in range(first, until):
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * self.settings.schedule(step)
+            with train.entered(step - first, self.lowest):
+                training_step(train.base.model, train.batches[step - first], self._optimizer, max_grad_norm=self.settings.max_grad_norm)
+            self.step = step + 1
+            if progress:
+                progress(self.step)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Weights and AdamW's two moments by name, on the CPU; with `step` all that training needs to go on."""
+        tensors = {}
+        for name, weight in self._weights.items():
+            moments = self._optimizer.state[weight]
+            for kind, tensor in (("weight", weight), ("mean", moments["exp_avg"]), ("square", moments["exp_avg_sq"])):
+                tensors[f"{kind}.{name}"] = tensor.detach().cpu().clone().contiguous()
+        return tensors
+
+    def restore(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Go on from a `state` that was taken after `step` steps (at least 1)."""
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(state[f"weight.{name}"])
+                self._optimizer.state[weight] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": state[f"mean.{name}"].to(weight.device, copy=True),
+                    "exp_avg_sq": state[f"square.{name}"].to(weight.device, copy=True),
+                }
+        self.step = step
+
+
+@contextmanager
+def adapting(base: BaseModel, layers: Sequence[int], settings: ProbeTraining) -> Iterator[Adaptation]:
+    """The model with new adapters in some layers; the base model is as before when the `with` block ends."""
+    with lora_layers(base, layers, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as model:
+        yield Adaptation(model, layers, settings)
+
+
+@contextmanager
+def trained(
+    base: BaseModel, layers: Sequence[int], train: ReplayedSet, settings: ProbeTraining, progress: Progress | None = None
+) -> Iterator[Any]:
+    """The PEFT model with adapters in some layers, trained; the base model is as before when the `with` block ends.
+
+    Only the blocks from the lowest of the layers on run: `train` keeps what enters them, in the order of training (`by_length=False`).
+    The gradients are those of plain PEFT on the whole model, to rounding.
+    """
+    name = f"train layer {layers[0]}" if len(layers) == 1 else f"train {len(layers)} layers"
+    with adapting(base, layers, settings) as adaptation:
+        adaptation.advance(train, settings.steps, (lambda step: progress(name, step, settings.steps)) if progress else None)
+        yield adaptation.model
+
+
+def training_probe(base: BaseModel, layer: int, train: ReplayedSet, held_out: ReplayedSet, settings: ProbeTraining) -> RecordLosses:
+    """Adapt one layer for all steps (`trained`), and give the held-out loss of each record."""
+    with trained(base, [layer], train, settings):
+        return held_out.losses(layer)
 
 
 @dataclass(frozen=True)
@@ -50,8 +161,7 @@ class TrainingProbe:
     def gain(self, weights_n: torch.Tensor) -> torch.Tensor:
         """Loss reduction of each layer, `[layers]`, nats per labelled token; negative where training did harm.
 
-        Args:
-            weights_n: How often each record counts; those beyond the records of the probe are not used.
+        `weights_n` says how often each record counts; those beyond the records of the probe are not used.
         """
         weights = weights_n[: len(self.tokens)]
         return ((self.before - self.after) * weights).sum(dim=1) / (weights * self.tokens).sum().clamp(min=1.0)
@@ -63,7 +173,19 @@ def rungs(steps: int) -> tuple[int, ...]:
     >>> rungs(48), rungs(3)
     ((6, 12, 24, 48), (1, 3))
     """
-    return tuple(sorted({max(1, steps // 2**at) for at in range(RUNGS)}))
+    return tuple(sorted({max(1, steps // 2**halvings) for halvings in range(RUNGS)}))
+
+
+def planned_steps(depth: int, steps: int) -> int:
+    """Training steps of all layers together, where the best ones take `steps`.
+
+    >>> planned_steps(4, 4)
+    8
+    """
+    total, layers, start = 0, depth, 0
+    for stop in rungs(steps):
+        total, layers, start = total + layers * (stop - start), (layers + 1) // 2, stop
+    return total
 
 
 def better_half(gains: dict[int, float]) -> list[int]:
@@ -78,7 +200,7 @@ def better_half(gains: dict[int, float]) -> list[int]:
 def training_probes(
     base: BaseModel,
     examples: Sequence[Example],
-    held_out: Sequence[Example],
+    held_out_examples: Sequence[Example],
     settings: ProbeTraining,
     *,
     key: str = "",
@@ -94,7 +216,7 @@ def training_probes(
     Args:
         base: The model.
         examples: What to train on, in the order that `settings.batches` gives.
-        held_out: Records to measure on, which have no part in training.
+        held_out_examples: Records to measure on, which have no part in training.
         settings: Rank, learning rate and number of steps of a layer that is never pruned.
         key: Names the data; the state of another key, model or settings is not used.
         batch_size: Rows of a held-out batch.
@@ -105,113 +227,67 @@ def training_probes(
         OutputError: `folder` holds something else, or cannot be written.
         TrainingError: A loss is not finite.
     """
-    plan = {"schema": SCHEMA, "model": base.fingerprint, "data": key, "settings": asdict(settings), "batch_size": batch_size}
-    with _opened(folder, plan) as state:
-        return _Halving(base, examples, held_out, settings, batch_size, state, progress).run()
+    depth, size, ordered = len(base.blocks), settings.batch_size, settings.batches(examples)
+    steps_done, steps_planned = 0, planned_steps(depth, settings.steps)
 
+    def tell(steps: int) -> None:
+        nonlocal steps_done
+        steps_done += steps
+        if progress and steps:
+            progress("training probe", steps_done, steps_planned)
 
-@contextmanager
-def _opened(folder: Path | None, plan: dict[str, Any]) -> Iterator[State]:
-    """The state in a folder, or in a temporary one of this process."""
-    if folder is not None:
-        with opened(folder, plan, saved.Form()) as state:
-            yield state
-        return
-    with tempfile.TemporaryDirectory(prefix="layercard-probe-") as temporary:
-        yield State(Path(temporary))
+    with ExitStack() as stack:
+        if folder is None:
+            state = State(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layercard-probe-"))))
+        else:
+            plan = {"schema": SCHEMA, "model": base.fingerprint, "data": key, "settings": asdict(settings), "batch_size": batch_size}
+            state = stack.enter_context(opened(folder, plan, Form()))
 
+        def load(layer: int) -> dict[str, Any]:
+            """How far a layer is: steps, losses after each rung, weights and moments after the last."""
+            return state.load(f"layer-{layer:03}") or {"steps": 0, "nats": [], "training": {}}
 
-class _Halving:
-    """One probe of all layers."""
+        def train_layer(layer: int, until: int, train: ReplayedSet, held_out: ReplayedSet) -> torch.Tensor:
+            """Held-out losses of a layer after step `until`, reached from where it stopped."""
+            done = load(layer)
+            with adapting(base, [layer], settings) as adaptation:
+                if done["steps"]:
+                    adaptation.restore(done["training"], done["steps"])
+                adaptation.advance(train, until, lambda _: tell(1))
+                losses = held_out.losses(layer)
+                if not losses.nats.isfinite().all():
+                    raise TrainingError(
+                        f"training probe: the held-out loss of layer {layer} is {losses.loss} after {until} steps; "
+                        "profile with --dtype float32, or without training (--probe step)"
+                    )
+                done = {"steps": until, "nats": [*done["nats"], losses.nats], "training": adaptation.state()}
+                state.save(f"layer-{layer:03}", done)
+            return losses.nats
 
-    def __init__(
-        self,
-        base: BaseModel,
-        examples: Sequence[Example],
-        held_out: Sequence[Example],
-        settings: ProbeTraining,
-        batch_size: int,
-        state: State,
-        progress: Progress | None,
-    ) -> None:
-        self.base, self.held_out, self.settings, self.batch_size = base, held_out, settings, batch_size
-        self.ordered, self.state, self.progress = settings.batches(examples), state, progress
-        self.rungs = rungs(settings.steps)
-        self.done, self.total = 0, planned_steps(len(base.blocks), settings.steps)
-
-    def run(self) -> TrainingProbe:
-        """Climb the rungs."""
-        depth = len(self.base.blocks)
-        with frozen(self.base.model):
-            top = ReplayedSet(self.base, self.held_out, [depth - 1], self.batch_size).losses(depth - 1)
-        after: dict[int, torch.Tensor] = {}
-        steps: dict[int, int] = {}
+        with frozen(base.model):
+            before = ReplayedSet(base, held_out_examples, [depth - 1], batch_size).losses(depth - 1)
+        after = torch.zeros(depth, len(held_out_examples), dtype=torch.float64)
+        steps = [0] * depth
         layers, start = list(range(depth)), 0
-        for at, stop in enumerate(self.rungs):
-            found = self._rung(at, layers, start, stop)
-            after.update(found)
-            steps.update(dict.fromkeys(layers, stop))
-            layers, start = better_half({layer: float((top.nats - nats).sum()) for layer, nats in found.items()}), stop
-        return TrainingProbe(
-            top.nats, torch.stack([after[layer] for layer in range(depth)]), top.tokens, tuple(steps[layer] for layer in range(depth))
-        )
-
-    def _rung(self, at: int, layers: list[int], start: int, stop: int) -> dict[int, torch.Tensor]:
-        """Held-out losses `[records]` of each layer after `stop` steps, of which `start` were taken before."""
-        own = [layer for layer in layers if layer % processes.count() == processes.rank()]
-        reached = {layer: kept["nats"][at] for layer in own if len((kept := self._kept(layer))["nats"]) > at}
-        self._tell(len(reached) * (stop - start))
-        missing = [layer for layer in own if layer not in reached]
-        if missing:
-            size = self.settings.batch_size
-            train = ReplayedSet(self.base, self.ordered[start * size : stop * size], missing[:1], size, by_length=False)
-            held_out = ReplayedSet(self.base, self.held_out, missing[:1], self.batch_size)
-            for layer in missing:
-                train.move(layer)
-                held_out.move(layer)
-                reached[layer] = self._train(layer, stop, train, held_out)
-        return self._exchanged(layers, reached)
-
-    def _train(self, layer: int, stop: int, train: ReplayedSet, held_out: ReplayedSet) -> torch.Tensor:
-        """Held-out losses of a layer after `stop` steps, taken from where it stopped."""
-        kept = self._kept(layer)
-        with adapting(self.base, [layer], self.settings) as adaptation:
-            if kept["steps"]:
-                adaptation.restore(kept["training"], kept["steps"])
-            adaptation.advance(train, stop, lambda step: self._tell(1))
-            losses = held_out.losses(layer)
-            if not losses.nats.isfinite().all():
-                raise TrainingError(
-                    f"training probe: the held-out loss of layer {layer} is {losses.loss} after {stop} steps; "
-                    "profile with --dtype float32, or without training (--probe step)"
-                )
-            kept = {"steps": stop, "nats": [*kept["nats"], losses.nats], "training": adaptation.state()}
-            self.state.save(f"layer-{layer:03}", kept)
-        return losses.nats
-
-    def _kept(self, layer: int) -> dict[str, Any]:
-        """How far a layer is: steps, losses after each rung, weights and moments after the last."""
-        return self.state.load(f"layer-{layer:03}") or {"steps": 0, "nats": [], "training": {}}
-
-    def _exchanged(self, layers: list[int], own: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The losses of all layers, from the processes that have them."""
-        losses = torch.stack([own.get(layer, torch.zeros(len(self.held_out), dtype=torch.float64)) for layer in layers])
-        processes.add_up(losses)
-        return dict(zip(layers, losses, strict=True))
-
-    def _tell(self, steps: int) -> None:
-        self.done += steps
-        if self.progress and steps:
-            self.progress("training probe", self.done, self.total)
-
-
-def planned_steps(depth: int, steps: int) -> int:
-    """Training steps of all layers together, where the best ones take `steps`.
-
-    >>> planned_steps(4, 4)
-    8
-    """
-    total, layers, start = 0, depth, 0
-    for stop in rungs(steps):
-        total, layers, start = total + layers * (stop - start), (layers + 1) // 2, stop
-    return total
+        for rung, stop in enumerate(rungs(settings.steps)):
+            # Step 1: this process's layers, those that have been at this rung before first.
+            mine = [layer for layer in layers if layer % processes.count() == processes.rank()]
+            reached = {layer: done["nats"][rung] for layer in mine if len((done := load(layer))["nats"]) > rung}
+            tell(len(reached) * (stop - start))
+            missing = [layer for layer in mine if layer not in reached]
+            if missing:
+                train = ReplayedSet(base, ordered[start * size : stop * size], missing[:1], size, by_length=False)
+                held_out = ReplayedSet(base, held_out_examples, missing[:1], batch_size)
+                for layer in missing:
+                    train.move(layer)
+                    held_out.move(layer)
+                    reached[layer] = train_layer(layer, stop, train, held_out)
+            # Step 2: the losses of the other processes' layers.
+            nothing = torch.zeros(len(held_out_examples), dtype=torch.float64)
+            losses = torch.stack([reached.get(layer, nothing) for layer in layers])
+            processes.add_up(losses)
+            # Step 3: the better half goes on.
+            for layer, nats in zip(layers, losses, strict=True):
+                after[layer], steps[layer] = nats, stop
+            layers, start = better_half({layer: float((before.nats - after[layer]).sum()) for layer in layers}), stop
+    return TrainingProbe(before.nats, after, before.tokens, tuple(steps))

@@ -20,7 +20,8 @@ from layercard.data.load import Example
 from layercard.measure import PeakMemory, Phases
 from layercard.models.load import BaseModel, Progress, describe, load_model
 from layercard.models.losses import RecordLosses
-from layercard.profiling.step_probe import ProbeTraining, ReplayedSet, trained
+from layercard.profiling.step_probe import ReplayedSet
+from layercard.profiling.training_probe import ProbeTraining, trained
 from layercard.settings import BenchSettings
 from layercard.training.evaluate import generate, score_texts
 from layercard.trials.storage import Storage
