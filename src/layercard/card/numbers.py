@@ -14,19 +14,28 @@ _STABILITY = ((0.9, "very stable"), (0.75, "stable"), (0.5, "shaky, profile more
 _COSTS = {"step_time": ("step time", "seconds"), "peak_memory": ("peak memory", "bytes"), "latency": ("added latency", "seconds")}
 
 
+def stretches(layers: Sequence[int]) -> list[list[int]]:
+    """Ascending indices cut where one is left out.
+
+    >>> stretches([0, 1, 2, 5, 7, 8])
+    [[0, 1, 2], [5], [7, 8]]
+    """
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return parts
+
+
 def listed(layers: Sequence[int], separator: str = ", ") -> str:
     """Ascending indices in short form.
 
     >>> listed([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'
     """
-    ranges: list[tuple[int, int]] = []
-    for layer in layers:
-        if ranges and layer == ranges[-1][1] + 1:
-            ranges[-1] = (ranges[-1][0], layer)
-        else:
-            ranges.append((layer, layer))
-    return separator.join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return separator.join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in stretches(layers))
 
 
 def profile_of(card: Json, key: str) -> list[Estimate | None]:
