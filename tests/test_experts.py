@@ -15,8 +15,7 @@ from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
 from layercard.profiling.fit import Fit, fit_pass
 from layercard.profiling.held_out import HeldOut, held_out_pass
-from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.profile import split_records
+from layercard.profiling.profile import profile_records as profile, split_records
 from layercard.selection.select import select
 from layercard.settings import ProfileSettings, TrainSettings
 from layercard.statistics.moments import GradientMoments, InputMoments
