@@ -12,8 +12,7 @@ from layercard.checkpoint import State
 from layercard.data.load import Example, batches, positions
 from layercard.models.hooks import frozen, hidden_states, replayed, stepped
 from layercard.models.load import BaseModel, Progress, shared_keys
-from layercard.models.losses import labelled_losses
-from layercard.models.losses import RecordLosses, record_losses
+from layercard.models.losses import RecordLosses, labelled_losses, record_losses
 from layercard.profiling.fit import Step
 
 
