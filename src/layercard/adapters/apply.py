@@ -138,15 +138,7 @@ def apply(
 
 
 @contextmanager
-def adapted(
-    base: BaseModel,
-    placement: Placement,
-    config: PeftConfig | None = None,
-    *,
-    rank: int = 8,
-    alpha: float = 16.0,
-    dropout: float = 0.0,
-) -> Iterator[PeftModel]:
+def adapted(base: BaseModel, placement: Placement, config: PeftConfig | None = None, **lora: Any) -> Iterator[PeftModel]:
     """`apply` for the length of a `with` block; afterwards `base` is as before, also when the block raises.
 
     Raises:
@@ -154,7 +146,7 @@ def adapted(
     """
     check_model(base, placement)
     with unchanged(base.model, written_weights(config, placement)):
-        yield apply(base.model, placement, config, rank=rank, alpha=alpha, dropout=dropout)
+        yield apply(base.model, placement, config, **lora)
 
 
 @contextmanager
@@ -167,7 +159,7 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
     folder = Path(folder)
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
-        raise PlacementError(f"{folder} is not an adapter: it lacks {missing[0]}; name the folder that `layercard train` wrote")
+        raise PlacementError(f"{folder} is no adapter: it lacks {missing[0]}; name the folder that `layercard train` wrote")
     placement = Placement.load(folder / PLACEMENT_FILE) if (folder / PLACEMENT_FILE).exists() else None
     if placement is not None:
         check_model(base, placement)

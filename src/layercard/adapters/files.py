@@ -31,7 +31,7 @@ def read_adapter_config(path: str | Path) -> tuple[PeftConfig, list[str]]:
     path = Path(path)
     file = path / CONFIG_FILE if path.is_dir() else path
     if not file.is_file():
-        raise PlacementError(f"{path} is not an adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
+        raise PlacementError(f"{path} is no adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
     values = read_json(file, PlacementError, "adapter configuration")
     values.pop("runtime_config", None)
     if values.get("peft_type") not in [kind.value for kind in PeftType]:
@@ -93,31 +93,26 @@ def load_weights(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> list[
     return words
 
 
-def without_effect(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tuple[int, int, str]:
-    """How many modules with saved weights change nothing, how many there are, and the weight that shows it.
+def saved_modules(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], bool, str]:
+    """Paths of the modules with saved weights, as the base model calls them, whether all change nothing, and in words how many do.
 
-    Known for methods whose update is a product (one factor is zero) and for IA3 (all scales are one); (0, 0, "") for others, and for
-    DoRA, which can change lengths with a zero product.
+    The latter is known for methods whose update is a product (one factor is zero) and for IA3 (all scales are one), but not for DoRA,
+    which can change lengths with a zero product.
     """
-    prefix = _prefix(config)
-    if any("magnitude" in name for name in weights) or (config.peft_type not in FACTORS and config.peft_type != PeftType.IA3):
-        return 0, 0, ""
-    neutral = 1.0 if config.peft_type == PeftType.IA3 else 0.0
-    modules: dict[str, str] = {}
+    prefix, is_ia3 = _prefix(config), config.peft_type == PeftType.IA3
+    known = (config.peft_type in FACTORS or is_ia3) and not any("magnitude" in name for name in weights)
+    modules: dict[str, str] = {}  # the weight of each that shows that it changes nothing
     for name, weight in weights.items():
         if f".{prefix}" in name:
             module = _module(name, prefix)
-            shows = bool((weight == neutral).all())
-            modules[module] = modules.get(module, "") or (name.removeprefix(module).strip(".") if shows else "")
+            shows = known and bool((weight == float(is_ia3)).all())
+            modules[module] = modules.get(module, "") or (name.removeprefix(module).strip(".").split(".")[0] if shows else "")
+    paths = tuple(sorted({module.removeprefix("base_model.model.").replace(".base_layer", "") for module in modules}))
     shown = [name for name in modules.values() if name]
-    return len(shown), len(modules), next((name.split(".")[0] for name in shown), "")
-
-
-def saved_modules(config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    """Paths of the modules that saved weights belong to, as they are called in the base model."""
-    prefix = _prefix(config)
-    modules = {_module(name, prefix) for name in weights if f".{prefix}" in name}
-    return tuple(sorted({module.removeprefix("base_model.model.").replace(".base_layer", "") for module in modules}))
+    if not shown:
+        return paths, False, ""
+    effect = f"{len(shown)} of {len(modules)} modules: {shown[0]} is {'one' if is_ia3 else 'zero'} there"
+    return paths, len(shown) == len(modules), f"it loads but has no effect in {effect}"
 
 
 def _prefix(config: PeftConfig) -> str:

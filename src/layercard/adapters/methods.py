@@ -22,21 +22,13 @@ from layercard.settings import TrainSettings, integer_if_whole
 
 @dataclass(frozen=True)
 class Method:
-    """One method.
+    """One method."""
 
-    Attributes:
-        config: PEFT's configuration class.
-        names: What it calls `rank`, `alpha` and `dropout`, as far as it has them.
-        fixed: What else it is given.
-        seed: What it calls the seed of random matrices that are not trained; empty where there are none.
-        one_rank: Whether all its adapters must have one rank: it begins or is saved in a way that shares or doubles ranks.
-    """
-
-    config: type[PeftConfig]
-    names: Mapping[str, str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    seed: str = ""
-    one_rank: bool = False
+    config: type[PeftConfig]  # class of PEFT
+    names: Mapping[str, str]  # what it calls `rank`, `alpha` and `dropout`, as far as it has them
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what else it is given
+    seed: str = ""  # what it calls the seed of random matrices that are not trained
+    one_rank: bool = False  # all adapters must have one rank: it begins or is saved in a way that shares or doubles ranks
 
 
 _LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}

@@ -1,5 +1,6 @@
 """How adapters begin where that takes more than PEFT's configuration: from the data (EVA), or out of the weights (PiSSA, OLoRA)."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from layercard import processes
 from layercard.adapters.apply import spell_out
-from layercard.adapters.files import WEIGHTS_FILE
+from layercard.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from layercard.adapters.methods import REWRITING
 from layercard.data.load import Batch, Dataset, Example, collate, shuffled
-from layercard.errors import TrainingError
+from layercard.errors import OutputError, TrainingError
 from layercard.models.adapted import check_adapted
 from layercard.models.load import is_classifier
 from layercard.models.losses import labelled_logits
@@ -28,16 +29,7 @@ PASSES = 10
 def begin(
     model: PeftModel, placement: Placement, data: Dataset, pad_id: int, settings: TrainSettings, folder: Path, *, resumed: bool
 ) -> None:
-    """Bring fresh adapters to where their method begins.
-
-    Args:
-        model: The model with fresh adapters.
-        placement: Where they are.
-        data: Records to train on; EVA reads them in the order of training.
-        pad_id: Id to pad with.
-        settings: With the method.
-        folder: The run's folder for checkpoints.
-        resumed: Whether a checkpoint will be loaded, so that the data need not be looked at again.
+    """Bring the fresh adapters of `model` to where their method begins; EVA reads `data`, unless a checkpoint will be loaded (`resumed`).
 
     Raises:
         TrainingError: There are too few labelled tokens for EVA, it does not converge, or a resumed run began elsewhere.
@@ -63,21 +55,32 @@ def _keep_initial(model: PeftModel, folder: Path, resumed: bool) -> None:
         )
 
 
-def save_adapter(model: PeftModel, folder: Path, method: str, checkpoints: Path) -> None:
-    """Save trained adapters as PEFT does.
+def save_adapter(model: PeftModel, output: Path, method: str, checkpoints: Path) -> None:
+    """Write trained adapters as PEFT does, each of the two files whole or not at all.
 
     Those that began out of the weights become plain LoRA of twice the rank, `B A − B₀ A₀`, on the weights as they were.
+
+    Raises:
+        OutputError: They cannot be written.
     """
-    if method not in REWRITING:
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-        return
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    model.save_pretrained(str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=str(checkpoints / INITIAL))
-    # PEFT writes the adapters alone, so a head that was trained along is added.
-    saved = load_file(folder / WEIGHTS_FILE)
-    head = {name: weight.contiguous().cpu() for name, weight in weights.items() if ".lora_" not in name}
-    if head.keys() - saved.keys():
-        save_file(head | saved, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    try:
+        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as folder:
+            weights_file = Path(folder) / WEIGHTS_FILE
+            if method in REWRITING:
+                weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+                first = str(checkpoints / INITIAL)
+                model.save_pretrained(folder, save_embedding_layers=False, path_initial_model_for_weight_conversion=first)
+                # PEFT writes the adapters alone, so a head that was trained along is added.
+                saved = load_file(weights_file)
+                head = {name: weight.contiguous().cpu() for name, weight in weights.items() if ".lora_" not in name}
+                if head.keys() - saved.keys():
+                    save_file(head | saved, weights_file, metadata={"format": "pt"})
+            else:
+                model.save_pretrained(folder, save_embedding_layers=False)
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                (Path(folder) / name).replace(output / name)
+    except OSError as error:
+        raise OutputError(f"cannot write the adapter to {output}: {error.strerror or error}; make room, then pass --resume") from error
 
 
 def _eva(model: PeftModel, data: Dataset, pad_id: int, settings: TrainSettings) -> None:

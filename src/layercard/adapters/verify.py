@@ -19,7 +19,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from layercard.adapters.apply import WITH_PATTERNS, adapted_ranks
-from layercard.adapters.files import PLACEMENT_FILE, load_weights, read_adapter_config, read_weights, saved_modules, without_effect
+from layercard.adapters.files import PLACEMENT_FILE, load_weights, read_adapter_config, read_weights, saved_modules
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
 from layercard.models.adapted import adapted_paths, few, unchanged
@@ -34,21 +34,7 @@ CHOICES = ("layers_to_transform", "layers_pattern", "target_modules", "target_pa
 
 
 class Verification(Record):
-    """What an adapter or configuration asks for, what it adapts, and where the two differ.
-
-    Attributes:
-        as_planned: Whether nothing differs.
-        source: What was verified.
-        model: Name of the model, and number of `layers`.
-        method: PEFT's name of the method.
-        asked: What the configuration chooses modules by, as far as it is given.
-        planned_layers: The layers to adapt: the placement's, those given, or the configuration's own; `None` where nothing says.
-        adapted_layers: Layers of the text model with something adapted.
-        adapted: Paths of the modules and parameters that PEFT adapts.
-        saved: Paths of the modules with saved weights; `None` where there are no weights.
-        differences: What is not as planned, a sentence each; empty where all is.
-        notes: What is worth knowing and is not a difference.
-    """
+    """What an adapter or configuration asks for, what it adapts, and where the two differ."""
 
     error: ClassVar = PlacementError
     noun: ClassVar = "verification"
@@ -59,13 +45,13 @@ class Verification(Record):
     source: str
     model: dict[str, Any]
     method: str
-    asked: dict[str, Any]
-    planned_layers: tuple[int, ...] | None
-    adapted_layers: tuple[int, ...]
-    adapted: tuple[str, ...]
-    saved: tuple[str, ...] | None
-    differences: tuple[str, ...]
-    notes: tuple[str, ...]
+    asked: dict[str, Any]  # what the configuration chooses modules by, as far as it is given
+    planned_layers: tuple[int, ...] | None  # the placement's, those given, or the configuration's; `None` where nothing says
+    adapted_layers: tuple[int, ...]  # layers of the text model with something adapted
+    adapted: tuple[str, ...]  # paths of the modules and parameters that PEFT adapts
+    saved: tuple[str, ...] | None  # paths of the modules with saved weights; `None` where there are no weights
+    differences: tuple[str, ...]  # what is not as planned, a sentence each
+    notes: tuple[str, ...]  # what is worth knowing and is not a difference
 
     def check(self) -> None:
         """Raise `PlacementError` with the first difference, and the number of the others, unless all is as planned."""
@@ -196,11 +182,10 @@ class _Check:
             differences = ["no module of this model is adapted"]
         notes += self._outside() if self.planned is None else []
         notes += self._partly_adapted()
+        saved = None
         if weights is not None:
-            still, saved, shown = without_effect(self.config, weights)
-            value = "one" if shown.startswith("ia3") else "zero"
-            effect = f"it loads but has no effect in {still} of {saved} modules: {shown} is {value} there"
-            (differences if still == saved else notes).extend([effect] if still else [])
+            saved, none_acts, effect = saved_modules(self.config, weights)
+            (differences if none_acts else notes).extend([effect] if effect else [])
         differences = [base, *differences] if base else differences
         asked = {choice: given.get(choice) for choice in CHOICES}
         return Verification(
@@ -212,7 +197,7 @@ class _Check:
             planned_layers=None if self.planned is None else tuple(self.planned),
             adapted_layers=tuple(self._by_layer()),
             adapted=self.adapted,
-            saved=None if weights is None else saved_modules(self.config, weights),
+            saved=saved,
             differences=tuple(differences),
             notes=(*notes, left_out) if left_out else tuple(notes),
         )
@@ -289,13 +274,13 @@ class _Check:
 
     def _unmatched_names(self) -> list[str]:
         """Names in the configuration that match nothing in the model."""
-        words = []
-        for field, names in (("target_modules", self.asked_names), ("target_parameters", self.asked_parameters)):
-            for name in names:
-                if not any(_matches(name, path) for path in self.all_paths):
-                    close = difflib.get_close_matches(name, {path.rpartition(".")[2] for path in self.all_paths}, n=1, cutoff=0.7)
-                    hint = f"; did you mean {close[0]!r}?" if close else ""
-                    words.append(f"{field} names {name!r}, which matches nothing in this model{hint}")
+        words, last_parts = [], {path.rpartition(".")[2] for path in self.all_paths}
+        asked = [("target_modules", name) for name in self.asked_names] + [("target_parameters", name) for name in self.asked_parameters]
+        for field, name in asked:
+            if not any(_matches(name, path) for path in self.all_paths):
+                close = difflib.get_close_matches(name, last_parts, n=1, cutoff=0.7)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                words.append(f"{field} names {name!r}, which matches nothing in this model{hint}")
         return words
 
     def _outside(self) -> list[str]:

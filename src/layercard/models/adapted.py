@@ -83,15 +83,7 @@ def unchanged(model: PreTrainedModel, rewritten: Iterable[str] = ()) -> Iterator
 
 @contextmanager
 def lora_layers(base: BaseModel, layers: Sequence[int], *, rank: int, alpha: float, seed: int | None = None) -> Iterator[PeftModel]:
-    """Plain LoRA on all linear modules and experts of some layers, in eval mode; model and random state are as before afterwards.
-
-    Args:
-        base: The model.
-        layers: Indices of the blocks to adapt.
-        rank: Rank of each adapter.
-        alpha: Scale of each adapter.
-        seed: Of the adapters' first weights.
-    """
+    """Plain LoRA on all linear modules and experts of some layers, in eval mode; model and random state are as before afterwards."""
     blocks = [base.blocks[layer] for layer in layers]
     modules = [module for block in blocks for module in block.linear_modules]
     stacks = [stack.path for block in blocks for stack in block.stacks]

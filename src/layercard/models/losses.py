@@ -72,17 +72,11 @@ def keeps_logits(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class RecordLosses:
-    """Losses of one model on some records: `[records]` float64 each, in the order of the records.
+    """Losses of one model on some records: `[records]` float64 each, in the order of the records."""
 
-    Attributes:
-        nats: Summed cross entropy of each record's labelled tokens.
-        tokens: Number of labelled tokens of each record; 1 for a classifier.
-        right: How many of these tokens the model ranks first; `None` where that was not counted.
-    """
-
-    nats: torch.Tensor
-    tokens: torch.Tensor
-    right: torch.Tensor | None = None
+    nats: torch.Tensor  # summed cross entropy of each record's labelled tokens
+    tokens: torch.Tensor  # labelled tokens of each record; 1 for a classifier
+    right: torch.Tensor | None = None  # how many of these the model ranks first; `None` where that was not counted
 
     @property
     def loss(self) -> float:
@@ -109,11 +103,8 @@ def record_losses(
 ) -> RecordLosses:
     """Losses of every record without gradients; the model's mode is the caller's.
 
-    Args:
-        model: A causal language model or a classifier, or a PEFT model around one.
-        batches: Batches on the model's device.
-        records: Number of records in all batches together.
-        around: Gives a context manager for the forward pass of each batch, by the batch's number.
+    `records` is their number in all batches, which lie on the model's device. `around` gives a context manager for the forward pass of
+    each batch, by the batch's number.
     """
     nats, tokens, right = (torch.zeros(records, dtype=torch.float64) for _ in range(3))
     with torch.no_grad():
@@ -137,12 +128,7 @@ def training_step(
 ) -> None:
     """One step as `layercard train` takes it: mean loss of the labelled tokens, backward, clipping, update, zeroing.
 
-    Args:
-        model: A model with trainable adapters.
-        batch: What to train on, on the model's device.
-        optimizer: Holds the weights that are trained; without one there is no update.
-        stamp: Called with `start`, `loss`, `backward` and `end` at the borders of the step's parts.
-        max_grad_norm: Gradients are scaled down to this norm.
+    Without an optimizer there is no update. `stamp` is called with `start`, `loss`, `backward` and `end` at the borders of the parts.
     """
     tell = stamp or (lambda _: None)
     tell("start")

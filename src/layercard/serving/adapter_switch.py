@@ -18,7 +18,7 @@ from torch import nn
 
 from layercard.adapters.apply import adapted, loaded
 from layercard.adapters.files import CONFIG_FILE
-from layercard.errors import PlacementError
+from layercard.errors import DataError, PlacementError
 from layercard.files import read_json
 from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel
@@ -30,21 +30,13 @@ PLAIN = {"bias": "none", "layer_replication": None, "alora_invocation_tokens": N
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of a base model, at present off it.
+    """An adapter of a base model, at present off it."""
 
-    Attributes:
-        name: What it is called in tables: the folder it was loaded from, or what it was made for.
-        modules: The modules that take the place of the base model's, by path.
-        layers: Indices of the decoder blocks in which they lie, ascending.
-        outside: Paths of those that lie in no block, such as an embedding or the head.
-        bytes: Size of what the adapter adds to the base model's weights.
-    """
-
-    name: str
-    modules: Mapping[str, nn.Module]
-    layers: tuple[int, ...]
-    outside: tuple[str, ...]
-    bytes: int = 0
+    name: str  # what tables call it: the folder it was loaded from, or what it was made for
+    modules: Mapping[str, nn.Module]  # they take the place of the base model's, by path
+    layers: tuple[int, ...]  # indices of the decoder blocks in which they lie, ascending
+    outside: tuple[str, ...]  # paths of those that lie in no block, such as an embedding or the head
+    bytes: int = 0  # what it adds to the base model's weights
 
 
 def load_adapter(base: BaseModel, folder: str | Path, *, name: str = "") -> Adapter:
@@ -95,6 +87,13 @@ def _taken(base: BaseModel, plain_modules: Mapping[str, nn.Module], name: str) -
     base_weights = {id(weight) for module in plain_modules.values() for weight in module._parameters.values()}
     weights = {id(weight): weight.nbytes for module in modules.values() for weight in module.parameters()}
     return Adapter(name, modules, tuple(layers), outside, sum(size for key, size in weights.items() if key not in base_weights))
+
+
+def check_positions(base: BaseModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise `DataError` if a prompt and what is written after it are longer than the model's positions."""
+    limit = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int) and prompt_tokens + new_tokens > limit:
+        raise DataError(f"{prompt_tokens} tokens and {new_tokens} new ones exceed the {limit} positions of {base.name}; take fewer")
 
 
 @contextmanager

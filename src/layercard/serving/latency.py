@@ -22,30 +22,23 @@ from layercard.models.hooks import frozen
 from layercard.models.load import BaseModel, Progress, describe
 from layercard.models.losses import keeps_logits
 from layercard.records import Estimate, Part, Record
-from layercard.serving.adapter_switch import Adapter, merged, switched_on
+from layercard.serving.adapter_switch import Adapter, check_positions, merged, switched_on
 
 Clock = Callable[[], float]
 
 
 class Variant(Part):
-    """A way to run the model: kind `base`, `adapter` or `merged`. Of each reading there is the median, the smallest and the largest.
-
-    Attributes:
-        tokens_per_second: Of all rows together.
-        first_token_ratio: To the base model in the same round.
-        weights_bytes: All weights, a merged model counted as if its base were gone.
-        peak_bytes: What is alive beside the weights at the worst moment, keys and values included.
-    """
+    """A way to run the model: kind `base`, `adapter` or `merged`. Of each reading there is the median, the smallest and the largest."""
 
     name: str
     kind: str
     layers: list[int]
     first_token_seconds: Estimate
-    first_token_ratio: Estimate
-    tokens_per_second: Estimate
+    first_token_ratio: Estimate  # to the base model in the same round
+    tokens_per_second: Estimate  # all rows together
     tokens_per_second_ratio: Estimate
-    weights_bytes: int
-    peak_bytes: int
+    weights_bytes: int  # of a merged model as if its base were gone
+    peak_bytes: int  # alive beside the weights at the worst moment, keys and values included
 
 
 class Latency(Record):
@@ -108,9 +101,7 @@ def measure_latency(
     for value, size, least in sizes:
         if value < least:
             raise DataError(f"{value} {size} cannot be timed; give {least} or more")
-    limit = getattr(base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and prompt_tokens + new_tokens > limit:
-        raise DataError(f"{prompt_tokens} tokens and {new_tokens} new ones exceed the {limit} positions of {base.name}; take fewer")
+    check_positions(base, prompt_tokens, new_tokens)
     names = [adapter.name for adapter in adapters]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -5,8 +5,8 @@ blocks below it do not depend on a. So one pass of the base model over the promp
 hidden states to start from; then each runs its own blocks `s_a … L − 1`. For N adapters this takes `max_a s_a + Σ_a (L − s_a)` blocks
 instead of `N L`, never more.
 
-While decoding, every adapter goes on with its own tokens. As long as the continuations of several adapters agree, the new token's pass
-through the lower blocks is shared in the same way; from where they part, each adapter runs all blocks for itself.
+While decoding, the new token's pass through the lower blocks is shared as long as continuations agree; from where they part, each
+adapter runs all blocks for itself.
 
 Every pass has the shapes that it would have if the adapter ran alone, one sequence at a time, so the logits are equal bit for bit and
 not to rounding. Batching the adapters' rows would be faster on a GPU, and would not be equal.
@@ -31,7 +31,7 @@ from layercard.errors import DataError, ModelError, PlacementError
 from layercard.models.hooks import frozen, hidden_states, replayed
 from layercard.models.load import BaseModel
 from layercard.models.losses import keeps_logits
-from layercard.serving.adapter_switch import Adapter, load_adapter, switched_on
+from layercard.serving.adapter_switch import Adapter, check_positions, load_adapter, switched_on
 
 CHECK_TOKENS = 5
 """Tokens of the prompt on which a model is checked for being shareable."""
@@ -92,37 +92,24 @@ def shared(layer: DynamicLayer) -> DynamicLayer:
 
 @dataclass
 class Work:
-    """What was computed and held, and what it would be if every adapter ran alone (`…_separate`).
+    """What was computed and held, and what it would be if every adapter ran alone (`…_separate`)."""
 
-    Attributes:
-        prefill_blocks: Blocks run over the prompt.
-        decode_blocks: Blocks run over single new tokens.
-        kv_bytes: Size of the prompt's keys and values that are held once the prompt is read.
-    """
-
-    prefill_blocks: int = 0
+    prefill_blocks: int = 0  # blocks run over the prompt
     prefill_blocks_separate: int = 0
-    decode_blocks: int = 0
+    decode_blocks: int = 0  # blocks run over single new tokens
     decode_blocks_separate: int = 0
-    kv_bytes: int = 0
+    kv_bytes: int = 0  # the prompt's keys and values that are held once it is read
     kv_bytes_separate: int = 0
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one adapter writes after the prompt.
-
-    Attributes:
-        adapter: Its name.
-        token_ids: The new tokens; the last one is the end token where the adapter came to an end.
-        text: The same as text, without special tokens; empty where the model has no tokenizer.
-        logits: The logits `[new tokens, vocabulary]` that they were chosen by, on the CPU, where asked for.
-    """
+    """What one adapter writes after the prompt."""
 
     adapter: str
-    token_ids: tuple[int, ...]
-    text: str
-    logits: torch.Tensor | None = None
+    token_ids: tuple[int, ...]  # the last one is the end token where the adapter came to an end
+    text: str  # without special tokens; empty where the model has no tokenizer
+    logits: torch.Tensor | None = None  # `[new tokens, vocabulary]`, on the CPU, where asked for
 
 
 @dataclass
@@ -297,9 +284,7 @@ class SharedPrefix:
             raise DataError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}, but the model has 0 to {vocabulary - 1}")
         if count < 1:
             raise DataError(f"{count} new tokens ask for nothing; give 1 or more")
-        limit = getattr(self.base.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if isinstance(limit, int) and ids.shape[1] + count > limit:
-            raise DataError(f"{ids.shape[1]} tokens and {count} new ones exceed the {limit} positions of {self.base.name}; take fewer")
+        check_positions(self.base, ids.shape[1], count)
         return ids.to(self.base.device)
 
     def _check_model(self) -> None:

@@ -14,61 +14,41 @@ Interval = tuple[float, float]
 
 
 class Run(Record):
-    """One training run, `run.json` beside its adapter. What is held out is `None` throughout where nothing was.
-
-    Attributes:
-        started: When, as ISO 8601 in UTC.
-        valid: The held-out records, with their losses before and after one by one in `per_record`.
-        loss_reduction_interval: 95 % bootstrap interval over held-out records, which are paired before and after.
-        losses: The training loss of each step.
-        train_seconds: Time within steps.
-        peak_memory_bytes: What training takes above the frozen model: adapters, optimiser, gradients and activations.
-        layers_in_backward: Blocks from the lowest adapted one up, of all blocks ("5/30").
-        fast: The `FastSettings`, and in `did` what each part did.
-        phases: Time and memory of each phase of the call that finished the run.
-    """
+    """One training run, `run.json` beside its adapter. What is held out is `None` throughout where nothing was."""
 
     error: ClassVar = TrainingError
     noun: ClassVar = "run record"
     made_by: ClassVar = "layercard train"
 
     schema_: Literal["layercard-run/1"] = Field(default="layercard-run/1", alias="schema")
-    started: str
+    started: str  # ISO 8601 in UTC
     placement: dict[str, Any]
     settings: dict[str, Any]
     model: dict[str, Any]
     data: dict[str, Any]
-    valid: dict[str, Any] | None = None
+    valid: dict[str, Any] | None = None  # the held-out records; their losses before and after, one by one, are in `per_record`
     loss_before: float | None = None
     loss_after: float | None = None
     loss_reduction: float | None = None
-    loss_reduction_interval: Interval | None = None
+    loss_reduction_interval: Interval | None = None  # 95 % bootstrap interval over held-out records, paired before and after
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     steps: int
     tokens_seen: int
-    losses: list[float]
-    train_seconds: float
-    peak_memory_bytes: int
-    layers_in_backward: str
-    fast: dict[str, Any] = Field(default_factory=lambda: {"did": {}})
+    losses: list[float]  # training loss of each step
+    train_seconds: float  # time within steps
+    peak_memory_bytes: int  # above the frozen model: adapters, optimiser, gradients and activations
+    layers_in_backward: str  # blocks from the lowest adapted one up, of all blocks: "5/30"
+    fast: dict[str, Any] = Field(default_factory=lambda: {"did": {}})  # the `FastSettings`, and in `did` what each part did
     trainable_parameters: int
     adapter_bytes: int
     processes: int = 1
-    phases: list[dict[str, Any]] = Field(default_factory=list)
+    phases: list[dict[str, Any]] = Field(default_factory=list)  # of the call that finished the run
     versions: dict[str, str] = Field(default_factory=dict)
 
 
 class Evaluation(Record):
-    """How good a model is on held-out records; intervals are 95 % bootstrap intervals over records.
-
-    Attributes:
-        accuracy: Of a classifier, 0 to 1; `None` for a language model.
-        generation: `None`, or `bleu`, `chrf` and `rouge_l` (0 to 100) where there are references, `exact_match` (0 to 1) where there
-            are answers, and the `texts`.
-        phases: Time and memory of each phase.
-        adapter: Folder of the adapter; `None` for the base model.
-    """
+    """How good a model is on held-out records; intervals are 95 % bootstrap intervals over records."""
 
     error: ClassVar = TrainingError
     noun: ClassVar = "evaluation"
@@ -81,8 +61,9 @@ class Evaluation(Record):
     loss_interval: Interval
     perplexity: float
     perplexity_interval: Interval
-    accuracy: float | None = None
+    accuracy: float | None = None  # of a classifier, 0 to 1
     accuracy_interval: Interval | None = None
+    # Bleu, chrf, rouge_l (0 to 100) if there are references, exact_match (0 to 1) if answers; texts.
     generation: dict[str, Any] | None = None
     phases: list[dict[str, Any]] = Field(default_factory=list)
-    adapter: str | None = None
+    adapter: str | None = None  # its folder; `None` for the base model

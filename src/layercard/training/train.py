@@ -4,7 +4,6 @@ import importlib.metadata
 import platform
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -130,7 +129,7 @@ def train(
                     after = held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
             trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
             with phases.phase("save"):
-                processes.by_first(lambda: _save_adapter_files(model, output, settings.method))
+                processes.by_first(lambda: save_adapter(model, output, settings.method, checkpoints))
 
         # Step 4: the record, last of all, since a folder that has it is finished.
         held_out: dict[str, Any] = {}
@@ -239,17 +238,6 @@ def _clear(output: Path, force: bool) -> None:
     for name in names:
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _save_adapter_files(model: Any, output: Path, method: str) -> None:
-    """Write the adapter's two files, each whole or not at all."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as part:
-            save_adapter(model, Path(part), method, output / CHECKPOINTS)
-            for name in (CONFIG_FILE, WEIGHTS_FILE):
-                (Path(part) / name).replace(output / name)
-    except OSError as error:
-        raise OutputError(f"cannot write the adapter to {output}: {error.strerror or error}; make room, then pass --resume") from error
 
 
 @contextmanager

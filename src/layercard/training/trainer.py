@@ -34,21 +34,12 @@ LOG_FILE = "log.json"
 
 @dataclass
 class TrainLog:
-    """What training did so far, in all processes together except for the time.
+    """What training did so far, in all processes together except for the time."""
 
-    Attributes:
-        losses: Training loss of each step, in nats per labelled token, before that step's update.
-        seconds: Time spent in steps: forward, backward and update, not loading, saving or evaluating. The one step whose memory is
-            counted takes about a tenth longer for it.
-        tokens: Tokens gone through, padding not counted.
-        peak_bytes: Memory that training takes at its peak above the frozen model: adapters and optimiser state, and the growth during
-            the step with the largest batch (activations, gradients, logits); of the first process, where there are several.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-    peak_bytes: int = 0
+    losses: list[float] = field(default_factory=list)  # nats per labelled token in each step, before that step's update
+    seconds: float = 0.0  # within steps; the one step whose memory is counted takes about a tenth longer
+    tokens: int = 0  # padding not counted
+    peak_bytes: int = 0  # see `Run.peak_memory_bytes`; the first process's
 
 
 def fit(
