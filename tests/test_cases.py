@@ -7,7 +7,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from layercard.commands.main import app
 from layercard.data.load import IGNORED, load_data
 from layercard.errors import DataError
 from tiny import tiny_tokenizer, write_records
@@ -150,3 +152,23 @@ def test_the_collected_cases_are_read_or_refused_in_one_line(path: Path) -> None
         assert path.name in refused and "\n" not in str(error)
     else:
         assert path.name not in refused and all(text.endswith("<eos>") for text in texts)
+
+
+def test_the_data_command_marks_what_is_learnt(tiny_folder: Path, tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.jsonl", [{"question": "who?", "answer": "the man"}] * 4)
+    done = CliRunner().invoke(app, ["data", str(path), "--model", str(tiny_folder), "--json"])
+    assert done.exit_code == 0
+    value = json.loads(done.stdout)
+    assert (value["records"], value["format"], len(value["shown"])) == (4, "pair", 3)
+    assert "".join(token["text"] for token in value["shown"][0] if token["learnt"]) == "the man<eos>"
+    assert value["notes"] == ["columns read: question as prompt, answer as completion"]
+    text = CliRunner().invoke(app, ["data", str(path), "--model", str(tiny_folder), "--show", "1"]).stdout
+    assert "«the man<eos>»" in text and "next: layercard profile" in text
+
+
+def test_commands_say_what_is_cut(tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_records(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "p", "completion": "y" * 200}])
+    arguments = ["profile", str(tiny_folder), "--data", str(path), "--max-length", "60", "--no-cost", "--rank", "2", "--device", "cpu"]
+    done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "card.json")])
+    assert done.exit_code == 0, done.output
+    assert "1 of 9 records are cut to 60 tokens" in caplog.text

@@ -117,6 +117,15 @@ class LoadSettings(Settings):
 
 
 @dataclass(frozen=True)
+class DataSettings(Settings):
+    """How records are read."""
+
+    max_length: int = setting(1024, "Cut longer records to N tokens.", low=2)
+    on_long: str = setting("cut", "What is done with longer records: cut, skip or refuse.", choices=("cut", "skip", "refuse"))
+    on_bad: str = setting("refuse", "What is done with records that cannot be used: refuse or skip.", choices=("refuse", "skip"))
+
+
+@dataclass(frozen=True)
 class ProfileSettings(Settings):
     """How a card is made. Times differ from call to call, so a card that must come out the same again has `cost` off."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import PlacementError
-from layercard.settings import FastSettings, LoadSettings, TrainSettings, setting
+from layercard.settings import DataSettings, FastSettings, LoadSettings, TrainSettings, setting
 
 if TYPE_CHECKING:
     from layercard.card.card import LayerCard
@@ -31,7 +31,7 @@ def compare(
     card: Path | None = setting(None, "The card from which objectives are selected.", metavar="CARD"),
     records: int | None = opt.RECORDS,
     valid_records: int | None = opt.VALID_RECORDS,
-    max_length: int = opt.MAX_LENGTH,
+    reading: DataSettings = DataSettings(),
     experts: bool = opt.EXPERTS,
     settings: TrainSettings = opt.TRAINING,
     fast: FastSettings = FastSettings(),
@@ -64,8 +64,8 @@ def compare(
             source.check_model(describe(base))
         chosen = [_placement(base, entry, source, settings.seed) for entry in entries]
         named = [(name, each if experts else without_experts(each)) for name, each in zip(names, chosen, strict=True)]
-        dataset = opt.read(data, base, records, max_length)
-        held_out = opt.read(valid, base, valid_records, max_length)
+        dataset = opt.read(data, base, records, reading)
+        held_out = opt.read(valid, base, valid_records, reading)
         how = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
         result = run(base, named, dataset, held_out, settings, **how).to_json()
     show_result(result, as_json, comparison_table(result), wrote=output)

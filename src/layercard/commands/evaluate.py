@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
-from layercard.settings import LoadSettings, setting
+from layercard.settings import DataSettings, LoadSettings, setting
 
 if TYPE_CHECKING:
     from layercard.training.records import Evaluation
@@ -22,7 +22,7 @@ def evaluate(
     generate: int = setting(128, "Write up to N new tokens for records with references or an answer; 0 for none.", low=0),
     records: int | None = opt.RECORDS,
     batch_size: int = opt.batch_size(16),
-    max_length: int = opt.MAX_LENGTH,
+    reading: DataSettings = DataSettings(),
     loading: LoadSettings = LoadSettings(),
     as_json: bool = opt.AS_JSON,
 ) -> None:
@@ -37,7 +37,7 @@ def evaluate(
 
     with Display() as display:
         base = opt.load(model, loading, display)
-        dataset = opt.read(data, base, records, max_length)
+        dataset = opt.read(data, base, records, reading)
         with loaded(base, adapter) if adapter else nullcontext(base.model) as measured:
             result = measure(
                 base,

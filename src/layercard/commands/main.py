@@ -18,6 +18,7 @@ from layercard.commands.app import app as explore
 from layercard.commands.bench import placements
 from layercard.commands.compare import compare
 from layercard.commands.cost import cost
+from layercard.commands.data import data
 from layercard.commands.demo import demo
 from layercard.commands.evaluate import evaluate
 from layercard.commands.export import export
@@ -44,6 +45,7 @@ TERMINATED = 143
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for name, command in {
+    "data": data,
     "profile": profile,
     "show": show,
     "select": select,

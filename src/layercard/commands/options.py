@@ -6,6 +6,7 @@ A parameter of a command is declared by its default: `setting(default, help, …
 
 import dataclasses
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercard.errors import OutputError, TrainingError
-from layercard.settings import FastSettings, LoadSettings, Settings, TrainSettings, setting
+from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, setting
 
 if TYPE_CHECKING:
     from layercard.data.load import Dataset
@@ -98,7 +99,6 @@ DATA = setting(
 )
 RECORDS = setting(None, "Use the first N records; all when not given.", low=1)
 VALID_RECORDS = setting(None, "Use the first N held-out records.", low=1)
-MAX_LENGTH = setting(1024, "Cut longer records to N tokens.", low=2)
 RANK = _field(TrainSettings, "rank")
 SEED = _field(TrainSettings, "seed")
 DEVICE = _field(LoadSettings, "device")
@@ -153,8 +153,11 @@ def load(model: str, loading: LoadSettings, progress: "Progress") -> "BaseModel"
     return load_model(model, progress=progress, **loading.to_json())
 
 
-def read(source: str, base: "BaseModel", records: int | None, max_length: int) -> "Dataset":
-    """Records of a command, as the model reads them."""
+def read(source: str, base: "BaseModel", records: int | None, reading: DataSettings) -> "Dataset":
+    """Records of a command, as the model reads them; the log says what a user should know about how they were read."""
     from layercard.data.load import load_data
 
-    return load_data(source, base.tokenizer, records=records, max_length=max_length, classes=base.classes)
+    dataset = load_data(source, base.tokenizer, records=records, classes=base.classes, **reading.to_json())
+    for note in dataset.notes:
+        logging.getLogger(__name__).warning("%s: %s", source, note)
+    return dataset

@@ -10,7 +10,7 @@ from layercard.commands.terminal import Display, emit_json, out
 from layercard.errors import OutputError, TrainingError
 from layercard.files import refuse_existing
 from layercard.processes import count, is_first
-from layercard.settings import LoadSettings, ProfileSettings, setting
+from layercard.settings import DataSettings, LoadSettings, ProfileSettings, setting
 
 
 def profile(
@@ -18,7 +18,7 @@ def profile(
     data: str = opt.DATA,
     output: Path = setting(..., "Where to write the card.", metavar="CARD"),
     records: int = setting(64, "Profile the first N records.", low=1),
-    max_length: int = opt.MAX_LENGTH,
+    reading: DataSettings = DataSettings(),
     settings: ProfileSettings = ProfileSettings(),
     stream: bool = setting(
         False,
@@ -77,7 +77,7 @@ def profile(
     with Display() as display:
         streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
         base = streamed.base if streamed is not None else opt.load(model, loading, display)
-        dataset = opt.read(data, base, records, max_length)
+        dataset = opt.read(data, base, records, reading)
         card = None
         if reuse:
             card, source, reasons = reusable(base, dataset, settings, folder, display)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.processes import is_first
-from layercard.settings import FastSettings, LoadSettings, TrainSettings, setting
+from layercard.settings import DataSettings, FastSettings, LoadSettings, TrainSettings, setting
 
 if TYPE_CHECKING:
     from layercard.training.records import Run
@@ -20,7 +20,7 @@ def train(
     valid: str | None = setting(None, "Held-out records, given as --data is: the loss before and after.", metavar="FILE"),
     records: int | None = opt.RECORDS,
     valid_records: int | None = opt.VALID_RECORDS,
-    max_length: int = opt.MAX_LENGTH,
+    reading: DataSettings = DataSettings(),
     experts: bool = opt.EXPERTS,
     settings: TrainSettings = opt.TRAINING,
     fast: FastSettings = FastSettings(),
@@ -51,8 +51,8 @@ def train(
         with phases.phase("load"):
             base = opt.load(model, loading, display)
         with phases.phase("data"):
-            dataset = opt.read(data, base, records, max_length)
-            held_out = opt.read(valid, base, valid_records, max_length) if valid else None
+            dataset = opt.read(data, base, records, reading)
+            held_out = opt.read(valid, base, valid_records, reading) if valid else None
         record = run(
             base,
             chosen if experts else without_experts(chosen),

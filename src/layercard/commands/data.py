@@ -1,0 +1,82 @@
+"""`layercard data`: what a model learns from records, token by token."""
+
+from typing import TYPE_CHECKING, Any
+
+from layercard.commands import options as opt
+from layercard.commands.terminal import show_result
+from layercard.settings import DataSettings, setting
+
+if TYPE_CHECKING:
+    from layercard.data.load import Dataset
+
+
+def data(
+    data: str = setting(..., "Records, as --data of the other commands takes them.", argument=True, metavar="DATA"),
+    model: str = setting(..., "The model whose tokenizer and chat template read them: an id, a folder, or smollm2-135m."),
+    records: int | None = opt.RECORDS,
+    show: int = setting(3, "Show the first N records.", low=0),
+    reading: DataSettings = DataSettings(),
+    trust_remote_code: bool = setting(False, "Let code that comes with the tokenizer run."),
+    as_json: bool = opt.AS_JSON,
+) -> None:
+    """Show records as the model reads them, the learnt tokens marked. No weights are loaded."""
+    opt.check_data(data)
+    from layercard.data.load import load_data
+    from layercard.models.load import locate, quiet_libraries, read_tokenizer
+
+    with quiet_libraries():
+        tokenizer = read_tokenizer(locate(model), trust_remote_code)
+    dataset = load_data(data, tokenizer, records=records, **reading.to_json())
+    shown = [_tokens(dataset, number, tokenizer) for number in range(min(show, len(dataset)))]
+    lengths = sorted(len(example.input_ids) for example in dataset.examples)
+    value = {
+        "schema": "layercard-data/1",
+        "source": dataset.source,
+        "fingerprint": dataset.fingerprint,
+        "format": dataset.format,
+        "records": len(dataset),
+        "tokens": dataset.tokens,
+        "learnt_tokens": dataset.labelled_tokens,
+        "median_length": lengths[len(lengths) // 2],
+        "longest": lengths[-1],
+        "cut": dataset.truncated,
+        "notes": list(dataset.notes),
+        "shown": shown,
+    }
+    show_result(value, as_json, _view(value), then=f"layercard profile {model} --data {data} -o card.json")
+
+
+def _tokens(dataset: "Dataset", number: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """The tokens of a record: id, text, and whether the model learns to say it."""
+    example = dataset.examples[number]
+    return [
+        {"id": token, "text": tokenizer.decode([token]), "learnt": label == token}
+        for token, label in zip(example.input_ids, example.labels, strict=True)
+    ]
+
+
+def _view(value: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from layercard.report.terminal import pairs
+
+    share = 100 * value["learnt_tokens"] / value["tokens"]
+    rows = {
+        "Data": f"{value['source']} · {value['format']} · {value['records']:,} records, fingerprint {value['fingerprint']}",
+        "Tokens": f"{value['tokens']:,}, of these {value['learnt_tokens']:,} learnt ({share:.0f} %)",
+        "Length": f"median {value['median_length']:,}, longest {value['longest']:,}, {value['cut']:,} cut",
+    }
+    if value["notes"]:
+        rows["Notes"] = "\n".join(value["notes"])
+    parts: list[Any] = [pairs(rows)]
+    for number, tokens in enumerate(value["shown"], 1):
+        # Where there are no colours, brackets show what is learnt.
+        text, inside = Text(f"\nrecord {number}, what is learnt in «»:\n", style="dim"), False
+        for token in [*tokens, {"text": "", "learnt": False}]:
+            if token["learnt"] != inside:
+                text.append("«" if token["learnt"] else "»", style="bold")
+                inside = token["learnt"]
+            text.append(token["text"], style="bold green" if token["learnt"] else "")
+        parts.append(text)
+    return Group(*parts)
