@@ -126,9 +126,7 @@ def test_layer_1_is_not_layer_11() -> None:
 
 def test_experts_of_other_layers_and_of_this_one_stay_as_they_are() -> None:
     """transformers keeps experts as parameters, which PEFT would adapt in *all* layers if it were asked by layer index."""
-    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
-    base = wrap_model(AutoModelForCausalLM.from_config(config), tiny_tokenizer())
+    base = mixture()
     placement = without_experts(place(base, [1]))
     with adapted(base, placement, rank=1) as model:
         assert set(adapted_paths(model)) == set(placement.paths)
@@ -324,12 +322,8 @@ def test_ranks_of_single_modules_need_a_method_that_has_them(tiny_base: BaseMode
     for config in (LoHaConfig(r=8), LoKrConfig(r=8), LoraConfig(r=8)):
         with adapted(tiny_base, placement, config) as model:
             inner = model.get_base_model()
-            assert {(inner.get_submodule(path).r["default"], inner.get_submodule(path).scaling["default"]) for path in placement.paths} == {
-                (2, 2.0)
-            }
-
-
-def test_rank_beside_a_configuration_is_refused(tiny_base: BaseModel) -> None:
+            adapted_modules = [inner.get_submodule(path) for path in placement.paths]
+            assert {(module.r["default"], module.scaling["default"]) for module in adapted_modules} == {(2, 2.0)}
     with pytest.raises(PlacementError, match="write them into the configuration"):
         apply(tiny_base.model, place(tiny_base, [1]), LoraConfig(), rank=4)
 
@@ -373,11 +367,10 @@ def test_experts_are_adapted_in_the_planned_layer_alone(kind: str, tmp_path: Pat
         with adapted(base, placement, rank=2) as model:
             assert set(adapted_paths(model)) == set(placement.targets)
             if kind == "own ranks":
-                wrappers = {m.parameter_name: m for m in model.modules() if isinstance(m, ParamWrapper)}
-                assert {name: (m.r["default"], m.scaling["default"]) for name, m in wrappers.items()} == {
-                    "gate_up_proj": (3, 2.0),
-                    "down_proj": (2, 2.0),
+                wrappers = {
+                    m.parameter_name: (m.r["default"], m.scaling["default"]) for m in model.modules() if isinstance(m, ParamWrapper)
                 }
+                assert wrappers == {"gate_up_proj": (3, 2.0), "down_proj": (2, 2.0)}
             with torch.no_grad():
                 for weight in model.parameters():
                     if weight.requires_grad:

@@ -200,13 +200,6 @@ def test_a_resumed_run_that_would_begin_elsewhere_is_refused(tiny_base: BaseMode
         train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", settings_of("pissa"), resume=True)
 
 
-def test_a_run_of_another_method_is_not_resumed(tiny_base: BaseModel, tiny_file: Path, tmp_path: Path) -> None:
-    data = load_data(str(tiny_file), tiny_base.tokenizer)
-    train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", settings_of("dora"))
-    with pytest.raises(TrainingError, match="a run with method dora, not lora"):
-        train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", SETTINGS, resume=True)
-
-
 @pytest.mark.parametrize("method", ["pissa", "eva", "adalora"])
 def test_a_classifiers_head_is_trained_interrupted_and_saved_along(method: str, tmp_path: Path) -> None:
     config = LlamaConfig(**{**build_tiny("llama").config.to_dict(), "num_labels": 2})

@@ -132,20 +132,8 @@ def numbers(value: Any, path: str = "") -> dict[str, float]:
 @pytest.mark.parametrize("records", [3, 64], ids=["rows of tokens", "sums"])  # fewer tokens than features, and more
 def test_two_processes_profile_as_one(records: int, tiny_folder: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path / "data.jsonl", tiny_records(24) if records > 3 else [{"prompt": "a", "completion": c} for c in "bcde"])
-    arguments = [
-        "-m",
-        "layercard.commands.main",
-        "profile",
-        str(tiny_folder),
-        "--data",
-        str(data),
-        "--rank",
-        "2",
-        "--device",
-        "cpu",
-        "--no-cost",
-    ]
-    arguments += ["--probe", "train", "--probe-steps", "4", "--batch-size", "3"]
+    arguments = ["-m", "layercard.commands.main", "profile", str(tiny_folder), "--data", str(data)]
+    arguments += ["--rank", "2", "--device", "cpu", "--no-cost", "--probe", "train", "--probe-steps", "4", "--batch-size", "3"]
     for name, launcher in (("one", ()), ("two", TORCHRUN), ("accelerated", ACCELERATE)):
         command = [sys.executable, *launcher, *arguments, "-o", str(tmp_path / f"{name}.json")]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)

@@ -23,7 +23,7 @@ from layercard.models.hooks import replaced
 from layercard.models.load import BaseModel, wrap_model
 from layercard.serving import shared_prefix
 from layercard.serving.adapter_switch import Adapter, load_adapter, merged, random_adapter, switched_on
-from layercard.serving.shared_prefix import SharedPrefix, shared
+from layercard.serving.shared_prefix import Continuation, SharedPrefix, shared
 from test_adapters import assert_same, state_of
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 
@@ -78,6 +78,11 @@ def alone(model: nn.Module, prompt: Sequence[int] = PROMPT, new: int = NEW) -> t
     return found.sequences[0, len(prompt) :].tolist(), torch.cat(found.logits)
 
 
+def assert_writes(continuation: Continuation, tokens: list[int], logits: torch.Tensor) -> None:
+    assert list(continuation.token_ids) == tokens
+    assert continuation.logits is not None and torch.equal(continuation.logits, logits)
+
+
 @contextmanager
 def counted(base: BaseModel) -> Iterator[list[tuple[int, int]]]:
     """The blocks that really run, as (index, tokens): counted at the second norm, which a skipped block does not reach."""
@@ -106,33 +111,18 @@ def test_saved_adapters_write_what_separate_peft_runs_write(count: int, tmp_path
     for one, folder in zip(found, folders, strict=True):
         with loaded(base, folder) as model:
             tokens, logits = alone(model)
-        assert list(one.token_ids) == tokens
-        assert one.logits is not None and torch.equal(one.logits, logits)
+        assert_writes(one, tokens, logits)
         assert one.text == base.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_equal_in_every_family(family: str) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [*((family, torch.float32) for family in TINY_FAMILIES), ("llama", torch.bfloat16)])
+def test_equal_in_every_family(family: str, dtype: torch.dtype) -> None:
     base = base_of(family)
+    base.model.to(dtype)
     adapters = adapters_of(base)
-    found = SharedPrefix(base, adapters).generate(PROMPT, NEW, with_logits=True)
-    for one, adapter in zip(found, adapters, strict=True):
+    for one, adapter in zip(SharedPrefix(base, adapters).generate(PROMPT, NEW, with_logits=True), adapters, strict=True):
         with switched_on(base, adapter):
-            tokens, logits = alone(base.model)
-        assert list(one.token_ids) == tokens
-        assert one.logits is not None and torch.equal(one.logits, logits)
-
-
-def test_equal_in_bfloat16() -> None:
-    base = base_of()
-    base.model.to(torch.bfloat16)
-    adapters = adapters_of(base)
-    found = SharedPrefix(base, adapters).generate(PROMPT, NEW, with_logits=True)
-    for one, adapter in zip(found, adapters, strict=True):
-        with switched_on(base, adapter):
-            tokens, logits = alone(base.model)
-        assert list(one.token_ids) == tokens
-        assert one.logits is not None and torch.equal(one.logits, logits)
+            assert_writes(one, *alone(base.model))
 
 
 @settings(max_examples=12, deadline=None)
@@ -149,8 +139,7 @@ def test_equal_for_any_layers_and_prompt(layers: list[set[int]], length: int, fa
     assert serving.work.prefill_blocks <= serving.work.prefill_blocks_separate == DEPTH * len(adapters)
     for one, adapter in zip(found, adapters, strict=True):
         with switched_on(base, adapter):
-            tokens, logits = alone(base.model, PROMPT[:length], 10)
-        assert (list(one.token_ids), True) == (tokens, one.logits is not None and torch.equal(one.logits, logits))
+            assert_writes(one, *alone(base.model, PROMPT[:length], 10))
 
 
 def test_blocks_below_run_once() -> None:
@@ -370,5 +359,5 @@ def test_adapters_that_peft_saved_itself(tmp_path: Path) -> None:
     adapter = load_adapter(base, tmp_path)
     assert (adapter.layers, adapter.outside) == ((3,), ())
     assert sorted(adapter.modules) == ["model.layers.3.mlp.down_proj", "model.layers.3.self_attn.q_proj"]
-    found = SharedPrefix(base, [adapter, adapter]).generate(PROMPT, NEW, with_logits=True)
-    assert all(list(one.token_ids) == tokens and torch.equal(one.logits, logits) for one in found if one.logits is not None)
+    for one in SharedPrefix(base, [adapter, adapter]).generate(PROMPT, NEW, with_logits=True):
+        assert_writes(one, tokens, logits)

@@ -4,7 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from layercard.models.losses import labelled_losses
 from layercard.selection.placement import Placement
 from layercard.settings import SCHEDULERS, TrainSettings
 from layercard.training import trainer as trainer_module
+from layercard.training.records import Run
 from layercard.training.train import train
 from layercard.training.trainer import heaviest_step, last_checkpoint
 from test_adapters import assert_same, base_of, state_of
@@ -40,6 +41,16 @@ def data(tiny_base: BaseModel, tmp_path: Path) -> Dataset:
 @pytest.fixture
 def valid(tiny_base: BaseModel, tmp_path: Path) -> Dataset:
     return load_data(str(write_records(tmp_path / "valid.jsonl", tiny_records(6, 20))), tiny_base.tokenizer)
+
+
+@pytest.fixture
+def run(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> Callable[..., Run]:
+    """Train adapters in layers of the tiny model on `data`, in the folder `name`."""
+
+    def run(name: str, settings: TrainSettings = FAST, layers: Sequence[int] = (1,), **more: Any) -> Run:
+        return train(tiny_base, place(tiny_base, layers), data, tmp_path / name, settings, **more)
+
+    return run
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -125,10 +136,11 @@ def test_the_base_and_random_states_are_as_before(family: str, data: Dataset, va
     assert_equal_adapters(tmp_path / "a", tmp_path / "c")
 
 
-def test_the_loss_is_per_labelled_token_of_the_whole_accumulated_batch(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
-    placement = place(tiny_base, [1])
-    whole = train(tiny_base, placement, data, tmp_path / "whole", replace(FAST, batch_size=4))
-    parts = train(tiny_base, placement, data, tmp_path / "parts", replace(FAST, batch_size=1, accumulation=4))
+def test_the_loss_is_per_labelled_token_of_the_whole_accumulated_batch(
+    run: Callable[..., Run], tiny_base: BaseModel, data: Dataset, tmp_path: Path
+) -> None:
+    whole = run("whole", replace(FAST, batch_size=4))
+    parts = run("parts", replace(FAST, batch_size=1, accumulation=4))
     assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
     first = [data.examples[row] for row in shuffled(len(data), 16, seed=0)[:4]]
     assert len({example.labelled for example in first}) > 1  # else a mean of means would do as well
@@ -158,128 +170,111 @@ def test_one_step_is_adamw_on_the_gradient_of_that_loss(tiny_base: BaseModel, da
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resume_gives_the_adapter_of_an_undisturbed_run(
-    tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path, dropout: float
-) -> None:
+def test_resume_gives_the_adapter_of_an_undisturbed_run(run: Callable[..., Run], valid: Dataset, tmp_path: Path, dropout: float) -> None:
     settings = replace(FAST, steps=9, save_steps=2, dropout=dropout, accumulation=2)
-    placement = place(tiny_base, [0, 1])
-    undisturbed = train(tiny_base, placement, data, tmp_path / "undisturbed", settings, valid=valid)
+    undisturbed = run("undisturbed", settings, (0, 1), valid=valid)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_base, placement, data, tmp_path / "a", settings, valid=valid, progress=stop_at(7))
+        run("a", settings, (0, 1), valid=valid, progress=stop_at(7))
     assert not (tmp_path / "a" / "run.json").exists()
     checkpoint = last_checkpoint(tmp_path / "a" / "checkpoints")
-    assert checkpoint is not None
-    assert checkpoint.name == "checkpoint-6"
-    steps: list[int] = []
-    resumed = train(
-        tiny_base,
-        placement,
-        data,
-        tmp_path / "a",
-        settings,
-        valid=valid,
-        resume=True,
-        progress=lambda phase, done, total: steps.append(done) if phase == "train" else None,
-    )
-    assert steps == [7, 8, 9]
+    assert checkpoint is not None and checkpoint.name == "checkpoint-6"
+    calls: list[tuple[str, int]] = []
+    resumed = run("a", settings, (0, 1), valid=valid, resume=True, progress=lambda phase, done, total: calls.append((phase, done)))
+    assert [done for phase, done in calls if phase == "train"] == [7, 8, 9]
     assert_equal_adapters(tmp_path / "undisturbed", tmp_path / "a")
     for key in ("losses", "loss_after", "steps", "tokens_seen", "peak_memory_bytes"):
         assert getattr(resumed, key) == getattr(undisturbed, key), key
     assert resumed.train_seconds > 0
 
 
-def test_resume_passes_over_a_checkpoint_that_was_cut_off(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
+def test_resume_passes_over_a_checkpoint_that_was_cut_off(run: Callable[..., Run], tmp_path: Path) -> None:
     settings = replace(FAST, steps=6, save_steps=2)
-    placement = place(tiny_base, [1])
-    train(tiny_base, placement, data, tmp_path / "undisturbed", settings)
+    run("undisturbed", settings)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_base, placement, data, tmp_path / "a", settings, progress=stop_at(5))
+        run("a", settings, progress=stop_at(5))
     newest = tmp_path / "a" / "checkpoints" / "checkpoint-4"
     (newest / "log.json").unlink()
     (newest / "optimizer.pt").write_bytes(b"half a fi")
-    train(tiny_base, placement, data, tmp_path / "a", settings, resume=True)
+    run("a", settings, resume=True)
     assert_equal_adapters(tmp_path / "undisturbed", tmp_path / "a")
 
 
-def test_resume_after_the_last_step_only_measures_and_saves(tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path) -> None:
-    placement, settings = place(tiny_base, [1]), replace(FAST, save_steps=3)
-    undisturbed = train(tiny_base, placement, data, tmp_path / "undisturbed", settings, valid=valid)
+def test_resume_after_the_last_step_only_measures_and_saves(run: Callable[..., Run], valid: Dataset, tmp_path: Path) -> None:
+    settings = replace(FAST, save_steps=3)
+    undisturbed = run("undisturbed", settings, valid=valid)
 
     def stop(phase: str, done: int, total: int) -> None:
         if phase == "loss after":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_base, placement, data, tmp_path / "a", settings, valid=valid, progress=stop)
+        run("a", settings, valid=valid, progress=stop)
     assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
     phases: set[str] = set()
-    resumed = train(
-        tiny_base, placement, data, tmp_path / "a", settings, valid=valid, resume=True, progress=lambda phase, *_: phases.add(phase)
-    )
+    resumed = run("a", settings, valid=valid, resume=True, progress=lambda phase, *_: phases.add(phase))
     assert phases == {"loss before", "loss after"}
     assert_equal_adapters(tmp_path / "undisturbed", tmp_path / "a")
-    assert resumed.losses == undisturbed.losses
-    assert resumed.loss_after == undisturbed.loss_after
+    assert (resumed.losses, resumed.loss_after) == (undisturbed.losses, undisturbed.loss_after)
 
 
 def test_resume_starts_where_nothing_was_saved_and_returns_what_is_finished(
-    tiny_base: BaseModel, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    placement = place(tiny_base, [1])
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_base, placement, data, tmp_path / "a", FAST, progress=stop_at(2))
-    record = train(tiny_base, placement, data, tmp_path / "a", FAST, resume=True)
-    train(tiny_base, placement, data, tmp_path / "new", FAST, resume=True)
+        run("a", progress=stop_at(2))
+    record = run("a", resume=True)
+    run("new", resume=True)
     assert_equal_adapters(tmp_path / "new", tmp_path / "a")
     monkeypatch.setattr(trainer_module, "AdapterTrainer", None)
-    assert train(tiny_base, placement, data, tmp_path / "a", replace(FAST, report_to="wandb"), resume=True) == record
+    assert run("a", replace(FAST, report_to="wandb"), resume=True) == record
 
 
-def test_resume_with_other_settings_data_or_layers_is_refused(tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path) -> None:
-    placement, out = place(tiny_base, [1]), tmp_path / "a"
-    train(tiny_base, placement, data, out, FAST)
+def test_resume_with_other_settings_data_or_layers_is_refused(
+    run: Callable[..., Run], tiny_base: BaseModel, valid: Dataset, tmp_path: Path
+) -> None:
+    run("a")
     with pytest.raises(TrainingError, match=r"rank 2, not 4.*--force"):
-        train(tiny_base, placement, data, out, replace(FAST, rank=4), resume=True)
+        run("a", replace(FAST, rank=4), resume=True)
+    with pytest.raises(TrainingError, match="a run with method lora, not dora"):
+        run("a", replace(FAST, method="dora"), resume=True)
     with pytest.raises(TrainingError, match=r"layers \[1\], not \[2\]"):
-        train(tiny_base, place(tiny_base, [2]), data, out, FAST, resume=True)
+        run("a", FAST, (2,), resume=True)
     with pytest.raises(TrainingError, match="data"):
-        train(tiny_base, placement, valid, out, FAST, resume=True)
+        train(tiny_base, place(tiny_base, [1]), valid, tmp_path / "a", FAST, resume=True)
     with pytest.raises(OutputError, match="give one of them"):
-        train(tiny_base, placement, data, out, FAST, resume=True, force=True)
+        run("a", resume=True, force=True)
 
 
-def test_an_output_is_kept_unless_forced(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
-    placement, out = place(tiny_base, [1]), tmp_path / "a"
+def test_an_output_is_kept_unless_forced(run: Callable[..., Run], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_base, placement, data, out, FAST, progress=stop_at(1))
+        run("a", progress=stop_at(1))
     with pytest.raises(OutputError, match=r"unfinished run; pass --resume .* --force"):
-        train(tiny_base, placement, data, out, FAST)
-    train(tiny_base, placement, data, out, FAST, force=True)
+        run("a")
+    run("a", force=True)
     with pytest.raises(OutputError, match=r"finished run; .*--force"):
-        train(tiny_base, placement, data, out, FAST)
-    (out / "notes.txt").write_text("mine")
+        run("a")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_base, placement, data, out, FAST, force=True, progress=stop_at(1))
-    assert not (out / "run.json").exists()
-    assert not (out / "adapter_model.safetensors").exists()
-    assert (out / "notes.txt").read_text() == "mine"
+        run("a", force=True, progress=stop_at(1))
+    assert not (tmp_path / "a" / "run.json").exists()
+    assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
 
 
-def test_folders_that_are_no_run(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
-    placement = place(tiny_base, [1])
+def test_folders_that_are_no_run(run: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OutputError, match="is a file"):
-        train(tiny_base, placement, data, tmp_path / "file", FAST)
-    with pytest.raises(OutputError, match="cannot write the folder"):
-        train(tiny_base, placement, data, tmp_path / "file" / "below", FAST)
-    with pytest.raises(OutputError, match="not empty"):
-        train(tiny_base, placement, data, tmp_path / "other", FAST)
-    with pytest.raises(OutputError, match="holds no run to resume"):
-        train(tiny_base, placement, data, tmp_path / "other", FAST, resume=True)
-    assert train(tiny_base, placement, data, tmp_path / "empty", FAST).loss_before is None
+    for name, more, words in (
+        ("file", {}, "is a file"),
+        ("file/below", {}, "cannot write the folder"),
+        ("other", {}, "not empty"),
+        ("other", {"resume": True}, "holds no run to resume"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            run(name, **more)
+    assert run("empty").loss_before is None
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
@@ -299,15 +294,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_base: BaseModel, data: Data
     assert_same(before, state_of(tiny_base.model))
 
 
-def test_running_out_of_memory_says_what_to_do(
-    tiny_base: BaseModel, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_running_out_of_memory_says_what_to_do(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
     monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", full)
     with pytest.raises(TrainingError, match=r"memory ran out with 2 records in a batch; .* batch size") as caught:
-        train(tiny_base, place(tiny_base, [1]), data, tmp_path / "a", FAST)
+        run("a")
     assert "\n" not in str(caught.value)
 
 
@@ -357,13 +350,6 @@ def test_fewer_layers_in_backward_take_less_memory_and_equal_work_equal_memory(d
     assert peaks["last"] == peaks["last again"]
 
 
-def test_training_prints_nothing(
-    tiny_base: BaseModel, data: Dataset, valid: Dataset, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    train(tiny_base, place(tiny_base, [1]), data, tmp_path / "a", replace(FAST, save_steps=2), valid=valid)
-    assert capfd.readouterr() == ("", "")
-
-
 def test_training_is_silent_under_pythons_default_warning_filters(tiny_folder: Path, tmp_path: Path) -> None:
     write_records(tmp_path / "t.jsonl", tiny_records(4))
     script = (
@@ -378,11 +364,8 @@ def test_training_is_silent_under_pythons_default_warning_filters(tiny_folder: P
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_bfloat16_for_one_run_only(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
-    placement = place(tiny_base, [1])
-    plain = train(tiny_base, placement, data, tmp_path / "a", FAST)
-    short = train(tiny_base, placement, data, tmp_path / "b", replace(FAST, bf16=True))
-    again = train(tiny_base, placement, data, tmp_path / "c", FAST)
+def test_bfloat16_for_one_run_only(run: Callable[..., Run], tmp_path: Path) -> None:
+    plain, short, again = run("a"), run("b", replace(FAST, bf16=True)), run("c")
     assert short.losses != plain.losses == again.losses
     assert short.losses == pytest.approx(plain.losses, rel=0.02)
     assert {weight.dtype for weight in weights(tmp_path / "b").values()} == {torch.float32}
@@ -445,15 +428,14 @@ def test_settings_are_checked(wrong: dict[str, Any], word: str) -> None:
         TrainSettings(**wrong)
 
 
-def test_every_scheduler_trains(tiny_base: BaseModel, data: Dataset, tmp_path: Path) -> None:
+def test_every_scheduler_trains(run: Callable[..., Run]) -> None:
     for name in SCHEDULERS:
-        train(tiny_base, place(tiny_base, [2]), data, tmp_path / name, replace(FAST, steps=1, scheduler=name))
+        run(name, replace(FAST, steps=1, scheduler=name), (2,))
 
 
-def test_places_to_log_to(tiny_base: BaseModel, data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    placement = place(tiny_base, [2])
+def test_places_to_log_to(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match="did you mean 'tensorboard'"):
-        train(tiny_base, placement, data, tmp_path / "a", replace(FAST, report_to="tensorbord"))
+        run("a", replace(FAST, report_to="tensorbord"))
     monkeypatch.setattr(trainer_module, "get_available_reporting_integrations", list)
     with pytest.raises(TrainingError, match="not installed"):
-        train(tiny_base, placement, data, tmp_path / "b", replace(FAST, report_to="tensorboard, wandb"))
+        run("b", replace(FAST, report_to="tensorboard, wandb"))
