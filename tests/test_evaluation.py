@@ -16,6 +16,7 @@ from layercard.data.load import IGNORED, Dataset, Example, collate, load_data
 from layercard.errors import DataError, ModelError
 from layercard.models.load import BaseModel
 from layercard.models.losses import RecordLosses
+from layercard.statistics.ratios import ratio_interval
 from layercard.training.evaluate import (
     evaluate,
     exact_match,
@@ -24,7 +25,6 @@ from layercard.training.evaluate import (
     held_out_losses,
     overlap,
     prompt_of,
-    ratio_interval,
     reduction_interval,
     score_texts,
 )

@@ -305,21 +305,6 @@ def test_rows_of_experts_land_at_their_records() -> None:
             assert float(held.slopes[layer, record]) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-def test_halves_of_the_records_add_up_to_all() -> None:
-    draw = torch.Generator().manual_seed(0)
-    a, d = torch.randn(12, 5, generator=draw).double(), torch.randn(12, 3, generator=draw).double()
-    for keep_rows in (False, True):
-        whole, first, second = (InputMoments(5, keep_rows) for _ in range(3))
-        of_whole, of_first, of_second = (GradientMoments(3, 5, keep_rows) for _ in range(3))
-        for moments, slopes, rows in ((whole, of_whole, slice(12)), (first, of_first, slice(4)), (second, of_second, slice(4, 12))):
-            moments.update(a[rows]), slopes.update(a[rows], d[rows])
-        first.merge(second), of_first.merge(of_second)
-        first.absent = whole.absent = 7
-        results = [projected_residual(m, g, Whitening.of(m, 0.2), 0.1, 2) for m, g in ((whole, of_whole), (first, of_first))]
-        assert results[0].squared == pytest.approx(results[1].squared)
-        assert first.energy() == pytest.approx(whole.energy())
-
-
 def test_padding_alone_is_no_token_of_an_expert() -> None:
     model = build("mixtral", num_experts_per_tok=1)
     base, made = base_of(model), examples((12, 3), seed=1)

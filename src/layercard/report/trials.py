@@ -17,8 +17,8 @@ from layercard.records import Estimate
 from layercard.report.costs import threads
 from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES
+from layercard.statistics.ratios import TAILS, resampled_sums
 
-REPEATS = 1000
 LEVEL = 0.95
 NORMAL_95 = 1.959964
 
@@ -195,12 +195,10 @@ def _paired(trial: Trial, whole: Trial) -> Estimate | None:
         return None
     (before, after), reference = (np.array(side) for side in trial.nats), np.array(whole.nats[1])
     reached, possible = before - after, before - reference
-    rng, count = np.random.default_rng(0), len(before)
-    weights = rng.multinomial(count, [1 / count] * count, size=REPEATS)
-    below = weights @ possible
+    above, below = resampled_sums(reached, possible)
     if possible.sum() <= 0 or (below <= 0).any():
         return None
-    low, high = np.quantile(100 * (weights @ reached) / below, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(100 * above / below, TAILS)
     return Estimate(value=float(100 * reached.sum() / possible.sum()), low=float(low), high=float(high))
 
 

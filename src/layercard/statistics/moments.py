@@ -50,14 +50,6 @@ class InputMoments:
             self._sum = torch.zeros(self.features, self.features, dtype=a_ti.dtype, device=a_ti.device)
         _add_gram(self._sum, a_ti)
 
-    def merge(self, other: "InputMoments") -> None:
-        """Add the tokens of another instance: the same as having seen them here."""
-        self.tokens += other.tokens
-        self.energies += other.energies
-        self._rows += other._rows
-        if other._sum is not None:
-            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
-
     def across(self, add_up: AddUp, stacked: Stacked) -> None:
         """Merge with the instances of all other processes, which do the same; each must have seen an `update`, be it of no token."""
         self.energies = stacked(torch.cat(self.energies))
@@ -92,13 +84,8 @@ class InputMoments:
     def typical_energy(self) -> float:
         """Energy of a typical token that enters in a typical feature, times the share of tokens that do; see `ridge_scale`."""
         per_token = torch.cat(self.energies).double().median() / self.features * self.tokens / self.count
-        diagonal = self.rows().square().sum(dim=0) / self.count if self.keep_rows else self._diagonal()
-        return float(torch.minimum(per_token, diagonal.double().median()))
-
-    def _diagonal(self) -> torch.Tensor:
-        if self._sum is None:
-            raise ValueError("no token seen; update before asking for the second moment")
-        return self._sum.diagonal() / self.count
+        squares = self.rows().square().sum(dim=0) if self._sum is None else self._sum.diagonal()
+        return float(torch.minimum(per_token, (squares / self.count).double().median()))
 
 
 def _add_gram(total_ij: torch.Tensor, a_ti: torch.Tensor) -> None:
@@ -139,13 +126,6 @@ class GradientMoments:
         if self._sum is None:
             self._sum = torch.zeros(self.outputs, self.features, dtype=dtype, device=d_to.device)
         self._sum.addmm_(d_to.T, a_ti)
-
-    def merge(self, other: "GradientMoments") -> None:
-        """Add the tokens of another instance."""
-        self.residual += other.residual
-        self._rows += other._rows
-        if other._sum is not None:
-            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
 
     def across(self, add_up: AddUp, stacked: Stacked) -> None:
         """As `InputMoments.across`; rows come in the same order as there."""

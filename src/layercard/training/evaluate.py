@@ -7,7 +7,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
@@ -19,10 +18,9 @@ from layercard.errors import DataError, ModelError
 from layercard.measure import Phases
 from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
 from layercard.models.losses import RecordLosses, record_losses
+from layercard.statistics.ratios import ratio_interval
 from layercard.training.records import Evaluation, Interval
 
-RESAMPLES = 1000
-"""Bootstrap resamples behind each interval; intervals span the middle 95 %."""
 _NUMBER = re.compile(r"(?:(?<![\w.,)])[-−])?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(\.\d+)?")
 
 
@@ -125,19 +123,6 @@ def held_out_losses(
     if len(broken) > 0:
         raise ModelError(f"the loss on record {int(broken[0]) + 1} of {dataset.source} is not finite; use float32 or a lower learning rate")
     return losses
-
-
-def ratio_interval(top: torch.Tensor, bottom: torch.Tensor, seed: int = 0) -> Interval:
-    """95 % bootstrap interval of `Σ top / Σ bottom` over records, both `[R]`: records are drawn together, so pairs stay pairs.
-
-    >>> ratio_interval(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0]))
-    (2.0, 2.0)
-    """
-    records = len(top)
-    counts = np.random.default_rng(seed).multinomial(records, np.full(records, 1 / records), size=RESAMPLES)
-    above, below = counts @ top.double().numpy(), counts @ bottom.double().numpy()
-    low, high = np.quantile(above[below != 0] / below[below != 0], (0.025, 0.975)) if (below != 0).any() else (math.nan, math.nan)
-    return float(low), float(high)
 
 
 def reduction_interval(before: RecordLosses, after: RecordLosses, seed: int = 0) -> Interval:

@@ -18,7 +18,8 @@ from layercard.models.load import BaseModel, Progress, describe
 from layercard.models.losses import RecordLosses
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
-from layercard.training.evaluate import describe_data, held_out_losses, ratio_interval, reduction_interval
+from layercard.statistics.ratios import ratio_interval
+from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
 from layercard.training.records import Run
 from layercard.training.train import RUN_FILE, train, versions
 
