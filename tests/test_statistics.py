@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from layercard.statistics.coupling import centrality, correlation, curvature, descent, set_gain, single_gain
+from layercard.statistics.coupling import centrality, correlation, curvature, descent, single_gain
 from layercard.statistics.intervals import bootstrap_weights, interval, split_half_spearman
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.ranks import spearman
@@ -143,24 +143,12 @@ def slopes(seed: int = 0, layers: int = 5, records: int = 40, samples: int = 3) 
     return drawn, torch.randn(layers, records, generator=generator, dtype=torch.float64) - 0.5, torch.full((records,), 3.0).double()
 
 
-def test_the_gain_of_a_set_solves_the_quadratic() -> None:
+def test_the_gain_of_a_layer_is_the_maximum_of_its_parabola() -> None:
     drawn, true, counts = slopes()
     k, b = curvature(drawn, counts), descent(true, counts)
-    for layers in ([0], [1, 3], [0, 1, 2, 3, 4]):
-        c = torch.zeros(len(layers), dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([c], lr=1, max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-        def loss(c: torch.Tensor = c, layers: list[int] = layers) -> torch.Tensor:
-            optimizer.zero_grad()  # noqa: B023
-            value = 0.5 * c @ k[layers][:, layers] @ c - b[layers] @ c
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        assert set_gain(b, k, layers) == pytest.approx(-float(loss().detach()), rel=1e-6)
-    for layer in range(5):
-        expected = set_gain(b, k, [layer]) if b[layer] > 0 else 0.0
-        assert float(single_gain(b, k)[layer]) == pytest.approx(expected)
+    lengths = torch.linspace(0, 5, 50_001, dtype=torch.float64)
+    for layer, gain in enumerate(single_gain(b, k)):
+        assert float(gain) == pytest.approx(float((b[layer] * lengths - 0.5 * k[layer, layer] * lengths.square()).max()), abs=1e-8)
 
 
 def test_weights_count_records_as_often_as_copies_would() -> None:

@@ -30,7 +30,7 @@ from layercard.selection.transfer import (
     transfer,
     verdict,
 )
-from layercard.statistics.ranks import noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows, stretches
+from layercard.statistics.ranks import drawn_stretches, noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows
 
 DEPTH = 30
 Json = dict[str, Any]
@@ -90,11 +90,11 @@ def test_smooth_profiles_without_relation_are_rarely_called_alike() -> None:
 
 
 def test_stretches_are_neighbours() -> None:
-    drawn = stretches(30, 50, np.random.default_rng(0))
+    drawn = drawn_stretches(30, 50, np.random.default_rng(0))
     assert drawn.shape == (50, 30)
     assert set(np.unique(drawn)) == set(range(30))
     assert ((drawn[:, 1:5] - drawn[:, :4]) % 30 == 1).all(), "five in a row, round the end"
-    assert stretches(1, 2, np.random.default_rng(0)).tolist() == [[0], [0]]
+    assert drawn_stretches(1, 2, np.random.default_rng(0)).tolist() == [[0], [0]]
 
 
 def test_noise_has_the_spread_it_should_and_is_scaled_to_what_halves_showed() -> None:

@@ -16,7 +16,7 @@ from layercard.errors import CardError, suggestion
 from layercard.records import Estimate, Part, Record
 from layercard.selection.select import performance_kept, probe_measure, select, set_similarity
 from layercard.statistics.coverage import coverage, demand, smoothing_kernel
-from layercard.statistics.ranks import noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows, stretches
+from layercard.statistics.ranks import drawn_stretches, noise, noise_scale, plain_p_value, shift_p_value, spearman, spearman_rows
 
 REPEATS = 2000
 MEASURE = "gain_estimate"
@@ -223,7 +223,7 @@ def agreement(a: LayerCard, b: LayerCard, measure: str, seed: int = 0) -> Agreem
     """
     x, y = np.array(a.values(measure)), np.array(b.values(measure))
     rng = np.random.default_rng(seed)
-    drawn = stretches(len(x), REPEATS, rng)
+    drawn = drawn_stretches(len(x), REPEATS, rng)
     moved = []
     for profile, card in ((x, a), (y, b)):
         # Averages over neighbours err like neighbours; the noise upsets the order as much as halving the records did.

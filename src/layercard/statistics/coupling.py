@@ -51,13 +51,6 @@ def single_gain(descent_l: torch.Tensor, curvature_lm: torch.Tensor) -> torch.Te
     return torch.where(usable, 0.5 * descent_l.square() / diagonal.clamp(min=torch.finfo(diagonal.dtype).tiny), torch.zeros_like(descent_l))
 
 
-def set_gain(descent_l: torch.Tensor, curvature_lm: torch.Tensor, layers: list[int]) -> float:
-    """`½ b_Sᵀ K_SS⁻¹ b_S`, the decrease that the quadratic model predicts for steps in all layers of a set, nats."""
-    k = curvature_lm[layers][:, layers]
-    b = descent_l[layers]
-    return float(0.5 * b @ torch.linalg.lstsq(k, b.unsqueeze(1), driver="gelsd").solution[:, 0])
-
-
 def centrality(rho_lm: torch.Tensor, power: float = 2.0) -> torch.Tensor:
     """`c_ℓ = Σ_j |ρ_jℓ|^p: [L]`: how much of what the other layers correct this layer can correct too."""
     return rho_lm.abs().pow(power).sum(dim=0)

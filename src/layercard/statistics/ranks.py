@@ -47,7 +47,7 @@ def plain_p_value(rho: float, depth: int) -> float:
     return float(student.sf(rho * math.sqrt((depth - 2) / max(1 - rho * rho, 1e-300)), depth - 2))
 
 
-def stretches(depth: int, repeats: int, rng: np.random.Generator) -> np.ndarray:
+def drawn_stretches(depth: int, repeats: int, rng: np.random.Generator) -> np.ndarray:
     """Layers drawn in stretches of about √L neighbours, going round at the end: `[repeats, L]` indices."""
     length = max(1, round(math.sqrt(depth)))
     starts = rng.integers(depth, size=(repeats, math.ceil(depth / length)))
