@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 
 from common import RESULTS, data_folder, report
-from layercard.trials.placements import Grid, Sheet, bench_placements, choices
-from layercard.trials.runs import BenchSettings
+from layercard.settings import BenchSettings
+from layercard.trials.bench import Bench, Grid, bench_placements
 from layercard.trials.storage import Storage
-from layercard.trials.summary import Measured, measured, reduction_table, trade_off_table
-from layercard.trials.times import measure_times
+from layercard.trials.tables import Measured, measured, reduction_table, trade_off_table
 from layercard.trials.workers import Workers
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -68,18 +67,18 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only write tables from the runs that are there")
     parser.add_argument("--no-times", action="store_true", help="leave out the step times, which need an otherwise idle machine")
     options = parser.parse_args()
-    settings = BenchSettings(options.model, data_folder())
+    bench = Bench(BenchSettings(options.model, data_folder()), STORAGE)
     for name in options.experiments:
         grid = grid_of(name)
         if options.tables:
-            cells = choices(STORAGE, grid, settings.rank)
+            cells = bench.cells(grid)
         else:
-            (cells,) = bench_placements([Sheet(settings, STORAGE)], grid, Workers(options.workers), tell, times=False)
+            (cells,) = bench_placements([bench], grid, Workers(options.workers), tell, times=False)
         if name == "placements" and not (options.tables or options.no_times):
             for task in grid.tasks:
                 shown = {(cell.layers, cell.rank) for cell in cells if cell.task == task and cell.strategy in TRADE_OFF}
-                measure_times(settings, STORAGE, task, sorted(shown), tell)
-        write_tables(name, measured(STORAGE, cells))
+                bench.measure_times(task, sorted(shown), tell)
+        write_tables(name, measured(bench, cells))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ import numpy as np
 from common import RESULTS, data_folder, report, rounded
 from layercard.card.card import LayerCard
 from layercard.selection.select import coverage_of, layer_weights, probe_measure, set_similarity
+from layercard.settings import BenchSettings
 from layercard.statistics.coverage import coverage, similarity
 from layercard.statistics.intervals import spearman
-from layercard.trials.choices import Chooser
-from layercard.trials.placements import keep_settings, prepare
-from layercard.trials.rates import find_rate
-from layercard.trials.runs import BenchSettings, Item, run_items, run_name
+from layercard.trials.bench import Bench
 from layercard.trials.storage import Storage
+from layercard.trials.trial import Trial, run_trials
 
 STORAGE = Storage.at(RESULTS / "placements")
 SIZES = range(1, 11)
@@ -94,25 +93,22 @@ def random_sets(depth: int) -> list[tuple[int, ...]]:
     return [tuple(sorted(draw.sample(range(depth), size))) for size in SIZES for _ in range(EACH)]
 
 
-def items(task: str, seed: int, depth: int, settings: BenchSettings) -> list[Item]:
-    """The runs of a task and seed; the learning rate of each number of layers is searched where it is not known yet."""
-    found = []
-    for layers in random_sets(depth):
-        rate = find_rate(settings, STORAGE, task, len(layers), settings.rank)
-        found.append(Item(task, layers, seed, settings.rank, rate))
-    return found
+def trials_of(bench: Bench, task: str, seed: int, depth: int) -> list[Trial]:
+    """The trials of a task and seed; the learning rate of each number of layers is searched where it is not known yet."""
+    rank = bench.settings.rank
+    return [Trial(bench.settings, task, layers, seed, rank, bench.find_rate(task, len(layers), rank)) for layers in random_sets(depth)]
 
 
-def reductions(runs: list[Item]) -> np.ndarray:
-    """Measured loss reduction of each run, nats per labelled token."""
-    records = [STORAGE.read(run_name(item), "run") for item in runs]
+def reductions(trials: list[Trial]) -> np.ndarray:
+    """Measured loss reduction of each trial, nats per labelled token."""
+    records = [STORAGE.read(trial.file, "run") for trial in trials]
     return np.array([record["train_info"]["metrics"]["loss_reduction"] for record in records])
 
 
-def complete(task: str, depth: int, settings: BenchSettings, seeds: Iterable[int]) -> dict[int, list[Item]]:
-    """By seed the runs of those seeds that were trained on all sets."""
-    runs = {seed: items(task, seed, depth, settings) for seed in seeds}
-    return {seed: group for seed, group in runs.items() if all(STORAGE.exists(run_name(item)) for item in group)}
+def complete(bench: Bench, task: str, depth: int, seeds: Iterable[int]) -> dict[int, list[Trial]]:
+    """By seed the trials of those seeds that were made on all sets."""
+    trials = {seed: trials_of(bench, task, seed, depth) for seed in seeds}
+    return {seed: group for seed, group in trials.items() if all(STORAGE.exists(trial.file) for trial in group)}
 
 
 def attainable(measured: np.ndarray) -> float | None:
@@ -144,18 +140,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["e2e", "gsm8k"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds to train where they are missing.")
     options = parser.parse_args()
-    settings = BenchSettings(options.model, data_folder())
-    keep_settings(settings, STORAGE)
+    bench = Bench(BenchSettings(options.model, data_folder()), STORAGE)
+    bench.keep_settings()
     columns: dict[str, dict[str, tuple[float, float, float]]] = {}
     heads: dict[str, str] = {}
     best: dict[str, float | None] = {}
     for task in options.tasks:
-        prepare(settings, STORAGE, task)
-        card = Chooser(STORAGE, task, settings.rank).card
+        bench.prepare(task)
+        card = bench.card(task)
         depth = card.model.layers
         for seed in options.seeds:
-            run_items(settings, STORAGE, items(task, seed, depth, settings))
-        trained = complete(task, depth, settings, range(SEEDS))
+            run_trials(trials_of(bench, task, seed, depth), STORAGE)
+        trained = complete(bench, task, depth, range(SEEDS))
         measured = np.array([reductions(group) for group in trained.values()])
         heads[task], best[task] = f"{task}, {len(trained)} seed(s)", attainable(measured)
         columns[task] = agreement(card, random_sets(depth), measured.mean(axis=0))
@@ -163,7 +159,7 @@ def main() -> None:
     rows.append(["a perfect model, with this noise", *("–" if (value := best[task]) is None else f"{value:.2f}" for task in options.tasks)])
     count = len(SIZES) * EACH
     title = f"Spearman's rank correlation of predicted and measured loss reduction, {count} random sets of {SIZES[0]} to {SIZES[-1]} layers"
-    report("set_gain", title, ["set model", *heads.values()], rows, steps=settings.steps)
+    report("set_gain", title, ["set model", *heads.values()], rows, steps=bench.settings.steps)
 
 
 if __name__ == "__main__":

@@ -13,32 +13,32 @@ import numpy as np
 from common import RESULTS, data_folder, report
 from layercard.card.card import LayerCard
 from layercard.selection.transfer import Pair, Swap, Transfer, transfer
-from layercard.trials.choices import Choice, Chooser
-from layercard.trials.placements import Sheet, bench_items, keep_settings, prepare, record_of
-from layercard.trials.runs import BenchSettings
+from layercard.settings import BenchSettings
+from layercard.trials.bench import Bench, Cell, run_cells
 from layercard.trials.storage import Storage
-from layercard.trials.summary import Mean
+from layercard.trials.tables import Mean
 from layercard.trials.workers import Workers
 
 STORAGE = Storage.at(RESULTS / "placements")
 K = 5
 
 
-def swapped(task: str, layers: tuple[int, ...], seed: int, rank: int) -> Choice:
+def swapped(task: str, layers: tuple[int, ...], seed: int, rank: int) -> Cell:
     """A cell: given layers trained on a task."""
-    return Choice(task, "performance", K, None, seed, layers, rank)
+    return Cell(task, "performance", K, None, seed, layers, rank)
 
 
-def reduction(cell: Choice) -> float:
+def reduction(bench: Bench, cell: Cell) -> float:
     """Measured loss reduction, nats per labelled token."""
-    return float(record_of(STORAGE, cell)["train_info"]["metrics"]["loss_reduction"])
+    return float(bench.record(cell)["train_info"]["metrics"]["loss_reduction"])
 
 
-def trained_loss(swap: Swap, seeds: list[int], rank: int, depth: int) -> tuple[Mean, Mean]:
+def trained_loss(bench: Bench, swap: Swap, seeds: list[int], depth: int) -> tuple[Mean, Mean]:
     """What both placements keep in training, in % of all layers: the foreign one's loss against the own one, and the own one's."""
-    whole = [reduction(Choice(swap.target, "all", depth, None, seed, tuple(range(depth)), rank)) for seed in seeds]
+    rank = bench.settings.rank
+    whole = [reduction(bench, Cell(swap.target, "all", depth, None, seed, tuple(range(depth)), rank)) for seed in seeds]
     foreign, own = (
-        np.array([reduction(swapped(swap.target, layers, seed, rank)) for seed in seeds]) / np.array(whole) * 100
+        np.array([reduction(bench, swapped(swap.target, layers, seed, rank)) for seed in seeds]) / np.array(whole) * 100
         for layers in (swap.layers, swap.own)
     )
     return Mean.of(list(own - foreign)), Mean.of(list(own))
@@ -51,26 +51,22 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["e2e", "webnlg", "gsm8k"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    settings = BenchSettings(options.model, data_folder())
-    keep_settings(settings, STORAGE)
+    bench = Bench(BenchSettings(options.model, data_folder()), STORAGE)
+    bench.keep_settings()
+    rank = bench.settings.rank
     for task in options.tasks:
-        prepare(settings, STORAGE, task)
-    cards = [(task, Chooser(STORAGE, task, settings.rank).card) for task in options.tasks]
+        bench.prepare(task)
+    cards = [(task, bench.card(task)) for task in options.tasks]
     depth = cards[0][1].model.layers
     found = transfer(cards, k=K)
     swaps = [(pair, swap) for pair in found.pairs for swap in pair.swaps]
-    cells = [Choice(task, "all", depth, None, seed, tuple(range(depth)), settings.rank) for task in options.tasks for seed in options.seeds]
-    cells += [
-        swapped(swap.target, layers, seed, settings.rank)
-        for _, swap in swaps
-        for layers in (swap.layers, swap.own)
-        for seed in options.seeds
-    ]
-    bench_items([(Sheet(settings, STORAGE), cells)], Workers())
-    write(cards, found, swaps, options.seeds, settings.rank)
+    cells = [Cell(task, "all", depth, None, seed, tuple(range(depth)), rank) for task in options.tasks for seed in options.seeds]
+    cells += [swapped(swap.target, layers, seed, rank) for _, swap in swaps for layers in (swap.layers, swap.own) for seed in options.seeds]
+    run_cells([(bench, cells)], Workers())
+    write(bench, cards, found, swaps, options.seeds)
 
 
-def write(cards: list[tuple[str, LayerCard]], found: Transfer, swaps: list[tuple[Pair, Swap]], seeds: list[int], rank: int) -> None:
+def write(bench: Bench, cards: list[tuple[str, LayerCard]], found: Transfer, swaps: list[tuple[Pair, Swap]], seeds: list[int]) -> None:
     """The two result tables."""
     names = [name for name, _ in cards]
     depth = cards[0][1].model.layers
@@ -87,7 +83,7 @@ def write(cards: list[tuple[str, LayerCard]], found: Transfer, swaps: list[tuple
     columns = ["layers from", "trained on", "layers", "verdict", "predicted loss, points", "trained loss, points", "own choice keeps %"]
     body = []
     for pair, swap in swaps:
-        lost, own = trained_loss(swap, seeds, rank, depth)
+        lost, own = trained_loss(bench, swap, seeds, depth)
         predicted = f"{swap.lost.value:.1f} [{swap.lost.low:.1f}, {swap.lost.high:.1f}]"
         body.append([swap.source, swap.target, " ".join(map(str, swap.layers)), pair.verdict.word, predicted, lost.text(1), own.text(1)])
     report(

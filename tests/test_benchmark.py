@@ -17,15 +17,14 @@ from layercard.commands.main import run
 from layercard.data.load import load_data
 from layercard.errors import BenchmarkError
 from layercard.models.load import BaseModel, fingerprint
-from layercard.trials import placements as stage
-from layercard.trials.choices import KNOWN, STRATEGIES, Choice, Chooser, check_strategies
+from layercard.settings import BenchSettings
+from layercard.trials import bench as bench_module
+from layercard.trials.bench import STRATEGIES, Bench, Cell, Chooser, Grid, bench_placements, benches, check_strategies, climb
 from layercard.trials.peers import linear_cka, peer_scores, weight_snr
-from layercard.trials.placements import Grid, bench_placements, sheets
-from layercard.trials.rates import climb, find_rate
-from layercard.trials.runs import BenchSettings, Group, Item, base_model, compact, run_items, run_name
 from layercard.trials.storage import Storage
-from layercard.trials.summary import Mean, measured, regrets, side_by_side, summarise
-from layercard.trials.tasks import general_examples, known_tasks, training_order, up_to
+from layercard.trials.tables import Mean, measured, regrets, side_by_side, summarise
+from layercard.trials.tasks import general_examples, known_tasks, load_task, training_order, up_to
+from layercard.trials.trial import Group, Trial, base_model, compact, read_trials, run_trial, run_trials
 from layercard.trials.workers import Workers
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
@@ -72,8 +71,8 @@ def whole(settings: BenchSettings, folder: Path, **more: Any) -> dict[str, Any]:
 
 def finished(settings: BenchSettings, place: str | Path, grid: Grid, **more: Any) -> dict[str, Any]:
     """The summary of a grid in a place."""
-    (part,) = sheets([settings], place)
-    return summarise(part.storage, bench_placements([part], grid, **more)[0])
+    (part,) = benches([settings], place)
+    return summarise(part, bench_placements([part], grid, **more)[0])
 
 
 def share_cards(tmp_path: Path) -> None:
@@ -99,12 +98,12 @@ def test_killed_twice_and_resumed_gives_the_same_table(settings: BenchSettings, 
     real, calls = Group.run, 0
 
     def run_until(limit: int) -> Any:
-        def run(self: Group, item: Item, storage: Storage, progress: Any = None) -> None:
+        def run(self: Group, trial: Trial, progress: Any = None) -> dict[str, Any]:
             nonlocal calls
             calls += 1
             if calls == limit:
                 raise Killed
-            real(self, item, storage, progress)
+            return real(self, trial, progress)
 
         return run
 
@@ -120,7 +119,7 @@ def test_killed_twice_and_resumed_gives_the_same_table(settings: BenchSettings, 
 def test_a_run_is_never_made_twice(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = whole(settings, tmp_path)
     monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(stage, "profile", lambda *_: pytest.fail("profiled again"))
+    monkeypatch.setattr(bench_module, "profile_records", lambda *_: pytest.fail("profiled again"))
     assert outcome(whole(settings, tmp_path)) == outcome(before)
 
 
@@ -149,15 +148,15 @@ def test_several_models_make_one_table(settings: BenchSettings, tmp_path: Path, 
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     grid = Grid(("tiny",), ("last", "performance"), ks=(2,), seeds=(0,))
     every = [settings, replace(settings, model=str(tmp_path / "other"))]
-    parts = sheets(every, tmp_path / "both")
+    parts = benches(every, tmp_path / "both")
     assert len({part.storage.place for part in parts}) == 2
     work, arguments = parts[1].job(lambda *given: given, "tiny")
-    assert work(*arguments) == (parts[1].settings, parts[1].storage, "tiny"), "as it runs in another process of this machine"
+    assert work(*arguments) == ("tiny",), "as it runs in another process of this machine"
     heard: set[str] = set()
     found = bench_placements(parts, grid, progress=lambda phase, done, total: heard.add(phase), times=False)
     assert [max(max(cell.layers) for cell in cells) for cells in found] == [5, 3]
     assert all(any(phase.startswith(f"{part.title}: ") for phase in heard) for part in parts)
-    summary = side_by_side({part.title: summarise(part.storage, cells) for part, cells in zip(parts, found, strict=True)})
+    summary = side_by_side({part.title: summarise(part, cells) for part, cells in zip(parts, found, strict=True)})
     for table in summary["tables"].values():
         assert table["columns"][0] == "model"
         assert [row[0] for row in table["rows"]] == [part.title for part in parts for _ in range(3)]
@@ -168,7 +167,7 @@ def test_several_models_make_one_table(settings: BenchSettings, tmp_path: Path, 
     monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
     assert bench_placements(parts, grid, times=False) == found
     with pytest.raises(BenchmarkError, match="name each model once"):
-        sheets([settings, settings], tmp_path)
+        benches([settings, settings], tmp_path)
 
 
 @pytest.mark.slow
@@ -236,35 +235,35 @@ def test_ray_says_what_it_lacks_and_what_a_run_says(tmp_path: Path, monkeypatch:
 
 
 def test_a_folder_belongs_to_one_benchmark(settings: BenchSettings, tmp_path: Path) -> None:
-    storage = Storage.at(tmp_path)
-    stage.keep_settings(settings, storage)
-    stage.keep_settings(settings, storage)
+    bench = Bench(settings, Storage.at(tmp_path))
+    bench.keep_settings()
+    bench.keep_settings()
     older = {name: value for name, value in vars(settings).items() if name != "probe"}
-    storage.write("settings.json", older)  # of a version that did not have the setting
-    stage.keep_settings(settings, storage)
+    bench.storage.write("settings.json", older)  # of a version that did not have the setting
+    bench.keep_settings()
     with pytest.raises(BenchmarkError, match="steps = 2, now it is 3"):
-        stage.keep_settings(BenchSettings(**{**vars(settings), "steps": 3}), storage)
+        replace(bench, settings=replace(settings, steps=3)).keep_settings()
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------------
 
 
-def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
+def stock_reduction(trial: Trial) -> tuple[float, float]:
     """The same training by stock PEFT on the whole model, no kept prefix: held-out loss before and after."""
     from peft import LoraConfig, get_peft_model
 
     from layercard.data.load import batches
     from layercard.models.losses import labelled_losses
     from layercard.profiling.training_probe import ProbeTraining
-    from layercard.trials.runs import task_data
 
+    settings = trial.settings
     base = base_model(settings)
-    data = task_data(base, settings, item.task)
-    how = ProbeTraining(steps=settings.steps, rank=item.rank, alpha=2.0 * item.rank, learning_rate=item.learning_rate, seed=item.seed)
+    data = load_task(base, settings, trial.task)
+    how = ProbeTraining(steps=settings.steps, rank=trial.rank, alpha=2.0 * trial.rank, learning_rate=trial.learning_rate, seed=trial.seed)
 
     def held_out(model: Any) -> float:
         total = count = 0.0
-        for batch in batches(data.test, 4, base.pad_id):
+        for batch in batches(data.held_out["test"], 4, base.pad_id):
             losses, _ = labelled_losses(model, batch)
             total, count = total + losses.double().sum().item(), count + len(losses)
         return total / count
@@ -273,15 +272,15 @@ def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
         weight.requires_grad_(False)
     with torch.no_grad():
         before = held_out(base.model)
-    torch.manual_seed(item.seed)
-    paths = [p.path for layer in item.layers for p in base.blocks[layer].linear_modules]
-    model = get_peft_model(base.model, LoraConfig(r=item.rank, lora_alpha=2 * item.rank, target_modules=paths))
+    torch.manual_seed(trial.seed)
+    paths = [p.path for layer in trial.layers for p in base.blocks[layer].linear_modules]
+    model = get_peft_model(base.model, LoraConfig(r=trial.rank, lora_alpha=2 * trial.rank, target_modules=paths))
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=item.learning_rate, weight_decay=0.0)
-    order = training_order(data.train.examples, data.batch_size, settings.steps, item.seed)
+    optimizer = torch.optim.AdamW(weights, lr=trial.learning_rate, weight_decay=0.0)
+    order = training_order(data.train.examples, data.batch_size, settings.steps, trial.seed)
     for step, batch in enumerate(batches(order, data.batch_size, base.pad_id)):
         for group in optimizer.param_groups:
-            group["lr"] = item.learning_rate * how.schedule(step)
+            group["lr"] = trial.learning_rate * how.schedule(step)
         labelled_losses(model, batch)[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, how.max_grad_norm)
         optimizer.step()
@@ -294,10 +293,9 @@ def stock_reduction(settings: BenchSettings, item: Item) -> tuple[float, float]:
 
 @pytest.mark.parametrize("layers", [(1, 4), (0, 1, 2, 3, 4, 5), (5,)])
 def test_a_run_equals_stock_training(settings: BenchSettings, tmp_path: Path, layers: tuple[int, ...]) -> None:
-    item = Item("tiny", layers, 3, 2, 0.02)
-    run_items(settings, Storage.at(tmp_path), [item])
-    found = json.loads((tmp_path / run_name(item)).read_text())["train_info"]["metrics"]
-    before, after = stock_reduction(settings, item)
+    trial = Trial(settings, "tiny", layers, 3, 2, 0.02)
+    found = run_trial(trial, tmp_path)["train_info"]["metrics"]
+    before, after = stock_reduction(trial)
     assert found["loss_before"] == pytest.approx(before, abs=1e-5)
     assert found["loss_after"] == pytest.approx(after, abs=1e-5)
     assert abs(found["loss_reduction"]) > 1e-3
@@ -306,11 +304,11 @@ def test_a_run_equals_stock_training(settings: BenchSettings, tmp_path: Path, la
 def test_a_run_leaves_the_model_alone_and_has_the_shape_of_method_comparison(settings: BenchSettings, tmp_path: Path) -> None:
     base = base_model(settings)
     before, modules = fingerprint(base.model), [name for name, _ in base.model.named_modules()]
-    item = Item("tiny", (2, 5), 0, 2, 0.02)
-    run_items(settings, Storage.at(tmp_path), [item])
+    trial = Trial(settings, "tiny", (2, 5), 0, 2, 0.02)
+    record = run_trial(trial, tmp_path)
     assert fingerprint(base.model) == before
     assert [name for name, _ in base.model.named_modules()] == modules
-    record = json.loads((tmp_path / run_name(item)).read_text())
+    assert json.loads((tmp_path / "runs" / f"{trial.key}.json").read_text()) == record
     assert {"run_info", "train_info", "meta_info"} <= set(record)
     assert {"train_time", "num_trainable_params", "file_size", "forgetting", "peak_memory_bytes"} <= set(record["train_info"])
     assert record["run_info"]["layers"] == [2, 5]
@@ -318,6 +316,18 @@ def test_a_run_leaves_the_model_alone_and_has_the_shape_of_method_comparison(set
     assert record["train_info"]["train_time"] == record["train_info"]["phases"][0]["seconds"] > 0
     expected = 2 * sum(p.in_features + p.out_features for layer in (2, 5) for p in base.blocks[layer].linear_modules)
     assert record["train_info"]["num_trainable_params"] == expected
+
+
+def test_trials_are_made_once_and_read_back(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = [Trial(settings, "tiny", layers, seed, 2, rate) for layers in ((5,), (2, 3)) for seed in (0, 1) for rate in (0.01, 0.02)]
+    first = run_trials(trials[:3], tmp_path)
+    records = run_trials(trials, tmp_path)
+    assert records[:3] == first and [record["run_info"]["experiment_name"] for record in records] == [trial.key for trial in trials]
+    assert read_trials(tmp_path) == {trial.key: record for trial, record in zip(trials, records, strict=True)}
+    assert len({trial.key for trial in trials}) == len(trials)
+    monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
+    assert run_trials(trials[::-1], tmp_path, Workers(2)) == records[::-1]
+    assert read_trials(tmp_path / "none") == {}
 
 
 def test_placements_see_the_same_batches_and_seeds_do_not(settings: BenchSettings, tmp_path: Path) -> None:
@@ -330,7 +340,7 @@ def test_placements_see_the_same_batches_and_seeds_do_not(settings: BenchSetting
 
 
 def test_learning_rate_is_the_best_on_validation(settings: BenchSettings, tmp_path: Path) -> None:
-    found = find_rate(settings, Storage.at(tmp_path), "tiny", 2, 2)
+    found = Bench(settings, Storage.at(tmp_path)).find_rate("tiny", 2, 2)
     kept = json.loads(next((tmp_path / "rates").iterdir()).read_text())
     losses = {row["learning_rate"]: row["loss"] for row in kept["tried"]}
     assert found == kept["learning_rate"] == min(losses, key=losses.__getitem__)
@@ -346,16 +356,18 @@ def test_climb_stops() -> None:
 
 
 def test_scores_are_made_as_they_are_asked_for(settings: BenchSettings, tmp_path: Path) -> None:
-    storage = Storage.at(tmp_path)
-    for wanted, there in (((), set()), (("snr",), {"snr"}), (("activation_norm",), {"snr", "activation_norm"})):
-        stage.prepare(settings, storage, "tiny", wanted)
-        assert set(storage.read("scores/tiny.json", "scores")["scores"]) == there
+    bench = Bench(settings, Storage.at(tmp_path))
+    for peers, there in (((), set()), (("snr",), {"snr"}), (("activation_norm",), {"snr", "activation_norm"})):
+        assert not bench.prepared("tiny", peers)
+        bench.prepare("tiny", peers)
+        assert set(bench.scores("tiny")) == there and bench.prepared("tiny", peers)
 
 
 def test_every_strategy_chooses_k_layers(settings: BenchSettings, tmp_path: Path) -> None:
-    stage.prepare(settings, Storage.at(tmp_path), "tiny")
-    chooser = Chooser(Storage.at(tmp_path), "tiny", 2)
-    for strategy in KNOWN:
+    bench = Bench(settings, Storage.at(tmp_path))
+    bench.prepare("tiny")
+    chooser = Chooser(bench, "tiny")
+    for strategy in STRATEGIES:
         choice = chooser.choose(strategy, 2, seed=0)
         assert set(choice.layers) <= set(range(6))
         if strategy not in ("all", "balanced"):
@@ -418,16 +430,16 @@ def test_peer_scores_have_a_number_a_layer(tiny_base: BaseModel, tiny_file: Path
 
 
 def test_summary_kept_regret_and_intervals(settings: BenchSettings, tmp_path: Path) -> None:
-    (part,) = sheets([settings], tmp_path)
+    (part,) = benches([settings], tmp_path)
     (cells,) = bench_placements([part], GRID, times=False)
-    results = measured(part.storage, cells)
+    results = measured(part, cells)
     for one in results:
         reference = next(r for r in results if r.cell.strategy == "all" and r.cell.seed == one.cell.seed)
         assert one.kept == pytest.approx(100 * one.reduction / reference.reduction)
     found = regrets(results)
     assert ("all", 6, None) not in found
     assert min(mean.value for mean in found.values()) == pytest.approx(0, abs=1e-9)
-    columns, rows = (summarise(part.storage, cells)["tables"]["reduction"][name] for name in ("columns", "rows"))
+    columns, rows = (summarise(part, cells)["tables"]["reduction"][name] for name in ("columns", "rows"))
     assert all(len(row) == len(columns) for row in rows)
 
 
@@ -476,33 +488,10 @@ def test_command_prints_tables_and_json(
     settings: BenchSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layercard.trials.peers.aletheia_scores", lambda *_: pytest.fail("nobody asked for gradient_norm"))
-    arguments = [
-        "bench",
-        "placements",
-        "--model",
-        settings.model,
-        "--data",
-        str(settings.data),
-        "--tasks",
-        "tiny",
-        "-o",
-        str(tmp_path / "o"),
-    ]
-    arguments += [
-        "--strategies",
-        "last,performance",
-        "--k",
-        "2",
-        "--seeds",
-        "0",
-        "--steps",
-        "2",
-        "--card-records",
-        "8",
-        "--dtype",
-        "float32",
-    ]
-    arguments += ["--batch-tokens", "100", "--test-tokens", "120", "--valid-tokens", "60", "--no-times", "--rank", "2"]
+    arguments = f"bench placements --model {settings.model} --data {settings.data} --tasks tiny -o {tmp_path / 'o'}".split()
+    arguments += ["--strategies", "last,performance", "--k", "2", "--seeds", "0", "--steps", "2", "--card-records", "8"]
+    arguments += ["--dtype", "float32", "--batch-tokens", "100"]
+    arguments += ["--test-tokens", "120", "--valid-tokens", "60", "--no-times", "--rank", "2"]
     assert run(arguments) == 0
     assert "ours (performance)" in capsys.readouterr().out
     assert run([*arguments, "--json"]) == 0
@@ -517,7 +506,6 @@ def test_small_helpers() -> None:
     assert compact([7]) == "7"
     assert compact(range(30)) == "0-29"
     assert up_to([], 5) == ()
-    assert STRATEGIES[-1] == "resnorm"
 
 
 def test_general_text_has_labels_on_all_but_the_first_token(tiny_base: BaseModel) -> None:
@@ -527,8 +515,8 @@ def test_general_text_has_labels_on_all_but_the_first_token(tiny_base: BaseModel
 
 
 def test_choice_takes_the_learning_rate_of_the_nearest_number() -> None:
-    assert Choice("t", "performance", 5, None, 0, (1, 2, 3, 4), 8).rate_count == 5
-    assert Choice("t", "all", 30, None, 0, tuple(range(30)), 8).rate_count == 30
+    assert Cell("t", "performance", 5, None, 0, (1, 2, 3, 4), 8).rate_count == 5
+    assert Cell("t", "all", 30, None, 0, tuple(range(30)), 8).rate_count == 30
 
 
 def test_help_is_light() -> None:

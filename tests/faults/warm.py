@@ -19,9 +19,9 @@ import layercard.commands.options
 import layercard.profiling.profile
 import layercard.profiling.streamed
 import layercard.training.train
+import layercard.trials.bench
 import layercard.trials.compare
 import layercard.trials.peers
-import layercard.trials.placements
 from layercard.commands import main as cli
 
 

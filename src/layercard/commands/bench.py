@@ -48,24 +48,23 @@ def placements(
     worker is lost is made again. Several models share the workers and come into one table.
     """
     task_names, counts, strategy_names = _words(tasks, "--tasks"), _integers(k, "--k"), _words(strategies, "--strategies")
-    from layercard.trials.choices import check_strategies
+    from layercard.trials.bench import Grid, bench_placements, benches, check_strategies
     from layercard.trials.tasks import check_tasks
 
     check_tasks(task_names, settings.data)
     names = check_strategies(strategy_names)
     from layercard.report.terminal import plain_table
-    from layercard.trials.placements import Grid, bench_placements, sheets
     from layercard.trials.storage import Storage
-    from layercard.trials.summary import side_by_side, summarise
+    from layercard.trials.tables import side_by_side, summarise
     from layercard.trials.workers import Workers
 
     models = list(dict.fromkeys(model or [MODEL]))
-    parts = sheets([replace(settings, model=name) for name in models], output)
+    parts = benches([replace(settings, model=name) for name in models], output)
     limits = tuple(float(percent) for percent in _integers(budgets, "--budgets", 1, 100))
     grid = Grid(tuple(task_names), names, counts, _integers(seeds, "--seeds", 0), limits)
     with Display() as display:
         cells = bench_placements(parts, grid, Workers(workers, ray, run_cpus, run_gpus, run_memory * 2**20), display, times=times)
-    summaries = {part.settings.model: summarise(part.storage, each) for part, each in zip(parts, cells, strict=True)}
+    summaries = {part.settings.model: summarise(part, each) for part, each in zip(parts, cells, strict=True)}
     result = side_by_side(summaries) if len(summaries) > 1 else summaries[models[0]]
     storage = Storage.at(output)
     storage.write("summary.json", result)

@@ -2,20 +2,22 @@
 
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from layercard.adapters.apply import check_model
 from layercard.data.load import Dataset
-from layercard.errors import OutputError, PlacementError
-from layercard.files import refuse_existing, write_json
+from layercard.errors import OutputError, PlacementError, TrainingError
+from layercard.files import refuse_existing
 from layercard.models.load import BaseModel, Progress, describe
 from layercard.models.losses import RecordLosses
+from layercard.records import Estimate, Part, Record
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.statistics.ratios import ratio_interval
@@ -23,19 +25,17 @@ from layercard.training.evaluate import describe_data, held_out_losses, reductio
 from layercard.training.records import Run
 from layercard.training.train import RUN_FILE, train, versions
 
-SCHEMA = "layercard-compare/1"
 COMPARE_FILE = "compare.json"
 
 
-@dataclass(frozen=True)
-class Row:
+class Compared(Part):
     """One placement's result.
 
     Attributes:
         name: What it was called.
         layers: Its layers.
-        loss_reduction: `value`, `low`, `high` in nats per labelled token, against the frozen base.
-        performance_kept: `value`, `low`, `high` in per cent of the reduction of all layers; `None` where all layers were not trained.
+        loss_reduction: Nats per labelled token, against the frozen base.
+        performance_kept: In per cent of the reduction of all layers; `None` where all layers were not trained.
         train_seconds: Time within training steps.
         peak_memory_bytes: Memory of training above the frozen model.
         trainable_parameters: Number of adapter weights.
@@ -46,8 +46,8 @@ class Row:
 
     name: str
     layers: tuple[int, ...]
-    loss_reduction: dict[str, float]
-    performance_kept: dict[str, float] | None
+    loss_reduction: Estimate
+    performance_kept: Estimate | None
     train_seconds: float
     peak_memory_bytes: int
     trainable_parameters: int
@@ -56,8 +56,7 @@ class Row:
     time_share: float | None
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Record):
     """Results of several placements on one model and data set.
 
     Attributes:
@@ -67,23 +66,25 @@ class Comparison:
         settings: How all of them were trained.
         loss_before: Held-out loss of the frozen base, nats per labelled token.
         rows: One for each placement, in the order given.
+        versions: Of the packages.
     """
 
+    error: ClassVar = TrainingError
+    noun: ClassVar = "comparison"
+    made_by: ClassVar = "layercard compare"
+    schema_: Literal["layercard-compare/1"] = Field(default="layercard-compare/1", alias="schema")
     model: dict[str, Any]
     data: dict[str, Any]
     valid: dict[str, Any]
     settings: dict[str, Any]
     loss_before: float
-    rows: tuple[Row, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of schema `layercard-compare/1`."""
-        return {"schema": SCHEMA, **asdict(self), "rows": [asdict(row) for row in self.rows], "versions": versions()}
+    rows: tuple[Compared, ...]
+    versions: dict[str, str]
 
 
 def compare(
     base: BaseModel,
-    placements: list[tuple[str, Placement]],
+    placements: Sequence[tuple[str, Placement]],
     data: Dataset,
     valid: Dataset,
     settings: TrainSettings | None = None,
@@ -97,7 +98,7 @@ def compare(
     """Train each placement from the same seed and set the results side by side.
 
     The base is measured once, before anything is trained, and one uncounted step goes first, so that no placement pays for what a
-    process does only once. With `output` each run is kept in a folder of its name there, and the whole in `compare.json`.
+    process does only once. With `output` each run is kept in a folder of its name there, and all results in `compare.json`.
 
     Args:
         base: The frozen base model; bit for bit the same afterwards.
@@ -118,62 +119,60 @@ def compare(
         DataError: Nothing held out has a labelled token.
     """
     settings = settings or TrainSettings()
-    _check(base, placements)
-    with _folder(output, resume, force) as folder:
-        before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
-        if not all((folder / _folder_name(name) / RUN_FILE).exists() for name, _ in placements):
-            _warm_up(base, placements[0][1], data, settings)
-        runs = []
-        for at, (name, placement) in enumerate(placements):
-            run = train(
-                base,
-                placement,
-                data,
-                folder / _folder_name(name),
-                settings,
-                valid=valid,
-                fast=fast,
-                before=before,
-                resume=resume,
-                force=force,
-                progress=_named(progress, name),
-            )
-            runs.append((name, run))
-            if progress is not None:
-                progress("compare", at + 1, len(placements))
-        result = Comparison(
-            describe(base), describe_data(data), describe_data(valid), settings.to_json(), before.loss, tuple(_rows(runs, before))
-        )
-        if output is not None:
-            write_json(folder / COMPARE_FILE, result.to_json(), force=True)
-    return result
-
-
-def _check(base: BaseModel, placements: list[tuple[str, Placement]]) -> None:
+    # Every placement fits the model and has a folder of its own.
     if not placements:
         raise PlacementError("there is no placement to compare; name at least one")
-    folders: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, placement in placements:
         check_model(base, placement)
-        folder = _folder_name(name)
-        if folder in folders:
-            raise PlacementError(f"placements {folders[folder]!r} and {name!r} would share the folder {folder!r}; rename one of them")
-        folders[folder] = name
-
-
-@contextmanager
-def _folder(output: str | Path | None, resume: bool, force: bool) -> Iterator[Path]:
-    """The folder for the runs: `output`, or one that is gone afterwards."""
-    if output is None:
-        with tempfile.TemporaryDirectory(prefix="layercard-compare-") as temporary:
-            yield Path(temporary)
-        return
-    if resume and force:
-        raise OutputError("resume goes on with a comparison and force replaces it; give one of them")
-    folder = Path(output)
-    refuse_existing(folder / COMPARE_FILE, force or resume)
-    (folder / COMPARE_FILE).unlink(missing_ok=True)
-    yield folder
+        if (folder_name := _folder_name(name)) in names:
+            raise PlacementError(
+                f"placements {names[folder_name]!r} and {name!r} would share the folder {folder_name!r}; rename one of them"
+            )
+        names[folder_name] = name
+    with ExitStack() as stack:
+        if output is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layercard-compare-")))
+        else:
+            if resume and force:
+                raise OutputError("resume goes on with a comparison and force replaces it; give one of them")
+            folder = Path(output)
+            refuse_existing(folder / COMPARE_FILE, force or resume)
+            (folder / COMPARE_FILE).unlink(missing_ok=True)
+        before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
+        if not all((folder / name / RUN_FILE).exists() for name in names):
+            _warm_up(base, placements[0][1], data, settings)
+        runs = []
+        for done, (folder_name, (name, placement)) in enumerate(zip(names, placements, strict=True)):
+            runs.append(
+                train(
+                    base,
+                    placement,
+                    data,
+                    folder / folder_name,
+                    settings,
+                    valid=valid,
+                    fast=fast,
+                    before=before,
+                    resume=resume,
+                    force=force,
+                    progress=_prefixed(progress, name),
+                )
+            )
+            if progress is not None:
+                progress("compare", done + 1, len(placements))
+        result = Comparison(
+            model=describe(base),
+            data=describe_data(data),
+            valid=describe_data(valid),
+            settings=settings.to_json(),
+            loss_before=before.loss,
+            rows=_rows([name for name, _ in placements], runs, before),
+            versions=versions(),
+        )
+        if output is not None:
+            result.save(folder / COMPARE_FILE, force=True)
+    return result
 
 
 def _warm_up(base: BaseModel, placement: Placement, data: Dataset, settings: TrainSettings) -> None:
@@ -185,39 +184,35 @@ def _warm_up(base: BaseModel, placement: Placement, data: Dataset, settings: Tra
         train(base, placement, few, Path(folder) / "run", once)
 
 
-def _rows(runs: list[tuple[str, Run]], before: RecordLosses) -> Iterator[Row]:
-    whole = next((run for _, run in runs if len(run.placement["layers"]) == run.model["layers"]), None)
-    for name, run in runs:
-        after = _after(run, before)
-        yield Row(
-            name=name,
-            layers=tuple(run.placement["layers"]),
-            loss_reduction=_sampled(before.loss - after.loss, reduction_interval(before, after)),
-            performance_kept=None if whole is None else _kept(before, after, _after(whole, before)),
-            train_seconds=run.train_seconds,
-            peak_memory_bytes=run.peak_memory_bytes,
-            trainable_parameters=run.trainable_parameters,
-            adapter_bytes=run.adapter_bytes,
-            layers_in_backward=run.layers_in_backward,
-            time_share=None if whole is None else 100 * run.train_seconds / whole.train_seconds,
+def _rows(names: Sequence[str], runs: Sequence[Run], before: RecordLosses) -> tuple[Compared, ...]:
+    """The runs with what each reached, and what it kept of the run of all layers if there is one."""
+    nats = [torch.tensor((run.valid or {})["per_record"]["nats_after"], dtype=torch.float64) for run in runs]
+    everything = next((row for row, run in enumerate(runs) if len(run.placement["layers"]) == run.model["layers"]), None)
+    possible = None if everything is None else before.nats - nats[everything]
+    rows = []
+    for name, run, left in zip(names, runs, nats, strict=True):
+        after = RecordLosses(left, before.tokens)
+        low, high = reduction_interval(before, after)
+        kept = None
+        if possible is not None and float(possible.sum()) > 0:  # else all layers did not reduce the loss
+            reached = 100 * (before.nats - left)
+            kept_low, kept_high = ratio_interval(reached, possible)
+            kept = Estimate(value=float(reached.sum() / possible.sum()), low=kept_low, high=kept_high)
+        rows.append(
+            Compared(
+                name=name,
+                layers=tuple(run.placement["layers"]),
+                loss_reduction=Estimate(value=before.loss - after.loss, low=low, high=high),
+                performance_kept=kept,
+                time_share=None if everything is None else 100 * run.train_seconds / runs[everything].train_seconds,
+                train_seconds=run.train_seconds,
+                peak_memory_bytes=run.peak_memory_bytes,
+                trainable_parameters=run.trainable_parameters,
+                adapter_bytes=run.adapter_bytes,
+                layers_in_backward=run.layers_in_backward,
+            )
         )
-
-
-def _after(run: Run, before: RecordLosses) -> RecordLosses:
-    assert run.valid is not None
-    return RecordLosses(torch.tensor(run.valid["per_record"]["nats_after"], dtype=torch.float64), before.tokens)
-
-
-def _kept(before: RecordLosses, after: RecordLosses, whole: RecordLosses) -> dict[str, float] | None:
-    """Per cent of the reduction of all layers, with a paired interval; `None` where all layers did not reduce the loss."""
-    reached, possible = before.nats - after.nats, before.nats - whole.nats
-    if float(possible.sum()) <= 0:
-        return None
-    return _sampled(100 * float(reached.sum() / possible.sum()), ratio_interval(100 * reached, possible))
-
-
-def _sampled(value: float, interval: tuple[float, float]) -> dict[str, float]:
-    return {"value": value, "low": interval[0], "high": interval[1]}
+    return tuple(rows)
 
 
 def _folder_name(name: str) -> str:
@@ -226,5 +221,5 @@ def _folder_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", stem).strip(".-") or "placement"
 
 
-def _named(progress: Progress | None, name: str) -> Progress | None:
+def _prefixed(progress: Progress | None, name: str) -> Progress | None:
     return None if progress is None else lambda phase, done, total: progress(f"{name}: {phase}", done, total)

@@ -11,10 +11,8 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset as TorchDataset
 
 from layercard.data.load import Example, batches
 from layercard.errors import BenchmarkError
@@ -23,25 +21,33 @@ from layercard.models.load import BaseModel
 from layercard.models.losses import labelled_losses
 
 PEERS = ("gradient_norm", "activation_norm", "one_minus_cka", "snr")
-ALETHEIA_BATCHES = 5
-"""Records that aletheia-lora's probe looks at unless told otherwise."""
 
 
-def peer_scores(base: BaseModel, examples: Sequence[Example], wanted: Sequence[str] = PEERS, batch_size: int = 8) -> dict[str, list[float]]:
-    """The wanted scores of `PEERS`, one number a layer; layers with the largest are chosen.
+def peer_scores(base: BaseModel, examples: Sequence[Example], names: Sequence[str] = PEERS, batch_size: int = 8) -> dict[str, list[float]]:
+    """Some scores of `PEERS`, one number a layer; layers with the largest are chosen.
 
     Raises:
-        BenchmarkError: `gradient_norm` is wanted, and aletheia-lora is not installed.
+        BenchmarkError: `gradient_norm` is asked for, and aletheia-lora is not installed.
     """
-    found: dict[str, list[float]] = {}
-    if "gradient_norm" in wanted:
-        found["gradient_norm"] = aletheia_scores(base, examples)
-    if {"activation_norm", "one_minus_cka"} & set(wanted):
-        norms, cka = _streams(base, examples, batch_size)
-        found |= {"activation_norm": norms, "one_minus_cka": [1 - value for value in cka]}
-    if "snr" in wanted:
-        found["snr"] = snr_scores(base)
-    return {name: found[name] for name in wanted}
+    scores: dict[str, list[float]] = {}
+    if "gradient_norm" in names:
+        scores["gradient_norm"] = aletheia_scores(base, examples)
+    if {"activation_norm", "one_minus_cka"} & set(names):
+        # The hidden states of all tokens between the blocks.
+        streams: list[list[torch.Tensor]] = [[] for _ in range(len(base.blocks) + 1)]
+        with torch.no_grad(), frozen(base.model):
+            for batch in batches(examples, batch_size, base.pad_id, by_length=True):
+                batch = batch.to(base.device)
+                mask = batch.attention_mask.bool()
+                states = hidden_states(partial(labelled_losses, base.model, batch), base.blocks, range(len(streams)))
+                for index, hidden in states.items():
+                    streams[index].append(hidden[mask].float().cpu())
+        borders = [torch.cat(parts) for parts in streams]
+        scores["activation_norm"] = [float(border.norm(dim=1).mean()) for border in borders[1:]]
+        scores["one_minus_cka"] = [1 - linear_cka(below, above) for below, above in pairwise(borders)]
+    if "snr" in names:
+        scores["snr"] = snr_scores(base)
+    return {name: scores[name] for name in names}
 
 
 def linear_cka(x_td: torch.Tensor, y_td: torch.Tensor) -> float:
@@ -68,54 +74,30 @@ def weight_snr(weight: torch.Tensor) -> float:
 
 
 def snr_scores(base: BaseModel) -> list[float]:
-    """Mean over a layer's maps of the signal-to-noise ratio, each as a share of the largest of its kind (Spectrum ranks by kind)."""
+    """Mean over a layer's modules of the signal-to-noise ratio, each as a share of the largest of its kind (Spectrum ranks by kind)."""
     table: dict[str, list[float]] = {}
     for block in base.blocks:
-        for projection in block.linear_modules:
-            weight = projection.module.get_parameter("weight").detach()
-            table.setdefault(projection.path.rpartition(".")[2], []).append(weight_snr(weight))
+        for linear in block.linear_modules:
+            weight = linear.module.get_parameter("weight").detach()
+            table.setdefault(linear.path.rpartition(".")[2], []).append(weight_snr(weight))
     shares = [[value / max(values) for value in values] for values in table.values() if len(values) == len(base.blocks)]
     return [sum(column) / len(column) for column in zip(*shares, strict=True)]
 
 
-def aletheia_scores(base: BaseModel, examples: Sequence[Example], probe_batches: int = ALETHEIA_BATCHES) -> list[float]:
-    """The probe of the aletheia-lora package, as it is: batch size 1, loss on all tokens, train mode, in the model's own dtype."""
+def aletheia_scores(base: BaseModel, examples: Sequence[Example], probe_batches: int = 5) -> list[float]:
+    """The probe of the aletheia-lora package, as it is: batch size 1, loss on all tokens, train mode, in the model's own dtype.
+
+    It looks at `probe_batches` records, 5 unless told otherwise.
+    """
     try:
         from aletheia_lora import gradient_probe
     except ImportError:
         raise BenchmarkError("the gradient_norm strategy runs aletheia-lora's own probe; pip install 'layercard[bench]'") from None
+    records = [torch.tensor(example.input_ids) for example in examples]
+    items = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in records]  # a list is a data set to its loader
     with frozen(base.model):
         try:
-            found = gradient_probe(base.model, _Records(examples), len(base.blocks), probe_batches=min(probe_batches, len(examples)))
+            norms = gradient_probe(base.model, items, len(base.blocks), probe_batches=min(probe_batches, len(examples)))
         finally:
             base.model.zero_grad(set_to_none=True)
-    return [float(found[layer]) for layer in range(len(base.blocks))]
-
-
-def _streams(base: BaseModel, examples: Sequence[Example], batch_size: int) -> tuple[list[float], list[float]]:
-    """Mean norm of each block's output, and CKA of its input and output, over all tokens."""
-    kept: list[list[torch.Tensor]] = [[] for _ in range(len(base.blocks) + 1)]
-    with torch.no_grad(), frozen(base.model):
-        for batch in batches(examples, batch_size, base.pad_id, by_length=True):
-            batch = batch.to(base.device)
-            mask = batch.attention_mask.bool()
-            states = hidden_states(partial(labelled_losses, base.model, batch), base.blocks, range(len(kept)))
-            for index, hidden in states.items():
-                kept[index].append(hidden[mask].float().cpu())
-    streams = [torch.cat(parts) for parts in kept]
-    norms = [float(stream.norm(dim=1).mean()) for stream in streams[1:]]
-    return norms, [linear_cka(below, above) for below, above in pairwise(streams)]
-
-
-class _Records(TorchDataset[dict[str, torch.Tensor]]):
-    """Records one by one, the form that aletheia-lora's loader takes."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, at: int) -> dict[str, Any]:
-        ids = torch.tensor(self.examples[at].input_ids)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return [float(norms[layer]) for layer in range(len(base.blocks))]

@@ -1,6 +1,5 @@
 """Tasks: folders with train, valid and test records, and how much of each is used."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,21 +7,19 @@ from pathlib import Path
 import torch
 
 from layercard.data.load import Dataset, Example, drawn, load_data
-from layercard.errors import BenchmarkError
+from layercard.errors import BenchmarkError, suggestion
 from layercard.models.load import BaseModel
+from layercard.settings import BenchSettings
 
 SYNTHETIC = "synthetic"
-SPLITS = ("train", "valid", "test")
 GENERAL = Path(__file__).with_name("general.txt")
-"""Passages of plain English, one a line: how much a model forgets is measured on them."""
+"""Plain English, one paragraph a line: how much a model forgets is measured on it."""
 
 
 def known_tasks(folder: str | None) -> list[str]:
     """The sub-folders of `folder` that hold `train.jsonl`, `valid.jsonl` and `test.jsonl`, and the built-in `synthetic`."""
-    root = Path(folder) if folder else None
-    found = sorted(path.parent.name for path in root.glob("*/train.jsonl")) if root and root.is_dir() else []
-    whole = [name for name in found if root and all((root / name / f"{split}.jsonl").is_file() for split in SPLITS)]
-    return [*whole, SYNTHETIC]
+    tasks = sorted(path.parent for path in Path(folder).glob("*/train.jsonl")) if folder else []
+    return [*(task.name for task in tasks if all((task / f"{split}.jsonl").is_file() for split in ("valid", "test"))), SYNTHETIC]
 
 
 def check_tasks(tasks: Sequence[str], folder: str | None) -> None:
@@ -30,9 +27,7 @@ def check_tasks(tasks: Sequence[str], folder: str | None) -> None:
     known = known_tasks(folder)
     for task in tasks:
         if task not in known:
-            near = difflib.get_close_matches(task, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{folder or 'no --data folder'} has {', '.join(known)}"
-            raise BenchmarkError(f"task {task!r} is unknown; {hint}")
+            raise BenchmarkError(f"task {task!r} is unknown in {folder or 'the built-in tasks'}; {suggestion(task, known)}")
 
 
 def split_source(task: str, split: str, folder: str | None) -> str:
@@ -44,43 +39,30 @@ def split_source(task: str, split: str, folder: str | None) -> str:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The records of one task: a pool to train on, and held-out records up to a number of tokens, so that tasks cost alike.
+    """The records of one task.
 
     Attributes:
-        train: The pool.
-        valid: Records on which learning rates are chosen.
-        test: Records on which placements are compared.
+        train: The pool to train on.
+        held_out: Records by split, up to a number of tokens, so that tasks cost alike: learning rates are chosen on `valid`, placements
+            compared on `test`.
         batch_size: Records in a step, such that a step has about the wanted number of tokens.
     """
 
     train: Dataset
-    valid: tuple[Example, ...]
-    test: tuple[Example, ...]
+    held_out: dict[str, tuple[Example, ...]]
     batch_size: int
 
 
-def load_task(
-    base: BaseModel,
-    task: str,
-    folder: str | None,
-    *,
-    records: int,
-    max_length: int,
-    batch_tokens: int,
-    valid_tokens: int,
-    test_tokens: int,
-) -> TaskData:
-    """Read the three splits of a task."""
-
-    def read(split: str, count: int) -> Dataset:
-        return load_data(split_source(task, split, folder), base.tokenizer, records=count, max_length=max_length)
-
-    train = read("train", records)
-    size = max(1, round(batch_tokens * len(train) / train.tokens))
-    valid, test = up_to(read("valid", records).examples, valid_tokens), read("test", records).examples
-    if task == SYNTHETIC:
-        test = test[len(valid) :] or test
-    return TaskData(train, valid, up_to(test, test_tokens), size)
+def load_task(base: BaseModel, settings: BenchSettings, task: str) -> TaskData:
+    """Read the three splits of a task, as much of each as the settings want."""
+    train, valid, test = (
+        load_data(split_source(task, split, settings.data), base.tokenizer, records=settings.train_records, max_length=settings.max_length)
+        for split in ("train", "valid", "test")
+    )
+    size = max(1, round(settings.batch_tokens * len(train) / train.tokens))
+    chosen = up_to(valid.examples, settings.valid_tokens)
+    tested = (test.examples[len(chosen) :] or test.examples) if task == SYNTHETIC else test.examples
+    return TaskData(train, {"valid": chosen, "test": up_to(tested, settings.test_tokens)}, size)
 
 
 def up_to(examples: Sequence[Example], tokens: int) -> tuple[Example, ...]:
@@ -95,10 +77,10 @@ def up_to(examples: Sequence[Example], tokens: int) -> tuple[Example, ...]:
 
 
 def general_examples(base: BaseModel, max_length: int) -> tuple[Example, ...]:
-    """The passages of `GENERAL`, a label on every token but the first."""
-    texts = GENERAL.read_text(encoding="utf-8").split("\n")
-    found = [tuple(base.tokenizer(text)["input_ids"][:max_length]) for text in texts if text]
-    return tuple(Example(ids, ids, {"text": text}) for ids, text in zip(found, texts, strict=False) if len(ids) > 1)
+    """The paragraphs of `GENERAL`, a label on every token but the first."""
+    texts = [text for text in GENERAL.read_text(encoding="utf-8").split("\n") if text]
+    tokens = [tuple(base.tokenizer(text)["input_ids"][:max_length]) for text in texts]
+    return tuple(Example(ids, ids, {"text": text}) for ids, text in zip(tokens, texts, strict=True) if len(ids) > 1)
 
 
 def training_order(examples: Sequence[Example], batch_size: int, steps: int, seed: int, group: int = 8) -> list[Example]:
@@ -112,7 +94,7 @@ def training_order(examples: Sequence[Example], batch_size: int, steps: int, see
     ordered: list[Example] = []
     for start in range(0, len(rows), group * batch_size):
         chunk = sorted(rows[start : start + group * batch_size], key=lambda row: len(examples[row].input_ids))
-        cuts = [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
-        for at in torch.randperm(len(cuts), generator=generator).tolist():
-            ordered += [examples[row] for row in cuts[at]]
+        cuts = [chunk[cut : cut + batch_size] for cut in range(0, len(chunk), batch_size)]
+        for cut in torch.randperm(len(cuts), generator=generator).tolist():
+            ordered += [examples[row] for row in cuts[cut]]
     return ordered

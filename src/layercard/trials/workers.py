@@ -13,10 +13,9 @@ from layercard.models.load import Progress
 
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function that can be pickled by name, and its arguments; it takes the progress callback as one more argument."""
-
-
 ATTEMPTS = 3
 """How often a job is started that ends without an answer because its worker or machine was lost."""
+LOST = f"a worker was lost {ATTEMPTS} times; look whether memory runs out, then give the same command again, which goes on"
 
 
 @dataclass(frozen=True)
@@ -58,28 +57,22 @@ class Workers:
 def _in_processes(jobs: Sequence[Job], count: int) -> Iterator[Any]:
     """In a pool of processes; a pool that lost one is made anew for the jobs without an answer."""
     left = list(jobs)
-    for attempt in range(ATTEMPTS):
-        pool = ProcessPoolExecutor(
-            count,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_limit_threads,
-            initargs=(max(1, len(os.sched_getaffinity(0)) // count),),
-        )
+    for _ in range(ATTEMPTS):
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(count, mp_context=context, initializer=_limit_threads, initargs=(threads,))
         try:
             running = {pool.submit(function, *arguments): (function, arguments) for function, arguments in left}
             for future in as_completed(running):
-                found = future.result()
+                result = future.result()
                 left.remove(running[future])
-                yield found
+                yield result
             return
         except BrokenProcessPool:
-            if attempt + 1 == ATTEMPTS:
-                raise BenchmarkError(_LOST.format(times=ATTEMPTS)) from None
+            continue
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-_LOST = "a worker was lost {times} times; look whether memory runs out, then give the same command again, which goes on"
+    raise BenchmarkError(LOST)
 
 
 def _limit_threads(threads: int) -> None:
@@ -91,35 +84,39 @@ def _limit_threads(threads: int) -> None:
 
 
 def _on_ray(jobs: Sequence[Job], workers: Workers, progress: Progress) -> Iterator[Any]:
+    """On a Ray cluster, which is started where none runs and the address is "local"."""
     try:
         import ray
         from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
     except ImportError:
         raise BenchmarkError("--ray needs Ray, which is not installed; pip install 'layercard[ray]' or use --workers") from None
-    address = workers.ray
+    started = not ray.is_initialized()
     try:
-        started = not ray.is_initialized()
         if started:
-            where: dict[str, Any] = {"num_cpus": workers.count} if address == "local" else {}
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False, **where)
+            size: dict[str, Any] = {"num_cpus": workers.count} if workers.ray == "local" else {}
+            ray.init(address=workers.ray, include_dashboard=False, log_to_driver=False, configure_logging=False, **size)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BenchmarkError(f"no Ray cluster at {address!r} ({one_line(error, 100)}); start one or use --workers") from None
+        raise BenchmarkError(f"no Ray cluster at {workers.ray!r} ({one_line(error, 100)}); start one or use --workers") from None
     try:
-        _check_resources(ray.cluster_resources(), workers)
-        resources: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "memory": workers.memory or None}
-        heard = ray.remote(_Heard).options(num_cpus=0, resources={"node:__internal_head__": 0.001}).remote()
-        remote = ray.remote(_apply).options(**resources, max_retries=ATTEMPTS - 1)
-        waiting = [remote.remote(function, arguments, heard) for function, arguments in jobs]
+        # Ray would wait for ever for what no machine has.
+        resources = ray.cluster_resources()
+        for name, asked in (("CPU", workers.cpus), ("GPU", workers.gpus), ("memory", workers.memory)):
+            if asked > resources.get(name, 0):
+                raise BenchmarkError(f"the Ray cluster has {resources.get(name, 0):g} {name}, and a run asks for {asked:g}; ask for less")
+        messages = ray.remote(_Messages).options(num_cpus=0, resources={"node:__internal_head__": 0.001}).remote()
+        reserved: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus, "memory": workers.memory or None}
+        remote = ray.remote(_run_remotely).options(**reserved, max_retries=ATTEMPTS - 1)
+        waiting = [remote.remote(function, arguments, messages) for function, arguments in jobs]
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=1.0)
-            for said in ray.get(heard.taken.remote()):
-                progress(*said)
-            for one in done:
-                yield ray.get(one)
+            for message in ray.get(messages.taken.remote()):
+                progress(*message)
+            for job in done:
+                yield ray.get(job)
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, LayercardError) else error) from None
     except WorkerCrashedError:
-        raise BenchmarkError(_LOST.format(times=ATTEMPTS)) from None
+        raise BenchmarkError(LOST) from None
     except RayError as error:
         raise BenchmarkError(f"Ray lost a job ({one_line(error, 100)}); give the same command again, which goes on") from None
     finally:
@@ -127,27 +124,19 @@ def _on_ray(jobs: Sequence[Job], workers: Workers, progress: Progress) -> Iterat
             ray.shutdown()
 
 
-def _check_resources(there: dict[str, float], workers: Workers) -> None:
-    """Ray waits for ever for what no machine has."""
-    for name, wanted in (("CPU", workers.cpus), ("GPU", workers.gpus), ("memory", workers.memory)):
-        if wanted > there.get(name, 0):
-            raise BenchmarkError(f"the Ray cluster has {there.get(name, 0):g} {name}, and a run asks for {wanted:g}; ask for less")
-
-
-class _Heard:
-    """What jobs say of their progress, until it is taken; runs beside the driver."""
+class _Messages:
+    """What jobs tell of their progress, until it is taken; an actor of Ray beside the driver."""
 
     def __init__(self) -> None:
-        self.said: dict[str, tuple[str, int, int]] = {}
+        self.latest: dict[str, tuple[str, int, int]] = {}
 
-    def say(self, phase: str, done: int, total: int) -> None:
-        self.said[phase] = (phase, done, total)
+    def add(self, phase: str, done: int, total: int) -> None:
+        self.latest[phase] = (phase, done, total)
 
     def taken(self) -> list[tuple[str, int, int]]:
-        said, self.said = list(self.said.values()), {}
-        return said
+        messages, self.latest = list(self.latest.values()), {}
+        return messages
 
 
-def _apply(function: Callable[..., Any], arguments: tuple[Any, ...], heard: Any) -> Any:
-    """Runs on a worker."""
-    return function(*arguments, lambda phase, done, total: heard.say.remote(phase, done, total))
+def _run_remotely(function: Callable[..., Any], arguments: tuple[Any, ...], messages: Any) -> Any:
+    return function(*arguments, lambda phase, done, total: messages.add.remote(phase, done, total))
