@@ -169,11 +169,15 @@ def greedy(problem: Problem, cost: Linear | None = None) -> tuple[int, ...] | No
             layers.append(added)
             free[added] = False
             room, best = room - problem.own[:, added], np.maximum(best, similar[:, added])
+        for out in sorted(layers, key=lambda i: (-cost.own[i], i)) if cost is not None else ():
+            fewer = [i for i in layers if i != out]  # perhaps the coverage is reached without this layer too
+            if len(fewer) >= problem.least and problem.coverage(fewer) >= problem.needed:
+                layers = fewer
         if problem.allows(layers):
             starts.append((problem.coverage(layers) if cost is None else -cost.of(layers), layers))
     starts.sort(key=lambda start: -start[0])
-    improved = [_exchanged(problem, layers, score, cost) for score, layers in starts[:STARTS]]
-    return tuple(sorted(max(improved)[1])) if improved else None
+    improved = [_exchanged(problem, layers, score, cost) for score, layers in starts[: STARTS if cost is None else 1]]
+    return tuple(sorted(max(improved, key=lambda start: start[0])[1])) if improved else None
 
 
 def _exchanged(problem: Problem, layers: list[int], score: float, cost: Linear | None) -> tuple[float, list[int]]:

@@ -16,12 +16,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layercard.card.numbers import stretches
 from layercard.measure import PeakMemory, Phases
 from layercard.models.load import BaseModel, Progress, describe, load_model
 from layercard.profiling.step_probe import ReplayedSet
@@ -75,10 +75,8 @@ def compact(layers: Sequence[int]) -> str:
     >>> compact((0, 1, 2, 9, 14, 15))
     '0-2.9.14.15'
     """
-    words = []
-    for _, stretch in groupby(enumerate(sorted(layers)), key=lambda entry: entry[1] - entry[0]):
-        part = [layer for _, layer in stretch]
-        words.append(f"{part[0]}-{part[-1]}" if len(part) > 2 else ".".join(map(str, part)))
+    parts = stretches(sorted(layers))
+    words = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ".".join(map(str, part)) for part in parts]
     return ".".join(words)
 
 
