@@ -81,7 +81,7 @@ class Settings:
         cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *lines])
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  every subclass is a dataclass
+        for field in self.fields():
             value, limits = getattr(self, field.name), field.metadata
             if limits["choices"] and value not in limits["choices"]:
                 close = difflib.get_close_matches(str(value), limits["choices"], n=1, cutoff=0.0)[0]
@@ -95,9 +95,14 @@ class Settings:
                 expected = f"whole number from {low}" if is_whole else "number above 0" if low > 0 else f"number from {low:g}"
                 raise TrainingError(f"{field.name} is {value!r}; give a {expected}{'' if high == math.inf else f' to {high:g}'}")
 
+    @classmethod
+    def fields(cls) -> "list[dataclasses.Field[Any]]":
+        """The fields, each with what `setting` said of it as its metadata."""
+        return list(dataclasses.fields(cls))  # type: ignore[arg-type]
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+        return {field.name: getattr(self, field.name) for field in self.fields()}
 
 
 _SEED = "Seed of everything that is drawn at random."
@@ -176,7 +181,7 @@ class TrainSettings(Settings):
         if self.steps is not None and self.epochs is not None:
             raise TrainingError(f"both steps ({self.steps}) and epochs ({self.epochs:g}) are given; give one of them")
         super().__post_init__()
-        for field in dataclasses.fields(self):
+        for field in self.fields():
             value = getattr(self, field.name)
             if field.name in _LOW_RANK and field.name not in METHODS[self.method] and value != field.default:
                 raise TrainingError(f"method {self.method!r} has no {field.name}, but {field.name} is {value:g}; leave it out")

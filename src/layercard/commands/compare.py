@@ -1,7 +1,7 @@
 """`layercard compare`: several placements, trained from the same seed on the same records, side by side."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
@@ -66,7 +66,7 @@ def compare(
         named = [(name, each if experts else without_experts(each)) for name, each in zip(names, chosen, strict=True)]
         dataset = opt.read(data, base, records, reading)
         held_out = opt.read(valid, base, valid_records, reading)
-        how = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
+        how: dict[str, Any] = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
         result = run(base, named, dataset, held_out, settings, **how).to_json()
     show_result(result, as_json, comparison_table(result), wrote=output)
 

@@ -7,7 +7,7 @@ What a user can mend ends in one line, `error: …`, and exit status 2; an inter
 import io
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -44,28 +44,13 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for name, command in {
-    "data": data,
-    "profile": profile,
-    "show": show,
-    "select": select,
-    "pareto": pareto,
-    "train": train,
-    "eval": evaluate,
-    "compare": compare,
-    "cost": cost,
-    "latency": latency,
-    "transfer": transfer,
-    "verify": verify,
-    "export": export,
-    "push": push,
-    "pull": pull,
-    "report": report,
-    "roi": roi,
-    "app": explore,
-    "demo": demo,
-}.items():
-    app.command(name)(expanded(command))
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(data, profile, show, select, pareto, train, evaluate, compare, cost, latency, transfer, verify),
+    *(export, push, pull, report, roi, explore, demo),
+)
+"""In the order in which the help names them."""
+for command in COMMANDS:
+    app.command({"evaluate": "eval"}.get(command.__name__, command.__name__))(expanded(command))
 
 bench = typer.Typer(no_args_is_help=True)
 bench.callback(help="Benchmarks: placements trained side by side.")(lambda: None)  # keeps the name of its only command

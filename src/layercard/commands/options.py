@@ -28,20 +28,22 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer reads it; it is called with finished settings objects."""
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[Any, list[dataclasses.Field[Any]]]] = {}
-    for parameter in inspect.signature(command).parameters.values():
+
+    def add(name: str, kind: Any, default: Any, option: Any) -> None:
+        annotation: Any = Annotated[kind, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+
+    for name, parameter in inspect.signature(command).parameters.items():
         declared = parameter.default
         if isinstance(declared, dataclasses.Field):
             default = inspect.Parameter.empty if declared.default is dataclasses.MISSING else declared.default
-            annotation = Annotated[parameter.annotation, _option(parameter.name, parameter.annotation, declared, checked=True)]
-            parameters.append(parameter.replace(default=default, annotation=annotation, kind=parameter.KEYWORD_ONLY))
+            add(name, parameter.annotation, default, _option(name, parameter.annotation, declared, checked=True))
         elif isinstance(declared, Settings):
-            fields = [field for field in dataclasses.fields(declared) if field.metadata["option"] != ""]  # type: ignore[arg-type]
-            groups[parameter.name] = declared, fields
+            fields = [field for field in declared.fields() if field.metadata["option"] != ""]
+            groups[name] = declared, fields
             for field in fields:
                 kind = field.type if field.metadata["unit"] is None else float | None
-                annotation = Annotated[kind, _option(field.name, kind, field)]  # type: ignore[valid-type]
-                default = getattr(declared, field.name)
-                parameters.append(inspect.Parameter(field.name, parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+                add(field.name, kind, getattr(declared, field.name), _option(field.name, kind, field))
         else:
             parameters.append(parameter)  # typer's own context
 

@@ -131,7 +131,7 @@ class Page:
 
     def _wire(self) -> None:
         opened_card = [self._uploaded, self._card]
-        shown = [*self._controls, self._measure, self._which]
+        shown: list[Any] = [*self._controls, self._measure, self._which]
         lists = [self._card, self._first, self._second, self._model, self._data, self._files]
         opened = [self._roadmap, self._k, self._measure, self._layers, self._best, self._first, self._second]
         explored = [self._choice, self._tiles, self._take, self._front, self._depth]

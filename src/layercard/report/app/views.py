@@ -293,8 +293,8 @@ def with_choice(
         between = f"{kept['value']:.0f} % ({kept['low']:.0f}–{kept['high']:.0f})"
         marker = {"size": 15, "color": colour, "symbol": symbol, "line": {"width": 2, "color": "white"}}
         hover = {"hovertext": [f"{words}: layers {listed(each.layers, ' ')}, {between}"], "hoverinfo": "text"}
-        place = {"x": [100 * predicted[key]["share"]], "y": [kept["value"]]}
-        traces.append({"type": "scatter", "mode": "markers", "name": words, "marker": marker, **place, **hover})
+        point = {"x": [100 * predicted[key]["share"]], "y": [kept["value"]]}
+        traces.append({"type": "scatter", "mode": "markers", "name": words, "marker": marker, **point, **hover})
     dashed = {"type": "line", "line": {"dash": "dash", "color": LINE, "width": 1.5}}
     plain = {"showarrow": False, "font": {"size": 12}}
     shapes, notes = [], []
