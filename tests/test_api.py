@@ -167,13 +167,9 @@ def test_the_ten_lines(tiny_folder: Path, tiny_file: Path, tmp_path: Path, capsy
 
 
 def test_a_card_selects(card: layercard.LayerCard) -> None:
-    assert layercard.select(card, k=2).to_json() == layercard.select(card, k=2).to_json()
-    assert (
-        layercard.select(card, strategy="random", k=1, seed=3).to_json() == layercard.select(card, strategy="random", k=1, seed=3).to_json()
-    )
+    assert len(layercard.select(card, k=2).layers) == 2
     deep = layercard.LayerCard.from_json(fake_card())
     asked = {"objective": "performance", "budgets": layercard.Budgets(max_time="60%")}
-    assert layercard.select(deep, **asked).to_json() == layercard.select(deep, **asked).to_json()
     assert layercard.select(deep, **asked).predicted["step_time"]["share"] <= 0.6
 
 

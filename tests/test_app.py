@@ -179,7 +179,7 @@ class TestFiles:
         assert set(library.data()) == {"models/train.jsonl"}
 
     def test_no_folder_is_one_line(self, tmp_path: Path) -> None:
-        with pytest.raises(OutputError, match="is no folder"):
+        with pytest.raises(OutputError, match="is not a folder"):
             Library([tmp_path / "none"])
 
 
@@ -189,7 +189,7 @@ class TestUploads:
         def read() -> bytes:
             raise AssertionError("read although it is refused")
 
-        with pytest.raises(OutputError, match=r"no \.json file|MiB"):
+        with pytest.raises(OutputError, match=r"not a \.json file|MiB"):
             read_upload(name, size, read)
 
     def test_names_lose_their_folders(self) -> None:
@@ -198,7 +198,7 @@ class TestUploads:
         assert read_upload("C:\\x\\card.json", len(data), lambda: data).place == "card.json"
 
     def test_json_of_others_is_refused(self) -> None:
-        with pytest.raises(OutputError, match="no file of layercard"):
+        with pytest.raises(OutputError, match="not a file of layercard"):
             read_upload("package.json", 2, lambda: b"{}")
 
     def test_the_good_ones_are_taken_in_beside_the_bad(self, tmp_path: Path) -> None:
@@ -655,7 +655,7 @@ class TestServer:
     def test_wrong_types_are_refused(self, server: tuple[str, Path]) -> None:
         status, text = self.upload(server[0], "notes.txt", b"hello")
         assert status == 200
-        assert "is no .json file" in self.call(server[0], json.loads(text)[0])
+        assert "is not a .json file" in self.call(server[0], json.loads(text)[0])
 
     def test_oversize_is_refused(self, server: tuple[str, Path]) -> None:
         status, _ = self.upload(server[0], "big.json", b" " * (LARGEST + 1))
@@ -680,7 +680,7 @@ class TestCommand:
     def test_a_folder_that_is_not_there(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         pytest.importorskip("gradio")
         assert run(["app", "--no-browser", "--cards", str(tmp_path / "none")]) == 2
-        assert "is no folder" in capsys.readouterr().err
+        assert "is not a folder" in capsys.readouterr().err
 
     def test_a_port_that_is_taken(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         pytest.importorskip("gradio")

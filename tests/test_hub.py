@@ -271,7 +271,7 @@ def test_push_and_pull(hub: Hub, layercard: Layercard, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("push", "absent.json", "one"), "no such file"),
-        (("push", "card.json", "one", "--license", "GPL v3"), "no licence as the hub names them"),
+        (("push", "card.json", "one", "--license", "GPL v3"), "not a licence as the hub names them"),
         (("push", "card.json", "a/b/c"), "is no name of a repository"),
         (("pull",), "neither a repository nor --model"),
         (("pull", "--model", "m", "--revision", "r"), "--revision is of a repository"),

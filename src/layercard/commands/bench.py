@@ -90,5 +90,5 @@ def _integers(text: str, option: str, least: int = 1, most: int | None = None) -
     for word in words:
         if not word.isdigit() or int(word) < least or (most is not None and int(word) > most):
             limit = f"from {least} to {most}" if most is not None else f"of at least {least}"
-            raise BenchmarkError(f"{option} {word!r} is no whole number {limit}; give numbers with commas between")
+            raise BenchmarkError(f"{option} {word!r} is not a whole number {limit}; give numbers with commas between")
     return tuple(dict.fromkeys(map(int, words)))

@@ -24,7 +24,7 @@ def push(
     model or data file only its own name is written.
     """
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
-        raise HubError(f"--license {license_id!r} is no licence as the hub names them; write one such as cc-by-4.0 or apache-2.0")
+        raise HubError(f"--license {license_id!r} is not a licence as the hub names them; write one such as cc-by-4.0 or apache-2.0")
     from layercard.card.card import LayerCard
     from layercard.report.hub import push as push_card
 

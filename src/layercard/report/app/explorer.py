@@ -30,12 +30,7 @@ PLAIN = ("last", "middle", "uniform", "first", "all")
 
 
 class Explorer:
-    """The app without a page.
-
-    Args:
-        library: The files.
-        uploads: Folder in which the server puts uploaded files; nothing else is read as an upload.
-    """
+    """The app without a page; nothing but what lies in the folder `uploads`, where the server puts it, is read as an upload."""
 
     def __init__(self, library: Library, uploads: Path | None = None) -> None:
         self.library, self.uploads, self.jobs = library, uploads, Jobs(library.folders[0])

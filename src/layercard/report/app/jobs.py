@@ -59,12 +59,9 @@ def card_name(model: str, data: str) -> str:
 
 
 class Job:
-    """A command in a process of its own whose result is one file.
+    """A command in a process of its own that writes one file, `made`, in a folder of its own that is removed at the end.
 
-    Args:
-        command: What is run; it writes `made`.
-        made: The file that it writes, in a folder of its own that is removed at the end.
-        target: Where the file goes when the process ends well; a number is added to the name of a file that is there.
+    The file goes to `target` when the process ends well; a number is added where there is such a file already.
     """
 
     def __init__(self, command: Sequence[str], made: Path, target: Path) -> None:

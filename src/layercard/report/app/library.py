@@ -124,34 +124,28 @@ def _broken(key: str, name: str, problem: str) -> Entry:
 
 
 def read_upload(name: str, size: int, read: Callable[[], bytes], taken: int = 0) -> Entry:
-    """The entry of an uploaded file. Of its name only the last part counts; its size is looked at before anything is read.
+    """The entry of an uploaded file; `taken` files were uploaded before it, which tells its key from theirs.
 
-    Args:
-        name: The file's name as the browser gave it.
-        size: Bytes.
-        read: Gives the content.
-        taken: How many files were uploaded before, for the key.
+    Of its name, as the browser gave it, only the last part counts; its size is looked at before anything is read.
 
     Raises:
         OutputError: Another ending than `.json`, too large, or nothing of ours in it.
     """
     name = name.replace("\\", "/").rpartition("/")[2][:120]
     if not name.lower().endswith(".json"):
-        raise OutputError(f"{name!r} is no .json file; upload a card, a placement, a run record or a comparison")
+        raise OutputError(f"{name!r} is not a .json file; upload a card, a placement, a run record or a comparison")
     if size > LARGEST:
         raise OutputError(f"{name} has {size / 2**20:.0f} MiB; files up to {LARGEST // 2**20} MiB are read")
     entry = read_entry(f"upload:{taken}:{hashlib.sha256(name.encode()).hexdigest()[:12]}", f"{name} (uploaded)", read(), name)
     if entry is None:
-        raise OutputError(f"{name} is no file of layercard; upload a card, a placement, a run record or a comparison")
+        raise OutputError(f"{name} is not a file of layercard; upload a card, a placement, a run record or a comparison")
     return entry
 
 
 class Library:
-    """The files in the given folders.
+    """The files in the given folders: cards, placements and run records in `folders`, models and data in `models` (else in `folders` too).
 
-    Args:
-        folders: Where cards, placements and run records are looked for, and where new cards go: into the first.
-        models: Where model folders and data files are looked for; `folders` unless given.
+    New cards go into the first folder.
 
     Raises:
         OutputError: One of them is not a folder.
@@ -160,7 +154,7 @@ class Library:
     def __init__(self, folders: Sequence[Path], models: Sequence[Path] = ()) -> None:
         for path in (*folders, *models):
             if not path.expanduser().is_dir():
-                raise OutputError(f"{path} is no folder; name one that is there")
+                raise OutputError(f"{path} is not a folder; name one that is there")
         self.folders = tuple(path.expanduser().resolve() for path in folders)
         self.model_folders = tuple(path.expanduser().resolve() for path in models) or self.folders
         self._read: dict[Path, tuple[tuple[int, int], Entry | None]] = {}
@@ -389,14 +383,9 @@ EXAMPLES: dict[str, float | None] = {name: RoiInputs.model_fields[name].default 
 
 
 def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence[int], card: Entry, entries: Sequence[Entry]) -> Roi:
-    """What a placement saves.
+    """What a placement saves, from the runs of the card's model among all files, and from the card's cost where no run says the same.
 
-    Args:
-        figures: The fields in the order of `LABELS`, as they were typed; `None` for an empty one.
-        currency: What money is counted in.
-        layers: The placement.
-        card: The card; its cost is used where no run says the same.
-        entries: All files, for the runs of the same model.
+    The figures are the fields in the order of `LABELS`, as they were typed; `None` for an empty one.
 
     Raises:
         ReportError: A figure is not a number, or out of range.
@@ -408,7 +397,7 @@ def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence
             if text and float(text.replace(",", ".")) != EXAMPLES[name]:
                 values[name] = float(text.replace(",", "."))
         except ValueError:
-            raise ReportError(f"{LABELS[name]}: {text[:40]!r} is no number; give one, such as 2.5") from None
+            raise ReportError(f"{LABELS[name]}: {text[:40]!r} is not a number; give one, such as 2.5") from None
     try:
         inputs = RoiInputs.of(values)
     except ReportError as error:

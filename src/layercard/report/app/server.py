@@ -95,13 +95,7 @@ def check_installed() -> None:
 
 @contextlib.contextmanager
 def serving(library: Library, host: str = "127.0.0.1", port: int | None = None, *, browser: bool = False) -> Iterator[str]:
-    """The app, served for the length of a `with` block; yields its address.
-
-    Args:
-        library: The files that it shows.
-        host: Where it listens.
-        port: The port; the first free one from 7860 on unless given.
-        browser: Whether to open the address in a browser.
+    """The app, served for the length of a `with` block on the port, or the first free one from 7860 on; yields its address.
 
     Raises:
         OutputError: Gradio is not installed, or the port is taken.
