@@ -9,7 +9,7 @@ from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import DataError, ModelError
 from layercard.files import refuse_existing
-from layercard.settings import LoadSettings, setting
+from layercard.settings import DataSettings, LoadSettings, setting
 
 if TYPE_CHECKING:
     from layercard.cost.model import CostModel
@@ -66,7 +66,7 @@ def cost(
         else:
             base = opt.load(model, LoadSettings(device, dtype), display)
             if data is not None:
-                examples = opt.read(data, base, RECORDS, length or LONGEST).examples
+                examples = opt.read(data, base, RECORDS, DataSettings(max_length=length or LONGEST)).examples
                 batch = usual_batch(examples, batch_size, base.pad_id)
             elif base.classes is not None:
                 raise DataError(f"{model} is a classifier, so a step needs texts with their classes; name some with --data")
