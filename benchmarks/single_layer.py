@@ -1,7 +1,7 @@
 """Ground truth: LoRA trained in one layer alone, for every chosen layer, task and seed.
 
 One JSON a run lies in `results/single_layer/`; a run that is there is not repeated, so the program may be killed at any point.
-The hidden states that enter a layer are kept, so only the blocks above run (`training_probe`).
+The hidden states that enter a layer are kept, so only the blocks above run (`trained`).
 
     python benchmarks/single_layer.py --tasks e2e gsm8k --seeds 0
 """
@@ -16,7 +16,7 @@ from layercard.data.load import load_data
 from layercard.files import write_json
 from layercard.models.load import BaseModel, load_model
 from layercard.profiling.step_probe import ReplayedSet
-from layercard.profiling.training_probe import ProbeTraining, training_probe
+from layercard.profiling.training_probe import ProbeTraining, trained
 
 LAYERS = (0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 29)
 BATCH = {"e2e": 4, "webnlg": 4, "gsm8k": 2}
@@ -43,7 +43,8 @@ def measure(base: BaseModel, task: str, layers: tuple[int, ...], settings: Probe
     replayed = ReplayedSet(base, ordered, missing, settings.batch_size, by_length=False)
     for layer in missing:
         started = time.perf_counter()
-        after = training_probe(base, layer, replayed, held_out, settings)
+        with trained(base, [layer], replayed, settings):
+            after = held_out.losses(layer)
         write_json(
             run_file(task, layer, settings.seed),
             {

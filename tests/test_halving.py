@@ -32,7 +32,7 @@ from layercard.profiling.training_probe import (
     adapting,
     better_half,
     rungs,
-    training_probe,
+    trained,
     training_probes,
 )
 from layercard.settings import ProfileSettings
@@ -78,10 +78,11 @@ def test_every_layer_reaches_what_training_it_alone_reaches(family: str) -> None
             alone = held_out.losses(layer)
         torch.testing.assert_close(probe.after[layer], alone.nats, rtol=1e-6, atol=1e-6)
     best = probe.steps.index(8)
-    stock = training_probe(base, best, train, held_out, SETTINGS)
-    torch.testing.assert_close(probe.after[best], stock.nats, rtol=1e-6, atol=1e-6)
+    with trained(base, [best], train, SETTINGS):
+        alone = held_out.losses(best)
+    torch.testing.assert_close(probe.after[best], alone.nats, rtol=1e-6, atol=1e-6)
     gains = probe.gain(torch.ones(len(LENGTHS)))
-    assert float(gains[best]) == pytest.approx(held_out.losses(0).loss - stock.loss, rel=1e-5)
+    assert float(gains[best]) == pytest.approx(held_out.losses(0).loss - alone.loss, rel=1e-5)
     assert float(gains[best]) > 0
 
 

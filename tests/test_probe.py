@@ -9,7 +9,7 @@ from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
 from layercard.profiling.fit import fit_pass
 from layercard.profiling.step_probe import ReplayedSet, second_length, step_probe
-from layercard.profiling.training_probe import ProbeTraining, training_probe
+from layercard.profiling.training_probe import ProbeTraining, trained
 from layercard.settings import ProfileSettings
 from test_capture import assert_same, batch_of, examples, state
 from tiny import build_tiny, tiny_tokenizer
@@ -74,7 +74,8 @@ def test_training_probe_equals_stock_peft_on_the_whole_model() -> None:
     before = state(base.model)
     entered = ReplayedSet(base, train, [layer], 2, by_length=False)
     held_out = ReplayedSet(base, examples(LENGTHS, seed=2), [layer], 3)
-    found = training_probe(base, layer, entered, held_out, settings).loss
+    with trained(base, [layer], entered, settings):
+        found = held_out.losses(layer).loss
     assert_same(before, state(base.model))
 
     torch.manual_seed(settings.seed)

@@ -106,7 +106,8 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
     costs = []
     for key, (name, unit) in _COSTS.items():
         part = predicted.get(key)
-        share = Estimate.read(part.get("share")) if isinstance(part, Mapping) else None
+        part = part if isinstance(part, Mapping) else {}
+        share = Estimate.read(part.get("share"))
         if share is not None:
             amount = Estimate.read(part.get(unit))
             words = "" if amount is None else f" {amount.value / 2**20:,.0f} MiB," if unit == "bytes" else f" {short(amount.value)} s,"

@@ -225,7 +225,8 @@ def _modules(layer: LayerSignals, stacks: tuple[ExpertStack, ...]) -> tuple[Modu
 
 def warnings_in_words(base: BaseModel, fit: Fit, dataset: Dataset, stability: float, probe: StepProbe | None = None) -> list[str]:
     """What a reader must know before trusting the card, one sentence each; `stability` is the split-half correlation of `gain_estimate`."""
-    massive, no_activation, no_gradient, idle, unread = [], [], [], [], []
+    massive, no_activation, no_gradient, idle = [], [], [], []
+    unread: list[str] = []
     for block, layer in zip(base.blocks, fit.layers, strict=True):
         if any(signals.massive > MASSIVE and signals.energy > 0 for signals in layer.inputs):
             massive.append(str(block.index))

@@ -6,7 +6,7 @@ Both are the same for a model in memory (`fit_pass`) and for one on disk (`strea
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from layercard import checkpoint, processes
 from layercard.checkpoint import State
 from layercard.data.checks import check_signals
-from layercard.data.load import Example, batches, positions
+from layercard.data.load import Batch, Example, batches, positions
 from layercard.errors import DataError
 from layercard.models.hooks import Capture, GradientSink, capturing
 from layercard.models.layers import Block, LinearModule
@@ -171,14 +171,20 @@ def form(base: BaseModel, *classes: type) -> checkpoint.Form:
     return checkpoint.Form(kinds, {module.path: module for block in base.blocks for module in block.modules})
 
 
-def share_of_process(done: int, count: int) -> range:
-    """Which of `count` batches this process takes from number `done` on: every n-th of n processes, the first by its own number.
+def batches_of_process(
+    base: BaseModel, examples: Sequence[Example], batch_size: int, done: int, phase: str, progress: Progress | None
+) -> Iterator[tuple[int, Batch]]:
+    """The batches that this process takes from number `done` on, with their numbers: every n-th of n processes, from its own number on.
 
-    >>> share_of_process(2, 5)
-    range(2, 5)
+    `progress` is told of each batch once the next is asked for, counted in positions.
     """
-    step, first = processes.count(), processes.rank()
-    return range(done + (first - done) % step, count, step)
+    every, first = processes.count(), processes.rank()
+    all_batches = list(batches(examples, batch_size, base.pad_id, by_length=True))
+    positions_done = positions(all_batches)
+    for number in range(done + (first - done) % every, len(all_batches), every):
+        yield number, all_batches[number].to(base.device)
+        if progress:
+            progress(phase, positions_done[min(number + every, len(all_batches)) - 1], positions_done[-1])
 
 
 def fit_pass(
@@ -195,16 +201,13 @@ def fit_pass(
     """
     state, sums_name, layers_name = state or State(), f"fit-pass-{processes.rank()}", f"steps-{processes.rank()}"
     tokens = sum(len(example.input_ids) for example in examples)
-    all_batches = list(batches(examples, settings.batch_size, base.pad_id, by_length=True))
 
     # Step 1: sum up this process's batches, from where an earlier call stood.
     sums: FitSums = state.load(sums_name) or FitSums()
-    positions_done = positions(all_batches)
     with capturing(base.model, base.blocks) as capture:
         capture.leaders.update(sums.leaders)
         sink = sums.sink(capture, base.blocks, tokens)
-        for number in share_of_process(sums.batches, len(all_batches)):
-            batch = all_batches[number].to(base.device)
+        for number, batch in batches_of_process(base, examples, settings.batch_size, sums.batches, "fit pass", progress):
             capture.start(batch.attention_mask, sink)
             logits, targets, _ = labelled_logits(base.model, batch)
             loss = cross_entropy(logits.float(), targets, reduction="sum")
@@ -214,8 +217,6 @@ def fit_pass(
             del loss
             sums.leaders = dict(capture.leaders)
             state.snapshot(sums_name, lambda: sums)
-            if progress:
-                progress("fit pass", positions_done[min(number + processes.count(), len(all_batches)) - 1], positions_done[-1])
     sums.merge(torch.zeros(0, dtype=next(base.model.parameters()).dtype, device=base.device))
     sums.check_loss(base.name)
 

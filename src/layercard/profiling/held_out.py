@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from layercard import processes
 from layercard.checkpoint import State
-from layercard.data.load import Batch, Example, batches, positions
+from layercard.data.load import Batch, Example
 from layercard.models.hooks import GradientSink, capturing
 from layercard.models.layers import LinearModule
 from layercard.models.load import BaseModel, Progress
 from layercard.models.losses import labelled_logits
-from layercard.profiling.fit import PROBES, Fit, LayerSignals, share_of_process
+from layercard.profiling.fit import PROBES, Fit, LayerSignals, batches_of_process
 from layercard.settings import ProfileSettings
 
 
@@ -177,11 +177,8 @@ def held_out_pass(
     done = state.load(name) or {"batches": 0, "held_out": HeldOut.empty(len(base.blocks), len(examples), samples)}
     held_out: HeldOut = done["held_out"]
     sums = HeldOutSums(held_out, dict(enumerate(fit.layers)))
-    all_batches = list(batches(examples, settings.batch_size, base.pad_id, by_length=True))
-    positions_done = positions(all_batches)
     with capturing(base.model, base.blocks) as capture:
-        for number in share_of_process(done["batches"], len(all_batches)):
-            batch = all_batches[number].to(base.device)
+        for number, batch in batches_of_process(base, examples, settings.batch_size, done["batches"], "held-out pass", progress):
             sums.enter(batch)
             held_out.tokens.index_add_(0, sums.record_of_token, torch.ones(len(sums.record_of_token), dtype=torch.float64))
             capture.start(batch.attention_mask, sums.sink(0), keep=samples > 0)
@@ -193,8 +190,6 @@ def held_out_pass(
                 tensor.backward(gradient, retain_graph=again)
             done["batches"] = number + 1
             state.snapshot(name, lambda: done)
-            if progress:
-                progress("held-out pass", positions_done[min(number + processes.count(), len(all_batches)) - 1], positions_done[-1])
     for tensor in held_out.tensors():
         processes.add_up(tensor)
     return held_out

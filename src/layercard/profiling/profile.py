@@ -199,7 +199,7 @@ def profile_records(
         def once(name: str, make: Callable[[], T]) -> T:
             """A part of the state, its making measured."""
             with phases.phase(name):
-                return parts.once(name, make)  # type: ignore[no-any-return]
+                return parts.once(name, make)
 
         # Steps 1 and 2: some records make a step for each layer, the others measure it.
         fit: Fit

@@ -19,19 +19,13 @@ from layercard.profiling.fit import Step
 class ReplayedSet:
     """Examples whose hidden states on entry to some blocks are kept, so that only the blocks from there on run.
 
-    Where blocks share keys and values (`shared_keys`), all blocks run, whichever is entered.
-
-    Attributes:
-        records: Number of examples.
-        all_blocks: Whether all blocks run each time.
-        batches: The batches, on the model's device.
-        entries: For each batch the hidden states `[B, T, width]` that enter a block, by the block's index.
+    Where blocks share keys and values (`shared_keys`), all blocks run, whichever is entered (`all_blocks`).
 
     Args:
         base: The model.
-        examples: What to keep hidden states of.
-        layers: The blocks that will be entered.
-        batch_size: Rows in a batch.
+        examples: What to keep hidden states of; `records` is their number.
+        layers: The blocks that will be entered; `entries` holds for each batch what enters them, `[B, T, width]`, by the block's index.
+        batch_size: Rows in a batch; `batches` are on the model's device.
         by_length: Put rows of similar length together; else keep the order.
         progress: Told of each batch, counted in positions.
     """
@@ -126,10 +120,11 @@ def step_probe(
 ) -> StepProbe:
     """Held-out loss with `α Δ_ℓ` added to the weights of layer ℓ alone, for every layer.
 
-    The first length is 1, the second is `second_length`. Several processes share the layers; all get the whole result.
+    The first length is 1, the second is `second_length`. The weights are not touched: a step is added to the modules' outputs. Several
+    processes share the layers; all get the whole result.
 
     Args:
-        base: The model; its weights are not touched (the step is added to the modules' outputs).
+        base: The model.
         steps: For each layer its low-rank step, such that α = 1 is a sensible length.
         slopes: For each layer the decrease of the held-out loss per unit of α at α = 0, nats per labelled token.
         held_out: Records that had no part in making the steps, with hidden states for every layer.

@@ -47,17 +47,10 @@ def stream_passes(
     state: State,
     phases: Phases,
 ) -> tuple[Fit, HeldOut]:
-    """Fit pass and held-out pass over a model on disk.
+    """`fit_pass` and `held_out_pass` over a model on disk.
 
-    Args:
-        streamed: The model.
-        fit_examples: Records to make the steps from.
-        held_out_examples: Records that measure them.
-        settings: Rank and so on.
-        between: Where hidden states and gradients are kept.
-        progress: Told of blocks: `forward`, then `backward`.
-        state: Where finished blocks are kept from time to time; a later call runs forward only to the block that comes next.
-        phases: Where time and memory of `forward`, `head` and `backward` are noted.
+    Hidden states and gradients are kept in `between`, and finished blocks from time to time in `state`: a later call runs forward only to
+    the block that comes next. `progress` is told of blocks, forward and backward; `phases` note time and memory.
 
     Raises:
         DataError: The loss is not finite.

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from layercard.errors import TrainingError
 from layercard.models.adapted import lora_layers
 from layercard.models.hooks import frozen
 from layercard.models.load import BaseModel, Progress
-from layercard.models.losses import RecordLosses, training_step
+from layercard.models.losses import training_step
 from layercard.profiling.step_probe import ReplayedSet
 
 SCHEMA = "layercard-probe/2"
@@ -75,12 +76,9 @@ class Adaptation:
         self._optimizer = torch.optim.AdamW(self._weights.values(), lr=settings.learning_rate, weight_decay=0.0)
 
     def advance(self, train: ReplayedSet, until: int, progress: Callable[[int], None] | None = None) -> None:
-        """Train to step `until`, at most `settings.steps`.
+        """Train to step `until`, at most `settings.steps`; `progress` is told of the number of each step.
 
-        Args:
-            train: The batches of the steps from `step` on, in the order of training (`by_length=False`), with entries for `lowest`.
-            until: Step to stop after.
-            progress: Told of the number of each step.
+        `train` holds the batches from step `step` on, in the order of training (`by_length=False`), with entries for `lowest`.
         """
         first = self.step
         for step in range(first, until):
@@ -136,12 +134,6 @@ def trained(
         yield adaptation.model
 
 
-def training_probe(base: BaseModel, layer: int, train: ReplayedSet, held_out: ReplayedSet, settings: ProbeTraining) -> RecordLosses:
-    """Adapt one layer for all steps (`trained`), and give the held-out loss of each record."""
-    with trained(base, [layer], train, settings):
-        return held_out.losses(layer)
-
-
 @dataclass(frozen=True)
 class TrainingProbe:
     """What a few training steps in single layers do to the held-out loss.
@@ -174,18 +166,6 @@ def rungs(steps: int) -> tuple[int, ...]:
     ((6, 12, 24, 48), (1, 3))
     """
     return tuple(sorted({max(1, steps // 2**halvings) for halvings in range(RUNGS)}))
-
-
-def planned_steps(depth: int, steps: int) -> int:
-    """Training steps of all layers together, where the best ones take `steps`.
-
-    >>> planned_steps(4, 4)
-    8
-    """
-    total, layers, start = 0, depth, 0
-    for stop in rungs(steps):
-        total, layers, start = total + layers * (stop - start), (layers + 1) // 2, stop
-    return total
 
 
 def better_half(gains: dict[int, float]) -> list[int]:
@@ -228,7 +208,9 @@ def training_probes(
         TrainingError: A loss is not finite.
     """
     depth, size, ordered = len(base.blocks), settings.batch_size, settings.batches(examples)
-    steps_done, steps_planned = 0, planned_steps(depth, settings.steps)
+    steps_done = 0
+    starts_and_stops = pairwise((0, *rungs(settings.steps)))
+    steps_planned = sum((stop - start) * math.ceil(depth / 2**rung) for rung, (start, stop) in enumerate(starts_and_stops))
 
     def tell(steps: int) -> None:
         nonlocal steps_done
