@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from layercard.commands.main import run
 from layercard.cost.model import CostModel
@@ -66,9 +67,16 @@ def test_what_cannot_be_measured_is_one_line(arguments: tuple[str, ...], words: 
 
 
 def test_shares_are_shown_where_nothing_was_measured() -> None:
-    from layercard.report.costs import header, seconds
+    from layercard.report.terminal import cost_view
+    from layercard.report.words import seconds
+
+    def shown(cost: CostModel) -> str:
+        console = Console(width=200)
+        with console.capture() as capture:
+            console.print(cost_view(cost))
+        return capture.get()
 
     relative: Any = measured(source="shapes")
-    assert seconds(0.25, relative) == "25.00 %" and "relative, from shapes alone" in header(relative)
+    assert seconds(0.25, relative) == "25.00 %" and "relative, from shapes alone" in shown(relative)
     assert [seconds(value, measured()) for value in (2.5, 0.0123, 4e-6)] == ["2.50 s", "12.3 ms", "4.0 µs"]
-    assert "made up: 6 layers" in header(measured(threads=2)) and "2 threads" in header(measured(threads=2))
+    assert "made up: 6 layers" in shown(measured(threads=2)) and "2 threads" in shown(measured(threads=2))

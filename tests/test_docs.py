@@ -64,7 +64,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_measure_is_explained() -> None:
-    from layercard.report.frames import MEASURES
+    from layercard.report.words import MEASURES
 
     text = (ROOT / "docs" / "card.md").read_text(encoding="utf-8")
     assert [key for key in MEASURES if f"`{key}`" not in text] == []

@@ -14,8 +14,8 @@ from cards import fake_card
 from layercard.card.card import LayerCard, cost_of
 from layercard.errors import SelectionError
 from layercard.report.figures import front_figure
-from layercard.report.front import front_view
-from layercard.report.html import front_story, render
+from layercard.report.page import front_page
+from layercard.report.terminal import front_view
 from layercard.selection.pareto import LADDER, Front, pareto
 from layercard.selection.select import predict
 
@@ -116,7 +116,7 @@ class _Scripts(HTMLParser):
 def test_the_page_is_whole_and_text_stays_text(front: dict[str, Any]) -> None:
     name = "</script><img src=x onerror=alert(1)>"
     evil = {**front, "model": {**front["model"], "name": name}, "baselines": [{**front["baselines"][0], "name": f"last-{name}"}]}
-    page = render(front_story(evil))
+    page = front_page(evil)
     parser = _Scripts()
     parser.feed(page)
     assert "img" not in parser.tags and len(parser.figures) == 2

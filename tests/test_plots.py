@@ -14,15 +14,15 @@ from cards import fake_card, fake_placement
 from layercard.card.card import LayerCard, cost_of
 from layercard.card.notebook import LONGEST, MOST_ROWS
 from layercard.card.numbers import best_layers
-from layercard.errors import CardError, LayercardError, PlacementError, ReportError
+from layercard.errors import CardError, LayercardError, PlacementError, ReportError, SelectionError
 from layercard.report import plots
-from layercard.report.html import story_of
+from layercard.report.page import report_page
 from layercard.report.sources import Sources
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
 from layercard.selection.transfer import transfer
-from test_report_page import full
+from test_report_page import Reader, full
 
 OTHER_MODEL = fake_placement({"model": {"name": "other", "fingerprint": "x", "layers": 8}}, [1])
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
@@ -36,9 +36,7 @@ def sources() -> Sources:
 @pytest.fixture(scope="module")
 def drawn(sources: Sources) -> dict[str, Any]:
     """The report's figures by name, as they stand in the page."""
-    story = story_of(sources)
-    found = {plot.name: plot.figure for topic in story.topics for part in topic.parts for plot in part.plots}
-    return json.loads(json.dumps(found))
+    return {name.removeprefix("plot-"): figure for name, figure in Reader(report_page(sources)).figures.items()}
 
 
 def as_json(figure: Figure) -> Any:
@@ -109,15 +107,15 @@ def _costed() -> LayerCard:
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: plots.depth_profile(fake_card(8), "resnrom"), CardError, "did you mean 'resnorm'"),
+        (lambda: plots.depth_profile(fake_card(8), "resnrom"), CardError, "did you mean resnorm"),
         (lambda: plots.depth_profile(fake_card(8), "training_probe"), CardError, "it has gain_estimate"),
         (lambda: plots.depth_profile(fake_card(8), chosen=[8]), PlacementError, "outside the model"),
         (lambda: plots.heat_map({"schema": "other/1"}), CardError, "layercard profile"),
         (lambda: plots.heat_map(fake_card(8), OTHER_MODEL), CardError, "profile this model"),
-        (lambda: plots.cost_by_depth(_costed(), "tme"), ReportError, "did you mean 'time'"),  # type: ignore[arg-type]
-        (lambda: plots.front({"schema": "layercard/1"}), ReportError, "layercard pareto"),
-        (lambda: plots.front({"schema": "layercard-front/1"}), ReportError, "not a whole"),
-        (lambda: plots.transfer_matrix({"schema": "layercard-transfer/1"}), ReportError, "not a whole"),
+        (lambda: plots.cost_by_depth(_costed(), "tme"), ReportError, "did you mean time"),  # type: ignore[arg-type]
+        (lambda: plots.front({"schema": "layercard/1"}), SelectionError, "layercard pareto"),
+        (lambda: plots.front({"schema": "layercard-front/1"}), SelectionError, "model: Field required"),
+        (lambda: plots.transfer_matrix({"schema": "layercard-transfer/1"}), CardError, "model: Field required"),
         (lambda: plots.transfer_matrix({"one": fake_card(8)}), LayercardError, "card"),
         (lambda: plots.trade_off({"schema": "layercard-compare/1", "rows": []}), ReportError, "not a whole"),
         (lambda: plots.trade_off({}), ReportError, "layercard compare"),

@@ -14,8 +14,8 @@ from rich.console import Console
 from cards import fake_card, fake_placement
 from layercard.card import numbers as readings
 from layercard.records import Estimate
-from layercard.report import frames
 from layercard.report.terminal import card_view, placement_view, strip
+from layercard.report.words import bar_fractions
 
 
 def printed(card: dict[str, Any], width: int, **options: Any) -> list[str]:
@@ -112,7 +112,7 @@ def test_strips_are_as_wide_as_asked_and_have_one_dot(ends: list[float], width: 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e9, 1e9)), max_size=8), st.booleans())
 def test_bars_lie_between_nothing_and_full(values: list[float | None], wide: bool) -> None:
-    fractions = frames.bar_fractions([None if v is None else Estimate(value=v) for v in values], wide=wide)
+    fractions = bar_fractions([None if v is None else Estimate(value=v) for v in values], wide=wide)
     assert [f is None for f in fractions] == [v is None for v in values]
     assert all(-1e-9 <= f <= 1 + 1e-9 for f in fractions if f is not None)
 
@@ -120,15 +120,6 @@ def test_bars_lie_between_nothing_and_full(values: list[float | None], wide: boo
 def test_numbers_that_were_not_measured_are_none() -> None:
     assert [Estimate.read(raw) for raw in (None, {}, {"value": None}, math.nan, math.inf, "3", True)] == [None] * 7
     assert Estimate.read({"value": 1, "low": None, "high": 2}) == Estimate(value=1.0, high=2.0)
-
-
-def test_frames_hold_the_numbers_of_the_card() -> None:
-    card = fake_card(depth=6)
-    frame = frames.layer_frame(card)
-    assert frame.index.tolist() == list(range(6))
-    assert frame.loc[3, "resnorm_low"] == card["layers"][3]["resnorm"]["low"]
-    assert "training_probe" not in frame
-    assert frames.coupling_frame(card).loc[1, 2] == card["coupling"][1][2]
 
 
 def test_terminal_view_loads_neither_pandas_nor_plotly() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from layercard.report.html import story_of, write_page
-from layercard.report.ratios import ratios_of
-from layercard.report.roi import RATIOS, Ratio, Ratios, RoiInputs, roi
-from layercard.report.trials import rows_of
+from layercard.files import write_text
+from layercard.report.page import report_page
+from layercard.report.roi import RATIOS, Ratio, Ratios, RoiInputs, ratios_of, roi
+from layercard.report.trials import grouped
 from test_report_page import full
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -32,7 +32,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of 64 layers and 12 runs."""
-    return write_page(tmp_path_factory.mktemp("report") / "report.html", story_of(full(64)))
+    return write_text(tmp_path_factory.mktemp("report") / "report.html", report_page(full(64)))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_calculator_follows_what_is_typed(browser: Any, report: Path) -> Non
     page.goto(report.as_uri())
     page.fill("#roi-gpu_price_per_hour", "7")
     page.fill("#roi-gpu_watts", "400")
-    ratios = ratios_of(sources.placement["layers"], sources.card, rows_of(sources.trials))
+    ratios = ratios_of(sources.placement["layers"], sources.card, grouped(sources.trials))
     expected = roi(RoiInputs(gpu_price_per_hour=7, gpu_watts=400), ratios).results
     for name in ("saved_month", "energy_saved", "payback_months"):
         cell = page.locator(f'td[data-result="{name}"][data-end="mid"]')

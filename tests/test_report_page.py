@@ -15,15 +15,14 @@ import pytest
 from cards import fake_card, fake_comparison, fake_placement
 from layercard.commands.main import run
 from layercard.cost.model import CostModel
-from layercard.errors import CardError, LayercardError, OutputError, ReportError
+from layercard.errors import CardError, LayercardError, ReportError, TrainingError
 from layercard.records import Estimate
-from layercard.report import frames, html as report_html
-from layercard.report.calculator import amount
-from layercard.report.html import front_story, render, story_of, write_page
-from layercard.report.ratios import ratios_of
-from layercard.report.roi import RoiInputs, roi
+from layercard.report import page as report
+from layercard.report.page import front_page, report_page
+from layercard.report.roi import RoiInputs, ratios_of, roi
 from layercard.report.sources import Sources, read_sources
-from layercard.report.trials import compared, of_bench, of_comparison, of_run, plain_name, rows_of
+from layercard.report.trials import compared, grouped, of_bench, of_comparison, of_run, plain_name
+from layercard.report.words import amount, measured
 from layercard.selection.pareto import pareto
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -100,7 +99,7 @@ def full(depth: int = 12, cards: int = 2) -> Sources:
 @pytest.fixture(scope="module")
 def whole() -> tuple[Sources, str]:
     sources = full()
-    return sources, render(story_of(sources, commands=["layercard profile a"]))
+    return sources, report_page(sources, commands=["layercard profile a"])
 
 
 def test_every_part_is_there_and_nothing_is_missing(whole: tuple[Sources, str]) -> None:
@@ -120,7 +119,7 @@ def test_every_part_is_there_and_nothing_is_missing(whole: tuple[Sources, str]) 
 def test_numbers_are_those_of_the_files(whole: tuple[Sources, str]) -> None:
     sources, text = whole
     page, card, rows = Reader(text), sources.card, sources.comparisons[0]["rows"]
-    columns = [measure.key for measure in frames.measured(card)]
+    columns = [measure.key for measure in measured(card)]
     table = next(values for caption, values in page.values.items() if caption.startswith("Every layer"))
     assert table == [layer[key]["value"] if isinstance(layer[key], dict) else layer[key] for layer in card["layers"] for key in columns]
     line = page.figures["plot-gain_estimate"]["data"]
@@ -139,7 +138,7 @@ def test_numbers_are_those_of_the_files(whole: tuple[Sources, str]) -> None:
 def test_the_calculator_of_the_page_starts_from_pythons_results(whole: tuple[Sources, str]) -> None:
     sources, text = whole
     chosen = sources.placement["layers"]
-    found = roi(RoiInputs(), ratios_of(chosen, sources.card, rows_of(sources.trials))).results
+    found = roi(RoiInputs(), ratios_of(chosen, sources.card, grouped(sources.trials))).results
     shown = {(a["data-result"], a["data-end"]): a.get("data-exact") for a in Reader(text).with_tag("td") if a.get("data-result")}
     assert len(shown) == 3 * len(found)
     for (name, end), value in shown.items():
@@ -149,24 +148,24 @@ def test_the_calculator_of_the_page_starts_from_pythons_results(whole: tuple[Sou
 
 
 def test_a_page_without_anything_but_a_card_says_how_to_get_the_rest() -> None:
-    text = html.unescape(render(story_of(Sources(cards={"card": fake_card(4)}))))
+    text = html.unescape(report_page(Sources(cards={"card": fake_card(4)})))
     for command in ("layercard select card.json", "layercard compare", "layercard profile … --cost", "layercard pareto", "-o other.json"):
         assert command in text
     assert text.count("Not in this report") == 7
     no_coupling = {**fake_card(4), "coupling": []}
-    assert "This card has no coupling" in render(story_of(Sources(cards={"card": no_coupling})))
+    assert "This card has no coupling" in report_page(Sources(cards={"card": no_coupling}))
 
 
 def test_large_input_stays_small() -> None:
-    text = render(story_of(full(64)))
+    text = report_page(full(64))
     assert len(text.encode()) < 3_000_000
     assert len(Reader(text).figures["plot-coupling"]["data"][0]["z"]) == 64
 
 
 def test_plotly_is_the_file_that_its_note_says() -> None:
-    folder = Path(report_html.__file__).parent / "vendor"
-    assert hashlib.sha256(report_html.plotly_js().encode()).hexdigest() in (folder / "README.md").read_text(encoding="utf-8")
-    assert "</script" not in report_html.plotly_js()
+    folder = Path(report.__file__).parent / "vendor"
+    assert hashlib.sha256(report.plotly_js().encode()).hexdigest() in (folder / "README.md").read_text(encoding="utf-8")
+    assert "</script" not in report.plotly_js()
 
 
 def test_nothing_is_fetched(whole: tuple[Sources, str]) -> None:
@@ -208,7 +207,7 @@ def test_hostile_text_stays_text() -> None:
     sources.front["baselines"][0]["name"] = f"last-{EVIL}"
     sources.transfer["cards"][0]["name"] = sources.transfer["pairs"][0]["verdict"]["reason"] = EVIL
     sources.tables = [{"title": EVIL, "columns": [EVIL], "rows": [[EVIL]]}]
-    text = render(story_of(sources, inputs=RoiInputs(currency="€"), commands=[EVIL]))
+    text = report_page(sources, inputs=RoiInputs(currency="€"), commands=[EVIL])
     assert EVIL not in text
     page = Reader(text)
     assert not page.with_tag("img")
@@ -220,24 +219,16 @@ def test_hostile_text_stays_text() -> None:
 
 def test_a_front_alone_is_a_page() -> None:
     front = full(6).front
-    text = render(front_story(front))
+    text = front_page(front)
     assert set(Reader(text).figures) == {"plot-front-time", "plot-front-memory"}
     assert "Return on investment" not in text
 
 
-def test_page_is_written_whole_and_kept(tmp_path: Path) -> None:
-    story = story_of(Sources(cards={"card": fake_card(2)}))
-    page = write_page(tmp_path / "card.html", story)
-    with pytest.raises(OutputError, match="exists already"):
-        write_page(page, story)
-    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
-    assert [path.name for path in tmp_path.iterdir()] == ["card.html"]
-
-
 def run_record(card: dict[str, Any], layers: list[int], seconds: float, after: float, seed: int = 0) -> dict[str, Any]:
-    """What `layercard train` writes, shortened to what a report reads."""
+    """What `layercard train` writes."""
     return {
         "schema": "layercard-run/1",
+        "started": "2026-01-01T00:00:00+00:00",
         "placement": fake_placement(card, layers),
         "settings": {"seed": seed, "rank": 8},
         "model": {**card["model"], "device": "cpu"},
@@ -249,6 +240,10 @@ def run_record(card: dict[str, Any], layers: list[int], seconds: float, after: f
         "peak_memory_bytes": 1000 * len(layers),
         "trainable_parameters": 10 * len(layers),
         "adapter_bytes": 40 * len(layers),
+        "steps": 1,
+        "tokens_seen": 9,
+        "losses": [1.0],
+        "layers_in_backward": "1/4",
     }
 
 
@@ -275,7 +270,7 @@ def test_runs_compare_with_all_layers_of_their_seed() -> None:
     assert (one.time_share, every.time_share) == (50.0, 100.0)
     assert one.kept.value == pytest.approx(100 * 12 / 18)
     assert one.kept.low < one.kept.value < one.kept.high
-    assert one.whole_memory == 4000
+    assert one.memory_of_all == 4000
     other_seed = compared([of_run(run_record(card, [1], 30.0, 6.0, seed=5)), of_run(run_record(card, [0, 1, 2, 3], 60.0, 4.0))])[0]
     assert (other_seed.kept, other_seed.time_share) == (None, None)
 
@@ -286,7 +281,7 @@ def test_timings_that_runs_share_count_once() -> None:
     assert of_bench(bench_record(card, [1], split="valid")) is None
     assert runs[0].seconds is None  # part of its forward pass was stored
     again = [trial for trial in compared([*runs, *runs], {("e2e", (2,), 8): 40.0}) if trial.layers == (2,)]
-    row = rows_of(again)[0]
+    row = grouped(again)[0]
     assert (row.timings, row.time_share, row.name) == (1, Estimate(value=40.0), "middle 1")
     assert plain_name([0, 1, 2, 3], 4) == "all"
 
@@ -303,7 +298,7 @@ def test_ratios_say_what_they_come_from() -> None:
     nothing = ratios_of([3, 4])
     assert not nothing.adapter_size.measured and nothing.time.mid == 1
     comparison = fake_comparison(card, {"mine": [3, 4], "all": list(range(6))})
-    trained = ratios_of([3, 4], card, rows_of(compared(of_comparison(comparison))))
+    trained = ratios_of([3, 4], card, grouped(compared(of_comparison(comparison))))
     assert trained.time.mid == pytest.approx(comparison["rows"][0]["time_share"] / 100)
     assert "timed" in trained.time.source
     on_a_cpu = {**card, "cost": {**card["cost"], "threads": 2}}
@@ -355,8 +350,8 @@ CARD, OTHER = fake_card(4), {**fake_card(4), "model": {"name": "other", "fingerp
         ({"r/run.json": run_record(OTHER, [1], 1, 1)}, ["card.json", "r"], "a report is of one model", ReportError),
         ({"old.json": {**CARD, "schema": "layercard/0"}}, ["old.json"], "layercard/0", CardError),
         ({"r/run.json": {"schema": "layercard-run/0"}}, ["card.json", "r"], "layercard-run/0", ReportError),
-        ({"r/run.json": {"schema": "layercard-run/1"}}, ["card.json", "r"], "no whole layercard-run/1", ReportError),
-        ({"x.json": {"schema": "else/1"}}, ["card.json", "x.json"], "none of a report's", ReportError),
+        ({"r/run.json": {"schema": "layercard-run/1"}}, ["card.json", "r"], "started: Field required", TrainingError),
+        ({"x.json": {"schema": "else/1"}}, ["card.json", "x.json"], "not one of a report's", ReportError),
         ({"r/run.json": '{"schema": "layerc'}, ["card.json", "r"], "truncated", ReportError),
         ({}, ["card.json", "missing.json"], "no such file", ReportError),
     ],

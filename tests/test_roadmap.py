@@ -10,7 +10,7 @@ import typer
 
 from cards import fake_card, fake_comparison, fake_placement
 from layercard.commands.main import app
-from layercard.report.roadmap import DONE, NEXT, OPEN, Found, Roadmap, Step, roadmap, roadmap_markdown
+from layercard.report.roadmap import DONE, NEXT, OPEN, ModelFile, Roadmap, Step, roadmap, roadmap_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = fake_card(12)
@@ -19,8 +19,8 @@ RUN = {"schema": "layercard-run/1", "model": CARD["model"], "placement": PLACEME
 COMPARISON = fake_comparison(CARD, {"all": list(range(12)), "placement": [3, 8]})
 
 
-def found(name: str, kind: str, value: dict[str, Any]) -> Found:
-    return Found(name, kind, value)
+def found(name: str, kind: str, value: dict[str, Any]) -> ModelFile:
+    return ModelFile(name, kind, value)
 
 
 def steps(road: Roadmap) -> dict[str, Step]:

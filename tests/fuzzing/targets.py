@@ -26,7 +26,7 @@ from layercard.fast.prefix_store import Store
 from layercard.files import read_json
 from layercard.models.skeleton import empty_model, read_config
 from layercard.models.streamed import open_model
-from layercard.report.html import render, story_of
+from layercard.report.page import report_page
 from layercard.report.sources import read_sources
 from layercard.report.terminal import card_view
 from layercard.selection.placement import Placement
@@ -128,7 +128,7 @@ def _report(path: Path) -> object:
     card = path.parent / "card.json"
     if not card.exists():
         card.write_text(json.dumps(fake_card(6)))
-    return render(story_of(read_sources([card, path])))
+    return report_page(read_sources([card, path]))
 
 
 def _costs() -> list[bytes]:

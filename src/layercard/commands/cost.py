@@ -57,7 +57,7 @@ def cost(
         raise typer.BadParameter("--meta has no tokenizer for --data; give --batch-size and --length")
     opt.check_data(data)
     from layercard.cost.measure import measure_cost, random_batch, usual_batch
-    from layercard.report.costs import cost_view
+    from layercard.report.terminal import cost_view
 
     with Display() as display:
         if meta:

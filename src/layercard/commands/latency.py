@@ -37,7 +37,7 @@ def latency(
         if not (folder / "adapter_config.json").is_file():
             raise PlacementError(f"{folder} is no adapter: it lacks adapter_config.json; name the folder that `layercard train` wrote")
     from layercard.adapters.apply import place
-    from layercard.report.latency import latency_view
+    from layercard.report.terminal import latency_view
     from layercard.selection.placement import Placement
     from layercard.serving.adapter_switch import load_adapter, random_adapter
     from layercard.serving.latency import measure_latency

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
-from layercard.files import refuse_existing
+from layercard.files import refuse_existing, write_text
 from layercard.settings import setting
 
 
@@ -19,7 +19,7 @@ def pareto(
         opt.check_suffix(output, ".json", ".html")
         refuse_existing(output, force)
     from layercard.card.card import LayerCard
-    from layercard.report.front import front_view
+    from layercard.report.terminal import front_view
     from layercard.selection.pareto import pareto as fronts
 
     source = LayerCard.load(card)
@@ -27,9 +27,9 @@ def pareto(
         front = fronts(source, progress=display)
     value = front.to_json()
     if output is not None and output.suffix == ".html":
-        from layercard.report.html import front_story, write_page
+        from layercard.report.page import front_page
 
-        write_page(output, front_story(value), force=force)
+        write_text(output, front_page(value), force=force)
     elif output is not None:
         front.save(output, force=force)
     show_result(value, as_json, front_view(value), wrote=output)

@@ -7,7 +7,7 @@ from layercard.commands import options as opt
 from layercard.commands.roi import figures
 from layercard.commands.terminal import Display, out
 from layercard.errors import LayercardError
-from layercard.files import refuse_existing
+from layercard.files import refuse_existing, write_text
 from layercard.settings import setting
 
 
@@ -32,7 +32,7 @@ def report(
     roi_inputs = figures(inputs, given)
     from layercard.card.card import LayerCard
     from layercard.commands.reproduce import commands_of
-    from layercard.report.html import story_of, write_page
+    from layercard.report.page import report_page
     from layercard.report.sources import read_sources
     from layercard.selection.pareto import pareto
     from layercard.selection.transfer import transfer
@@ -49,5 +49,5 @@ def report(
         except LayercardError as problem:
             sources.notes.append(f"the cards were not compared: {problem}")
     line = shlex.join(["layercard", "report", *map(str, files), "-o", str(output)])
-    write_page(output, story_of(sources, inputs=roi_inputs, commands=[*commands_of(sources), line]), force=force)
+    write_text(output, report_page(sources, inputs=roi_inputs, commands=[*commands_of(sources), line]), force=force)
     out().print(f"wrote {output}", soft_wrap=True)

@@ -32,15 +32,14 @@ def roi(
         refuse_existing(output, force)
     roi_inputs = figures(inputs, given)
     from layercard.report import roi as model
-    from layercard.report.calculator import roi_view
-    from layercard.report.ratios import ratios_of
     from layercard.report.sources import read_sources
-    from layercard.report.trials import rows_of
+    from layercard.report.terminal import roi_view
+    from layercard.report.trials import grouped
 
     sources = read_sources(files)
     if sources.placement is None:
         raise ReportError("there is no placement to compare with all layers; make one with `layercard select` and name it too")
-    result = model.roi(roi_inputs, ratios_of(sources.placement["layers"], sources.card, rows_of(sources.trials)))
+    result = model.roi(roi_inputs, model.ratios_of(sources.placement["layers"], sources.card, grouped(sources.trials)))
     if output is not None:
         write_json(output, result.to_json(), force=force)
     show_result(result.to_json(), as_json, roi_view(result), wrote=output)

@@ -8,7 +8,7 @@ import typer
 from layercard.commands import options as opt
 from layercard.commands.terminal import out, show_result
 from layercard.errors import CardError
-from layercard.files import refuse_existing
+from layercard.files import refuse_existing, write_text
 from layercard.settings import setting
 
 
@@ -36,9 +36,8 @@ def show(
 
 def _write_page(html: Path, card: dict[str, Any], placement: Path | None, comparison: Path | None, force: bool) -> None:
     from layercard.commands.reproduce import commands_of
-    from layercard.report.frames import read_comparison
-    from layercard.report.html import story_of, write_page
-    from layercard.report.sources import Sources
+    from layercard.report.page import report_page
+    from layercard.report.sources import Sources, load_comparison
     from layercard.report.trials import compared, of_comparison
     from layercard.selection.placement import Placement
 
@@ -46,11 +45,11 @@ def _write_page(html: Path, card: dict[str, Any], placement: Path | None, compar
     if placement is not None:
         sources.placements[placement.stem] = Placement.load(placement).to_json()
     if comparison is not None:
-        sources.comparisons.append(read_comparison(comparison))
+        sources.comparisons.append(load_comparison(comparison))
     for path, part in [(placement, each) for each in sources.placements.values()] + [(comparison, each) for each in sources.comparisons]:
         if part["model"].get("fingerprint") != card["model"]["fingerprint"]:
             name = part["model"].get("name")
             raise CardError(f"{path} is of {name!r}, the card is of {card['model']['name']!r}; show one model on a page")
     if sources.comparisons:
         sources.trials = compared(of_comparison(sources.comparisons[0]))
-    write_page(html, story_of(sources, commands=commands_of(sources)), force=force)
+    write_text(html, report_page(sources, commands=commands_of(sources)), force=force)

@@ -33,7 +33,7 @@ def transfer(
     if output is not None:
         refuse_existing(output, force)
     from layercard.card.card import LayerCard
-    from layercard.report.transfer import transfer_view
+    from layercard.report.terminal import transfer_view
     from layercard.selection.transfer import transfer as compare
 
     # Cards are called by the names of their files, with folders where these are alike.

@@ -1,56 +1,48 @@
-"""Cards on the Hugging Face hub: each a small data set repository with the card, a README and two pictures.
+"""Cards on the Hugging Face hub: each a small data set repository with the card and a README.
 
 A repository is written in one commit, so an interrupted upload leaves no half card. What comes from the hub may come from anyone: it is
 read as JSON of limited size, validated as every card is, and refused where its texts hold control characters.
 """
 
+import html
+import json
+import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors as hub_errors, get_token
 from huggingface_hub.hf_api import DatasetInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from layercard.card.card import LayerCard
+from layercard.card.numbers import Json, best_layers, interval, profile_of, short, stability_words
 from layercard.errors import CardError, HubError, one_line
 from layercard.files import json_text, parse_json
 from layercard.hub import hub_answers
-from layercard.report.hub_page import COUPLING, DEPTH, fingerprint_tag, readme
-from layercard.report.svg import coupling_svg, depth_svg
+from layercard.records import Estimate
+from layercard.report.terminal import bar
+from layercard.report.words import bar_fractions, title_of
 
 CARD_FILE = "card.json"
+CARD_FILES = frozenset({".gitattributes", "README.md", CARD_FILE})
+"""What a card's repository holds."""
 LARGEST = 32 * 2**20
 """Bytes of a card from the hub; those of models with 100 layers have some hundred thousand."""
-OWN_FILES = frozenset({".gitattributes", "README.md", CARD_FILE, DEPTH, COUPLING})
-"""What a card's repository holds."""
 UNSEEN = ("Cc", "Cf", "Cs")
 """Unicode's categories of control and format characters and of halves of surrogate pairs."""
+TAG = "layercard"
+LONGEST = 200
+"""Characters of one text on the page before it is cut."""
+COLUMNS = ("gain_estimate", "training_probe", "step_probe", "centrality", "resnorm")
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """Where a card lies on the hub.
-
-    Attributes:
-        name: Full name of the repository, `OWNER/NAME`.
-        url: Its page.
-        commit: Id of the commit that holds the card.
-    """
+class Pushed(NamedTuple):
+    """Where a card lies on the hub: the repository's full name `OWNER/NAME`, its page, and the id of the commit that holds the card."""
 
     name: str
     url: str
@@ -89,22 +81,21 @@ def push(
     with _in_one_line(name):
         full = name if "/" in name else f"{api.whoami()['name']}/{name}"
     with _in_one_line(full):
-        held, branch = _held(api, full, revision)
-        if held is None:
+        # What is there: the repository at the branch, else at its main one, else nothing.
+        try:
+            there, branch_exists = api.dataset_info(full, revision=revision), True
+        except hub_errors.RevisionNotFoundError:
+            there, branch_exists = api.dataset_info(full), False
+        except hub_errors.RepositoryNotFoundError:
+            there, branch_exists = None, False
+        if there is None:
             api.create_repo(full, repo_type="dataset", private=private, exist_ok=True)
         else:
-            _check_free(held, full, private, force)
-            if branch and not force:
-                _check_same(held, card, full)
+            _check_replaceable(there, card, full, private=private, force=force, branch_exists=branch_exists)
         if revision is not None:
             api.create_branch(full, branch=revision, repo_type="dataset", exist_ok=True)
         value = card.to_json()
-        files = {
-            CARD_FILE: json_text(value),
-            DEPTH: depth_svg(value),
-            COUPLING: coupling_svg(value),
-            "README.md": readme(value, full, license_id),
-        }
+        files = {CARD_FILE: json_text(value), "README.md": readme(value, full, license_id)}
         commit = api.create_commit(
             full,
             operations=[CommitOperationAdd(path, text.encode("utf-8")) for path, text in files.items()],
@@ -145,8 +136,8 @@ def find(fingerprint: str, limit: int = 20) -> list[str]:
     """
     _check_reachable()
     with _in_one_line(fingerprint):
-        found = HfApi(endpoint=constants.ENDPOINT).list_datasets(filter=fingerprint_tag(fingerprint), limit=limit)
-        return [str(each.id) for each in islice(found, limit)]
+        repositories = HfApi(endpoint=constants.ENDPOINT).list_datasets(filter=fingerprint_tag(fingerprint), limit=limit)
+        return [str(repository.id) for repository in islice(repositories, limit)]
 
 
 def without_folders(card: LayerCard) -> LayerCard:
@@ -178,44 +169,26 @@ def _check_reachable() -> None:
         raise HubError(f"the hub at {constants.ENDPOINT} cannot be reached; check the network, or HF_ENDPOINT")
 
 
-def _held(api: HfApi, name: str, revision: str | None) -> tuple[DatasetInfo | None, bool]:
-    """What a repository holds, `None` where there is none; and whether it has the branch, else that is of its main one."""
-    try:
-        return api.dataset_info(name, revision=revision), True
-    except RevisionNotFoundError:
-        return api.dataset_info(name), False
-    except RepositoryNotFoundError:
-        return None, False
-
-
-def _check_free(held: DatasetInfo, name: str, private: bool, force: bool) -> None:
-    """Refuse to write beside what belongs to no card, and to believe a public repository private.
+def _check_replaceable(there: DatasetInfo, card: LayerCard, name: str, *, private: bool, force: bool, branch_exists: bool) -> None:
+    """Refuse to write beside other files or over another card, and to believe a public repository private.
 
     Raises:
         HubError: One of these.
     """
-    if private and not held.private:
+    if private and not there.private:
         raise HubError(f"{name} exists and is public, and --private is for new repositories; change it on its page, or name another")
-    files = {each.rfilename for each in held.siblings or ()}
-    other = sorted(files - (OWN_FILES if CARD_FILE in files else {".gitattributes"}))
+    files = {file.rfilename for file in there.siblings or ()}
+    other = sorted(files - (CARD_FILES if CARD_FILE in files else {".gitattributes"}))
     if other and not force:
         raise HubError(f"{name} exists and holds {other[0]}, which is of no card; name a new repository, or pass --force to write there")
-
-
-def _check_same(held: DatasetInfo, card: LayerCard, name: str) -> None:
-    """Refuse to write over another card.
-
-    Raises:
-        HubError: There is one.
-    """
-    if CARD_FILE not in {each.rfilename for each in held.siblings or ()}:
+    if force or not branch_exists or CARD_FILE not in files:
         return
     try:
-        there = pull(name, revision=held.sha)
+        old = pull(name, revision=there.sha)
     except CardError:
         raise HubError(f"{name} holds a {CARD_FILE} that is no card; name another repository, or pass --force to replace it") from None
-    if there != card:
-        raise HubError(f"{name} holds another card, of {there.model.fingerprint}; name another repository, or pass --force to replace it")
+    if old != card:
+        raise HubError(f"{name} holds another card, of {old.model.fingerprint}; name another repository, or pass --force to replace it")
 
 
 def _read(name: str, revision: str | None) -> bytes:
@@ -226,16 +199,16 @@ def _read(name: str, revision: str | None) -> bytes:
     """
     validate_repo_id(name)
     url = f"{constants.ENDPOINT}/datasets/{name}/resolve/{quote(revision or 'main', safe='')}/{CARD_FILE}"
-    found = bytearray()
+    data = bytearray()
     with get_session().stream("GET", url, headers=build_hf_headers(), timeout=30.0, follow_redirects=True) as response:
         if response.is_error:
             response.read()
         hf_raise_for_status(response)
         for part in response.iter_bytes():
-            found += part
-            if len(found) > LARGEST:
+            data += part
+            if len(data) > LARGEST:
                 raise HubError(f"{CARD_FILE} of {name} is larger than {LARGEST // 2**20} MiB, which no card is; name another repository")
-    return bytes(found)
+    return bytes(data)
 
 
 def _check_texts(value: dict[str, Any], source: str) -> None:
@@ -271,22 +244,21 @@ def _in_one_line(name: str) -> Iterator[None]:
 
 
 def _words(error: Exception, name: str) -> str:
+    """What is wrong in one line, with how to mend it."""
     hub = f"the hub at {constants.ENDPOINT}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{hub} cannot be reached: HF_HUB_OFFLINE is set; unset it"
-    if isinstance(error, HFValidationError):
-        return f"{name!r} is no name of a repository; write OWNER/NAME in letters, digits, '-', '_' and '.'"
-    if isinstance(error, GatedRepoError):
-        return f"{name} is gated; ask for access on its page {constants.ENDPOINT}/datasets/{name}"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"{name}: no such repository on {hub}, or it is private; check the name, or run `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no such revision; name a branch, tag or commit that it has"
-    if isinstance(error, EntryNotFoundError):
-        return f"{name} holds no card ({CARD_FILE}); name a repository that `layercard push` made"
-    if not isinstance(error, HfHubHTTPError):
-        detail = one_line(error, 120)
-        return f"{hub} stopped answering about {name} ({detail}); try again"
+    sentences = {
+        hub_errors.OfflineModeIsEnabled: f"{hub} cannot be reached: HF_HUB_OFFLINE is set; unset it",
+        hub_errors.HFValidationError: f"{name!r} is not a name of a repository; write OWNER/NAME in letters, digits, '-', '_' and '.'",
+        hub_errors.GatedRepoError: f"{name} is gated; ask for access on its page {constants.ENDPOINT}/datasets/{name}",
+        hub_errors.RepositoryNotFoundError: f"{name}: no such repository on {hub}, or it is private; check the name or run `hf auth login`",
+        hub_errors.RevisionNotFoundError: f"{name} has no such revision; name a branch, tag or commit that it has",
+        hub_errors.EntryNotFoundError: f"{name} holds no card ({CARD_FILE}); name a repository that `layercard push` made",
+    }
+    for kind, sentence in sentences.items():
+        if isinstance(error, kind):
+            return sentence
+    if not isinstance(error, hub_errors.HfHubHTTPError):
+        return f"{hub} stopped answering about {name} ({one_line(error, 120)}); try again"
     status = error.response.status_code
     if status == 401:
         return f"{hub} does not accept the token; run `hf auth login` again, or mend HF_TOKEN"
@@ -294,3 +266,106 @@ def _words(error: Exception, name: str) -> str:
         return f"the token may not do this with {name}; use one with write access to it"
     detail = " ".join((error.server_message or "").split())[:120] or "without a reason"
     return f"{hub} answers {status} about {name} ({detail}); try again later"
+
+
+# ---- the page of a card
+
+
+def fingerprint_tag(fingerprint: str) -> str:
+    """The tag by which cards of a model are found; letters, digits and hyphens only.
+
+    >>> fingerprint_tag("0123456789abcdef")
+    'layercard-0123456789abcdef'
+    """
+    return f"{TAG}-{re.sub(r'[^a-z0-9]', '', fingerprint.lower())[:64]}"
+
+
+def readme(card: Json, name: str, license_id: str | None = None) -> str:
+    """The README of a card's repository: YAML for the hub's search, then the card in words, tables and two pictures of characters.
+
+    What a card says in words may come from anyone, so it is shown as text: no line of it becomes markup, a link or YAML.
+
+    Args:
+        card: JSON value of a card that was read by `LayerCard`.
+        name: Name of the repository.
+        license_id: Licence of the card, as the hub names licences; none is said when not given.
+    """
+    model, data, settings = card["model"], card["data"], card["settings"]
+    title, tag = f"Layer Card of {_line(model['name'])}", fingerprint_tag(model["fingerprint"])
+    # The last part of the model's name, as far as a tag can hold it.
+    name_tag = re.sub(r"[^A-Za-z0-9._-]+", "-", _line(model["name"]).rpartition("/")[2]).strip("-.")
+    header = [f"pretty_name: {_quoted(title)}", "viewer: false", "tags:", *(f"- {_quoted(t)}" for t in (TAG, tag, name_tag) if t)]
+    header += [f"license: {_quoted(license_id)}"] if license_id else []
+    made = ", ".join(f"{key} {settings[key]}" for key in ("rank", "ridge", "probe", "seed", "dtype") if settings.get(key) is not None)
+    facts = {
+        "Records": f"{data['records']:,} from {data['source']}: {data['tokens']:,} tokens, {data['labelled_tokens']:,} labelled",
+        "Records' fingerprint": str(data["fingerprint"]),
+        "Made with": f"{made}; layercard {card['versions'].get('layercard', 'of an unknown version')}",
+        "Ranking": stability_words(card),
+    }
+    best = best_layers(card)
+    columns = [key for key in COLUMNS if any(Estimate.read(card["layers"][layer].get(key)) for layer in best)]
+    rows = []
+    for layer in best:
+        estimates = [Estimate.read(card["layers"][layer].get(key)) for key in columns]
+        cells = ["–" if e is None else f"{short(e.value)} ({interval(e)})" if interval(e) else short(e.value) for e in estimates]
+        rows.append(f"| {' | '.join([str(layer), *cells])} |")
+    lines = ["---", *header, "---", "", f"# {_plain(title)}", ""]
+    lines += [
+        f"What a low-rank adapter could gain in each of the {model['layers']} layers of {_plain(model['name'])}, measured on "
+        f"{data['records']:,} records with layercard. It is of use for a model with the same weights: their fingerprint is "
+        f"`{tag.removeprefix(f'{TAG}-')}`.",
+        "",
+    ]
+    lines += ["| | |", "| --- | --- |", *(f"| {key} | {_plain(value)} |" for key, value in facts.items()), ""]
+    lines += [
+        "## Gain estimate of each layer",
+        "",
+        "★ best single layers; in brackets 95 % intervals.",
+        "",
+        *_depth_picture(card, best),
+        "",
+    ]
+    lines += ["## Coupling of the layers", "", "How far one layer can do another's work: full blocks are 1, blanks 0, dashes below 0.", ""]
+    lines += [*_coupling_picture(card), "", "## Best single layers", ""]
+    lines += [f"| {' | '.join(['Layer', *map(title_of, columns)])} |", f"|{' ---: |' * (1 + len(columns))}", *rows, ""]
+    lines += ["Values with 95 % intervals over records.", ""]
+    if card.get("warnings"):
+        lines += ["## What to know before trusting it", "", *(f"- {_plain(warning)}" for warning in card["warnings"]), ""]
+    use = [f"layercard pull {name} -o card.json", "layercard select card.json --k 5 -o placement.json"]
+    return "\n".join([*lines, "## Use", "", "```bash", *use, "```", ""])
+
+
+def _depth_picture(card: Json, best: list[int]) -> list[str]:
+    """A bar for each layer, with the number beside it."""
+    values, lines = profile_of(card, "gain_estimate"), []
+    for layer, (value, fraction) in enumerate(zip(values, bar_fractions(values), strict=True)):
+        number = "–" if value is None else f"{short(value.value)} ({interval(value)})"
+        lines.append(f"{'★' if layer in best else ' '}{layer:>4} {bar(fraction or 0.0, 40)} {number}")
+    return ["```text", *lines, "```"]
+
+
+def _coupling_picture(card: Json) -> list[str]:
+    """A character for each two layers, layer 0 at the top and at the left."""
+    rows = ["".join("-" if value < -0.05 else " ░▒▓█"[round(4 * min(1.0, max(0.0, value)))] for value in row) for row in card["coupling"]]
+    return ["```text", *(f"{layer:>4} {row}" for layer, row in enumerate(rows)), "```"]
+
+
+def _line(value: object) -> str:
+    """A text on one line, without characters that cannot be seen, cut where it is long."""
+    words = " ".join("".join(character if character.isprintable() else " " for character in str(value)).split())
+    return words if len(words) <= LONGEST else f"{words[: LONGEST - 1]}…"
+
+
+def _quoted(value: str) -> str:
+    """A YAML string: that of JSON is one."""
+    return json.dumps(_line(value), ensure_ascii=False)
+
+
+def _plain(value: object) -> str:
+    """A text that Markdown and HTML show as it is.
+
+    >>> _plain("<b>[a](https://x)|`c`")
+    '&lt;b&gt;\\\\[a\\\\](https&#58;//x)\\\\|\\\\`c\\\\`'
+    """
+    return re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", html.escape(_line(value), quote=False)).replace(":", "&#58;").replace("@", "&#64;")

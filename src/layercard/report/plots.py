@@ -8,18 +8,17 @@ plots.depth_profile(card, chosen=select(card, k=5))
 ```
 
 Each function gives a plotly figure that equals the one in `layercard report`; show it, restyle it or write it as with any other. They take
-objects of the library and the JSON values of their files alike, and check them as the commands do. plotly is loaded by the first call.
+objects of the library and the JSON values of their files alike, and check them as the commands do: what is not whole, or of another
+model, raises the error of its kind (`CardError`, `PlacementError`, `SelectionError`); a name that there is not raises `ReportError`, and
+`chosen` layers outside the model `PlacementError`. plotly is loaded by the first call.
 """
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from layercard.card.card import LayerCard
-from layercard.cost.model import CostModel
-from layercard.errors import CardError, PlacementError, ReportError
-from layercard.files import shown
+from layercard.errors import CardError, PlacementError, ReportError, suggestion
+from layercard.records import Record
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement, check_layers
 from layercard.selection.transfer import Transfer, transfer
@@ -31,58 +30,47 @@ Card = LayerCard | Mapping[str, Any]
 """A card, or the JSON value of its file."""
 Chosen = Placement | Mapping[str, Any] | Iterable[int]
 """Layers to mark: a placement, the JSON value of its file, or block indices."""
+Placements = Mapping[str, Placement | Mapping[str, Any]]
+"""Placements, or the JSON values of their files, by the names to show."""
 CostKind = Literal["time", "memory", "reach"]
 FrontCost = Literal["time", "memory"]
 
 __all__ = ["cost_by_depth", "coupling", "depth_profile", "front", "heat_map", "trade_off", "transfer_matrix"]
+_R = TypeVar("_R", bound=Record)
 
 
 def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = ()) -> "Figure":
-    """One measure over depth, with its 95 % interval as a band and the chosen layers as diamonds.
+    """One measure over depth (`docs/card.md` lists them), with its 95 % interval as a band and the chosen layers as diamonds.
 
-    Args:
-        card: The card.
-        measure: A measure that the card has (`docs/card.md`); values are in the unit that the card gives for it.
-        chosen: Layers to mark.
+    Values are in the unit that the card gives for the measure.
 
     Raises:
-        CardError: The card is not whole, lacks the measure, or is of another model than the placement.
-        PlacementError: Layers that the model does not have.
+        CardError: The card does not have the measure.
     """
-    from layercard.report import figures, frames
+    from layercard.report import figures, words
 
-    found = _card(card)
-    value = found.to_json()
-    known = {one.key: one for one in frames.measured(value)}
-    if measure not in known:
-        raise CardError(f"the card has no measure {measure!r}{_meant(measure, known)}; it has {', '.join(known)}")
-    return figures.depth_figure(value, known[measure], _layers(found, chosen))
+    checked = _record(LayerCard, card)
+    value = checked.to_json()
+    measures = {known.key: known for known in words.measured(value)}
+    if measure not in measures:
+        raise CardError(f"the card has no measure {measure!r}; it has {', '.join(measures)}; {suggestion(measure, measures)}")
+    return figures.depth_figure(value, measures[measure], _layers(checked, chosen))
 
 
 def heat_map(card: Card, chosen: Chosen = ()) -> "Figure":
-    """All measures of a card, one row each on its own scale, over the layers; exact values on hover, chosen layers marked above.
-
-    Raises:
-        CardError: The card is not whole, or is of another model than the placement.
-        PlacementError: Layers that the model does not have.
-    """
+    """All measures of a card, one row each on its own scale, over the layers; exact values on hover, chosen layers marked above."""
     from layercard.report import figures
 
-    found = _card(card)
-    return figures.heat_figure(found.to_json(), _layers(found, chosen))
+    checked = _record(LayerCard, card)
+    return figures.heat_figure(checked.to_json(), _layers(checked, chosen))
 
 
 def coupling(card: Card, chosen: Chosen = ()) -> "Figure":
-    """The coupling matrix `ρ: [L, L]`, a correlation without unit; chosen layers are marked on the diagonal.
-
-    Raises:
-        CardError: The card is not whole, or is of another model than the placement.
-        PlacementError: Layers that the model does not have.
-    """
+    """The coupling matrix `ρ: [L, L]`, a correlation without unit; chosen layers are marked on the diagonal."""
     from layercard.report import figures
 
-    found = _card(card)
-    return figures.coupling_figure(found.to_json(), _layers(found, chosen))
+    checked = _record(LayerCard, card)
+    return figures.coupling_figure(checked.to_json(), _layers(checked, chosen))
 
 
 def cost_by_depth(card: Card, kind: CostKind = "time", chosen: Chosen = ()) -> "Figure":
@@ -96,47 +84,37 @@ def cost_by_depth(card: Card, kind: CostKind = "time", chosen: Chosen = ()) -> "
         chosen: Layers to mark; `reach` marks none.
 
     Raises:
-        CardError: The card is not whole, has no cost, or is of another model than the placement.
-        PlacementError: Layers that the model does not have.
-        ReportError: Another kind.
+        CardError: The card has no cost.
     """
     from layercard.report import figures
 
-    found = _card(card)
-    layers = _layers(found, chosen)
-    _one_of("kind", kind, get_args(CostKind))
-    if found.cost is None:
+    checked = _record(LayerCard, card)
+    layers = _layers(checked, chosen)
+    _check_name("kind", kind, get_args(CostKind))
+    if checked.cost is None:
         raise CardError("the card has no cost; profile again with --cost, or estimate it: card.with_cost(cost_of(card))")
-    cost = CostModel.from_json(found.to_json()["cost"], "the card's cost")
     if kind == "reach":
-        return figures.reach_figure(cost)
-    return figures.cost_time_figure(cost, layers) if kind == "time" else figures.cost_memory_figure(cost, layers)
+        return figures.reach_figure(checked.cost)
+    return figures.cost_time_figure(checked.cost, layers) if kind == "time" else figures.cost_memory_figure(checked.cost, layers)
 
 
-def front(
-    front: Front | Mapping[str, Any], cost: FrontCost = "time", placements: Mapping[str, Placement | Mapping[str, Any]] | None = None
-) -> "Figure":
+def front(front: Front | Mapping[str, Any], cost: FrontCost = "time", placements: Placements | None = None) -> "Figure":
     """Performance kept against one cost, both predicted and in % of all layers: least cost as a line, plain placements as points.
 
     Args:
         front: What `layercard.selection.pareto.pareto(card)` gives, or the JSON value of `layercard pareto -o front.json`.
         cost: `time` of a step or peak `memory`.
         placements: Placements to mark, by the names to show on hover.
-
-    Raises:
-        ReportError: The value is no front, or has not this cost.
-        PlacementError: A placement that is not whole, or is of another model than the front.
     """
     from layercard.report import figures
 
-    value = front.to_json() if isinstance(front, Front) else front
-    named = {name: _placement(placement).to_json() for name, placement in (placements or {}).items()}
-    with _whole(value, Front.schema_name(), "layercard pareto"):
-        _one_of("cost", cost, value["fronts"])
-        for name, placement in named.items():
-            if placement["model"].get("fingerprint") != value["model"]["fingerprint"]:
-                raise PlacementError(f"placement {name} is of {placement['model'].get('name')}, the front of {value['model']['name']}")
-        return figures.front_figure(value, cost, named)
+    checked = _record(Front, front)
+    _check_name("cost", cost, checked.fronts)
+    named = {name: _record(Placement, placement) for name, placement in (placements or {}).items()}
+    for name, placement in named.items():
+        if placement.model.get("fingerprint") != checked.model.get("fingerprint"):
+            raise PlacementError(f"placement {name} is of {placement.model.get('name')}, the front of {checked.model.get('name')}")
+    return figures.front_figure(checked.to_json(), cost, {name: placement.to_json() for name, placement in named.items()})
 
 
 def transfer_matrix(cards: Transfer | Mapping[str, Any]) -> "Figure":
@@ -147,20 +125,16 @@ def transfer_matrix(cards: Transfer | Mapping[str, Any]) -> "Figure":
             JSON value of `layercard transfer -o`, which are shown as they are.
 
     Raises:
-        CardError: Fewer than two cards, cards of several models, or one that is not whole.
-        ReportError: A JSON value that is no comparison of cards.
+        CardError: Fewer than two cards, or cards of several models.
     """
     from layercard.report import figures
 
-    if isinstance(cards, Transfer):
-        return figures.transfer_figure(cards.to_json())
-    if isinstance(cards.get("schema"), str):
-        with _whole(cards, Transfer.schema_name(), "layercard transfer"):
-            return figures.transfer_figure(cards)
-    return figures.transfer_figure(transfer([(str(name), _card(card)) for name, card in cards.items()]).to_json())
+    if isinstance(cards, Transfer) or isinstance(cards.get("schema"), str):
+        return figures.transfer_figure(_record(Transfer, cards).to_json())
+    return figures.transfer_figure(transfer([(str(name), _record(LayerCard, card)) for name, card in cards.items()]).to_json())
 
 
-def trade_off(comparison: Mapping[str, Any], placements: Mapping[str, Placement | Mapping[str, Any]] | None = None) -> "Figure":
+def trade_off(comparison: Mapping[str, Any], placements: Placements | None = None) -> "Figure":
     """Performance kept against training time, both measured and in % of all layers: one point a placement that was trained.
 
     Args:
@@ -168,53 +142,34 @@ def trade_off(comparison: Mapping[str, Any], placements: Mapping[str, Placement 
         placements: Placements to mark and to name beside their points.
 
     Raises:
-        ReportError: The value is no comparison, or not a whole one.
-        PlacementError: A placement that is not whole.
+        ReportError: The value is not a whole comparison.
     """
-    from layercard.report import figures, parts
-    from layercard.report.frames import COMPARISON
-    from layercard.report.trials import compared, of_comparison, rows_of
+    from layercard.report import figures
+    from layercard.report.sources import read_runs
+    from layercard.report.tables import called
+    from layercard.report.trials import compared, grouped
 
-    given = {name: _placement(placement).to_json() for name, placement in (placements or {}).items()}
-    names = {tuple(value["layers"]): parts.called(name, value) for name, value in given.items()}
-    with _whole(comparison, COMPARISON, "layercard compare"):
-        return figures.trade_off_figure(rows_of(compared(of_comparison(comparison)), names), list(names.values()))
-
-
-def _card(card: Card) -> LayerCard:
-    return card if isinstance(card, LayerCard) else LayerCard.from_json(dict(card))
+    given = {name: _record(Placement, placement).to_json() for name, placement in (placements or {}).items()}
+    names = {tuple(value["layers"]): called(name, value) for name, value in given.items()}
+    runs = read_runs("comparison", comparison, "comparison")
+    return figures.trade_off_figure(grouped(compared(runs), names), list(names.values()))
 
 
-def _placement(placement: Placement | Mapping[str, Any]) -> Placement:
-    return placement if isinstance(placement, Placement) else Placement.from_json(dict(placement))
+def _record(record: type[_R], value: Any) -> _R:
+    return value if isinstance(value, record) else record.from_json(dict(value))
 
 
 def _layers(card: LayerCard, chosen: Chosen) -> list[int]:
     """Layers to mark, checked against the card."""
     if isinstance(chosen, Placement | Mapping):
-        placement = _placement(chosen)
+        placement = _record(Placement, chosen)
         card.check_model(placement.model)
         return list(placement.layers)
     layers = list(chosen)
     return list(check_layers(layers, card.model.layers)) if layers else []
 
 
-@contextmanager
-def _whole(value: Mapping[str, Any], schema: str, command: str) -> Iterator[None]:
-    """Refuse a value of another schema, and one that turns out not to be whole."""
-    if value.get("schema") != schema:
-        raise ReportError(f"schema {shown(value.get('schema'))} is not {schema!r}; make the value with `{command}`")
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise ReportError(f"not a whole {schema} ({type(problem).__name__}: {problem}); make it again with `{command}`") from None
-
-
-def _one_of(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in (names := list(known)):
-        raise ReportError(f"{name} {value!r} is none of {', '.join(names)}{_meant(value, names)}")
-
-
-def _meant(value: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(value), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _check_name(what: str, name: str, names: Iterable[str]) -> None:
+    names = list(names)
+    if name not in names:
+        raise ReportError(f"{what} {name!r} is not one of {', '.join(names)}; {suggestion(name, names)}")

@@ -1,117 +1,108 @@
-"""What a placement saves in money, hours, energy and CO₂: one table of formulas, evaluated here and in the page alike.
+"""What a placement saves in money, hours, energy and CO₂: one table of formulas, computed here and in the page alike.
 
 `roi` compares training and serving with adapters in the layers of a placement against adapters in all layers. `RoiInputs` are the
 reader's own figures; `Ratios` are what was measured of the placement, as shares of all layers (0.6: 40 % less). `FORMULAS` is the whole
-model, in the order in which it is evaluated: each line may use inputs, ratios and the lines above it. The same text runs in Python and,
-through `javascript`, in a page, with the same double precision arithmetic in the same order.
+model, in the order in which it is computed: each line may use figures, ratios and the lines above it. With numbers a line gives its
+value; with `Term`s it gives its own text, which is the docs' and the page's JavaScript: the same operations in the same order on the
+same doubles.
 
 A ratio that was not measured counts as 1, so nothing is saved by it, in `Roi.results`; what it would save is told apart from these, in
-`Roi.with_assumptions`. Nothing here reads files: `layercard.report.ratios` takes the ratios from cards, placements and runs.
+`Roi.with_assumptions`.
 """
 
-import difflib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from types import CodeType
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
-from layercard.errors import ReportError
+from layercard.card.numbers import Json, listed
+from layercard.cost.model import CostModel
+from layercard.errors import ReportError, suggestion
+from layercard.files import shown
+from layercard.records import Estimate, Part, Record, first_problem
+from layercard.report.trials import Trial, TrialGroup, mean
+from layercard.report.words import counted, device_of
 
-SCHEMA = "layercard-roi/1"
 RATIOS = ("time", "memory", "latency", "adapter_size")
+MEASURED_FIGURES = ("run_memory_gb", "adapter_mb", "adapter_latency_ms")
+"""Figures of a run of all layers that are taken as measured where the reader gives none."""
+COST_ERROR = 0.061
+"""Worst error of a step time that a measured cost model predicts (`benchmarks/results/cost_model.json`)."""
 
 _Amount = Annotated[FiniteFloat, Field(ge=0, le=1e12)]
 _Positive = Annotated[FiniteFloat, Field(ge=1e-6, le=1e12)]
 _Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _figure(default: float | None, label: str, unit: str = "") -> Any:
+    return Field(default=default, title=label, json_schema_extra={"unit": unit})
 
 
-class RoiInputs(_Frozen):
-    """The reader's figures. Money is in `currency`, whatever that is; a month is a month; 1 GB is 10⁹ bytes.
+class RoiInputs(Part, extra="forbid"):
+    """The reader's figures, each with its label and unit. `docs/roi.md` says what they mean.
 
-    The defaults are an example, not a recommendation: whatever is not given is named in `Roi.assumptions`. `None` means "as measured"
-    for the three figures of an all-layer run, and "not counted" for the rest.
-
-    Attributes:
-        currency: What money is counted in; a name only.
-        gpu_price_per_hour: Price of one GPU for one hour.
-        runs_per_month: Fine-tuning runs a month.
-        hours_per_run: Hours (by the clock) of one run with adapters in all layers.
-        gpus: GPUs that a run takes.
-        run_memory_gb: Memory that an all-layer run takes at its peak on each GPU, GB.
-        smaller_gpu_price_per_hour: Price of a smaller GPU that would do if the run took less memory; `None`: there is none.
-        smaller_gpu_memory_gb: Memory of that GPU, GB.
-        smaller_gpu_speed: Its speed as a share of the other one's (0.5: a run takes twice as long).
-        adapters_served: Adapters kept ready for serving.
-        adapter_mb: Size of one all-layer adapter, MB.
-        storage_price_per_gb_month: What keeping 1 GB of adapters ready costs a month.
-        requests_per_month: Requests answered a month.
-        tokens_per_month: Tokens generated a month.
-        concurrent_requests: Requests that one GPU answers at a time, and which share the time that an adapter adds.
-        adapter_latency_ms: Time that all-layer adapters, not merged into the weights, add to each generated token, ms; 0 when merged.
-        engineer_hours: Working hours to set this up, once.
-        engineer_rate: Cost of one of these hours.
-        profile_hours: GPU hours to profile the model, once.
-        gpu_watts: Power that a GPU draws, W; `None`: no energy is given.
-        grid_gco2_per_kwh: CO₂ of the grid's electricity, g/kWh; `None`: no CO₂ is given.
+    Money is in `currency`, whatever that is; 1 GB is 10⁹ bytes. The defaults are an example, not a recommendation: whatever is not given
+    is named in `Roi.assumptions`. `None` means "as measured" for `MEASURED_FIGURES`, and "not counted" for the rest.
     """
 
     currency: Annotated[str, Field(max_length=12, pattern=r"^[^<>&\"'\x00-\x1f]*$")] = "USD"
-    gpu_price_per_hour: _Amount = 2.5
-    runs_per_month: _Amount = 20.0
-    hours_per_run: _Amount = 8.0
-    gpus: Annotated[int, Field(ge=1, le=10**6)] = 1
-    run_memory_gb: _Amount | None = None
-    smaller_gpu_price_per_hour: _Amount | None = None
-    smaller_gpu_memory_gb: _Amount | None = None
-    smaller_gpu_speed: _Positive = 1.0
-    adapters_served: _Count = 10
-    adapter_mb: _Amount | None = None
-    storage_price_per_gb_month: _Amount = 0.1
-    requests_per_month: _Count = 100_000
-    tokens_per_month: _Count = 20_000_000
-    concurrent_requests: _Positive = 8.0
-    adapter_latency_ms: _Amount | None = None
-    engineer_hours: _Amount = 8.0
-    engineer_rate: _Amount = 80.0
-    profile_hours: _Amount = 0.5
-    gpu_watts: _Amount | None = None
-    grid_gco2_per_kwh: _Amount | None = None
+    gpu_price_per_hour: _Amount = _figure(2.5, "GPU price", "money / hour")
+    runs_per_month: _Amount = _figure(20.0, "Fine-tuning runs", "a month")
+    hours_per_run: _Amount = _figure(8.0, "Hours of an all-layer run", "hours")
+    gpus: Annotated[int, Field(ge=1, le=10**6)] = _figure(1, "GPUs a run")
+    run_memory_gb: _Amount | None = _figure(None, "Memory of an all-layer run", "GB a GPU")
+    smaller_gpu_price_per_hour: _Amount | None = _figure(None, "Its price", "money / hour")
+    smaller_gpu_memory_gb: _Amount | None = _figure(None, "Memory of the smaller GPU", "GB")
+    smaller_gpu_speed: _Positive = _figure(1.0, "Its speed", "share of the other's")
+    adapters_served: _Count = _figure(10, "Adapters served")
+    adapter_mb: _Amount | None = _figure(None, "Size of an all-layer adapter", "MB")
+    storage_price_per_gb_month: _Amount = _figure(0.1, "Price of keeping them ready", "money / GB / month")
+    requests_per_month: _Count = _figure(100_000, "Requests", "a month")
+    tokens_per_month: _Count = _figure(20_000_000, "Tokens generated", "a month")
+    concurrent_requests: _Positive = _figure(8.0, "Requests answered at a time", "a GPU")
+    adapter_latency_ms: _Amount | None = _figure(None, "Time that all-layer adapters add", "ms / token, 0 when merged")
+    engineer_hours: _Amount = _figure(8.0, "Engineer hours for set-up", "hours, once")
+    engineer_rate: _Amount = _figure(80.0, "Their rate", "money / hour")
+    profile_hours: _Amount = _figure(0.5, "GPU hours to profile", "hours, once")
+    gpu_watts: _Amount | None = _figure(None, "Power of a GPU (optional)", "W")
+    grid_gco2_per_kwh: _Amount | None = _figure(None, "CO₂ of the grid (optional)", "g / kWh")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "RoiInputs":
+    def of(cls, values: Mapping[str, Any]) -> Self:
         """Check and read plain values.
 
         Raises:
-            ReportError: A name that there is not, or a value that is no number in range.
+            ReportError: A name that there is not, or a value that is not a number in range.
         """
         for name in values:
             if name not in cls.model_fields:
-                close = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(cls.model_fields)}"
-                raise ReportError(f"{name!r} is no figure of the calculator; {hint}")
+                raise ReportError(f"{name!r} is not a figure of the calculator; {suggestion(str(name), cls.model_fields)}")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as problem:
-            first = problem.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ReportError(f"{where}: {first['msg']}, found {str(first['input'])[:40]!r}; give a number in range") from None
+            raise ReportError(
+                f"{first_problem(problem, 'figures')}, found {shown(problem.errors()[0]['input'])}; give a number in range"
+            ) from None
 
 
-class Ratio(_Frozen):
+GROUPS = {
+    "Training": ("gpu_price_per_hour", "runs_per_month", "hours_per_run", "gpus"),
+    "A smaller GPU (optional)": ("run_memory_gb", "smaller_gpu_memory_gb", "smaller_gpu_price_per_hour", "smaller_gpu_speed"),
+    "Serving": (
+        *("adapters_served", "adapter_mb", "storage_price_per_gb_month", "requests_per_month", "tokens_per_month"),
+        *("concurrent_requests", "adapter_latency_ms"),
+    ),
+    "Set-up and energy": ("engineer_hours", "engineer_rate", "profile_hours", "gpu_watts", "grid_gco2_per_kwh"),
+}
+"""The fields of the page's form."""
+
+
+class Ratio(Part):
     """A cost of the placement as a share of all layers' (0.6: 40 % less), with the ends of its interval.
 
     Attributes:
-        low: The lower end; the most that can be saved.
-        mid: The value.
-        high: The upper end; the least that can be saved.
         measured: Whether it was measured; else it is an assumption and kept out of `Roi.results`.
         source: Where it comes from, in words.
     """
@@ -123,13 +114,13 @@ class Ratio(_Frozen):
     source: str
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Ratio":
+    def _ordered(self) -> Self:
         if not self.low <= self.mid <= self.high:
             raise ValueError(f"low {self.low}, mid {self.mid}, high {self.high} are not in order")
         return self
 
     @classmethod
-    def of(cls, mid: float, source: str, *, low: float | None = None, high: float | None = None, measured: bool = True) -> "Ratio":
+    def of(cls, mid: float, source: str, *, low: float | None = None, high: float | None = None, measured: bool = True) -> Self:
         """A ratio; without ends its interval is the value alone."""
         ends = (mid if low is None else min(max(low, 0.0), mid), mid if high is None else max(high, mid))
         return cls(low=ends[0], mid=mid, high=ends[1], measured=measured, source=source)
@@ -138,7 +129,7 @@ class Ratio(_Frozen):
 NOT_MEASURED = Ratio(low=1.0, mid=1.0, high=1.0, measured=False, source="not measured, so nothing is saved by it")
 
 
-class Ratios(_Frozen):
+class Ratios(Part):
     """What is known of one placement against all layers.
 
     Attributes:
@@ -147,9 +138,7 @@ class Ratios(_Frozen):
         memory: Peak memory of training, the frozen model included.
         latency: Time that adapters, not merged, add to each token.
         adapter_size: Bytes of a saved adapter.
-        run_memory_gb: Peak memory of an all-layer run, as measured, GB.
-        adapter_mb: Size of an all-layer adapter, as measured, MB.
-        adapter_latency_ms: Time that all-layer adapters add to each token, as measured, ms.
+        run_memory_gb, adapter_mb, adapter_latency_ms: Those figures of all layers, as measured.
         where: Where all this was measured, in words.
     """
 
@@ -164,7 +153,155 @@ class Ratios(_Frozen):
     where: str = ""
 
 
-class Range(_Frozen):
+# ---- the formulas
+
+
+class Term:
+    """An expression as text: what the formulas give for names instead of numbers. `rank` is 1 for sums, 2 for products, else 3."""
+
+    def __init__(self, text: str, rank: int = 3) -> None:
+        self.text, self.rank = text, rank
+
+    def __call__(self, *arguments: "Term") -> "Term":
+        return Term(f"{self.text}({', '.join(argument.text for argument in arguments)})")
+
+
+def _join(left: Any, sign: str, right: Any, rank: int) -> Term:
+    """Two sides with a sign between them, in brackets where the order of computing asks for it."""
+    left, right = (side if isinstance(side, Term) else Term(repr(side)) for side in (left, right))
+    before = left.text if left.rank >= rank else f"({left.text})"
+    after = right.text if right.rank > rank else f"({right.text})"
+    return Term(f"{before} {sign} {after}", rank)
+
+
+for _name, _sign, _rank in (("add", "+", 1), ("sub", "-", 1), ("mul", "*", 2), ("truediv", "/", 2)):
+    setattr(Term, f"__{_name}__", lambda self, other, sign=_sign, rank=_rank: _join(self, sign, other, rank))
+    setattr(Term, f"__r{_name}__", lambda self, other, sign=_sign, rank=_rank: _join(other, sign, self, rank))
+
+FUNCTIONS: dict[str, Callable[..., float | None]] = {
+    "positive": lambda x: 1.0 if x > 0 else 0.0,
+    "fits": lambda need, room: 1.0 if need <= room else 0.0,
+    "over": lambda a, b: a / b if b > 0 else None,  # no value where b is not above 0
+    "zero": lambda x: 0.0 if x is None else x,
+}
+"""The functions of the formulas; their twins in JavaScript are in `templates/formulas.js.j2`."""
+
+
+def compute(v: Any) -> None:
+    """The whole model, from the top down: each line uses figures, ratios and the lines above it."""
+    v.gpu_hours = v.runs_per_month * v.hours_per_run * v.gpus
+    v.smaller_price = v.smaller_gpu_price_per_hour / v.smaller_gpu_speed
+    cheaper = v.positive(v.run_memory_gb) * v.positive(v.smaller_gpu_memory_gb) * v.positive(v.gpu_price_per_hour - v.smaller_price)
+    only_this_fits = v.fits(v.run_memory_gb * v.memory, v.smaller_gpu_memory_gb)
+    v.moves = cheaper * only_this_fits * (1 - v.fits(v.run_memory_gb, v.smaller_gpu_memory_gb))
+    v.run_time = v.time * (1 + v.moves * (1 / v.smaller_gpu_speed - 1))
+    v.training_saved = v.gpu_hours * v.gpu_price_per_hour * (1 - v.time)
+    v.smaller_gpu_saved = v.moves * v.gpu_hours * v.time * (v.gpu_price_per_hour - v.smaller_price)
+    v.serving_hours_saved = v.tokens_per_month * v.adapter_latency_ms / 3600000 / v.concurrent_requests * (1 - v.latency)
+    v.serving_saved = v.serving_hours_saved * v.gpu_price_per_hour
+    v.storage_saved_gb = v.adapters_served * v.adapter_mb / 1000 * (1 - v.adapter_size)
+    v.storage_saved = v.storage_saved_gb * v.storage_price_per_gb_month
+    v.saved_month = v.training_saved + v.smaller_gpu_saved + v.serving_saved + v.storage_saved
+    v.saved_year = 12 * v.saved_month
+    v.setup_cost = v.engineer_hours * v.engineer_rate + v.profile_hours * v.gpu_price_per_hour
+    v.first_year = v.saved_year - v.setup_cost
+    v.payback_months = v.over(v.setup_cost, v.saved_month)
+    v.hours_saved = v.runs_per_month * v.hours_per_run * (1 - v.run_time)
+    v.gpu_hours_saved = v.gpu_hours * (1 - v.run_time) + v.serving_hours_saved
+    v.request_seconds_saved = v.zero(v.over(v.tokens_per_month, v.requests_per_month)) * v.adapter_latency_ms / 1000 * (1 - v.latency)
+    v.energy_saved = v.gpu_hours_saved * v.gpu_watts / 1000
+    v.co2_saved = v.energy_saved * v.grid_gco2_per_kwh / 1000
+
+
+class Formula(NamedTuple):
+    """A line of the model: its name, its unit (`money` is in the reader's currency), its title, figures that it needs, and its text.
+
+    A line without a title is a step on the way, which nobody is shown.
+    """
+
+    name: str
+    unit: str
+    title: str
+    needs: tuple[str, ...]
+    expression: str
+
+
+class _Lines:
+    """Takes the place of the numbers in `compute` and keeps the text of each line."""
+
+    def __init__(self) -> None:
+        self.__dict__["texts"] = {}
+
+    def __getattr__(self, name: str) -> Term:
+        return Term(name)
+
+    def __setattr__(self, name: str, term: Term) -> None:
+        self.__dict__["texts"][name] = term.text
+
+
+_lines = _Lines()
+compute(_lines)
+_UNITS: dict[str, tuple[str, ...]] = {
+    "gpu_hours": ("GPU h / month", ""),
+    "smaller_price": ("money / GPU h", ""),
+    "moves": ("0 or 1", ""),
+    "run_time": ("share", ""),
+    "training_saved": ("money / month", "Shorter training"),
+    "smaller_gpu_saved": ("money / month", "Training on a smaller GPU"),
+    "serving_hours_saved": ("GPU h / month", ""),
+    "serving_saved": ("money / month", "Faster answers"),
+    "storage_saved_gb": ("GB", "Room for adapters saved"),
+    "storage_saved": ("money / month", "Smaller adapters"),
+    "saved_month": ("money / month", "Saved a month"),
+    "saved_year": ("money / year", "Saved a year"),
+    "setup_cost": ("money", "Set-up, once"),
+    "first_year": ("money", "First year, set-up taken off"),
+    "payback_months": ("months", "Payback"),
+    "hours_saved": ("h / month", "Hours of waiting saved a month"),
+    "gpu_hours_saved": ("GPU h / month", "GPU hours saved a month"),
+    "request_seconds_saved": ("s / request", "Saved on each request"),
+    "energy_saved": ("kWh / month", "Energy saved a month", "gpu_watts"),
+    "co2_saved": ("kg / month", "CO₂ saved a month", "gpu_watts", "grid_gco2_per_kwh"),
+}
+FORMULAS = tuple(Formula(name, *_UNITS[name][:2], _UNITS[name][2:], text) for name, text in _lines.texts.items())
+SHOWN = tuple(formula for formula in FORMULAS if formula.title)
+"""The lines that are results."""
+
+
+def evaluate(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """All lines of the model for one set of figures and ratios; a line whose `needs` are `None` is `None`.
+
+    A figure that is `None` counts as 0 in the lines that do without it.
+    """
+    numbers = SimpleNamespace(**FUNCTIONS, **{name: 0.0 if value is None else value for name, value in values.items()})
+    compute(numbers)
+    known = {formula.name: all(values.get(name) is not None for name in formula.needs) for formula in FORMULAS}
+    return {name: getattr(numbers, name) if is_known else None for name, is_known in known.items()}
+
+
+def javascript() -> str:
+    """The model as JavaScript: `layercardRoi(inputs, ratios)` gives `{results, with_assumptions}` as `roi` does.
+
+    `inputs` holds the fields of `RoiInputs` as numbers or null, `ratios` is the JSON value of `Ratios`.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(loader=PackageLoader("layercard.report"), autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    names = [*(name for name in RoiInputs.model_fields if name != "currency"), *RATIOS]
+    return environment.get_template("formulas.js.j2").render(
+        formulas=FORMULAS,
+        shown=[formula.name for formula in SHOWN],
+        names=names,
+        ratios=RATIOS,
+        measured_figures=MEASURED_FIGURES,
+        unmeasured=NOT_MEASURED.source,
+    )
+
+
+# ---- the result
+
+
+class Range(Part):
     """A result: `mid` from the measured values, `low` and `high` from the ends of their intervals; `None`: not known, or never."""
 
     low: float | None
@@ -172,105 +309,26 @@ class Range(_Frozen):
     high: float | None
 
 
-@dataclass(frozen=True)
-class Formula:
-    """One line of the model.
-
-    Attributes:
-        name: What it defines.
-        unit: Its unit; `money` is in the reader's currency.
-        expression: Arithmetic over inputs, ratios and lines above, and the functions of `FUNCTIONS`.
-        title: What it is, for people; empty for a step on the way, which no one is shown.
-        needs: Inputs without which it has no value.
-    """
-
-    name: str
-    unit: str
-    expression: str
-    title: str = ""
-    needs: tuple[str, ...] = ()
-
-
-FUNCTIONS: dict[str, tuple[Callable[..., float | None], str, str]] = {
-    "positive": (lambda x: 1.0 if x > 0 else 0.0, "(x) => (x > 0 ? 1 : 0)", "1 if x > 0, else 0"),
-    "fits": (lambda need, room: 1.0 if need <= room else 0.0, "(need, room) => (need <= room ? 1 : 0)", "1 if need ≤ room, else 0"),
-    "over": (
-        lambda a, b: a / b if b is not None and a is not None and b > 0 else None,
-        "(a, b) => (a !== null && b !== null && b > 0 ? a / b : null)",
-        "a / b, and no value where b is not above 0",
-    ),
-    "zero": (lambda x: 0.0 if x is None else x, "(x) => (x === null ? 0 : x)", "x, and 0 where x has no value"),
-}
-"""For each function of the formulas: Python, JavaScript, and in words."""
-
-FORMULAS = (
-    Formula("gpu_hours", "GPU h / month", "runs_per_month * hours_per_run * gpus"),
-    Formula("smaller_price", "money / GPU h", "smaller_gpu_price_per_hour / smaller_gpu_speed"),
-    Formula(
-        "moves",
-        "0 or 1",
-        "positive(run_memory_gb) * positive(smaller_gpu_memory_gb) * positive(gpu_price_per_hour - smaller_price)"
-        " * fits(run_memory_gb * memory, smaller_gpu_memory_gb) * (1 - fits(run_memory_gb, smaller_gpu_memory_gb))",
-    ),
-    Formula("run_time", "share", "time * (1 + moves * (1 / smaller_gpu_speed - 1))"),
-    Formula("training_saved", "money / month", "gpu_hours * gpu_price_per_hour * (1 - time)", "Shorter training"),
-    Formula(
-        "smaller_gpu_saved", "money / month", "moves * gpu_hours * time * (gpu_price_per_hour - smaller_price)", "Training on a smaller GPU"
-    ),
-    Formula(
-        "serving_hours_saved",
-        "GPU h / month",
-        "tokens_per_month * adapter_latency_ms / 3600000 / concurrent_requests * (1 - latency)",
-    ),
-    Formula("serving_saved", "money / month", "serving_hours_saved * gpu_price_per_hour", "Faster answers"),
-    Formula("storage_saved_gb", "GB", "adapters_served * adapter_mb / 1000 * (1 - adapter_size)", "Room for adapters saved"),
-    Formula("storage_saved", "money / month", "storage_saved_gb * storage_price_per_gb_month", "Smaller adapters"),
-    Formula("saved_month", "money / month", "training_saved + smaller_gpu_saved + serving_saved + storage_saved", "Saved a month"),
-    Formula("saved_year", "money / year", "12 * saved_month", "Saved a year"),
-    Formula("setup_cost", "money", "engineer_hours * engineer_rate + profile_hours * gpu_price_per_hour", "Set-up, once"),
-    Formula("first_year", "money", "saved_year - setup_cost", "First year, set-up taken off"),
-    Formula("payback_months", "months", "over(setup_cost, saved_month)", "Payback"),
-    Formula("hours_saved", "h / month", "runs_per_month * hours_per_run * (1 - run_time)", "Hours of waiting saved a month"),
-    Formula("gpu_hours_saved", "GPU h / month", "gpu_hours * (1 - run_time) + serving_hours_saved", "GPU hours saved a month"),
-    Formula(
-        "request_seconds_saved",
-        "s / request",
-        "zero(over(tokens_per_month, requests_per_month)) * adapter_latency_ms / 1000 * (1 - latency)",
-        "Saved on each request",
-    ),
-    Formula("energy_saved", "kWh / month", "gpu_hours_saved * gpu_watts / 1000", "Energy saved a month", ("gpu_watts",)),
-    Formula("co2_saved", "kg / month", "energy_saved * grid_gco2_per_kwh / 1000", "CO₂ saved a month", ("gpu_watts", "grid_gco2_per_kwh")),
-)
-"""The model, from the top down."""
-
-SHOWN = tuple(formula for formula in FORMULAS if formula.title)
-"""The lines that are results."""
-
-_CODE: dict[str, CodeType] = {formula.name: compile(formula.expression, f"<{formula.name}>", "eval") for formula in FORMULAS}
-_NAMESPACE: dict[str, Any] = {"__builtins__": {}, **{name: python for name, (python, _, _) in FUNCTIONS.items()}}
-_ENDS: tuple[tuple[Literal["low", "mid", "high"], Literal["low", "mid", "high"]], ...] = (("low", "high"), ("mid", "mid"), ("high", "low"))
-
-
-class Roi(_Frozen):
+class Roi(Record):
     """What a placement saves.
 
     Attributes:
-        inputs: The reader's figures.
-        ratios: What was measured.
         results: For each of `SHOWN` its range, from measured ratios alone.
-        with_assumptions: The same with ratios that were not measured; `None` where there is none.
+        with_assumptions: The same with ratios that were not measured; `None` where there are none.
         assumptions: What of all this was not measured, in sentences.
+        units: The unit of each result.
     """
 
+    error: ClassVar = ReportError
+    noun: ClassVar = "calculation"
+    made_by: ClassVar = "layercard roi"
+    schema_: Literal["layercard-roi/1"] = Field(default="layercard-roi/1", alias="schema")
     inputs: RoiInputs
     ratios: Ratios
     results: dict[str, Range]
     with_assumptions: dict[str, Range] | None
     assumptions: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object of schema `layercard-roi/1`."""
-        return {"schema": SCHEMA, **self.model_dump(mode="json"), "units": {formula.name: formula.unit for formula in SHOWN}}
+    units: dict[str, str] = Field(default_factory=lambda: {formula.name: formula.unit for formula in SHOWN})
 
 
 def roi(inputs: RoiInputs, ratios: Ratios) -> Roi:
@@ -281,9 +339,9 @@ def roi(inputs: RoiInputs, ratios: Ratios) -> Roi:
         ratios: What was measured.
 
     >>> half = Ratio.of(0.5, "measured on one GPU")
-    >>> found = roi(RoiInputs(gpu_price_per_hour=2, runs_per_month=10, hours_per_run=5, engineer_hours=1, engineer_rate=25,
-    ...                       profile_hours=0), Ratios(time=half))
-    >>> found.results["saved_month"].mid, found.results["payback_months"].mid
+    >>> saved = roi(RoiInputs(gpu_price_per_hour=2, runs_per_month=10, hours_per_run=5, engineer_hours=1, engineer_rate=25,
+    ...                       profile_hours=0), Ratios(time=half)).results
+    >>> saved["saved_month"].mid, saved["payback_months"].mid
     (50.0, 0.5)
     """
     assumed = any(not getattr(ratios, name).measured and getattr(ratios, name) != NOT_MEASURED for name in RATIOS)
@@ -296,119 +354,113 @@ def roi(inputs: RoiInputs, ratios: Ratios) -> Roi:
     )
 
 
-def evaluate(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """All lines of `FORMULAS` for one set of inputs and ratios; a line whose `needs` are `None` is `None`.
-
-    An input that is `None` counts as 0 in the lines that do without it.
-    """
-    known: dict[str, float | None] = {name: 0.0 if value is None else value for name, value in values.items()}
-    for formula in FORMULAS:
-        if any(values.get(name) is None for name in formula.needs):
-            known[formula.name] = None
-        else:
-            known[formula.name] = eval(_CODE[formula.name], _NAMESPACE, known)
-    return {formula.name: known[formula.name] for formula in FORMULAS}
-
-
 def bound(inputs: RoiInputs, ratios: Ratios) -> dict[str, float | None]:
-    """The inputs as the formulas take them: numbers, and what was measured where the reader gives nothing."""
-    found = {name: value for name, value in inputs.model_dump().items() if name != "currency"}
-    for name in ("run_memory_gb", "adapter_mb", "adapter_latency_ms"):
-        if found[name] is None:
-            found[name] = getattr(ratios, name)
-    return {name: None if value is None else float(value) for name, value in found.items()}
+    """The figures as the formulas take them: numbers, and what was measured where the reader gives nothing."""
+    values = inputs.model_dump(exclude={"currency"})
+    values |= {name: getattr(ratios, name) for name in MEASURED_FIGURES if values[name] is None}
+    return {name: None if value is None else float(value) for name, value in values.items()}
 
 
 def _ranges(inputs: RoiInputs, ratios: Ratios, *, only_measured: bool) -> dict[str, Range]:
     """Each shown line at the cautious ends of all ratios, at their values, and at the other ends."""
-    values = bound(inputs, ratios)
-    found = {}
-    for name, end in _ENDS:
-        shares = {
-            ratio: getattr(getattr(ratios, ratio), end) if getattr(ratios, ratio).measured or not only_measured else 1.0 for ratio in RATIOS
-        }
-        found[name] = evaluate(values | shares)
-    return {formula.name: _range([found[name][formula.name] for name, _ in _ENDS]) for formula in SHOWN}
+    values, outcomes = bound(inputs, ratios), []
+    for end in ("high", "mid", "low"):
+        shares = {name: getattr(ratios, name) for name in RATIOS}
+        counted_shares = {name: getattr(share, end) if share.measured or not only_measured else 1.0 for name, share in shares.items()}
+        outcomes.append(evaluate(values | counted_shares))
+    ranges = {}
+    for formula in SHOWN:
+        ends = [outcome[formula.name] for outcome in outcomes]
+        numbers = [value for value in ends if value is not None and math.isfinite(value)]
+        # In order of size; a payback that one end never reaches has no upper end.
+        high = max(numbers) if len(numbers) == len(ends) else None
+        ranges[formula.name] = Range(low=min(numbers, default=None), mid=ends[1], high=high)
+    return ranges
 
 
-def _range(ends: list[float | None]) -> Range:
-    """In order of size; a payback that one end never reaches has no upper end."""
-    known = [value for value in ends if value is not None and math.isfinite(value)]
-    high = max(known) if len(known) == len(ends) else None
-    return Range(low=min(known, default=None), mid=ends[1], high=high)
-
-
-def _assumptions(inputs: RoiInputs, ratios: Ratios) -> Iterable[str]:
+def _assumptions(inputs: RoiInputs, ratios: Ratios) -> Iterator[str]:
     for name in RATIOS:
         ratio: Ratio = getattr(ratios, name)
         if not ratio.measured:
             yield f"{name.replace('_', ' ')}: {ratio.source}"
-    given = inputs.model_fields_set
-    missing = [name for name in RoiInputs.model_fields if name not in given and name != "currency" and getattr(inputs, name) is not None]
-    if missing:
-        yield f"example figures, not given: {', '.join(missing)}"
-    for name in ("run_memory_gb", "adapter_mb", "adapter_latency_ms"):
-        if getattr(inputs, name) is not None:
+    given, values = inputs.model_fields_set | {"currency"}, inputs.model_dump()
+    examples = [name for name, value in values.items() if name not in given and value is not None]
+    if examples:
+        yield f"example figures, not given: {', '.join(examples)}"
+    for name in MEASURED_FIGURES:
+        if values[name] is not None:
             yield f"{name}: given by hand"
         elif getattr(ratios, name) is None:
             yield f"{name}: neither measured on an accelerator nor given, so it saves nothing"
 
 
-def javascript() -> str:
-    """The model as JavaScript: `layercardRoi(inputs, ratios)` gives `{results, with_assumptions}` as `roi` does.
+# ---- ratios from cards and runs
 
-    `inputs` holds the fields of `RoiInputs` as numbers or null, `ratios` is the JSON value of `Ratios`.
+
+def ratios_of(layers: Sequence[int], card: Json | None = None, groups: Sequence[TrialGroup] = ()) -> Ratios:
+    """What is known of a placement against all layers: from runs where there are any, else from the card's cost.
+
+    The time that adapters add to a token is taken from an accelerator's cost only: that of a processor core says nothing of a GPU's price.
+
+    Args:
+        layers: The placement.
+        card: JSON value of a card.
+        groups: Trained placements (`trials.grouped`), the one with these layers and all layers among them or not.
     """
-    functions = "\n".join(f"  const {name} = {source};" for name, (_, source, _) in FUNCTIONS.items())
-    names = ", ".join([*(name for name in RoiInputs.model_fields if name != "currency"), *RATIOS])
-    lines = []
-    for formula in FORMULAS:
-        missing = " || ".join(f"given.{name} === null" for name in formula.needs)
-        lines.append(f"    const {formula.name} = {f'{missing} ? null : ' if missing else ''}{formula.expression};")
-    shown = json.dumps([formula.name for formula in SHOWN])
-    return _TWIN % {
-        "functions": functions,
-        "names": names,
-        "lines": "\n".join(lines),
-        "results": ", ".join(formula.name for formula in SHOWN),
-        "shown": shown,
-        "ratios": json.dumps(RATIOS),
-        "unmeasured": NOT_MEASURED.model_dump_json(),
-    }
+    chosen = tuple(sorted(layers))
+    group = next((group for group in groups if group.layers == chosen), None)
+    all_layers = next((group for group in groups if len(group.layers) == group.depth), None)
+    runs: Sequence[Trial] = group.trials if group else ()
+    known: dict[str, Any] = {}
+    places: list[str] = []
+    if card and card.get("cost"):
+        cost = CostModel.from_json(dict(card["cost"]), "the card's cost")
+        known = _from_cost(cost, chosen)
+        if cost.source == "measured":
+            places.append(f"{device_of(cost)}, {cost.batch_size} records of {cost.tokens} tokens")
+        # Peak memory with the frozen model in it, whose size only the cost knows.
+        peaks = [(run.memory, run.memory_of_all) for run in runs if run.memory and run.memory_of_all]
+        if peaks:
+            frozen = cost.weights_bytes
+            share = mean([Estimate(value=(frozen + memory) / (frozen + of_all)) for memory, of_all in peaks])
+            known["memory"] = Ratio.of(share.value, f"peaks measured, {_trials(len(peaks), 'run')}", low=share.low, high=share.high)
+    if group is not None and group.time_share is not None:
+        share = group.time_share.divided_by(100)
+        source = f"timed against all layers, {_trials(group.timings, 'timing')}"
+        known["time"] = Ratio.of(share.value, source, low=share.low, high=share.high)
+    if all_layers is not None and all_layers.adapter_bytes:
+        known["adapter_mb"] = all_layers.adapter_bytes.value / 1e6
+        if group is not None and group.adapter_bytes:
+            share_of_bytes = group.adapter_bytes.value / all_layers.adapter_bytes.value
+            known["adapter_size"] = Ratio.of(share_of_bytes, "sizes of the saved adapters")
+    places += dict.fromkeys(run.machine for run in runs if run.machine)
+    return Ratios(placement=f"layers {listed(chosen, ' ')}", where="; ".join(places), **known)
 
 
-_TWIN = """const layercardRoi = (() => {
-%(functions)s
-  const shown = %(shown)s, names = %(ratios)s, unmeasured = %(unmeasured)s;
-  const evaluate = (given) => {
-    const known = Object.fromEntries(Object.entries(given).map(([name, value]) => [name, value === null ? 0 : value]));
-    const { %(names)s } = known;
-%(lines)s
-    return { %(results)s };
-  };
-  const range = (ends) => {
-    const known = ends.filter((value) => value !== null && Number.isFinite(value));
-    return {
-      low: known.length ? Math.min(...known) : null,
-      mid: ends[1],
-      high: known.length === ends.length ? Math.max(...known) : null,
-    };
-  };
-  const ranges = (values, ratios, onlyMeasured) => {
-    const found = ["high", "mid", "low"].map((end) => {
-      const shares = names.map((name) => [name, ratios[name].measured || !onlyMeasured ? ratios[name][end] : 1]);
-      return evaluate({ ...values, ...Object.fromEntries(shares) });
-    });
-    return Object.fromEntries(shown.map((name) => [name, range(found.map((one) => one[name]))]));
-  };
-  return (inputs, ratios) => {
-    const values = { ...inputs };
-    for (const name of ["run_memory_gb", "adapter_mb", "adapter_latency_ms"]) values[name] ??= ratios[name] ?? null;
-    const assumed = names.some((name) => !ratios[name].measured && ratios[name].source !== unmeasured.source);
-    return {
-      results: ranges(values, ratios, true),
-      with_assumptions: assumed ? ranges(values, ratios, false) : null,
-    };
-  };
-})();
-"""
+def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
+    """The ratios that a card's cost gives, and the figures of all layers where it was measured."""
+    every, where = range(len(cost.layers)), f"measured on {device_of(cost)}"
+    time, latency = cost.step_time(layers) / cost.step_time(every), cost.inference_latency(every)
+    memory = (cost.weights_bytes + cost.peak_memory(layers)) / (cost.weights_bytes + cost.peak_memory(every))
+    size = Ratio.of(cost.adapter_bytes(layers) / cost.adapter_bytes(every), "counted from the shapes of the adapted maps")
+    known: dict[str, Any] = {"adapter_size": size, "adapter_mb": cost.adapter_bytes(every) / 1e6}
+    if cost.source == "measured":
+        source = f"step time from the card's cost, its parts {where}; ± {100 * COST_ERROR:.1f} %"
+        known["time"] = Ratio.of(time, source, low=time * (1 - COST_ERROR), high=time * (1 + COST_ERROR))
+        known["memory"] = Ratio.of(memory, f"peak memory from the card's cost, its parts {where}")
+        if latency > 0:
+            source = f"time that adapters, not merged, add to a token, {where}"
+            known["latency"] = Ratio.of(cost.inference_latency(layers) / latency, source)
+        known["run_memory_gb"] = (cost.weights_bytes + cost.peak_memory(every)) / 1e9
+        known["adapter_latency_ms"] = None if cost.threads else 1e3 * latency
+        return known
+    source = "estimated from FLOPs, bytes and a device's rates" if cost.source == "rates" else "estimated from shapes alone"
+    known["time"] = Ratio.of(time, f"step time {source}", measured=False)
+    known["memory"] = Ratio.of(memory, f"peak memory {source}", measured=False)
+    if latency > 0:
+        known["latency"] = Ratio.of(cost.inference_latency(layers) / latency, f"added latency {source}", measured=False)
+    return known
+
+
+def _trials(count: int, noun: str) -> str:
+    return counted(count, noun) if count > 1 else f"1 {noun}, without an interval"

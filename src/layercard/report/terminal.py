@@ -1,36 +1,64 @@
-"""A card, a placement and a comparison as text for a terminal: rich tables that stay readable at 80 columns and in a pipe."""
+"""Cards, placements and results as text for a terminal: rich tables that stay readable at 80 columns and in a pipe.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+Each view takes the JSON value of a file. What files say is put into `Text`, which is shown as it is and never read as markup.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.card.numbers import Json, best_layers, interval, predicted_rows, profile_of, short, stability_words
+from layercard.card.numbers import Json, best_layers, interval, listed, percent, predicted_rows, profile_of, short, stability_words
+from layercard.cost.model import CostModel
 from layercard.records import Estimate
-from layercard.report.frames import MEASURES, RUN_COLUMNS, bar_fractions, comparison_rows, run_cells
+from layercard.report.roi import RATIOS, SHOWN, Roi
+from layercard.report.words import MEASURES, amount, bar_fractions, counted, seconds, signed, size, title_of
+from layercard.selection.strategies import strategy_layers
 
+MIB = 2**20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_VERDICTS = {"reuse the card": "bold green", "profile again": "bold red", "not enough evidence": "bold yellow"}
+_HEAT = ((0.9, "black on green"), (0.7, "green"), (0.5, "yellow"), (-1.0, "red"))
+"""Styles of rank correlations, from the highest down."""
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A quantity's place in the table; of two, the one named first survives a narrow terminal."""
+def pairs(rows: Mapping[str, str]) -> Table:
+    """Names and values under each other, without a frame."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _table(first: str, *others: str, tight: bool = False, fold: bool = False, **options: Any) -> Table:
+    """An empty table whose first column is text and whose others are numbers; `fold` breaks long words in narrow terminals."""
+    padding = {"padding": (0, 1, 0, 0)} if tight else {}
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **padding, **options)
+    overflow: dict[str, Any] = {"overflow": "fold"} if fold else {}
+    table.add_column(first, **overflow)
+    for title in others:
+        table.add_column(title, justify="right", **overflow)
+    return table
+
+
+# ---- a card
+
+
+class _Column(NamedTuple):
+    """A measure's place in the table of a card, with the widths of its bar or of the strip with its interval."""
 
     key: str
     title: str
     bar: int = 0
     strip: int = 0
 
-    @property
-    def width(self) -> int:
-        """Characters that it takes, with two spaces before it."""
-        content = 7 + (self.bar + 1 if self.bar else 0) + (13 + self.strip if self.strip else 0)
-        return 2 + max(content, len(self.title))
 
-
+# Of two columns the one named first survives a narrow terminal.
 _COLUMNS = (
     _Column("gain_estimate", "Gain est.", strip=13),
     _Column("resnorm", "Resnorm", bar=8),
@@ -44,7 +72,6 @@ _COLUMNS = (
     _Column("gradient_norm", "Grad. norm"),
     _Column("condition", "Condition"),
 )
-_FIRST_WIDTH = 7
 
 
 def bar(fraction: float, width: int, *, ascii_only: bool = False) -> str:
@@ -55,12 +82,11 @@ def bar(fraction: float, width: int, *, ascii_only: bool = False) -> str:
     """
     if ascii_only:
         return ("#" * round(fraction * width)).ljust(width)
-    eighths = round(max(0.0, min(1.0, fraction)) * width * 8)
-    full, rest = divmod(eighths, 8)
+    full, rest = divmod(round(max(0.0, min(1.0, fraction)) * width * 8), 8)
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
-def strip(found: Estimate, bounds: tuple[float, float], width: int, *, ascii_only: bool = False) -> str:
+def strip(estimate: Estimate, bounds: tuple[float, float], width: int, *, ascii_only: bool = False) -> str:
     """A number and its interval on an axis from `bounds[0]` to `bounds[1]`, `width` characters wide.
 
     >>> strip(Estimate(value=5.0, low=2.0, high=7.0), (0.0, 10.0), 11)
@@ -70,104 +96,66 @@ def strip(found: Estimate, bounds: tuple[float, float], width: int, *, ascii_onl
     line, dot = ("-", "o") if ascii_only else ("─", "●")
 
     def place(value: float | None) -> int:
-        at = found.value if value is None else value
-        return round((at - bottom) / (top - bottom) * (width - 1)) if top > bottom else width // 2
+        point = estimate.value if value is None else value
+        return round((point - bottom) / (top - bottom) * (width - 1)) if top > bottom else width // 2
 
-    low, middle, high = place(found.low), place(found.value), place(found.high)
-    return "".join(dot if at == middle else line if low <= at <= high else " " for at in range(width))
+    low, middle, high = place(estimate.low), place(estimate.value), place(estimate.high)
+    return "".join(dot if position == middle else line if low <= position <= high else " " for position in range(width))
 
 
 def card_view(card: Json, console: Console) -> RenderableType:
     """The whole card: what it is of, one row a layer, warnings in words."""
-    parts: list[RenderableType] = [_header(card), layer_table(card, console)]
-    parts.extend(_warnings(card))
-    parts.append(Text.assemble(("★", "bold green"), (" best single layers; a set of layers should spread: layercard select", "dim")))
-    return Group(*parts)
-
-
-def layer_table(card: Json, console: Console) -> Table:
-    """One row a layer, with as many quantities as the console is wide."""
-    ascii_only = console.options.ascii_only
-    columns = _fitting(card, console.width)
-    table = Table(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("Layer", justify="right", no_wrap=True)
-    cells: list[list[Text]] = [[] for _ in card["layers"]]
-    for column in columns:
-        values = profile_of(card, column.key)
-        table.add_column(f"{column.title:>7}", no_wrap=True, justify="left" if column.bar or column.strip else "right")
-        fractions = bar_fractions(values, wide=MEASURES[column.key].wide)
-        bounds = _bounds(values)
-        for row, found, fraction in zip(cells, values, fractions, strict=True):
-            text = _value(found)
-            if found is not None and column.bar:
-                text.append(" " + bar(fraction or 0.0, column.bar, ascii_only=ascii_only), style="not bold cyan")
-            if found is not None and column.strip:
-                text.append(f" {interval(found):<11} ", style="not bold dim")
-                text.append(strip(found, bounds, column.strip, ascii_only=ascii_only), style="not bold cyan")
-            row.append(text)
-    best = best_layers(card)
-    for index in range(len(card["layers"])):
-        mark = Text.assemble(("* " if ascii_only else "★ ") if index in best else "", f"{index:>2}")
-        table.add_row(mark, *cells[index], style="bold green" if index in best else None)
-    return table
-
-
-def _fitting(card: Json, width: int) -> list[_Column]:
-    taken: list[_Column] = []
-    used = _FIRST_WIDTH
-    for column in _COLUMNS:
-        if not any(profile_of(card, column.key)):
-            continue
-        if taken and used + column.width > width:
-            break
-        taken.append(column)
-        used += column.width
-    return taken
-
-
-def _value(found: Estimate | None) -> Text:
-    return Text("      -", style="dim") if found is None else Text(f"{short(found.value):>7}")
-
-
-def _bounds(values: Sequence[Estimate | None]) -> tuple[float, float]:
-    """The smallest and largest end of any interval."""
-    ends = [end for v in values if v is not None for end in (v.value, v.low, v.high) if end is not None]
-    return (min(ends), max(ends)) if ends else (0.0, 0.0)
-
-
-def _header(card: Json) -> Table:
     model, data, settings = card["model"], card["data"], card["settings"]
     cut = f", {data['truncated']} cut" if data.get("truncated") else ""
     tokens = f"{data['tokens']:,} tokens, {data['labelled_tokens']:,} labelled"
     ridge = Estimate.read(settings.get("ridge"))
-    made = [
-        f"rank {settings.get('rank')}",
-        f"ridge {short(ridge.value) if ridge else settings.get('ridge')}",
-        f"{settings.get('dtype')} on {settings.get('device')}",
-        f"seed {settings.get('seed')}",
-    ]
-    return pairs(
-        {
-            "Layer Card": f"{model['name']} · {model['layers']} layers · weights {str(model['fingerprint'])[:12]}",
-            "Data": f"{data['source']} · {data['records']:,} records{cut} · {tokens}",
-            "Made with": " · ".join(made),
-            "Ranking": stability_words(card),
-        }
-    )
+    made = f"rank {settings.get('rank')} · ridge {short(ridge.value) if ridge else settings.get('ridge')}"
+    header = {
+        "Layer Card": f"{model['name']} · {model['layers']} layers · weights {str(model['fingerprint'])[:12]}",
+        "Data": f"{data['source']} · {data['records']:,} records{cut} · {tokens}",
+        "Made with": f"{made} · {settings.get('dtype')} on {settings.get('device')} · seed {settings.get('seed')}",
+        "Ranking": stability_words(card),
+    }
+    warnings = [Text.assemble(("! ", "bold yellow"), str(warning)) for warning in card.get("warnings") or []]
+    advice = Text.assemble(("★", "bold green"), (" best single layers; a set of layers should spread: layercard select", "dim"))
+    return Group(pairs(header), layer_table(card, console), *warnings, advice)
 
 
-def _warnings(card: Json) -> list[RenderableType]:
-    return [Text.assemble(("! ", "bold yellow"), str(warning)) for warning in card.get("warnings") or []]
-
-
-def pairs(rows: Mapping[str, str]) -> Table:
-    """Names and values under each other, without a frame; values are shown as they are, never read as markup."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
+def layer_table(card: Json, console: Console) -> Table:
+    """One row a layer, with as many measures as the console is wide."""
+    ascii_only, used, columns = console.options.ascii_only, 7, []
+    for column in _COLUMNS:
+        content = 7 + (column.bar + 1 if column.bar else 0) + (13 + column.strip if column.strip else 0)
+        width = 2 + max(content, len(column.title))  # two spaces before it
+        if not any(profile_of(card, column.key)):
+            continue
+        if columns and used + width > console.width:
+            break
+        columns.append(column)
+        used += width
+    table = Table(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("Layer", justify="right", no_wrap=True)
+    cells: list[list[Text]] = [[] for _ in card["layers"]]
+    for column in columns:
+        table.add_column(f"{column.title:>7}", no_wrap=True, justify="left" if column.bar or column.strip else "right")
+        values = profile_of(card, column.key)
+        ends = [end for value in values if value for end in (value.value, value.low, value.high) if end is not None]
+        for row, value, fraction in zip(cells, values, bar_fractions(values, wide=MEASURES[column.key].wide), strict=True):
+            text = Text("      -", style="dim") if value is None else Text(f"{short(value.value):>7}")
+            if value is not None and column.bar:
+                text.append(" " + bar(fraction or 0.0, column.bar, ascii_only=ascii_only), style="not bold cyan")
+            if value is not None and column.strip:
+                text.append(f" {interval(value):<11} ", style="not bold dim")
+                text.append(strip(value, (min(ends), max(ends)), column.strip, ascii_only=ascii_only), style="not bold cyan")
+            row.append(text)
+    best = best_layers(card)
+    for layer, row in enumerate(cells):
+        mark = Text.assemble(("* " if ascii_only else "★ ") if layer in best else "", f"{layer:>2}")
+        table.add_row(mark, *row, style="bold green" if layer in best else None)
     return table
+
+
+# ---- placements, fronts and comparisons
 
 
 def placement_view(placement: Json) -> RenderableType:
@@ -176,7 +164,7 @@ def placement_view(placement: Json) -> RenderableType:
     rows = {
         "Placement": f"{len(layers)} of {depth} layers of {placement['model']['name']}, chosen for {placement['objective']}",
         "Layers": " ".join(map(str, layers)),
-        "Depth": depth_strip(layers, depth) + "  input left, output right",
+        "Depth": "".join("■" if layer in layers else "·" for layer in range(depth)) + "  input left, output right",
     }
     rows |= predicted_rows(placement.get("predicted") or {})
     reasons = placement.get("reasons") or {}
@@ -188,31 +176,204 @@ def placement_view(placement: Json) -> RenderableType:
     return Group(pairs(rows), table)
 
 
-def depth_strip(layers: Sequence[int], depth: int) -> str:
-    """The chosen layers on a strip from input to output.
-
-    >>> depth_strip([1, 3], 5)
-    '·■·■·'
-    """
-    return "".join("■" if index in layers else "·" for index in range(depth))
+def front_view(front: Json) -> RenderableType:
+    """Each front and the plain placements, one row a placement."""
+    titles = {"time": "step time", "memory": "peak memory"}
+    named = {f"Least {titles[name]} for each performance kept": points for name, points in front["fronts"].items()}
+    tables = []
+    for title, points in [*named.items(), ("Plain placements", front["baselines"])]:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        names = ["Name"] * (points is front["baselines"])
+        for column in names:
+            table.add_column(column)
+        for column in ("Keeps", "Time", "Memory", "Layers", "Which"):
+            table.add_column(column, justify="left" if column == "Which" else "right", overflow="fold")
+        for point in points:
+            kept = Estimate.read(point["performance_kept"])
+            shares = [f"{100 * point[key]['share']:.0f}%" for key in ("step_time", "peak_memory")]
+            cells = [percent(kept) if kept is not None else "–", *shares, str(len(point["layers"])), listed(point["layers"], " ")]
+            table.add_row(*(Text(cell) for cell in ([str(point["name"])] if names else []) + cells))
+        tables.append(table)
+    source = {"shapes": "estimated from shapes alone", "measured": "modelled from what was measured"}.get(front["cost_source"], "modelled")
+    note = f"In % of all layers. Performance is predicted from the card, with its interval; costs are {source}."
+    return Group(*tables, Text(note, style="dim"))
 
 
 def comparison_table(comparison: Json) -> Table:
     """One row a placement: what it keeps of the performance of all layers, and what it costs."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for at, name in enumerate(RUN_COLUMNS):
-        table.add_column(name.replace(" ", "\n"), justify="right" if at else "left", overflow="fold")
-    for row in comparison_rows(comparison):
-        table.add_row(*(Text(text) for text, _ in run_cells(row)))
+    columns = {
+        "Loss reduction": ("loss_reduction", 1),
+        "Kept %": ("performance_kept", 1),
+        "Train s": ("train_seconds", 1),
+        "Time %": ("time_share", 1),
+        "Peak MiB": ("peak_memory_bytes", MIB),
+        "Params": ("trainable_parameters", 0),
+        "File MiB": ("adapter_bytes", MIB),
+    }
+    table = _table("Placement", "Layers", *(name.replace(" ", "\n") for name in columns), tight=True, fold=True)
+    for row in comparison["rows"]:
+        cells = [str(row["name"]), str(len(row["layers"]))]
+        for key, scale in columns.values():
+            value = Estimate.read(row.get(key))
+            cells.append("–" if value is None else short(value.value / scale) if scale else f"{int(value.value):,}")
+        table.add_row(*map(Text, cells))
     return table
+
+
+def transfer_view(result: Json) -> RenderableType:
+    """A comparison of cards: what was compared, one pair in detail or several as matrices, and the verdicts."""
+    model, cards = result["model"], result["cards"]
+    header = {"Model": f"{model['name']} · {model['layers']} layers"}
+    for card in cards:
+        stable = card["stability"].get("gain_estimate")
+        halves = "" if stable is None else f" · its halves agree with Spearman {stable:.2f}"
+        header[card["name"]] = f"{card['data']['source']} · {card['data']['records']:,} records{halves}"
+    if len(cards) > 2:
+        names, title = [card["name"] for card in cards], title_of(result["measure"]).lower()
+        body = [
+            _matrix(f"Spearman: {title}", names, result["matrix"], _correlation),
+            Text(""),
+            _matrix("Points lost with layers from ↓ on →", names, result["lost"], _points_lost),
+            Text(""),
+        ]
+    else:
+        body = [*_pair_view(result["pairs"][0])]
+    verdicts = []
+    for pair in result["pairs"]:
+        name = f"{pair['a']}, {pair['b']}: " if len(cards) > 2 else "Verdict: "
+        word, reason = pair["verdict"]["word"], pair["verdict"]["reason"]
+        verdicts.append(Text.assemble((name, "bold"), (word, _VERDICTS.get(word, "bold")), f": {reason}"))
+    return Group(pairs(header), Text(""), *body, *verdicts)
+
+
+def _pair_view(pair: Json) -> list[RenderableType]:
+    # Layers next to each other are alike, so the p value for independent layers is there to be distrusted.
+    table = _table("Measure", "Spearman", "95 % interval", "p", "p if layers\nwere independent", tight=True, fold=True)
+    for key, agreement in pair["measures"].items():
+        between = f"{signed(agreement['low'])} to {signed(agreement['high'])}"
+        plain = f"{agreement['p_plain']:.3f}" if agreement["p_plain"] >= 0.001 else short(agreement["p_plain"])
+        table.add_row(title_of(key), _correlation(agreement["value"]), between, f"{agreement['p']:.3f}", plain)
+    top = pair["top"]
+    which = f": {' '.join(map(str, top['layers']))}" if top["layers"] else ""
+    rows = {f"Best {top['k']} layers": f"{top['shared']} shared{which} (by chance {top['expected']:.1f})"}
+    for swap in pair["swaps"]:
+        lost = swap["lost"]
+        rows[f"{swap['source']} → {swap['target']}"] = (
+            f"layers {' '.join(map(str, swap['layers']))} keep {swap['kept']:.1f} % of all layers' performance, "
+            f"its own {' '.join(map(str, swap['own']))} {swap['kept_own']:.1f} %: "
+            f"{signed(lost['value'], 1)} points lost ({signed(lost['low'], 1)} to {signed(lost['high'], 1)})"
+        )
+    return [table, Text(""), pairs(rows)]
+
+
+def _correlation(value: float) -> Text:
+    return Text(signed(value), style=next((style for bound, style in _HEAT if value >= bound), "red"))
+
+
+def _points_lost(value: float) -> Text:
+    return Text(signed(value, 1), style="red" if value > 2 else "yellow" if value > 1 else "green")
+
+
+def _matrix(corner: str, names: Sequence[str], values: Sequence[Sequence[float]], cell: Callable[[float], Text]) -> Table:
+    table = _table(corner, *names, tight=True, fold=True)
+    for row, (name, cells) in enumerate(zip(names, values, strict=True)):
+        table.add_row(name, *(Text("·", style="dim") if column == row else cell(value) for column, value in enumerate(cells)))
+    return table
+
+
+# ---- cost, latency and money
+
+
+def cost_view(cost: CostModel, k: int = 5) -> RenderableType:
+    """What was measured, the parts of a step, and all layers against the fixed strategies with k layers."""
+    source = {"measured": "measured", "rates": "estimated from FLOPs and bytes", "shapes": "relative, from shapes alone"}[cost.source]
+    device = f": {cost.device}" if cost.device else ""
+    threads = f", {counted(cost.threads, 'thread')}" if cost.threads else ""
+    header = (
+        f"{cost.model or 'model'}: {len(cost.layers)} layers, {cost.dtype}, rank {cost.rank}; {cost.batch_size} records of {cost.tokens} "
+        f"tokens, {cost.labelled_tokens} labelled\n{source}{device}{threads}"
+    )
+    parts = _table("Part of a step", "Forward", "Backward", "Adapter", "Kept", "Kept for adapter")
+    parts.add_row("embedding", seconds(cost.embedding_seconds, cost), "", "", size(cost.shared_bytes), "")
+    summaries: dict[str, Callable[[list[float]], float]] = {
+        "layer, mean": lambda values: sum(values) / len(values),
+        "lowest": min,
+        "highest": max,
+    }
+    for title, summary in summaries.items():
+        times = ("forward_seconds", "backward_seconds", "adapter_seconds")
+        sizes = ("saved_bytes", "adapter_saved_bytes")
+        row = [seconds(summary([getattr(layer, name) for layer in cost.layers]), cost) for name in times]
+        parts.add_row(title, *row, *(size(summary([getattr(layer, name) for layer in cost.layers])) for name in sizes))
+    head = seconds(cost.head_forward_seconds, cost), seconds(cost.head_backward_seconds, cost)
+    parts.add_row("head and loss", *head, "", size(cost.head_bytes), "")
+    parts.add_row("rest of the step", "", "", seconds(cost.overhead_seconds, cost), "", "")
+
+    placements, depth = _table("Placement", "Step", "% of all", "Peak memory", "% of all", "Adapter", "Added per token"), len(cost.layers)
+    for name in ("all", "first", "middle", "last", "uniform"):
+        layers = list(range(depth)) if name == "all" else strategy_layers(name, depth, min(k, depth))
+        time, memory = cost.step_time(layers), cost.peak_memory(layers)
+        placements.add_row(
+            name if name == "all" else f"{name} {len(layers)}",
+            seconds(time, cost),
+            f"{100 * time / cost.step_time(range(depth)):.0f}",
+            size(memory),
+            f"{100 * memory / cost.peak_memory(range(depth)):.0f}",
+            size(cost.adapter_bytes(layers)),
+            seconds(cost.inference_latency(layers), cost),
+        )
+    return Group(Text(header), Text(), parts, Text(), placements)
+
+
+def latency_view(result: Json) -> RenderableType:
+    """A latency measurement: one row a variant, times with their ratio to the base model, memory."""
+    where = f"{result['device']}" + (f", {result['threads']} threads" if result["threads"] else "")
+    asked = f"{result['prompt_tokens']} tokens, then {result['new_tokens']} new ones · {result['batch_size']} at once"
+    head = {
+        "Latency": f"{result['model']['name']} · {result['model']['layers']} layers, {result['dtype']} · {where}",
+        "Prompt": f"{asked} · {result['repeats']} rounds, variants in turn",
+    }
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("Variant", overflow="fold")
+    for title in ("First\ntoken ms", "× base\n(range)", "Tokens/s", "× base\n(range)", "Memory\nMiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in result["variants"]:
+        base = row["kind"] == "base"
+        ratios = [{"value": 1}] * 2 if base else [row["first_token_ratio"], row["tokens_per_second_ratio"]]
+        first, speed = ("1" if base else f"{r['value']:.2f} ({r['low']:.2f}–{r['high']:.2f})" for r in ratios)
+        memory = f"{(row['weights_bytes'] + row['peak_bytes']) / MIB:,.1f}"
+        times = f"{1e3 * row['first_token_seconds']['value']:.1f}", f"{row['tokens_per_second']['value']:.1f}"
+        table.add_row(Text(row["name"]), times[0], first, times[1], speed, memory)
+    note = "Medians; ratios to the base model in the same round; memory: weights and the peak beside them."
+    return Group(pairs(head), table, Text(note, style="dim"))
+
+
+def roi_view(saved: Roi) -> RenderableType:
+    """What is saved, the ratios that it follows from, and what is assumed."""
+    assumed = saved.with_assumptions
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(f"{saved.ratios.placement} against all layers", overflow="fold")
+    for title in ("Low", "Mid", "High", *(["Assumed"] if assumed else []), "Unit"):
+        table.add_column(title, justify="left" if title == "Unit" else "right")
+    for formula in SHOWN:
+        ends = saved.results[formula.name]
+        cells = [amount(ends.low), amount(ends.mid), amount(ends.high), *([amount(assumed[formula.name].mid)] if assumed else [])]
+        table.add_row(formula.title, *cells, Text(formula.unit.replace("money", saved.inputs.currency)))
+    rows = {}
+    for name in RATIOS:
+        ratio = getattr(saved.ratios, name)
+        between = f" ({ratio.low:.2f}–{ratio.high:.2f})" if ratio.low < ratio.high else ""
+        rows[name.replace("_", " ").capitalize()] = f"{ratio.mid:.2f}{between} of all layers: {ratio.source}"
+    notes = [Text.assemble(("! ", "bold yellow"), text) for text in saved.assumptions]
+    return Group(table, Text(), pairs(rows), Text(), *notes)
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """Columns and rows of a result as they are, numbers to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for at, column in enumerate(columns):
-        numeric = all(isinstance(row[at], int | float | None) for row in rows)
-        table.add_column(Text(column), justify="right" if numeric else "left", no_wrap=at == 0)
+    for place, column in enumerate(columns):
+        numeric = all(isinstance(row[place], int | float | None) for row in rows)
+        table.add_column(Text(column), justify="right" if numeric else "left", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(Text("–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)) for value in row))
     return table

@@ -1,7 +1,7 @@
-"""Training runs, whatever wrote their records, as one kind of row; and rows of equal placements as means with intervals.
+"""Training runs, whatever wrote their records, as one kind of value; and all runs of one placement as means with intervals.
 
-A trial compares with the run of all layers on the same task, from the same seed, with the same rank: that gives what it keeps of the
-loss reduction and what it takes of the time. Records without such a run keep their own numbers and have no shares.
+A run compares with the run of all layers on the same task, from the same seed, with the same rank: that gives what it keeps of the
+loss reduction and what it takes of the time. Runs without such a partner keep their own numbers and have no shares.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ import numpy as np
 from layercard.card.numbers import Json, listed
 from layercard.files import shown
 from layercard.records import Estimate
-from layercard.report.costs import threads
+from layercard.report.words import counted
 from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES
 from layercard.statistics.ratios import TAILS, resampled_sums
@@ -22,26 +22,25 @@ from layercard.statistics.ratios import TAILS, resampled_sums
 LEVEL = 0.95
 NORMAL_95 = 1.959964
 
+Shares = Mapping[tuple[str, tuple[int, ...], int | None], float]
+"""Step times that were measured apart, in % of all layers, by task, layers and rank."""
+
 
 @dataclass(frozen=True)
 class Trial:
     """One training run.
 
     Attributes:
-        name: What the placement is called; empty where the record gives no name.
+        name: What the placement is called; empty where the record does not say.
         task: The data, in a word.
-        layers: Adapted layers.
         depth: Layers of the model.
-        seed: Of the run.
-        rank: Of the adapters.
         reduction: Loss reduction on held-out records, nats per labelled token.
         kept: The same in % of all layers.
-        seconds: Time within training steps; `None` where it does not compare (part of the forward pass was stored).
+        seconds: Time within training steps; `None` where part of the forward pass was stored, so that it does not compare.
         time_share: Time in % of all layers.
         memory: Peak bytes above the frozen model.
-        whole_memory: The same of the run of all layers that it compares with.
+        memory_of_all: The same of the run of all layers that it compares with.
         adapter_bytes: Size of the saved adapter.
-        parameters: Trained weights.
         machine: Where it ran, in words.
         nats: Loss of each held-out record before and after, where the record has them.
     """
@@ -57,89 +56,85 @@ class Trial:
     seconds: float | None = None
     time_share: float | None = None
     memory: float | None = None
-    whole_memory: float | None = None
+    memory_of_all: float | None = None
     adapter_bytes: float | None = None
-    parameters: float | None = None
     machine: str = ""
     nats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property
-    def whole(self) -> bool:
+    def all_layers(self) -> bool:
         """Whether all layers are adapted."""
         return len(self.layers) == self.depth
 
 
 def of_run(record: Json) -> Trial:
-    """The trial of a run record (`layercard train`)."""
-    settings, data, model = record.get("settings") or {}, record.get("data") or {}, record["model"]
-    depth = int(record["placement"]["model"]["layers"])
-    held = (record.get("valid") or {}).get("per_record") or {}
-    before, after = held.get("nats_before"), held.get("nats_after")
-    return Trial(
-        name="",
-        task=task_word(str(data.get("source", "data"))),
-        layers=check_layers(record["placement"]["layers"], depth),
-        depth=depth,
-        seed=int(settings.get("seed") or 0),
-        rank=_rank(settings.get("rank")),
-        reduction=_with_ends(record.get("loss_reduction"), record.get("loss_reduction_interval")),
-        seconds=_float(record.get("train_seconds")),
-        memory=_float(record.get("peak_memory_bytes")),
-        adapter_bytes=_float(record.get("adapter_bytes")),
-        parameters=_float(record.get("trainable_parameters")),
-        machine=str(model.get("device", "")),
-        nats=(tuple(before), tuple(after)) if before and after and len(before) == len(after) else None,
-    )
+    """The run of a record of `layercard train`."""
+    by_record = (record.get("valid") or {}).get("per_record") or {}
+    before, after = by_record.get("nats_before"), by_record.get("nats_after")
+    reduction, ends = Estimate.read(record.get("loss_reduction")), record.get("loss_reduction_interval")
+    if reduction is not None and isinstance(ends, Sequence) and len(ends) == 2:
+        reduction = Estimate(value=reduction.value, low=_number(ends[0]), high=_number(ends[1]))
+    task, device = task_word(str((record.get("data") or {}).get("source", "data"))), str(record["model"].get("device", ""))
+    placement, nats = record["placement"], (tuple(before), tuple(after)) if before and after and len(before) == len(after) else None
+    run = _run({**record, "layers": placement["layers"]}, task, placement["model"], record.get("settings"), device)
+    return replace(run, reduction=reduction, nats=nats)
 
 
 def of_bench(record: Json) -> Trial | None:
-    """The trial of a benchmark's run; `None` for a run on validation records, which chose a learning rate."""
+    """The run of a record of `layercard bench`; `None` for a run on validation records, which chose a learning rate."""
     run, trained, meta = record["run_info"], record["train_info"], record["meta_info"]
-    metrics = trained.get("metrics") or {}
+    metrics, system = trained.get("metrics") or {}, meta.get("system_info") or {}
     if metrics.get("split", "test") != "test":
         return None
-    value, error = _float(metrics.get("loss_reduction")), _float(metrics.get("reduction_standard_error"))
-    half = None if error is None else NORMAL_95 * error
-    system, depth = meta.get("system_info") or {}, int(meta["model_info"]["layers"])
+    reduction, error = Estimate.read(metrics.get("loss_reduction")), _number(metrics.get("reduction_standard_error"))
+    if reduction is not None and error is not None:
+        middle, half = reduction.value, NORMAL_95 * error
+        reduction = Estimate(value=middle, low=middle - half, high=middle + half)
+    row = {
+        "layers": run["layers"],
+        "loss_reduction": reduction,
+        "train_seconds": None if trained.get("frozen_prefix_kept") else trained.get("train_time"),
+        "peak_memory_bytes": trained.get("peak_memory_bytes"),
+        "adapter_bytes": trained.get("file_size"),
+    }
+    threads = [counted(int(system["threads"]), "thread")] if system.get("threads") else []
+    machine = ", ".join([str(system.get("machine", "")), *threads])
+    return _run(row, str(run["task"]), meta["model_info"], run["train_config"], machine)
+
+
+def of_comparison(comparison: Json) -> list[Trial]:
+    """The runs of `layercard compare`, which have names, shares and paired intervals."""
+    model, task = comparison["model"], task_word(str((comparison.get("data") or {}).get("source", "data")))
+    rows = [(str(row["name"]), row) for row in comparison["rows"]]
+    return [_run(row, task, model, comparison.get("settings"), str(model.get("device", "")), name) for name, row in rows]
+
+
+def _run(row: Json, task: str, model: Json, settings: Json | None, machine: str, name: str = "") -> Trial:
+    """A run from what `layercard train` and `compare` say of it under the same keys."""
+    settings, depth = settings or {}, int(model["layers"])
+    rank = settings.get("rank")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(f"rank is {shown(rank)}")
     return Trial(
-        name="",
-        task=str(run["task"]),
-        layers=check_layers(run["layers"], depth),
+        name=name,
+        task=task,
+        layers=check_layers(row["layers"], depth),
         depth=depth,
-        seed=int(run["train_config"].get("seed") or 0),
-        rank=_rank(run["train_config"].get("rank")),
-        reduction=None if value is None else _within(value, half),
-        seconds=None if trained.get("frozen_prefix_kept") else _float(trained.get("train_time")),
-        memory=_float(trained.get("peak_memory_bytes")),
-        adapter_bytes=_float(trained.get("file_size")),
-        parameters=_float(trained.get("num_trainable_params")),
-        machine=", ".join([str(system.get("machine", "")), *([threads(int(system["threads"]))] if system.get("threads") else [])]),
+        seed=int(settings.get("seed") or 0),
+        rank=rank,
+        reduction=Estimate.read(row.get("loss_reduction")),
+        kept=Estimate.read(row.get("performance_kept")),
+        seconds=_number(row.get("train_seconds")),
+        time_share=_number(row.get("time_share")),
+        memory=_number(row.get("peak_memory_bytes")),
+        adapter_bytes=_number(row.get("adapter_bytes")),
+        machine=machine,
     )
 
 
-def of_comparison(value: Json) -> list[Trial]:
-    """The trials of a comparison (`layercard compare`), which has names, shares and paired intervals."""
-    settings, depth = value.get("settings") or {}, int(value["model"]["layers"])
-    task = task_word(str((value.get("data") or {}).get("source", "data")))
-    return [
-        Trial(
-            name=str(row["name"]),
-            task=task,
-            layers=check_layers(row["layers"], depth),
-            depth=depth,
-            seed=int(settings.get("seed") or 0),
-            rank=_rank(settings.get("rank")),
-            reduction=Estimate.read(row.get("loss_reduction")),
-            kept=Estimate.read(row.get("performance_kept")),
-            seconds=_float(row.get("train_seconds")),
-            time_share=_float(row.get("time_share")),
-            memory=_float(row.get("peak_memory_bytes")),
-            adapter_bytes=_float(row.get("adapter_bytes")),
-            parameters=_float(row.get("trainable_parameters")),
-            machine=str(value["model"].get("device", "")),
-        )
-        for row in value["rows"]
-    ]
+def _number(raw: Any) -> float | None:
+    estimate = Estimate.read(raw)
+    return None if estimate is None else estimate.value
 
 
 def task_word(source: str) -> str:
@@ -155,67 +150,45 @@ def task_word(source: str) -> str:
     return parts[-2] if len(parts) > 1 and stem in ("train", "valid", "test") else stem
 
 
-def _rank(found: Any) -> int | None:
-    """A rank, `None` where none is said.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    if found is None or (isinstance(found, int) and not isinstance(found, bool)):
-        return found
-    raise TypeError(f"rank is {shown(found)}")
-
-
-def compared(trials: Sequence[Trial], shares: Mapping[tuple[str, tuple[int, ...], int | None], float] | None = None) -> list[Trial]:
-    """The trials with what they keep and take of all layers, as far as there is a run of all layers to compare with.
-
-    Args:
-        trials: Runs.
-        shares: Step times that were measured apart, in % of all layers, by task, layers and rank.
-    """
-    whole = {(trial.task, trial.seed, trial.rank): trial for trial in trials if trial.whole}
-    return [_against(trial, whole.get((trial.task, trial.seed, trial.rank)), shares or {}) for trial in trials]
+def compared(runs: Sequence[Trial], shares: Shares | None = None) -> list[Trial]:
+    """The runs with what they keep and take of all layers, as far as there is a run of all layers to compare with."""
+    partners, compared_runs = {(run.task, run.seed, run.rank): run for run in runs if run.all_layers}, []
+    for run in runs:
+        all_layers = partners.get((run.task, run.seed, run.rank))
+        kept, share = run.kept, run.time_share
+        if kept is None and all_layers is not None and run.reduction and all_layers.reduction and all_layers.reduction.value > 0:
+            kept = _kept_paired(run, all_layers) or Estimate(value=100 * run.reduction.value / all_layers.reduction.value)
+        if share is None:
+            share = (shares or {}).get((run.task, run.layers, run.rank))
+        if share is None and all_layers is not None and run.seconds and all_layers.seconds:
+            share = 100 * run.seconds / all_layers.seconds
+        if run.all_layers and share is not None:
+            share = 100.0
+        compared_runs.append(replace(run, kept=kept, time_share=share, memory_of_all=all_layers.memory if all_layers else None))
+    return compared_runs
 
 
-def _against(trial: Trial, whole: Trial | None, shares: Mapping[tuple[str, tuple[int, ...], int | None], float]) -> Trial:
-    kept, share = trial.kept, trial.time_share
-    if kept is None and whole is not None and trial.reduction and whole.reduction and whole.reduction.value > 0:
-        kept = _paired(trial, whole) or Estimate(value=100 * trial.reduction.value / whole.reduction.value)
-    if share is None:
-        share = shares.get((trial.task, trial.layers, trial.rank))
-    if share is None and whole is not None and trial.seconds and whole.seconds:
-        share = 100 * trial.seconds / whole.seconds
-    share = 100.0 if trial.whole and share is not None else share
-    return replace(trial, kept=kept, time_share=share, whole_memory=whole.memory if whole else None)
-
-
-def _paired(trial: Trial, whole: Trial) -> Estimate | None:
-    """Per cent kept with a bootstrap interval over held-out records, which both runs must have been measured on."""
-    if trial.nats is None or whole.nats is None or trial.nats[0] != whole.nats[0]:
+def _kept_paired(run: Trial, all_layers: Trial) -> Estimate | None:
+    """Per cent kept with a bootstrap interval over the held-out records, where both runs were measured on the same ones."""
+    if run.nats is None or all_layers.nats is None or run.nats[0] != all_layers.nats[0]:
         return None
-    (before, after), reference = (np.array(side) for side in trial.nats), np.array(whole.nats[1])
-    reached, possible = before - after, before - reference
-    above, below = resampled_sums(reached, possible)
-    if possible.sum() <= 0 or (below <= 0).any():
+    (before, after), after_all = (np.array(side) for side in run.nats), np.array(all_layers.nats[1])
+    reached, possible = before - after, before - after_all
+    reached_sums, possible_sums = resampled_sums(reached, possible)
+    if possible.sum() <= 0 or (possible_sums <= 0).any():
         return None
-    low, high = np.quantile(100 * above / below, TAILS)
+    low, high = np.quantile(100 * reached_sums / possible_sums, TAILS)
     return Estimate(value=float(100 * reached.sum() / possible.sum()), low=float(low), high=float(high))
 
 
 @dataclass(frozen=True)
-class Row:
-    """All trials of one placement.
+class TrialGroup:
+    """All runs of one placement; numbers are means over them, as in `Trial`.
 
     Attributes:
-        name: What it is called.
-        layers: Its layers.
-        depth: Layers of the model.
-        trials: The runs.
         reduction: For each task the mean loss reduction, with its interval.
-        kept: Mean share of all layers' loss reduction over tasks and seeds, %.
-        time_share: Mean time, % of all layers; runs of one task that share one timing count once.
+        time_share: Runs of one task that share one timing count once.
         timings: How many timings that is.
-        memory, adapter_bytes, parameters: Means over runs.
     """
 
     name: str
@@ -228,39 +201,52 @@ class Row:
     timings: int
     memory: Estimate | None
     adapter_bytes: Estimate | None
-    parameters: Estimate | None
 
 
-def rows_of(trials: Iterable[Trial], known: Mapping[tuple[int, ...], str] | None = None) -> list[Row]:
-    """One row a placement and rank: all layers first, then those that the reader gave, plain ones, and all others by what they keep.
+def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None = None) -> list[TrialGroup]:
+    """One group a placement and rank: all layers first, then those that the reader gave, plain ones, and all others by what they keep.
 
     Args:
-        trials: Runs, compared with all layers.
-        known: Names of placements by their layers.
+        runs: Runs, compared with all layers.
+        names: Names of placements by their layers.
     """
-    known = known or {}
-    groups: dict[tuple[tuple[int, ...], int | None], list[Trial]] = defaultdict(list)
-    for trial in trials:
-        groups[trial.layers, trial.rank].append(trial)
-    usual = min((rank for _, rank in groups if rank is not None), default=None)
-    rows = []
-    for (_, rank), found in groups.items():
-        suffix = f", rank {rank}" if rank is not None and rank != usual else ""
-        rows.append(_row(_name(found[0], known) + suffix, found))
-    places = {layers: at for at, layers in enumerate(known, 1)}
-    return sorted(rows, key=lambda row: (_place(row, places), -(row.kept.value if row.kept else 0.0)))
+    names = names or {}
+    by_placement: dict[tuple[tuple[int, ...], int | None], list[Trial]] = defaultdict(list)
+    for run in runs:
+        by_placement[run.layers, run.rank].append(run)
+    usual_rank = min((rank for _, rank in by_placement if rank is not None), default=None)
+    groups = []
+    for (layers, rank), members in by_placement.items():
+        first = members[0]
+        plain = plain_name(layers, first.depth)
+        name = plain if plain == "all" else names.get(layers) or first.name or plain or f"layers {listed(layers, ' ')}"
+        reductions: dict[str, list[Estimate]] = defaultdict(list)
+        for run in members:
+            if run.reduction is not None:
+                reductions[run.task].append(run.reduction)
+        timings = {(run.task, run.time_share): run.time_share for run in members if run.time_share is not None}
+        groups.append(
+            TrialGroup(
+                name=name + (f", rank {rank}" if rank is not None and rank != usual_rank else ""),
+                layers=layers,
+                depth=first.depth,
+                trials=tuple(members),
+                reduction={task: mean(values) for task, values in reductions.items()},
+                kept=_mean_of(run.kept for run in members),
+                time_share=_mean_of(timings.values()),
+                timings=len(timings),
+                memory=_mean_of(run.memory for run in members),
+                adapter_bytes=_mean_of(run.adapter_bytes for run in members),
+            )
+        )
+    places = {layers: place for place, layers in enumerate(names, 1)}
 
+    def order(group: TrialGroup) -> tuple[int, float]:
+        unnamed = len(places) + (2 if group.name.startswith("layers ") else 1)
+        place = places.get(group.layers, 0 if len(group.layers) == group.depth else unnamed)
+        return place, -(group.kept.value if group.kept else 0.0)
 
-def _place(row: Row, places: Mapping[tuple[int, ...], int]) -> int:
-    """All layers, then given placements in their order, then plain ones and those with a name, then the rest."""
-    plain = 0 if len(row.layers) == row.depth else len(places) + (2 if row.name.startswith("layers ") else 1)
-    return places.get(row.layers, plain)
-
-
-def _name(trial: Trial, known: Mapping[tuple[int, ...], str]) -> str:
-    if trial.whole:
-        return "all"
-    return known.get(trial.layers) or trial.name or plain_name(trial.layers, trial.depth) or f"layers {listed(trial.layers, ' ')}"
+    return sorted(groups, key=order)
 
 
 def plain_name(layers: Sequence[int], depth: int) -> str | None:
@@ -275,27 +261,6 @@ def plain_name(layers: Sequence[int], depth: int) -> str | None:
     return f"{names[0]} {len(layers)}" if names else None
 
 
-def _row(name: str, trials: list[Trial]) -> Row:
-    tasks: dict[str, list[Estimate]] = defaultdict(list)
-    for trial in trials:
-        if trial.reduction is not None:
-            tasks[trial.task].append(trial.reduction)
-    timings = list({(trial.task, trial.time_share): trial.time_share for trial in trials if trial.time_share is not None}.values())
-    return Row(
-        name=name,
-        layers=trials[0].layers,
-        depth=trials[0].depth,
-        trials=tuple(trials),
-        reduction={task: mean(values) for task, values in tasks.items()},
-        kept=_mean_of(trial.kept for trial in trials),
-        time_share=_mean_of(map(_number, timings)),
-        timings=len(timings),
-        memory=_mean_of(_number(trial.memory) for trial in trials),
-        adapter_bytes=_mean_of(_number(trial.adapter_bytes) for trial in trials),
-        parameters=_mean_of(_number(trial.parameters) for trial in trials),
-    )
-
-
 def mean(values: Sequence[Estimate]) -> Estimate:
     """Mean with its 95 % t interval; of a single number, that number with its own interval.
 
@@ -306,33 +271,12 @@ def mean(values: Sequence[Estimate]) -> Estimate:
         return values[0]
     from scipy.special import stdtrit
 
-    points = [one.value for one in values]
+    points = [estimate.value for estimate in values]
     middle = float(np.mean(points))
     half = float(stdtrit(len(points) - 1, (1 + LEVEL) / 2) * np.std(points, ddof=1) / len(points) ** 0.5)
     return Estimate(value=middle, low=middle - half, high=middle + half)
 
 
-def _mean_of(values: Iterable[Estimate | None]) -> Estimate | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
-
-
-def _within(value: float, half: float | None) -> Estimate:
-    return Estimate(value=value) if half is None else Estimate(value=value, low=value - half, high=value + half)
-
-
-def _number(value: float | None) -> Estimate | None:
-    return None if value is None else Estimate(value=value)
-
-
-def _float(raw: Any) -> float | None:
-    found = Estimate.read(raw)
-    return None if found is None else found.value
-
-
-def _with_ends(raw: Any, ends: Any) -> Estimate | None:
-    found = Estimate.read(raw)
-    if found is None or not isinstance(ends, Sequence) or len(ends) != 2:
-        return found
-    low, high = (Estimate.read(end) for end in ends)
-    return Estimate(value=found.value, low=low.value if low else None, high=high.value if high else None)
+def _mean_of(values: Iterable[Estimate | float | None]) -> Estimate | None:
+    estimates = [estimate for estimate in map(Estimate.read, values) if estimate is not None]
+    return mean(estimates) if estimates else None

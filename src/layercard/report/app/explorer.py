@@ -11,7 +11,7 @@ from layercard.errors import LayercardError, OutputError
 from layercard.report.app import library as files, views
 from layercard.report.app.jobs import Jobs
 from layercard.report.app.library import Choice, Entry, Library, Wishes
-from layercard.report.frames import measured
+from layercard.report.words import measured
 from layercard.selection.pareto import pareto
 from layercard.selection.solver import SECONDS as PATIENT
 from layercard.selection.strategies import strategy_layers

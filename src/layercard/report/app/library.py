@@ -17,9 +17,8 @@ from layercard.card.numbers import Json, percent, short
 from layercard.errors import CardError, LayercardError, OutputError, ReportError
 from layercard.files import parse_json
 from layercard.records import Estimate
-from layercard.report.ratios import ratios_of
-from layercard.report.roi import Roi, RoiInputs, roi
-from layercard.report.trials import Row, Trial, compared, of_comparison, of_run, rows_of
+from layercard.report.roi import Roi, RoiInputs, ratios_of, roi
+from layercard.report.trials import Trial, TrialGroup, compared, grouped, of_comparison, of_run
 from layercard.selection.budgets import Budgets
 from layercard.selection.placement import Placement
 from layercard.selection.select import given, select
@@ -414,7 +413,7 @@ def with_labels(text: str) -> str:
     return re.sub(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\bgpus\b", lambda word: LABELS.get(word[0], word[0]), text)
 
 
-def _runs_of(card: Entry, entries: Sequence[Entry]) -> list[Row]:
+def _runs_of(card: Entry, entries: Sequence[Entry]) -> list[TrialGroup]:
     """Trained placements of a card's model, from run records and comparisons; runs that a comparison has are not counted twice."""
     fingerprint = card.value["model"]["fingerprint"]
     ours = [entry for entry in entries if entry.problem is None and (entry.value.get("model") or {}).get("fingerprint") == fingerprint]
@@ -428,4 +427,4 @@ def _runs_of(card: Entry, entries: Sequence[Entry]) -> list[Row]:
                 trials.append(of_run(entry.value))
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
             continue  # a file that lacks what a run must have
-    return rows_of(compared(trials))
+    return grouped(compared(trials))

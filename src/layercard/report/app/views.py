@@ -18,9 +18,9 @@ from layercard.card.numbers import Json, listed, short
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
 from layercard.report.app.library import COSTS, Choice, Entry, rows, with_labels
 from layercard.report.figures import COSTS as AXES, depth_figure, front_figure
-from layercard.report.frames import MEASURES
-from layercard.report.roadmap import Found, roadmap as make_roadmap
+from layercard.report.roadmap import ModelFile, roadmap as make_roadmap
 from layercard.report.roi import SHOWN, Range, Roi
+from layercard.report.words import MEASURES
 from layercard.selection.placement import Placement
 from layercard.settings import TrainSettings
 
@@ -78,8 +78,8 @@ def note(text: str, kind: str = "info") -> str:
 
 def roadmap(entries: Sequence[Entry], card: Entry | None) -> str:
     """Where the model of a card stands, from the files that can be read."""
-    readable = [Found(entry.place, entry.kind, entry.value) for entry in entries if entry.problem is None]
-    return _html("roadmap", make_roadmap(readable, None if card is None else Found(card.place, "card", card.value)), INTRO)
+    readable = [ModelFile(entry.place, entry.kind, entry.value) for entry in entries if entry.problem is None]
+    return _html("roadmap", make_roadmap(readable, None if card is None else ModelFile(card.place, "card", card.value)), INTRO)
 
 
 def tiles(choice: Choice, seconds: float | None = None) -> str:

@@ -1,0 +1,191 @@
+"""The tables of a report as plain values, each from the JSON value of a file or from runs; `templates/parts.html.j2` shows them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from layercard.card.numbers import Json, best_layers, interval, listed, profile_of, short
+from layercard.cost.model import CostModel
+from layercard.records import Estimate
+from layercard.report.trials import TrialGroup
+from layercard.report.words import bar_fractions, measured, seconds, size, unit_of
+
+SHOWN_ROWS = 16
+"""Placements in a table before the rest goes behind a fold."""
+POINT_COLUMNS = ("Keeps %", "Time %", "Memory %", "Adapters %", "Layers", "Which")
+
+
+class Cell(NamedTuple):
+    """A cell of a table.
+
+    Attributes:
+        text: What it shows.
+        interval: `low–high`, shown small below.
+        exact: The number itself, for whoever reads the page by machine; `None` for text.
+        tint: Depth of its colour, 0 to 1.
+        words: Whether it is text, which starts at the left.
+    """
+
+    text: str
+    interval: str = ""
+    exact: float | None = None
+    tint: float | None = None
+    words: bool = False
+
+
+class Line(NamedTuple):
+    """A row of a table; `mark` is ◆ for the reader's own placement and for chosen layers, ★ for the best single layers."""
+
+    head: str
+    cells: Sequence[Cell]
+    mark: str = ""
+
+
+class Table(NamedTuple):
+    """A table. `more` rows are behind a fold below the others; `folded` puts all of it behind one; `heat` colours its cells."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Line]
+    more: Sequence[Line] = ()
+    folded: bool = False
+    heat: bool = False
+
+
+def number_cell(estimate: Estimate | None, scale: float = 1.0, digits: int = 0) -> Cell:
+    """A number with its interval as a cell, in units of `scale`; a dash where there is none."""
+    if estimate is None:
+        return Cell("–")
+    scaled = estimate.divided_by(scale)
+    text, low, high = (None if end is None else f"{end:,.{digits}f}".replace("-", "−") for end in (scaled.value, scaled.low, scaled.high))
+    if low is None or high is None or scaled.low == scaled.high:
+        return Cell(str(text), "", estimate.value)
+    return Cell(str(text), f"{low}{' to ' if low.startswith('−') else '–'}{high}", estimate.value)
+
+
+def card_table(card: Json, chosen: Sequence[int]) -> Table:
+    """Layers × measures; ★ marks the best single layers, ◆ the chosen ones."""
+    columns, titles, best = [], ["Layer"], best_layers(card)
+    for measure in measured(card):
+        unit, values = unit_of(card, measure.key), profile_of(card, measure.key)
+        titles.append(f"{measure.title}, {unit}" if unit else measure.title)
+        shades = bar_fractions(values, wide=measure.wide)
+        lightest = min((shade for shade in shades if shade is not None), default=0.0)
+        column = []
+        for value, shade in zip(values, shades, strict=True):
+            tint = 0.0 if shade is None or lightest == 1 else (shade - lightest) / (1 - lightest)
+            column.append(Cell("–") if value is None else Cell(short(value.value), interval(value), value.value, tint))
+        columns.append(column)
+    rows = []
+    for layer in range(len(card["layers"])):
+        marks = ["★"] * (layer in best) + ["◆"] * (layer in chosen)
+        rows.append(Line(str(layer), [column[layer] for column in columns], " ".join(marks)))
+    return Table("Every layer: ★ best single layers by gain estimate, ◆ chosen", titles, rows, folded=True, heat=True)
+
+
+def coupling_table(card: Json) -> Table:
+    """The numbers of the coupling matrix."""
+    return matrix_table("Coupling of every two layers", "layer", range(len(card["coupling"])), card["coupling"], 2, folded=True)
+
+
+def matrix_table(
+    caption: str, corner: str, names: Iterable[Any], matrix: Sequence[Sequence[float | None]], digits: int, *, folded: bool = False
+) -> Table:
+    """A square of numbers with the same names on both sides."""
+    heads, rows = [str(name) for name in names], []
+    for head, row in zip(heads, matrix, strict=True):
+        rows.append(Line(head, [Cell("–" if value is None else f"{value:.{digits}f}", "", value) for value in row]))
+    return Table(caption, (corner, *heads), rows, folded=folded)
+
+
+def trained_table(groups: Sequence[TrialGroup]) -> Table:
+    """Loss reduction of every placement on every task, as in the paper's first table."""
+    tasks, rows = list(dict.fromkeys(task for group in groups for task in group.reduction)), []
+    for group in groups:
+        reductions = [number_cell(group.reduction.get(task), digits=3) for task in tasks]
+        runs = Cell(str(len(group.trials)), "", len(group.trials))
+        rows.append(Line(group.name, [runs, *reductions, number_cell(group.kept, digits=1)]))
+    columns = ("Placement", "Runs", *tasks, "% kept of all layers")
+    return Table("Loss reduction by placement and task", columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:])
+
+
+def trade_off_table(groups: Sequence[TrialGroup], named: Sequence[str]) -> Table:
+    """Time saved against performance lost, measured, as in the paper's second table; ◆ marks the placements of `named`."""
+    columns = ("Placement", "Layers", "Time %", "Speed-up %", "Kept %", "Drop %", "Speed-up / drop", "Peak MiB", "Adapter MiB")
+    rows = []
+    for group in groups:
+        saved, drop = _from_100(group.time_share), _from_100(group.kept)
+        ratio = Estimate(value=saved.value / drop.value) if saved and drop and drop.value >= 0.05 else None
+        percents = [number_cell(value, digits=1) for value in (group.time_share, saved, group.kept, drop, ratio)]
+        sizes = [number_cell(group.memory, 2**20), number_cell(group.adapter_bytes, 2**20, 2)]
+        cells = [Cell(str(len(group.layers)), "", len(group.layers)), *percents, *sizes]
+        rows.append(Line(group.name, cells, "◆" if group.name in named else ""))
+    return Table("Cost and performance", columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:])
+
+
+def _from_100(estimate: Estimate | None) -> Estimate | None:
+    if estimate is None:
+        return None
+    low, high = (None if end is None else 100 - end for end in (estimate.high, estimate.low))
+    return Estimate(value=100 - estimate.value, low=low, high=high)
+
+
+def result_tables(tables: Iterable[Json]) -> list[Table]:
+    """Result files of a benchmark, as they are."""
+
+    def cell(value: Any) -> Cell:
+        number = Estimate.read(value)
+        if value is None:
+            return Cell("–")
+        if number is None:
+            return Cell(str(value), words=not str(value)[:1].isdigit())
+        return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}", "", number.value)
+
+    made = []
+    for table in tables:
+        rows = [Line(cell(first).text, [cell(value) for value in others]) for first, *others in table["rows"]]
+        made.append(Table(str(table["title"]), [str(column) for column in table["columns"]], rows))
+    return made
+
+
+def cost_table(cost: CostModel) -> Table:
+    """Times and bytes of every layer."""
+    rows = []
+    for index, layer in enumerate(cost.layers):
+        times = [Cell(seconds(value, cost), "", value) for value in (layer.forward_seconds, layer.backward_seconds, layer.adapter_seconds)]
+        sizes = [Cell(size(value), "", value) for value in (layer.saved_bytes, layer.adapter_saved_bytes)]
+        rows.append(Line(str(index), times + sizes))
+    return Table("Cost of every layer", ("Layer", "Forward", "Backward", "Adapter", "Kept", "Kept for adapter"), rows, folded=True)
+
+
+def points_table(caption: str, head: str, points: Mapping[str, Json], *, folded: bool = True) -> Table:
+    """Placements with what is predicted of them."""
+    rows = [Line(name, point_cells(point, point["layers"])) for name, point in points.items()]
+    return Table(caption, (head, *POINT_COLUMNS), rows, folded=folded)
+
+
+def point_cells(predicted: Json, layers: Sequence[int]) -> list[Cell]:
+    """What is predicted of one placement, under `POINT_COLUMNS`."""
+    shares = [(predicted.get(key) or {}).get("share") for key in ("step_time", "peak_memory", "parameters")]
+    numbers = [number_cell(Estimate.read(value), 0.01) for value in (predicted.get("performance_kept"), *shares)]
+    return [*numbers, Cell(str(len(layers)), "", len(layers)), Cell(listed(layers, " "), words=True)]
+
+
+def placement_tables(placements: Mapping[str, Json], front: Json | None) -> list[Table]:
+    """The placements given with plain ones of as many layers, and why each layer of the first was taken."""
+    first = next(iter(placements.values()))
+    rows = []
+    for name, placement in placements.items():
+        rows.append(Line(called(name, placement), point_cells(placement.get("predicted") or {}, placement["layers"]), "◆"))
+    plain = front["baselines"] if front else ()
+    alike = [point for point in plain if len(point["layers"]) == len(first["layers"]) or point["name"] == "all"]
+    rows += [Line(str(point["name"]), point_cells(point, point["layers"])) for point in alike]
+    tables = [Table("Placements given, and plain ones of as many layers: predicted", ("Placement", *POINT_COLUMNS), rows)]
+    reasons = first.get("reasons") or {}
+    why = [Line(str(layer), [Cell(reasons[str(layer)], words=True)]) for layer in first["layers"] if str(layer) in reasons]
+    return [*tables, Table("Why each layer", ("Layer", "Reason"), why)] if why else tables
+
+
+def called(name: str, placement: Json) -> str:
+    """What a placement is called: its file and what it was chosen for."""
+    objective = str(placement["objective"])
+    return name if name == objective else f"{name} ({objective})"
