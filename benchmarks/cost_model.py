@@ -1,6 +1,6 @@
 """Predicted against measured step time and peak memory of placements: random ones and the fixed strategies.
 
-In each round the cost model is measured (`layercard.timing.measure_cost`), then the placements take turns in random order: stock PEFT
+In each round the cost model is measured (`layercard.cost.measure.measure_cost`), then the placements take turns in random order: stock PEFT
 adapters, train mode, one warm-up step and two timed ones as the trainer runs them, on the same batch. Measured time is the median over
 all timed steps of a placement, predicted time the median over the rounds' cost models. Memory is what the trainer counts: adapters,
 state of the optimiser, and the most that is alive within a step.

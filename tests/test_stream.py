@@ -245,13 +245,13 @@ def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, m
 def test_a_model_on_the_hub_is_fetched_and_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path / "llama", "llama")
     monkeypatch.setattr("layercard.models.streamed.hub_answers", lambda: True)
-    monkeypatch.setattr("layercard.models.streamed.snapshot_download", lambda name, allow_patterns: str(folder))
+    monkeypatch.setattr("layercard.models.load.snapshot_download", lambda name, **how: str(folder))
     assert open_model("someone/llama").base.fingerprint == open_model(str(folder)).base.fingerprint
 
-    def refused(name: str, allow_patterns: list[str]) -> str:
+    def refused(name: str, **how: Any) -> str:
         raise OSError("401 of\nthe server")
 
-    monkeypatch.setattr("layercard.models.streamed.snapshot_download", refused)
+    monkeypatch.setattr("layercard.models.load.snapshot_download", refused)
     with pytest.raises(ModelError, match="did not give it") as caught:
         open_model("someone/llama")
     assert "(401 of the server)" in str(caught.value)

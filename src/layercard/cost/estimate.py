@@ -19,10 +19,7 @@ UNKNOWN_BYTES = 4 * 2**30
 def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dtype: str, device: str = "", **sizes: Any) -> CostModel:
     """`CostModel.from_rates` for a model that may be empty; `sizes` are `batch_size`, `length` and `rank`."""
     shapes = [
-        [
-            *(Shape(module.in_features, module.out_features) for module in block.linear_modules),
-            *(Shape(stack.in_features, stack.out_features, stack.experts, float(stack.active)) for stack in block.stacks),
-        ]
+        [Shape(each.in_features, each.out_features, each.experts, float(each.active)) for each in block.adaptable]
         for block in find_blocks(model)
     ]
     vocabulary = model.get_input_embeddings().weight.shape[0]

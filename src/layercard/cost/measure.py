@@ -30,7 +30,6 @@ from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors
 from layercard.models.adapted import lora_layers
 from layercard.models.hooks import block_borders, frozen, input_gradients
-from layercard.models.layers import Block
 from layercard.models.load import BaseModel, Progress
 from layercard.models.losses import training_step
 
@@ -139,9 +138,6 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
         repeats: How often each kind of step is set up; each time two steps are timed after one to warm up.
         progress: Told of the phase `cost`.
 
-    Returns:
-        The cost model of this batch size, length, rank and machine.
-
     Raises:
         DataError: The batch has no labelled token, or is longer than the model's positions.
         ModelError: Memory runs out.
@@ -214,7 +210,7 @@ def _timed_tokens(base: BaseModel, model: nn.Module, token: Batch) -> list[StepC
 def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list[StepClock]], counts: dict[str, StepBytes]) -> CostModel:
     """From readings to the cost of each part."""
     depth = len(base.blocks)
-    modules = [_adaptable(block) for block in base.blocks]
+    modules = [[(each.name, each.in_features, each.out_features, each.experts) for each in block.adaptable] for block in base.blocks]
     kinds = [modules.index(same) for same in modules]  # equal for blocks with the same modules
     parameters = [rank * sum(experts * (n_in + n_out) for _, n_in, n_out, experts in each) for each in modules]
 
@@ -288,12 +284,6 @@ def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list
         forward_bytes=max((counts["last"].above(("enter", block), ("leave", block)) for block in range(depth - 1)), default=0),
         layers=tuple(layers),
     )
-
-
-def _adaptable(block: Block) -> list[tuple[str, int, int, int]]:
-    """All that gets an adapter in a block: name, width of input and of output, and number of experts (1 for a linear module)."""
-    single = [(module.name, module.in_features, module.out_features, 1) for module in block.linear_modules]
-    return [*single, *((stack.name, stack.in_features, stack.out_features, stack.experts) for stack in block.stacks)]
 
 
 def _module_seconds(

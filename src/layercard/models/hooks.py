@@ -80,6 +80,11 @@ def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Te
     return kwargs["hidden_states"], lambda hidden: (args, {**kwargs, "hidden_states": hidden})
 
 
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns; some return a tuple that begins with them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def pass_through(*args: Any, **kwargs: Any) -> torch.Tensor:
     """A block's forward that returns what enters it."""
     return block_input(args, kwargs)[0]
@@ -231,16 +236,11 @@ def hidden_states(run: Callable[[], object], blocks: Sequence[Block], indices: S
                     lambda _, args, kwargs, index=index: record(index, block_input(args, kwargs)[0]), with_kwargs=True
                 )
             else:
-                handle = blocks[-1].module.register_forward_hook(lambda _, args, output: record(len(blocks), _hidden_output(output)))
+                handle = blocks[-1].module.register_forward_hook(lambda _, args, output: record(len(blocks), block_output(output)))
             stack.callback(handle.remove)
         with suppress(_LastReached):
             run()
     return recorded
-
-
-def _hidden_output(output: Any) -> torch.Tensor:
-    """The hidden states in what a block returns; some return a tuple that begins with them."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
@@ -253,10 +253,8 @@ def replayed(blocks: Sequence[Block], start: int, hidden: torch.Tensor) -> Itera
     with ExitStack() as stack:
         for block in blocks[:start]:
             stack.enter_context(replaced(block.module, pass_through))
-        handle = blocks[start].module.register_forward_pre_hook(
-            lambda _, args, kwargs: block_input(args, kwargs)[1](hidden), with_kwargs=True
-        )
-        stack.callback(handle.remove)
+        enter = blocks[start].module.register_forward_pre_hook
+        stack.callback(enter(lambda _, args, kwargs: block_input(args, kwargs)[1](hidden), with_kwargs=True).remove)
         yield
 
 
@@ -264,10 +262,7 @@ def replayed(blocks: Sequence[Block], start: int, hidden: torch.Tensor) -> Itera
 def stepped(block: Block, steps: Mapping[str, tuple[torch.Tensor, torch.Tensor]], alpha: float) -> Iterator[None]:
     """Add `α · B A x` to the output of each module of a block: the same as adding `α B A` to its weight, which stays as it is.
 
-    Args:
-        block: The block.
-        steps: For the path of each module (`Block.modules`) that takes a step the factors `A: [r, in]` and `B: [out, r]`.
-        alpha: Length of the step.
+    `steps` has the factors `A: [r, in]` and `B: [out, r]` by the path of each module (`Block.modules`) that takes a step.
     """
 
     def step(module: LinearModule, x: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
@@ -298,7 +293,7 @@ def block_borders(blocks: Sequence[Block], mark: Callable[[str, int], object]) -
     def leave(index: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         mark("leave", index)
         if index == len(blocks) - 1:
-            watch_gradient(_hidden_output(output), len(blocks))
+            watch_gradient(block_output(output), len(blocks))
 
     with ExitStack() as stack:
         for block in blocks:
@@ -322,14 +317,11 @@ def run_experts(
 
     Args:
         holder: The `nn.Module` that holds the stacked parameters and says how they are laid out.
-        modules: Those that are seen, by name of the stacked parameter and number of the expert.
-        see: Sees the input and output of each of them.
-        hidden_states: `[N, width]`, padding included.
+        modules: Those whose input and output `see` is called with, by name of the stacked parameter and number of the expert.
+        see: As in `module_outputs`.
+        hidden_states: `[N, width]`, padding included; so is the result.
         top_k_index: The experts of each token, `[N, k]`; a number beyond the last expert stands for none.
         top_k_weights: What each of them counts, `[N, k]`.
-
-    Returns:
-        `[N, width]`.
     """
     first = "gate_up_proj" if holder.has_gate else "up_proj"
     total = torch.zeros_like(hidden_states)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from peft import LoraConfig
 from torch import nn
@@ -25,9 +26,6 @@ class LinearModule:
         path: Path in the model (`model.layers.3.self_attn.q_proj`).
         module: The module itself; its weight is `[out, in]`, or `[in, out]` where `transposed` (GPT-2's `Conv1D`), or packed where
             it is quantised.
-        in_features: Width of its input.
-        out_features: Width of its output.
-        transposed: Whether the stored weight is `[in, out]`.
         expert: Number of the expert that it belongs to; then `path` ends in that number (`…experts.gate_up_proj[3]`), and `module`
             holds the stacked weights of all experts.
     """
@@ -39,6 +37,8 @@ class LinearModule:
     out_features: int
     transposed: bool
     expert: int | None = None
+    experts: ClassVar[int] = 1
+    active: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class ExpertStack:
         name: Path below the block (`mlp.experts.gate_up_proj`).
         path: Path of the parameter in the model.
         module: The module that holds the parameter and runs the experts.
-        parameter: Name of the parameter in that module.
-        experts: Number of experts E.
-        in_features: Width of each expert's input.
-        out_features: Width of each expert's output.
+        experts: Number of experts E, each of `in_features` and `out_features`.
         transposed: Whether the parameter is `[E, in, out]` and not `[E, out, in]`.
         active: Number of experts that a token is sent to; the usual 2 where the configuration does not say.
     """
@@ -85,6 +82,11 @@ class Block:
     module: nn.Module
     linear_modules: tuple[LinearModule, ...]
     stacks: tuple[ExpertStack, ...] = ()
+
+    @property
+    def adaptable(self) -> tuple[LinearModule | ExpertStack, ...]:
+        """Every module or stack that an adapter can be put on."""
+        return (*self.linear_modules, *self.stacks)
 
     @cached_property
     def modules(self) -> tuple[LinearModule, ...]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import huggingface_hub.utils as hub_utils
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import (
@@ -45,6 +45,8 @@ CLASSIFIER = "ForSequenceClassification"
 """How transformers names models that put a text into one of several classes."""
 KEY_SHARING = ("num_kv_shared_layers", "kv_sharing_modes")
 """What configurations call the sharing of keys and values between blocks."""
+FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+"""What is fetched of a model on the hub that is read from its folder."""
 _CHOICES = f"name a folder with safetensors, a .gguf file, a hub id or {EMBEDDED}"
 
 
@@ -201,7 +203,7 @@ def _read_model(place: str, dtype: torch.dtype | str, trust_remote_code: bool) -
     """Model and tokenizer of what `locate` gave. All parts of a vision-language model are read, and the head of a classifier too."""
     if place.lower().endswith(".gguf"):
         return read_gguf(Path(place), dtype if isinstance(dtype, torch.dtype) else torch.float32)
-    source = place if Path(place).is_dir() or hub_answers() else cached_snapshot(place)
+    source = place if Path(place).is_dir() or hub_answers() else snapshot(place, online=False)
     try:
         kind = auto_class(place, AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
         model, info = kind.from_pretrained(
@@ -233,13 +235,13 @@ def read_tokenizer(source: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"{source}: its tokenizer cannot be read ({one_line(error)}); put the tokenizer's files beside it") from error
 
 
-def cached_snapshot(name: str) -> str:
-    """The folder in the hub's cache that holds a model, for when the hub cannot be reached."""
+def snapshot(name: str, online: bool) -> str:
+    """The folder in the hub's cache that holds a model; what is missing there is fetched first where the hub can be reached."""
     try:
-        return huggingface_hub.snapshot_download(name, local_files_only=True)
-    except Exception as error:  # not in the cache, or not a well formed id
-        problem = f"{name!r} is not a local folder{_spelling_hint(name)}, the hub cannot be reached and its cache has no such model"
-        raise ModelError(f"{problem}; {_CHOICES}") from error
+        return snapshot_download(name, local_files_only=not online, allow_patterns=FILES)
+    except Exception as error:  # the hub client raises many kinds: not in the cache, not a well formed id
+        problem = f"the hub did not give it ({one_line(error)})" if online else "the hub cannot be reached and its cache has no such model"
+        raise ModelError(f"{name!r} is not a local folder{_spelling_hint(name)}, {problem}; {_CHOICES}") from error
 
 
 def auto_class(place: str, config: PreTrainedConfig) -> Any:

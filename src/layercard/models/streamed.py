@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,7 +32,6 @@ from layercard.models.load import (
     BaseModel,
     Progress,
     auto_class,
-    cached_snapshot,
     check_dtype,
     digest,
     find_device,
@@ -42,11 +40,10 @@ from layercard.models.load import (
     quiet_libraries,
     read_tokenizer,
     shared_keys,
+    snapshot,
 )
 
 INDEX = "model.safetensors.index.json"
-FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-"""What is fetched of a model on the hub."""
 LONGEST_HEADER = 100_000_000
 """Bytes; what safetensors itself allows."""
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
@@ -56,19 +53,14 @@ SAFETENSORS_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int1
 # Tensors in files
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: the first of its bytes, and what it is."""
+class Stored(NamedTuple):
+    """A tensor in a file: where its bytes are, and what it is."""
 
     path: Path
     start: int
+    size: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Weights:
@@ -85,11 +77,7 @@ class Weights:
                 self.tensors[name] = stored
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-        """One tensor, in `dtype` where it is of floating point and one is given.
-
-        Raises:
-            ModelError: There is no such tensor, or it cannot be read.
-        """
+        """One tensor, in `dtype` where it is of floating point and one is given."""
         if name not in self.tensors:
             raise ModelError(f"the model's files hold no {name}; use a whole model")
         stored = self.tensors[name]
@@ -151,11 +139,11 @@ def _read_header(path: Path) -> dict[str, Stored]:
             raise ModelError(f"{path} says nothing usable of {name}; save the model again") from error
         if kind not in SAFETENSORS_DTYPES:
             raise ModelError(f"{path} stores {name} as {kind:.20}, and quantised weights cannot be streamed; profile without --stream")
+        dtype = SAFETENSORS_DTYPES[kind]
         numbers = all(type(number) is int and number >= 0 for number in (*shape, low, high))
-        stored = Stored(path, data + low if numbers else 0, SAFETENSORS_DTYPES[kind], shape)
-        if not numbers or high - low != stored.size or data + high > size:
+        if not numbers or high - low != math.prod(shape) * dtype.itemsize or data + high > size:
             raise ModelError(f"{path} places {name} where the file is not; copy it again, or save the model again")
-        tensors[name] = stored
+        tensors[name] = Stored(path, data + low, high - low, dtype, shape)
     return tensors
 
 
@@ -164,11 +152,9 @@ def _read_header(path: Path) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where one tensor of a model comes from.
+    """Where the tensor `path` of a model comes from.
 
     Attributes:
-        path: Its name in the model.
-        shape: Its shape there.
         stored: Names of the stored tensors, each with the pattern of the converter that it matches (empty without one).
         converter: What puts several together, as transformers does when it loads them; `None` where one is taken as it is.
     """
@@ -179,11 +165,7 @@ class Source:
     converter: WeightConverter | None = None
 
     def read(self, weights: Weights, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The tensor; what it is made of is in memory meanwhile too.
-
-        Raises:
-            ModelError: It cannot be read, or is not of the model's shape.
-        """
+        """The tensor; what it is made of is in memory meanwhile too."""
         first = self.stored[0][0]
         if self.converter is None:
             tensor = weights.read(first, dtype, device)
@@ -329,14 +311,10 @@ def open_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> StreamedModel:
-    """A model by name, without reading its weights but for the fingerprint.
+    """A model by name, without reading its weights but for the fingerprint. Arguments are those of `load_model`.
 
-    Args:
-        name: A local folder with safetensors weights, a hub id (its files are fetched to the cache), or `smollm2-135m`.
-        device: As `load_model`; blocks go there one at a time.
-        dtype: As `load_model`; `auto` takes the type that the configuration names, else that of the files.
-        trust_remote_code: Whether code that comes with the model may run.
-        progress: Told of tensors, `fingerprint`.
+    The name is a local folder with safetensors weights, a hub id (its files are fetched to the cache), or `smollm2-135m`. Blocks go to the
+    device one at a time; `auto` takes the dtype that the configuration names, else that of the files; `progress` is told of `fingerprint`.
 
     Raises:
         ModelError: The model cannot be found or streamed: a `.gguf` file, pickled or quantised weights, a classifier, tensors under
@@ -347,7 +325,7 @@ def open_model(
     place = locate(name, progress)
     if place.lower().endswith(".gguf"):
         raise ModelError(f"{name} is a GGUF file, whose weights cannot be streamed; name a folder with safetensors weights")
-    folder = _fetched_folder(place)
+    folder = Path(place if Path(place).is_dir() else snapshot(place, online=hub_answers()))
     weights = Weights(weight_files(folder))
     with quiet_libraries():
         model, kind = _empty_model(folder, name, dtype, weights, trust_remote_code)
@@ -371,21 +349,6 @@ def open_model(
 
     base = BaseModel(model, tokenizer, name, digest(tensors()), find_blocks(model))
     return StreamedModel(base, weights, sources, kind, target)
-
-
-def _fetched_folder(place: str) -> Path:
-    """Where a model's files are; those of one on the hub are fetched to its cache first, where it answers."""
-    if Path(place).is_dir():
-        return Path(place)
-    if not hub_answers():
-        return Path(cached_snapshot(place))
-    try:
-        return Path(snapshot_download(place, allow_patterns=FILES))
-    except Exception as error:  # the hub client raises many kinds
-        reason = one_line(error, 120)
-        raise ModelError(
-            f"{place!r} is not a local folder, and the hub did not give it ({reason}); name a folder or another model"
-        ) from error
 
 
 def _empty_model(folder: Path, name: str, dtype: str, weights: Weights, trust_remote_code: bool) -> tuple[PreTrainedModel, torch.dtype]:

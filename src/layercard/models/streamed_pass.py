@@ -86,18 +86,7 @@ class _TuplesExpected(Exception):
 
 
 class BlockByBlock:
-    """The batches of some records on their way through a model.
-
-    Attributes:
-        batches: The batches, on the model's device.
-
-    Args:
-        model: The model.
-        examples: The records.
-        batch_size: Records in a batch.
-        boundaries: Where hidden states are kept.
-        kind: What they are called there.
-    """
+    """The batches of some records on their way through a model; what enters each block is kept in `boundaries` as `kind`."""
 
     def __init__(self, model: StreamedModel, examples: Sequence[Example], batch_size: int, boundaries: Boundaries, kind: str) -> None:
         self.model, self.boundaries, self.kind = model, boundaries, kind
