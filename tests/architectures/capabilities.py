@@ -190,7 +190,7 @@ def verifies(case: Case) -> str:
     assert case.run
     found = verify_adapter(case.base.model, case.folder / "run", fingerprint=case.base.fingerprint)
     assert found.as_planned, found.differences
-    assert (set(found.adapted), found.layers) == (set(case.placement.targets), case.placement.layers)
+    assert (set(found.adapted), found.adapted_layers) == (set(case.placement.targets), case.placement.layers)
     (other,) = set(range(len(case.base.blocks))) - set(case.placement.layers)
     assert not verify_adapter(case.base.model, case.folder / "run", layers=[other]).as_planned
     return YES

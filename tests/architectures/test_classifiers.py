@@ -95,7 +95,7 @@ def test_accuracy_is_the_share_of_right_classes(case: Case) -> None:
     right = [guess == example.labels[-1] for guess, example in zip(guessed, case.data.examples, strict=True)]
     assert found.accuracy == sum(right) / len(right)
     assert found.generation is None
-    assert evaluate(base_of("llama"), read_text(case.folder))["accuracy"] is None
+    assert evaluate(base_of("llama"), read_text(case.folder)).accuracy is None
 
 
 def read_text(folder: Path) -> Any:
