@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from layercard.export.export import exported
-from layercard.export.trainers import TRAINERS, Settings
+from layercard.export.trainers import TRAINERS, LoraSettings
 from layercard.selection.placement import Placement
 
 GOLDEN = Path(__file__).parent / "golden" / "export"
@@ -64,7 +64,7 @@ def golden() -> Iterator[tuple[Path, str]]:
                 continue
             for suffix in suffixes:
                 if (name, suffix, case) != ("trl", ".yaml", "ranks"):
-                    yield GOLDEN / f"{name}.{case}{suffix}", exported(placement, trainer, Settings(), suffix=suffix).text
+                    yield GOLDEN / f"{name}.{case}{suffix}", exported(placement, trainer, LoraSettings(), suffix=suffix).text
 
 
 if __name__ == "__main__":

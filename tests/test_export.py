@@ -13,7 +13,7 @@ from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
 from layercard.export.config_text import edited
 from layercard.export.export import exported, merged
-from layercard.export.trainers import TRAINERS, Settings, trainer_named
+from layercard.export.trainers import TRAINERS, LoraSettings, trainer_named
 from layercard.files import write_json
 from layercard.selection.placement import Placement
 
@@ -48,13 +48,13 @@ def test_golden_files() -> None:
 @pytest.mark.parametrize(("trainer", "case"), [(trainer, case) for trainer, cases in REFUSED.items() for case in cases])
 def test_what_a_trainer_cannot_express_is_refused(trainer: str, case: str) -> None:
     with pytest.raises(ExportError, match=r"; (select|train|export)"):
-        exported(CASES[case], TRAINERS[trainer], Settings())
+        exported(CASES[case], TRAINERS[trainer], LoraSettings())
 
 
 def test_merging_touches_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
     path.write_text(AXOLOTL, encoding="utf-8")
-    done = exported(DENSE, TRAINERS["axolotl"], Settings(), merge=path, force=True)
+    done = exported(DENSE, TRAINERS["axolotl"], LoraSettings(), merge=path, force=True)
     lines = done.text.splitlines()
     kept = [line for line in AXOLOTL.splitlines() if line.strip() not in ("# attention only", "- q_proj", "- v_proj")]
     assert [line for line in lines if line in kept] == kept
@@ -64,7 +64,7 @@ def test_merging_touches_nothing_else(tmp_path: Path) -> None:
     assert (values["lora_r"], values["lora_alpha"]) == (16, 32)  # the file's own
     assert values["datasets"] == [{"path": "data.jsonl", "type": "alpaca"}]
     assert done.notes == ("replaced lora_target_modules: ['q_proj', 'v_proj']",)
-    again = merged(done.text, "config.yml", TRAINERS["axolotl"], TRAINERS["axolotl"].plan(DENSE, Settings()))
+    again = merged(done.text, "config.yml", TRAINERS["axolotl"], TRAINERS["axolotl"].plan(DENSE, LoraSettings()))
     assert again.text == done.text
     assert again.notes == ()
 
@@ -111,23 +111,23 @@ def test_contradictions(trainer: str, text: str, key: str, tmp_path: Path, capsy
     assert cli.run([*command, "--force"]) == 0
     found = capsys.readouterr()
     assert key in found.err  # said, not silent
-    plan = TRAINERS[trainer].plan(DENSE, Settings())
+    plan = TRAINERS[trainer].plan(DENSE, LoraSettings())
     assert merged(found.out, "config.yaml", TRAINERS[trainer], plan).text == found.out
 
 
 def test_an_option_that_differs_from_the_file_is_a_contradiction(tmp_path: Path) -> None:
-    plan = TRAINERS["axolotl"].plan(DENSE, Settings(rank=4))
+    plan = TRAINERS["axolotl"].plan(DENSE, LoraSettings(rank=4))
     with pytest.raises(ExportError, match=r"lora_r: 16, which contradicts.*must be 4"):
         merged("adapter: lora\nlora_r: 16\n", "config.yml", TRAINERS["axolotl"], plan)
 
 
 def test_an_empty_adapter_becomes_lora() -> None:
-    done = merged("adapter:\nlora_r:   # open\n", "c.yml", TRAINERS["axolotl"], TRAINERS["axolotl"].plan(DENSE, Settings()))
+    done = merged("adapter:\nlora_r:   # open\n", "c.yml", TRAINERS["axolotl"], TRAINERS["axolotl"].plan(DENSE, LoraSettings()))
     assert done.text.startswith("adapter: lora\nlora_r: 8   # open\n")
 
 
 def test_line_breaks_and_a_missing_last_one() -> None:
-    plan = TRAINERS["axolotl"].plan(DENSE, Settings())
+    plan = TRAINERS["axolotl"].plan(DENSE, LoraSettings())
     done = merged("base_model: m\r\nadapter: lora", "c.yml", TRAINERS["axolotl"], plan)
     assert "\n" not in done.text.replace("\r\n", "")
     assert done.text.startswith("base_model: m\r\nadapter: lora\r\nlora_r: 8\r\n")
@@ -152,7 +152,7 @@ def test_line_breaks_and_a_missing_last_one() -> None:
     ],
 )
 def test_yaml_that_cannot_be_merged_into(text: str, words: str) -> None:
-    plan = TRAINERS["axolotl"].plan(DENSE, Settings())
+    plan = TRAINERS["axolotl"].plan(DENSE, LoraSettings())
     with pytest.raises(ExportError, match=words):
         merged(text, "config.yml", TRAINERS["axolotl"], plan, force=True)
 
@@ -167,7 +167,7 @@ def test_yaml_that_cannot_be_merged_into(text: str, words: str) -> None:
     ],
 )
 def test_sections(text: str) -> None:
-    done = merged(text, "c.yaml", TRAINERS["mlx-lm"], TRAINERS["mlx-lm"].plan(DENSE, Settings()))
+    done = merged(text, "c.yaml", TRAINERS["mlx-lm"], TRAINERS["mlx-lm"].plan(DENSE, LoraSettings()))
     section = done.keys["lora_parameters"]
     assert (section["rank"], section["scale"], section["dropout"], len(section["keys"])) == (4, 2.5, 0.0, len(DENSE.paths))
     assert done.keys["num_layers"] == -1
@@ -177,7 +177,7 @@ def test_sections(text: str) -> None:
 
 def test_json_keeps_what_it_does_not_change() -> None:
     text = '{\n    "model_name_or_path": "org/mödel",\n    "learning_rate": 1e-4,\n    "lora_rank": 16\n}\n'
-    done = merged(text, "c.json", TRAINERS["llamafactory"], TRAINERS["llamafactory"].plan(DENSE, Settings()))
+    done = merged(text, "c.json", TRAINERS["llamafactory"], TRAINERS["llamafactory"].plan(DENSE, LoraSettings()))
     assert done.text.startswith(text.removesuffix("\n}\n"))
     assert json.loads(done.text)["lora_target"].split(",") == list(DENSE.paths)
     assert json.loads(done.text)["lora_rank"] == 16
@@ -187,7 +187,7 @@ def test_json_keeps_what_it_does_not_change() -> None:
 
 
 def _plan() -> Any:
-    return TRAINERS["llamafactory"].plan(DENSE, Settings())
+    return TRAINERS["llamafactory"].plan(DENSE, LoraSettings())
 
 
 KEYS = st.text("abcxyz_", min_size=1, max_size=6)
@@ -220,27 +220,27 @@ def test_any_yaml_says_what_it_should(old: dict[str, Any], new: dict[str, Any], 
 
 
 def test_rank_alpha_and_dropout() -> None:
-    values = yaml.safe_load(exported(DENSE, TRAINERS["axolotl"], Settings(16, None, 0.1)).text)
+    values = yaml.safe_load(exported(DENSE, TRAINERS["axolotl"], LoraSettings(16, None, 0.1)).text)
     assert (values["lora_r"], values["lora_alpha"], values["lora_dropout"]) == (16, 32, 0.1)
-    scale = yaml.safe_load(exported(DENSE, TRAINERS["mlx-lm"], Settings(16, 8.0)).text)["lora_parameters"]
+    scale = yaml.safe_load(exported(DENSE, TRAINERS["mlx-lm"], LoraSettings(16, 8.0)).text)["lora_parameters"]
     assert (scale["rank"], scale["scale"]) == (16, 0.5)
     with pytest.raises(ExportError, match="leave --rank and --alpha out"):
-        exported(CASES["ranks"], TRAINERS["axolotl"], Settings(rank=4))
+        exported(CASES["ranks"], TRAINERS["axolotl"], LoraSettings(rank=4))
     with pytest.raises(ExportError, match="whole number"):
-        exported(DENSE, TRAINERS["axolotl"], Settings(alpha=2.5))
+        exported(DENSE, TRAINERS["axolotl"], LoraSettings(alpha=2.5))
     with pytest.raises(PlacementError, match="no dropout for parameters"):
-        exported(CASES["experts"], TRAINERS["peft"], Settings(dropout=0.1))
+        exported(CASES["experts"], TRAINERS["peft"], LoraSettings(dropout=0.1))
     broken = ranked(DENSE)
     uneven = Placement.from_json(broken.to_json() | {"alpha_pattern": dict.fromkeys(broken.targets, 2.5)})
     with pytest.raises(ExportError, match="whole number"):
-        exported(uneven, TRAINERS["axolotl"], Settings())
+        exported(uneven, TRAINERS["axolotl"], LoraSettings())
 
 
 def test_a_name_from_outside_stays_a_string() -> None:
     name = 'x"\nimport os  # \N{SNOWMAN}'
     strange = Placement.from_json(DENSE.to_json() | {"model": {"name": name, "layers": 30}})
     for trainer in TRAINERS.values():
-        text = exported(strange, trainer, Settings()).text
+        text = exported(strange, trainer, LoraSettings()).text
         assert "\nimport os" not in text
         if trainer.script is None and trainer.suffixes[0] != ".json":
             assert isinstance(yaml.safe_load(text), dict)

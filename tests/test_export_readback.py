@@ -26,7 +26,7 @@ from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
 from layercard.export import read
 from layercard.export.export import exported
-from layercard.export.trainers import TRAINERS, Settings
+from layercard.export.trainers import TRAINERS, LoraSettings
 from layercard.models.adapted import adapted_paths, quiet_peft
 from layercard.models.layers import find_blocks
 from layercard.selection.placement import Placement
@@ -190,9 +190,9 @@ def test_exactly_the_planned_targets_are_adapted(family: str, trainer: str, mode
     plan = planned(model, LAYERS.get(family, (1,)))
     if family == "experts" and trainer == "llamafactory":
         with pytest.raises(ExportError, match="adapts modules only"):
-            exported(plan, TRAINERS[trainer], Settings())
+            exported(plan, TRAINERS[trainer], LoraSettings())
         plan = Placement(model=plan.model, layers=plan.layers, paths=plan.paths, objective="given")
-    done = exported(plan, TRAINERS[trainer], Settings(), suffix=SUFFIX.get(trainer, ""))
+    done = exported(plan, TRAINERS[trainer], LoraSettings(), suffix=SUFFIX.get(trainer, ""))
     assert adapted(model, READERS[trainer](done.text, model)) == set(plan.targets)
     if trainer in ("axolotl", "llamafactory", "ms-swift", "trl"):
         assert adapted(model, read.config_of(done.keys, model)) == set(plan.targets)
@@ -211,7 +211,7 @@ def test_parts_of_blocks_with_experts(what: str, trainer: str, models: dict[str,
     }[what]
     if what == "stacks" and trainer == "llamafactory":
         return
-    text = exported(plan, TRAINERS[trainer], Settings(), suffix=SUFFIX.get(trainer, "")).text
+    text = exported(plan, TRAINERS[trainer], LoraSettings(), suffix=SUFFIX.get(trainer, "")).text
     assert adapted(model, READERS[trainer](text, model)) == set(plan.targets)
 
 
@@ -226,7 +226,7 @@ def test_peft_widens_expressions_where_there_are_experts(models: dict[str, PreTr
 def test_trl_in_python(models: dict[str, PreTrainedModel]) -> None:
     for family, model in models.items():
         plan = planned(model, LAYERS.get(family, (1,)))
-        text = exported(plan, TRAINERS["trl"], Settings()).text
+        text = exported(plan, TRAINERS["trl"], LoraSettings()).text
         names: dict[str, Any] = {}
         exec(text.partition("trainer = ")[0].replace("from datasets import load_dataset\n", "").replace("from trl", "# from trl"), names)
         assert adapted(model, names["peft_config"]) == set(plan.targets)
@@ -236,7 +236,7 @@ def test_trl_in_python(models: dict[str, PreTrainedModel]) -> None:
 def test_ranks_are_taken_over(trainer: str, models: dict[str, PreTrainedModel]) -> None:
     model = models["llama"]
     plan = ranked(planned(model, (1, 11)))
-    text = exported(plan, TRAINERS[trainer], Settings()).text
+    text = exported(plan, TRAINERS[trainer], LoraSettings()).text
     with quiet_peft():
         wrapped = get_peft_model(model, READERS[trainer](text, model))
     assert adapted_ranks(wrapped) == {path: (rank, plan.alpha_pattern[path] / rank) for path, rank in plan.rank_pattern.items()}
@@ -264,7 +264,7 @@ def test_any_placement_comes_back(plan: Placement) -> None:
     model = _llama()
     names = [name for name, _ in model.named_modules() if name]
     for trainer in ("axolotl", "llamafactory", "ms-swift", "peft", "unsloth"):
-        config = READERS[trainer](exported(plan, TRAINERS[trainer], Settings()).text, model)
+        config = READERS[trainer](exported(plan, TRAINERS[trainer], LoraSettings()).text, model)
         assert {name for name in names if check_target_module_exists(config, name)} == set(plan.paths), trainer
     assert set(TRAINERS["mlx-lm"].choose(plan)["lora_parameters.keys"]) == set(plan.paths)
 
@@ -285,7 +285,7 @@ _KEPT: list[PreTrainedModel] = []
 def test_mlx_adapts_what_is_planned(case: str, blocks: str) -> None:
     """`tuner/utils.py`, `linear_to_lora_layers`: names below the last `num_layers` blocks, then paths in the model."""
     plan = CASES[case]
-    cfg = yaml.safe_load(exported(plan, TRAINERS["mlx-lm"], Settings()).text)
+    cfg = yaml.safe_load(exported(plan, TRAINERS["mlx-lm"], LoraSettings()).text)
     keys = set(cfg["lora_parameters"]["keys"])
     below = [f"{block}.{name}" for block in ("self_attn", "mlp", "attn") for name in ("q_proj", "v_proj", "c_attn", "c_proj", "down_proj")]
     layers = list(range(30))[-max(cfg["num_layers"], 0) :]
@@ -303,7 +303,7 @@ def wildcard(pattern: str, name: str) -> bool:
 def test_megatron_adapts_what_is_planned(prefix: str) -> None:
     maps = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
     for case, blocks in (("dense", "decoder.layers"), ("vision", "language_model.decoder.layers")):
-        cfg = yaml.safe_load(exported(CASES[case], TRAINERS["megatron-bridge"], Settings()).text)["peft"]
+        cfg = yaml.safe_load(exported(CASES[case], TRAINERS["megatron-bridge"], LoraSettings()).text)["peft"]
         towers = ["mtp.layers"] if case == "dense" else ["mtp.layers", "vision_model.decoder.layers"]
         modules = [f"{prefix}{place}.{layer}.{name}" for place in (blocks, *towers) for layer in range(30) for name in maps]
         found = {name for name in modules if any(wildcard(pattern, name) for pattern in cfg["target_modules"])}

@@ -13,7 +13,7 @@ import yaml
 from peft import get_peft_model
 
 from layercard.export.export import exported
-from layercard.export.trainers import TRAINERS, Settings
+from layercard.export.trainers import TRAINERS, LoraSettings
 from layercard.models.adapted import adapted_paths, quiet_peft
 from layercard.models.layers import find_blocks
 from layercard.selection.placement import Placement
@@ -31,7 +31,7 @@ def placed(family: str, layers: tuple[int, ...]) -> tuple[Any, Placement]:
 
 
 def values(placement: Placement, trainer: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(exported(placement, TRAINERS[trainer], Settings()).text)
+    found: dict[str, Any] = yaml.safe_load(exported(placement, TRAINERS[trainer], LoraSettings()).text)
     return found
 
 
@@ -62,7 +62,7 @@ def test_swift_reads_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     swift = pytest.importorskip("swift.cli.main", exc_type=ImportError)
     _, plan = placed("llama", (1, 11))
     file = tmp_path / "sft.yaml"
-    file.write_text(exported(plan, TRAINERS["ms-swift"], Settings()).text, encoding="utf-8")
+    file.write_text(exported(plan, TRAINERS["ms-swift"], LoraSettings()).text, encoding="utf-8")
     arguments = [str(file)]
     monkeypatch.setenv("SWIFT_CONFIG_FILE", "")
     swift.parse_yaml_args(arguments)

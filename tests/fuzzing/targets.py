@@ -227,9 +227,9 @@ _FACTORY = b"model_name_or_path: x\nfinetuning_type: lora\nlora_rank: 8\nlora_ta
 
 @functools.cache
 def _plan(name: str) -> Any:
-    from layercard.export.trainers import Settings
+    from layercard.export.trainers import LoraSettings
 
-    return TRAINERS[name].plan(Placement.from_json(json.loads(_placements()[0])), Settings())
+    return TRAINERS[name].plan(Placement.from_json(json.loads(_placements()[0])), LoraSettings())
 
 
 def _merge(path: Path) -> object:

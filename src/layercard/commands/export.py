@@ -35,12 +35,12 @@ def export(
     if output is not None:
         refuse_existing(output, replace)
     from layercard.export.export import check_landing, exported
-    from layercard.export.trainers import Settings, trainer_named
+    from layercard.export.trainers import LoraSettings, trainer_named
     from layercard.selection.placement import Placement
 
     trainer, chosen = trainer_named(to), Placement.load(placement)
     suffix = output.suffix.lower() if output is not None else ""
-    result = exported(chosen, trainer, Settings(rank, alpha, dropout), merge=merge, suffix=suffix, force=force)
+    result = exported(chosen, trainer, LoraSettings(rank, alpha, dropout), merge=merge, suffix=suffix, force=force)
     notes = list(result.notes)
     if model is not None:
         notes.append(check_landing(chosen, trainer, result.keys, model))

@@ -56,11 +56,7 @@ def read_text(path: Path) -> str:
 
 
 def read(text: str, source: str) -> dict[str, Any]:
-    """The keys of a configuration; none where it holds nothing but comments.
-
-    Args:
-        text: JSON where `source` ends in `.json`, else YAML.
-        source: Its path, also for messages.
+    """The keys of a configuration; none where it holds nothing but comments. `source` is its path: JSON where it ends so, else YAML.
 
     Raises:
         ExportError: It cannot be read, or holds no keys.
@@ -79,13 +75,7 @@ def read(text: str, source: str) -> dict[str, Any]:
 
 
 def edited(text: str, source: str, changes: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
-    """The text of a configuration with some keys set and some taken out.
-
-    Args:
-        text: The configuration, or nothing at all.
-        source: As for `read`.
-        changes: New values of keys; a dot in a key says that it lies in a section (YAML only).
-        removed: Keys to take out.
+    """The text of a configuration with some keys set and some taken out; a dot in a key says that it lies in a section (YAML only).
 
     Raises:
         ExportError: The text cannot be read, or not be changed without touching more than these keys.

@@ -3,31 +3,23 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layercard.adapters.lora_config import lora_arguments
 from layercard.card.numbers import listed
 from layercard.errors import ExportError
 from layercard.export.config_text import ABSENT, edited, read, read_text
-from layercard.export.trainers import ALPHA, DROPOUT, RANK, Plan, Settings, Trainer, split, trainer_named
+from layercard.export.trainers import ALPHA, DROPOUT, RANK, LoraSettings, Plan, Trainer, split, trainer_named
 from layercard.selection.placement import Placement
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was made of a placement.
+class Exported(NamedTuple):
+    """What was made of a placement."""
 
-    Attributes:
-        text: What the trainer reads, or Python that calls it.
-        keys: What the text says: the whole configuration, or the arguments in the Python.
-        notes: Sentences that the user must know: what was replaced in a merged file, and what else the trainer needs.
-    """
-
-    text: str
-    keys: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    text: str  # what the trainer reads, or Python that calls it
+    keys: dict[str, Any]  # what the text says: the whole configuration, or the arguments in the Python
+    notes: tuple[str, ...] = ()  # what the user must know: what was replaced in a merged file, and what else the trainer needs
 
 
 def configuration(
@@ -60,11 +52,11 @@ def configuration(
         PlacementError: Rank, alpha or dropout are out of range.
     """
     source = None if merge is None else Path(merge)
-    return exported(placement, trainer_named(to), Settings(rank, alpha, dropout), merge=source, force=force).text
+    return exported(placement, trainer_named(to), LoraSettings(rank, alpha, dropout), merge=source, force=force).text
 
 
 def exported(
-    placement: Placement, trainer: Trainer, settings: Settings, *, merge: Path | None = None, suffix: str = "", force: bool = False
+    placement: Placement, trainer: Trainer, settings: LoraSettings, *, merge: Path | None = None, suffix: str = "", force: bool = False
 ) -> Exported:
     """`configuration` with what it says and notes; `suffix` is that of the file to be written, which chooses among a trainer's forms."""
     settings.check(placement)
@@ -145,7 +137,7 @@ def check_landing(placement: Placement, trainer: Trainer, keys: dict[str, Any], 
     return f"read back on {name}: exactly the {len(placement.targets)} planned targets are adapted"
 
 
-def _script(placement: Placement, trainer: Trainer, settings: Settings) -> Exported:
+def _script(placement: Placement, trainer: Trainer, settings: LoraSettings) -> Exported:
     """Python that calls a trainer; what the placement says of the model is a quoted string in it."""
     if trainer.name == "trl":
         values = settings.values()

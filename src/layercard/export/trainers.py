@@ -30,7 +30,7 @@ RANK, ALPHA, SCALE, DROPOUT = Setting
 
 
 @dataclass(frozen=True)
-class Settings:
+class LoraSettings:
     """Rank, alpha and dropout as far as they are given; the rest is left to the file that is merged into.
 
     Where nothing says, the rank is 8, alpha twice the rank (the update is `alpha / rank` times B A) and the dropout 0.
@@ -53,19 +53,12 @@ class Settings:
             raise ExportError("the placement has a rank and an alpha for every target; leave --rank and --alpha out")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one trainer must read for a placement.
+class Plan(NamedTuple):
+    """What one trainer must read for a placement."""
 
-    Attributes:
-        required: Keys with the value that they must have.
-        defaults: Keys with the value that they get where a file says nothing.
-        allowed: Values of further keys with which `required` is followed; any other value contradicts it.
-    """
-
-    required: dict[str, Any]
-    defaults: dict[str, Any]
-    allowed: dict[str, tuple[Any, ...]]
+    required: dict[str, Any]  # keys with the value that they must have
+    defaults: dict[str, Any]  # keys with the value that they get where a file says nothing
+    allowed: dict[str, tuple[Any, ...]]  # values of further keys with which the placement is followed; any other contradicts it
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class Trainer:
     whole_alpha: bool = False  # whether it reads alpha as an integer
     notes: tuple[str, ...] = ()  # sentences that the user must know
 
-    def plan(self, placement: Placement, settings: Settings) -> Plan:
+    def plan(self, placement: Placement, settings: LoraSettings) -> Plan:
         """The keys for a placement.
 
         Raises:
