@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ def labels_only(model: nn.Module, *, chunk_bytes: int | None = None) -> Iterator
     done = LabelsOnly(_obstacle(parts))
     with ExitStack() as stack:
         if done.active:
-            stack.enter_context(replaced(parts.causal, _LabelledForward(parts, parts.causal.forward, chunk_bytes, done)))
+            forward = _LabelledForward(parts, parts.causal.forward, chunk_bytes, done)
+            stack.enter_context(replaced(parts.causal, update_wrapper(forward, parts.causal.forward)))  # trainers read its signature
             if parts.final_norm is not None:
                 stack.enter_context(replaced(parts.final_norm, partial(_norm_needed, parts.final_norm.forward)))
         yield done
