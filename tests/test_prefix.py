@@ -30,6 +30,7 @@ NO_DROPOUT: dict[str, dict[str, float]] = {
     "opt": {"attention_dropout": 0.0, "dropout": 0.0},
 }
 LENGTHS = (5, 41, 17, 9, 30, 22, 12, 26)
+SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
 def adapted(family: str, layers: Sequence[int] = (2,), seed: int = 0, **changes: Any) -> Any:
@@ -102,43 +103,42 @@ def assert_same(found: tuple[Any, ...], expected: tuple[Any, ...], rtol: float =
         torch.testing.assert_close(found[1][name], weight, rtol=10 * rtol, atol=1e-6 + rtol * float(weight.abs().max()), msg=name)
 
 
+def assert_as_stock(
+    family: str,
+    plan: list[list[dict[str, torch.Tensor]]],
+    *where: Any,
+    layers: Sequence[int] = (2,),
+    changes: dict[str, Any] | None = None,
+    enter: Callable[..., AbstractContextManager[PrefixCache]] = frozen_prefix,
+    **options: Any,
+) -> PrefixCache:
+    """Losses and adapters of training with the cache are those without it; returns the cache."""
+    expected = train(adapted(family, layers, **(changes or {})), plan)
+    model = adapted(family, layers, **(changes or {}))
+    result = train(model, plan, enter(model, *where, **{"always": True, **options}))
+    assert_same(result, expected)
+    return result[2]
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", tiny.TINY_FAMILIES)
 def test_training_is_that_of_stock_peft(family: str, side: str) -> None:
-    plan = epochs(side)
-    expected = train(adapted(family), plan)
-    model = adapted(family)
-    found = train(model, plan, frozen_prefix(model, always=True))
-    assert_same(found, expected)
-    cache = found[2]
+    cache = assert_as_stock(family, epochs(side))
     assert cache.active and not cache.untouched
     if side == "right" or family != "gpt2":
         assert (cache.records_computed, cache.records_read) == (8, 8 + 2 * 3)
     assert cache.taken == sum(LENGTHS) * tiny.WIDTH * 4 if side == "right" else True
 
 
+@pytest.mark.parametrize(("family", "changes"), [("gemma3", SLIDING), ("gpt2", {})])
 @pytest.mark.parametrize("layers", [(1,), (1, 2)])
-@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
-def test_the_prefix_ends_at_the_lowest_adapter(family: str, layers: tuple[int, ...]) -> None:
-    changes = (
-        {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]} if family == "gemma3" else {}
-    )
-    plan = epochs("right")
-    expected = train(adapted(family, layers, **changes), plan)
-    model = adapted(family, layers, **changes)
-    found = train(model, plan, frozen_prefix(model, always=True))
-    assert_same(found, expected)
-    assert (found[2].depth, found[2].records_read) == (1, 14)
+def test_the_prefix_ends_at_the_lowest_adapter(family: str, changes: dict[str, Any], layers: tuple[int, ...]) -> None:
+    cache = assert_as_stock(family, epochs("right"), layers=layers, changes=changes)
+    assert (cache.depth, cache.records_read) == (1, 14)
 
 
 def test_sliding_and_full_attention_on_records_longer_than_the_window() -> None:
-    changes = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-    plan = epochs("left")
-    expected = train(adapted("gemma3", **changes), plan)
-    model = adapted("gemma3", **changes)
-    found = train(model, plan, frozen_prefix(model, always=True))
-    assert_same(found, expected)
-    assert found[2].records_read == 14
+    assert assert_as_stock("gemma3", epochs("left"), changes=SLIDING).records_read == 14
 
 
 def test_learned_positions_with_padding_on_the_left_are_told_apart() -> None:
@@ -182,7 +182,7 @@ def together(model: Any, names: Sequence[str], folder: Path | None = None, **opt
     with ExitStack() as stack:
         if "cut" in names:
             stack.enter_context(cut_backward(model))
-        cache = stack.enter_context(frozen_prefix(model, folder, always=True, **options))
+        cache = stack.enter_context(frozen_prefix(model, folder, **{"always": True, **options}))
         for name in (name for name in PARTS if name in names):
             stack.enter_context(PARTS[name](model))
         yield cache
@@ -191,15 +191,8 @@ def together(model: Any, names: Sequence[str], folder: Path | None = None, **opt
 @pytest.mark.parametrize("names", [("cut",), ("packed",), ("labels",), ("cut", "packed", "labels")], ids="+".join)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
 def test_with_the_other_parts(family: str, names: tuple[str, ...]) -> None:
-    changes = (
-        {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]} if family == "gemma3" else {}
-    )
-    plan = epochs("right")
-    expected = train(adapted(family, **changes), plan)
-    model = adapted(family, **changes)
-    found = train(model, plan, together(model, names))
-    assert_same(found, expected)
-    assert (found[2].records_read, found[2].records_computed, dict(found[2].untouched)) == (14, 8, {})
+    cache = assert_as_stock(family, epochs("right"), names, changes=SLIDING if family == "gemma3" else {}, enter=together)
+    assert (cache.records_read, cache.records_computed, dict(cache.untouched)) == (14, 8, {})
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -277,14 +270,10 @@ def test_packed_rows_that_stock_does_not_tell_apart_are_left_alone() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
 def test_a_later_run_reads_the_folder(family: str, tmp_path: Path) -> None:
-    plan = epochs("right", 1)
-    expected = train(adapted(family), plan)
-    for seen in (0, 8):
-        model = adapted(family)
-        found = train(model, plan, frozen_prefix(model, tmp_path, always=True))
-        assert_same(found, expected)
-        cache = found[2]
-        assert cache.active and cache.records_read == 3 + (5 if seen else 0), "the first batch from disk is computed once more, to compare"
+    for on_disk in (0, 8):
+        cache = assert_as_stock(family, epochs("right", 1), tmp_path)
+        expected = 3 + (5 if on_disk else 0)
+        assert cache.active and cache.records_read == expected, "the first batch from disk is computed once more, to compare"
         assert cache.taken == sum(LENGTHS) * tiny.WIDTH * 4
     assert len(list(tmp_path.glob("*/*.safetensors"))) == 1
 
@@ -297,16 +286,9 @@ def fill(model: Any, folder: Path, **options: Any) -> PrefixCache:
 
 
 def test_a_resumed_run_gives_the_adapter_of_an_undisturbed_one(tmp_path: Path) -> None:
-    plan = epochs("right", 2)
-    expected = train(adapted("llama"), plan)
-    model = adapted("llama")
+    plan, model = epochs("right", 2), adapted("llama")
     train(model, plan[:1], frozen_prefix(model, tmp_path, always=True))
-    whole = adapted("llama")
-    weights = [weight for weight in whole.parameters() if weight.requires_grad]
-    assert weights
-    found = train(whole, plan, frozen_prefix(whole, tmp_path, always=True))
-    assert_same(found, expected)
-    assert found[2].records_computed == 3
+    assert assert_as_stock("llama", plan, tmp_path).records_computed == 3
 
 
 @pytest.mark.parametrize(
@@ -396,32 +378,28 @@ def test_hidden_states_from_disk_are_compared_once(tmp_path: Path, monkeypatch: 
     assert not found[2].active and "differ" in str(found[2])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("cut", [100, -1])
 def test_a_truncated_file_is_computed_again(tmp_path: Path, cut: int) -> None:
     fill(adapted("llama"), tmp_path)
     (path,) = tmp_path.glob("*/*.safetensors")
     path.write_bytes(path.read_bytes()[:cut])
-    expected = train(adapted("llama"), epochs("right"))
-    model = adapted("llama")
-    with pytest.warns(CacheWarning, match="computed again") as said:
-        found = train(model, epochs("right"), frozen_prefix(model, tmp_path, always=True))
-    assert len(said) == 1
-    assert_same(found, expected)
-    assert found[2].records_read == 14
+    with pytest.warns(CacheWarning, match="computed again") as warned:
+        cache = assert_as_stock("llama", epochs("right"), tmp_path)
+    assert [warning.category for warning in warned].count(CacheWarning) == 1
+    assert cache.records_read == 14
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("layercard.fast.prefix_store.save_file", no_space)
     monkeypatch.setattr("layercard.fast.prefix_store.SHARD_BYTES", 1000)
-    expected = train(adapted("llama"), epochs("right"))
-    model = adapted("llama")
-    with pytest.warns(CacheWarning, match="goes on without it") as said:
-        found = train(model, epochs("right"), frozen_prefix(model, tmp_path, always=True))
-    assert len(said) == 1
-    assert_same(found, expected)
+    with pytest.warns(CacheWarning, match="goes on without it") as warned:
+        assert_as_stock("llama", epochs("right"), tmp_path)
+    assert [warning.category for warning in warned].count(CacheWarning) == 1
 
 
 def test_bfloat16_on_disk_costs_rounding_and_half_the_space(tmp_path: Path) -> None:
@@ -460,15 +438,11 @@ def test_autocast_has_hidden_states_of_its_own() -> None:
 # What cannot be kept
 
 
-def test_bounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_bounds(tmp_path: Path, on_disk: bool) -> None:
     limit = (LENGTHS[0] + LENGTHS[1]) * tiny.WIDTH * 4
-    plan = epochs("right")
-    expected = train(adapted("llama"), plan)
-    for folder in (None, tmp_path):
-        model = adapted("llama")
-        found = train(model, plan, frozen_prefix(model, folder, max_bytes=limit, always=True))
-        assert_same(found, expected)
-        assert 0 < found[2].taken <= limit and "full" in str(found[2])
+    cache = assert_as_stock("llama", epochs("right"), tmp_path if on_disk else None, max_bytes=limit)
+    assert 0 < cache.taken <= limit and "full" in str(cache)
 
 
 @pytest.mark.parametrize(
@@ -675,13 +649,9 @@ def test_it_stays_off_where_the_data_do_not_fit() -> None:
 
 def test_it_goes_off_where_reading_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("layercard.fast.prefix_cache.Rates", lambda compute, read, store: Rates(1e-6, 2e-6, 0.0))
-    plan = epochs("right")
-    expected = train(adapted("llama"), plan)
-    model = adapted("llama")
-    found = train(model, plan, frozen_prefix(model))
-    assert_same(found, expected)
-    assert not found[2].active and found[2].taken == 0
-    assert "reading a token takes 2.0 µs and computing it 1.0 µs" in str(found[2])
+    cache = assert_as_stock("llama", epochs("right"), always=False)
+    assert not cache.active and cache.taken == 0
+    assert "reading a token takes 2.0 µs and computing it 1.0 µs" in str(cache)
 
 
 def test_it_stays_on_where_reading_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
