@@ -79,8 +79,8 @@ class HeldOutSums:
 
     def __init__(self, held_out: HeldOut, layers: dict[int, LayerSignals]) -> None:
         self.held_out = held_out
-        self.modules = {signals.module.path: (layer, signals) for layer, found in layers.items() for signals in found.modules}
-        self.inputs = {signals.path: signals.directions for found in layers.values() for signals in found.inputs}
+        self.modules = {signals.module.path: (layer, signals) for layer, each in layers.items() for signals in each.modules}
+        self.inputs = {signals.path: signals.directions for each in layers.values() for signals in each.inputs}
         self.record_of_token = torch.zeros(0, dtype=torch.long)
         for path in self.inputs:
             held_out.inputs.setdefault(path, torch.zeros(4, len(held_out.nats), dtype=torch.float64))

@@ -41,9 +41,9 @@ def split_half_spearman(profile: Callable[[torch.Tensor], torch.Tensor], records
         repeats: Number of random splits.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    correlations = []
     for _ in range(repeats):
         first = torch.zeros(records, dtype=torch.float64)
         first[torch.randperm(records, generator=generator)[: records // 2]] = 1
-        found.append(spearman(profile(first).numpy(), profile(1 - first).numpy()))
-    return float(np.median(found))
+        correlations.append(spearman(profile(first).numpy(), profile(1 - first).numpy()))
+    return float(np.median(correlations))

@@ -91,7 +91,7 @@ class InputMoments:
 def _add_gram(total_ij: torch.Tensor, a_ti: torch.Tensor) -> None:
     """Add `aᵀ a` to the upper triangle of `total`, stripe by stripe: five eighths of the work of the whole product."""
     width = total_ij.shape[0]
-    bounds = [width * at // _STRIPES for at in range(_STRIPES + 1)]
+    bounds = [width * stripe // _STRIPES for stripe in range(_STRIPES + 1)]
     for low, high in pairwise(bounds):
         if high > low:
             total_ij[low:high, low:].addmm_(a_ti[:, low:high].T, a_ti[:, low:])

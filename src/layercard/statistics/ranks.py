@@ -78,8 +78,8 @@ def noise_scale(
         kernel: As in `noise`.
     """
     pairs = 200
-    one, two = (math.sqrt(2) * noise(deviations, pairs, rng, kernel) for _ in range(2))
+    first, second = (math.sqrt(2) * noise(deviations, pairs, rng, kernel) for _ in range(2))
     for factor in np.geomspace(1, 0.01, 30).tolist():
-        if np.median(spearman_rows(profile + factor * one, profile + factor * two)) >= halves:
+        if np.median(spearman_rows(profile + factor * first, profile + factor * second)) >= halves:
             return float(factor)
     return 0.0
