@@ -117,11 +117,6 @@ def test_bars_lie_between_nothing_and_full(values: list[float | None], wide: boo
     assert all(-1e-9 <= f <= 1 + 1e-9 for f in fractions if f is not None)
 
 
-def test_numbers_that_were_not_measured_are_none() -> None:
-    assert [Estimate.read(raw) for raw in (None, {}, {"value": None}, math.nan, math.inf, "3", True)] == [None] * 7
-    assert Estimate.read({"value": 1, "low": None, "high": 2}) == Estimate(value=1.0, high=2.0)
-
-
 def test_terminal_view_loads_neither_pandas_nor_plotly() -> None:
     script = "import sys, layercard.report.terminal; print([m for m in ('pandas', 'plotly', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -12,11 +12,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from layercard.card.numbers import Json, interval, listed, percent, profile_of, short
+from layercard.card.numbers import Json, listed, percent, profile_of, short
 from layercard.cost.model import CostModel
 from layercard.records import Estimate
 from layercard.report.trials import TrialGroup
-from layercard.report.words import Measure, bar_fractions, measured
+from layercard.report.words import Measure, bar_fractions, measured, with_interval
 
 BLUE, ORANGE, GREY, GREEN, BAND = "#3b82f6", "#e07b00", "#8a929c", "#009e73", "rgba(59,130,246,0.22)"
 EDGE = {"width": 1, "color": "white"}
@@ -60,7 +60,7 @@ def depth_figure(card: Json, measure: Measure, chosen: Collection[int] = ()) -> 
         figure.add_scatter(x=layers + layers[::-1], y=outline, fill="toself", fillcolor=BAND, **edge)
 
     def drawn(some: Sequence[tuple[int, Estimate]]) -> dict[str, Any]:
-        text = [f"layer {layer}: {short(p.value)}{f' ({interval(p)})' if interval(p) else ''}" for layer, p in some]
+        text = [f"layer {layer}: {with_interval(p)}" for layer, p in some]
         return {"x": [layer for layer, _ in some], "y": [p.value for _, p in some], "hovertext": text, "hoverinfo": "text"}
 
     figure.add_scatter(**drawn(points), mode="lines+markers", line={"color": BLUE, "width": 2}, marker={"size": 5, "color": BLUE})
@@ -106,8 +106,8 @@ def heat_figure(card: Json, chosen: Sequence[int] = ()) -> go.Figure:
     names = {row: measure.title for row, measure in enumerate(measures)}
     if chosen:
         names = {-1: "chosen", **names}
-        text = [f"layer {layer}, chosen" for layer in chosen]
-        figure.add_scatter(x=list(chosen), y=[-1] * len(chosen), mode="markers", marker=_diamonds(10), hovertext=text, hoverinfo="text")
+        labels = [f"layer {layer}, chosen" for layer in chosen]
+        figure.add_scatter(x=list(chosen), y=[-1] * len(chosen), mode="markers", marker=_diamonds(10), hovertext=labels, hoverinfo="text")
     figure.update_layout(showlegend=False, margin={"l": 130, "r": 10, "t": 10, "b": 44})
     figure.update_xaxes(title="layer, input to output", showgrid=False, zeroline=False, range=[-0.6, depth - 0.4])
     ticks = {"tickvals": list(names), "ticktext": list(names.values())}

@@ -20,13 +20,13 @@ from huggingface_hub.hf_api import DatasetInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json, best_layers, interval, profile_of, short, stability_words
+from layercard.card.numbers import Json, best_layers, profile_of, stability_words
 from layercard.errors import CardError, HubError, one_line
 from layercard.files import json_text, parse_json
 from layercard.hub import hub_answers
 from layercard.records import Estimate
 from layercard.report.terminal import bar
-from layercard.report.words import bar_fractions, title_of
+from layercard.report.words import bar_fractions, template, title_of, with_interval
 
 CARD_FILE = "card.json"
 CARD_FILES = frozenset({".gitattributes", "README.md", CARD_FILE})
@@ -65,10 +65,10 @@ def push(
     Args:
         card: The card.
         name: `OWNER/NAME`, or NAME for the owner of the token.
-        private: Whether a new repository is private.
+        private: Make a new repository private.
         revision: Branch, made where it is not there; the main one when not given.
         license_id: Licence of the card, as the hub names licences (`cc-by-4.0`).
-        force: Whether to replace another card, or to write beside other files.
+        force: Replace another card, or write beside other files.
 
     Raises:
         HubError: No token, or one that may not write; the hub cannot be reached; the repository holds something else, or is public
@@ -281,7 +281,7 @@ def fingerprint_tag(fingerprint: str) -> str:
 
 
 def readme(card: Json, name: str, license_id: str | None = None) -> str:
-    """The README of a card's repository: YAML for the hub's search, then the card in words, tables and two pictures of characters.
+    """The README of a card's repository (`templates/readme.md.j2`): YAML for the hub's search, then the card in words and tables.
 
     What a card says in words may come from anyone, so it is shown as text: no line of it becomes markup, a link or YAML.
 
@@ -290,12 +290,7 @@ def readme(card: Json, name: str, license_id: str | None = None) -> str:
         name: Name of the repository.
         license_id: Licence of the card, as the hub names licences; none is said when not given.
     """
-    model, data, settings = card["model"], card["data"], card["settings"]
-    title, tag = f"Layer Card of {_line(model['name'])}", fingerprint_tag(model["fingerprint"])
-    # The last part of the model's name, as far as a tag can hold it.
-    name_tag = re.sub(r"[^A-Za-z0-9._-]+", "-", _line(model["name"]).rpartition("/")[2]).strip("-.")
-    header = [f"pretty_name: {_quoted(title)}", "viewer: false", "tags:", *(f"- {_quoted(t)}" for t in (TAG, tag, name_tag) if t)]
-    header += [f"license: {_quoted(license_id)}"] if license_id else []
+    model, data, settings, layers = card["model"], card["data"], card["settings"], card["layers"]
     made = ", ".join(f"{key} {settings[key]}" for key in ("rank", "ridge", "probe", "seed", "dtype") if settings.get(key) is not None)
     facts = {
         "Records": f"{data['records']:,} from {data['source']}: {data['tokens']:,} tokens, {data['labelled_tokens']:,} labelled",
@@ -303,52 +298,36 @@ def readme(card: Json, name: str, license_id: str | None = None) -> str:
         "Made with": f"{made}; layercard {card['versions'].get('layercard', 'of an unknown version')}",
         "Ranking": stability_words(card),
     }
-    best = best_layers(card)
-    columns = [key for key in COLUMNS if any(Estimate.read(card["layers"][layer].get(key)) for layer in best)]
-    rows = []
-    for layer in best:
-        estimates = [Estimate.read(card["layers"][layer].get(key)) for key in columns]
-        cells = ["–" if e is None else f"{short(e.value)} ({interval(e)})" if interval(e) else short(e.value) for e in estimates]
-        rows.append(f"| {' | '.join([str(layer), *cells])} |")
-    lines = ["---", *header, "---", "", f"# {_plain(title)}", ""]
-    lines += [
-        f"What a low-rank adapter could gain in each of the {model['layers']} layers of {_plain(model['name'])}, measured on "
-        f"{data['records']:,} records with layercard. It is of use for a model with the same weights: their fingerprint is "
-        f"`{tag.removeprefix(f'{TAG}-')}`.",
-        "",
+    # Two pictures of characters: a bar for each layer, and a shade for each two layers, layer 0 at the top and at the left.
+    best, gains = best_layers(card), profile_of(card, "gain_estimate")
+    bars = [
+        f"{'★' if layer in best else ' '}{layer:>4} {bar(fraction or 0.0, 40)} {with_interval(gain)}"
+        for layer, (gain, fraction) in enumerate(zip(gains, bar_fractions(gains), strict=True))
     ]
-    lines += ["| | |", "| --- | --- |", *(f"| {key} | {_plain(value)} |" for key, value in facts.items()), ""]
-    lines += [
-        "## Gain estimate of each layer",
-        "",
-        "★ best single layers; in brackets 95 % intervals.",
-        "",
-        *_depth_picture(card, best),
-        "",
+    shades = [
+        f"{layer:>4} " + "".join("-" if value < -0.05 else " ░▒▓█"[round(4 * min(1.0, max(0.0, value)))] for value in row)
+        for layer, row in enumerate(card["coupling"])
     ]
-    lines += ["## Coupling of the layers", "", "How far one layer can do another's work: full blocks are 1, blanks 0, dashes below 0.", ""]
-    lines += [*_coupling_picture(card), "", "## Best single layers", ""]
-    lines += [f"| {' | '.join(['Layer', *map(title_of, columns)])} |", f"|{' ---: |' * (1 + len(columns))}", *rows, ""]
-    lines += ["Values with 95 % intervals over records.", ""]
-    if card.get("warnings"):
-        lines += ["## What to know before trusting it", "", *(f"- {_plain(warning)}" for warning in card["warnings"]), ""]
-    use = [f"layercard pull {name} -o card.json", "layercard select card.json --k 5 -o placement.json"]
-    return "\n".join([*lines, "## Use", "", "```bash", *use, "```", ""])
-
-
-def _depth_picture(card: Json, best: list[int]) -> list[str]:
-    """A bar for each layer, with the number beside it."""
-    values, lines = profile_of(card, "gain_estimate"), []
-    for layer, (value, fraction) in enumerate(zip(values, bar_fractions(values), strict=True)):
-        number = "–" if value is None else f"{short(value.value)} ({interval(value)})"
-        lines.append(f"{'★' if layer in best else ' '}{layer:>4} {bar(fraction or 0.0, 40)} {number}")
-    return ["```text", *lines, "```"]
-
-
-def _coupling_picture(card: Json) -> list[str]:
-    """A character for each two layers, layer 0 at the top and at the left."""
-    rows = ["".join("-" if value < -0.05 else " ░▒▓█"[round(4 * min(1.0, max(0.0, value)))] for value in row) for row in card["coupling"]]
-    return ["```text", *(f"{layer:>4} {row}" for layer, row in enumerate(rows)), "```"]
+    columns = [key for key in COLUMNS if any(Estimate.read(layers[layer].get(key)) for layer in best)]
+    tag = fingerprint_tag(model["fingerprint"])
+    # The last part of the model's name, as far as a tag can hold it.
+    name_tag = re.sub(r"[^A-Za-z0-9._-]+", "-", _line(model["name"]).rpartition("/")[2]).strip("-.")
+    page = template("readme.md.j2", html=False, plain=_plain, quoted=_quoted).render(
+        title=f"Layer Card of {_line(model['name'])}",
+        tags=(TAG, tag, name_tag),
+        fingerprint=tag.removeprefix(f"{TAG}-"),
+        columns=[title_of(key) for key in columns],
+        rows=[[str(layer), *(with_interval(Estimate.read(layers[layer].get(key))) for key in columns)] for layer in best],
+        warnings=card.get("warnings") or (),
+        model=model,
+        data=data,
+        facts=facts,
+        gains=bars,
+        coupling=shades,
+        name=name,
+        license_id=license_id,
+    )
+    return page + "\n"
 
 
 def _line(value: object) -> str:

@@ -9,7 +9,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.graph_objects import Figure
 
@@ -20,9 +19,9 @@ from layercard.report import figures, tables
 from layercard.report.roi import GROUPS, RATIOS, SHOWN, Ratios, RoiInputs, bound, javascript, ratios_of, roi
 from layercard.report.sources import Sources
 from layercard.report.trials import TrialGroup, grouped, mean, task_word
-from layercard.report.words import MEASURES, amount, counted, device_of, measured, seconds, size, title_of, unit_of
+from layercard.report.words import MEASURES, amount, counted, device_of, measured, seconds, size, template, title_of, unit_of
 
-SIGNALS = ("resnorm", "resnorm_rank", "residual_fraction", "gradient_norm", "activation_energy", "effective_rank")
+SIGNALS: tuple[str, ...] = ("resnorm", "resnorm_rank", "residual_fraction", "gradient_norm", "activation_energy", "effective_rank")
 SIGNALS += ("condition", "noise_amplification", "predicted_gain")
 PERFORMANCE = ("gain_estimate", "step_probe", "training_probe", "centrality")
 LEADING = ("saved_month", "saved_year", "hours_saved", "payback_months")
@@ -160,12 +159,8 @@ def _bare(drawn: Mapping[str, Figure]) -> dict[str, Any]:
 
 
 def _render(**parts: Any) -> str:
-    environment = Environment(
-        loader=PackageLoader("layercard.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["amount"] = amount
     titles = {name: title for name, (_, title) in figures.COSTS.items()}
-    return environment.get_template("page.html.j2").render(front_titles=titles, plotly_js=Markup(plotly_js()), **parts)
+    return template("page.html.j2", amount=amount).render(front_titles=titles, plotly_js=Markup(plotly_js()), **parts)
 
 
 @cache

@@ -23,7 +23,7 @@ from layercard.errors import ReportError, suggestion
 from layercard.files import shown
 from layercard.records import Estimate, Part, Record, first_problem
 from layercard.report.trials import Trial, TrialGroup, mean
-from layercard.report.words import counted, device_of
+from layercard.report.words import counted, device_of, template
 
 RATIOS = ("time", "memory", "latency", "adapter_size")
 MEASURED_FIGURES = ("run_memory_gb", "adapter_mb", "adapter_latency_ms")
@@ -100,18 +100,13 @@ GROUPS = {
 
 
 class Ratio(Part):
-    """A cost of the placement as a share of all layers' (0.6: 40 % less), with the ends of its interval.
-
-    Attributes:
-        measured: Whether it was measured; else it is an assumption and kept out of `Roi.results`.
-        source: Where it comes from, in words.
-    """
+    """A cost of the placement as a share of all layers' (0.6: 40 % less), with the ends of its interval."""
 
     low: Annotated[FiniteFloat, Field(ge=0, le=1e6)]
     mid: Annotated[FiniteFloat, Field(ge=0, le=1e6)]
     high: Annotated[FiniteFloat, Field(ge=0, le=1e6)]
-    measured: bool
-    source: str
+    measured: bool  # else it is an assumption and kept out of `Roi.results`
+    source: str  # where it comes from, in words
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -130,23 +125,14 @@ NOT_MEASURED = Ratio(low=1.0, mid=1.0, high=1.0, measured=False, source="not mea
 
 
 class Ratios(Part):
-    """What is known of one placement against all layers.
+    """What is known of one placement against all layers."""
 
-    Attributes:
-        placement: The placement in words.
-        time: Training time.
-        memory: Peak memory of training, the frozen model included.
-        latency: Time that adapters, not merged, add to each token.
-        adapter_size: Bytes of a saved adapter.
-        run_memory_gb, adapter_mb, adapter_latency_ms: Those figures of all layers, as measured.
-        where: Where all this was measured, in words.
-    """
-
-    placement: str = "the placement"
-    time: Ratio = NOT_MEASURED
-    memory: Ratio = NOT_MEASURED
-    latency: Ratio = NOT_MEASURED
-    adapter_size: Ratio = NOT_MEASURED
+    placement: str = "the placement"  # in words
+    time: Ratio = NOT_MEASURED  # of training
+    memory: Ratio = NOT_MEASURED  # peak of training, the frozen model included
+    latency: Ratio = NOT_MEASURED  # time that adapters, not merged, add to each token
+    adapter_size: Ratio = NOT_MEASURED  # bytes of a saved adapter
+    # These figures of all layers, as measured, and where all this was measured, in words.
     run_memory_gb: _Amount | None = None
     adapter_mb: _Amount | None = None
     adapter_latency_ms: _Amount | None = None
@@ -227,20 +213,18 @@ class Formula(NamedTuple):
 
 
 class _Lines:
-    """Takes the place of the numbers in `compute` and keeps the text of each line."""
+    """Takes the place of the numbers in `compute` and writes the text of each line into `texts`."""
 
-    def __init__(self) -> None:
-        self.__dict__["texts"] = {}
+    def __init__(self, texts: dict[str, str]) -> None:
+        self.__dict__["_texts"] = texts
 
     def __getattr__(self, name: str) -> Term:
         return Term(name)
 
     def __setattr__(self, name: str, term: Term) -> None:
-        self.__dict__["texts"][name] = term.text
+        self.__dict__["_texts"][name] = term.text
 
 
-_lines = _Lines()
-compute(_lines)
 _UNITS: dict[str, tuple[str, ...]] = {
     "gpu_hours": ("GPU h / month", ""),
     "smaller_price": ("money / GPU h", ""),
@@ -263,7 +247,9 @@ _UNITS: dict[str, tuple[str, ...]] = {
     "energy_saved": ("kWh / month", "Energy saved a month", "gpu_watts"),
     "co2_saved": ("kg / month", "CO₂ saved a month", "gpu_watts", "grid_gco2_per_kwh"),
 }
-FORMULAS = tuple(Formula(name, *_UNITS[name][:2], _UNITS[name][2:], text) for name, text in _lines.texts.items())
+_texts: dict[str, str] = {}
+compute(_Lines(_texts))
+FORMULAS = tuple(Formula(name, unit, title, tuple(needs), _texts[name]) for name, (unit, title, *needs) in _UNITS.items())
 SHOWN = tuple(formula for formula in FORMULAS if formula.title)
 """The lines that are results."""
 
@@ -284,11 +270,8 @@ def javascript() -> str:
 
     `inputs` holds the fields of `RoiInputs` as numbers or null, `ratios` is the JSON value of `Ratios`.
     """
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(loader=PackageLoader("layercard.report"), autoescape=False, trim_blocks=True, lstrip_blocks=True)
     names = [*(name for name in RoiInputs.model_fields if name != "currency"), *RATIOS]
-    return environment.get_template("formulas.js.j2").render(
+    return template("formulas.js.j2", html=False).render(
         formulas=FORMULAS,
         shown=[formula.name for formula in SHOWN],
         names=names,
@@ -310,14 +293,7 @@ class Range(Part):
 
 
 class Roi(Record):
-    """What a placement saves.
-
-    Attributes:
-        results: For each of `SHOWN` its range, from measured ratios alone.
-        with_assumptions: The same with ratios that were not measured; `None` where there are none.
-        assumptions: What of all this was not measured, in sentences.
-        units: The unit of each result.
-    """
+    """What a placement saves."""
 
     error: ClassVar = ReportError
     noun: ClassVar = "calculation"
@@ -325,9 +301,9 @@ class Roi(Record):
     schema_: Literal["layercard-roi/1"] = Field(default="layercard-roi/1", alias="schema")
     inputs: RoiInputs
     ratios: Ratios
-    results: dict[str, Range]
-    with_assumptions: dict[str, Range] | None
-    assumptions: tuple[str, ...]
+    results: dict[str, Range]  # for each of `SHOWN`, from measured ratios alone
+    with_assumptions: dict[str, Range] | None  # the same with ratios that were not measured; `None` where there are none
+    assumptions: tuple[str, ...]  # what of all this was not measured, in sentences
     units: dict[str, str] = Field(default_factory=lambda: {formula.name: formula.unit for formula in SHOWN})
 
 
@@ -439,27 +415,26 @@ def ratios_of(layers: Sequence[int], card: Json | None = None, groups: Sequence[
 
 def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
     """The ratios that a card's cost gives, and the figures of all layers where it was measured."""
-    every, where = range(len(cost.layers)), f"measured on {device_of(cost)}"
-    time, latency = cost.step_time(layers) / cost.step_time(every), cost.inference_latency(every)
-    memory = (cost.weights_bytes + cost.peak_memory(layers)) / (cost.weights_bytes + cost.peak_memory(every))
-    size = Ratio.of(cost.adapter_bytes(layers) / cost.adapter_bytes(every), "counted from the shapes of the adapted maps")
-    known: dict[str, Any] = {"adapter_size": size, "adapter_mb": cost.adapter_bytes(every) / 1e6}
-    if cost.source == "measured":
-        source = f"step time from the card's cost, its parts {where}; ± {100 * COST_ERROR:.1f} %"
-        known["time"] = Ratio.of(time, source, low=time * (1 - COST_ERROR), high=time * (1 + COST_ERROR))
-        known["memory"] = Ratio.of(memory, f"peak memory from the card's cost, its parts {where}")
-        if latency > 0:
-            source = f"time that adapters, not merged, add to a token, {where}"
-            known["latency"] = Ratio.of(cost.inference_latency(layers) / latency, source)
+    every, measured, error = range(len(cost.layers)), cost.source == "measured", 0.0
+    guess = "estimated from FLOPs, bytes and a device's rates" if cost.source == "rates" else "estimated from shapes alone"
+    sources = {"time": f"step time {guess}", "memory": f"peak memory {guess}", "latency": f"added latency {guess}"}
+    known: dict[str, Any] = {"adapter_mb": cost.adapter_bytes(every) / 1e6}
+    if measured:
+        where, error = f"measured on {device_of(cost)}", COST_ERROR
+        sources["time"] = f"step time from the card's cost, its parts {where}; ± {100 * COST_ERROR:.1f} %"
+        sources["memory"] = f"peak memory from the card's cost, its parts {where}"
+        sources["latency"] = f"time that adapters, not merged, add to a token, {where}"
         known["run_memory_gb"] = (cost.weights_bytes + cost.peak_memory(every)) / 1e9
-        known["adapter_latency_ms"] = None if cost.threads else 1e3 * latency
-        return known
-    source = "estimated from FLOPs, bytes and a device's rates" if cost.source == "rates" else "estimated from shapes alone"
-    known["time"] = Ratio.of(time, f"step time {source}", measured=False)
-    known["memory"] = Ratio.of(memory, f"peak memory {source}", measured=False)
-    if latency > 0:
-        known["latency"] = Ratio.of(cost.inference_latency(layers) / latency, f"added latency {source}", measured=False)
-    return known
+        known["adapter_latency_ms"] = None if cost.threads else 1e3 * cost.inference_latency(every)
+    time = cost.step_time(layers) / cost.step_time(every)
+    memory = (cost.weights_bytes + cost.peak_memory(layers)) / (cost.weights_bytes + cost.peak_memory(every))
+    known["time"] = Ratio.of(time, sources["time"], low=time * (1 - error), high=time * (1 + error), measured=measured)
+    known["memory"] = Ratio.of(memory, sources["memory"], measured=measured)
+    if cost.inference_latency(every) > 0:
+        latency = cost.inference_latency(layers) / cost.inference_latency(every)
+        known["latency"] = Ratio.of(latency, sources["latency"], measured=measured)
+    size = cost.adapter_bytes(layers) / cost.adapter_bytes(every)
+    return known | {"adapter_size": Ratio.of(size, "counted from the shapes of the adapted maps")}
 
 
 def _trials(count: int, noun: str) -> str:

@@ -33,31 +33,18 @@ _OF_OTHERS = ("layercard-plan/1", "layercard-cost/1", "layercard-roi/1", "layerc
 
 @dataclass
 class Sources:
-    """What was read: JSON values that their record classes have checked.
+    """What was read: JSON values that their record classes have checked."""
 
-    Attributes:
-        cards: Cards by name, the report's own first.
-        placements: Placements by name, the report's own first.
-        runs: Training runs, compared with all layers where these were trained too.
-        front: A cost and performance front.
-        transfer: A comparison of cards.
-        comparisons: Files of `layercard compare`, as they are.
-        tables: Result tables, as they are.
-        used: How many files of each kind were read.
-        passed: How many JSON files in folders were of no use.
-        notes: What could not be done, in sentences.
-    """
-
-    cards: dict[str, Json] = field(default_factory=dict)
-    placements: dict[str, Json] = field(default_factory=dict)
-    trials: list[Trial] = field(default_factory=list)
+    cards: dict[str, Json] = field(default_factory=dict)  # by name, the report's own first
+    placements: dict[str, Json] = field(default_factory=dict)  # by name, the report's own first
+    trials: list[Trial] = field(default_factory=list)  # compared with all layers where these were trained too
     front: Json | None = None
     transfer: Json | None = None
-    comparisons: list[Json] = field(default_factory=list)
-    tables: list[Json] = field(default_factory=list)
-    used: dict[str, int] = field(default_factory=dict)
-    passed: int = 0
-    notes: list[str] = field(default_factory=list)
+    comparisons: list[Json] = field(default_factory=list)  # files of `layercard compare`, as they are
+    tables: list[Json] = field(default_factory=list)  # result tables, as they are
+    used: dict[str, int] = field(default_factory=dict)  # how many files of each kind were read
+    passed: int = 0  # JSON files in folders that were of no use
+    notes: list[str] = field(default_factory=list)  # what could not be done, in sentences
 
     @property
     def card(self) -> Json:
@@ -216,7 +203,6 @@ def _timing(value: Json) -> tuple[Any, float]:
 def _table(file: Path, value: dict[str, Any]) -> Json:
     """A table, checked to have rows as long as its head."""
     columns, rows = value.get("columns"), value.get("rows")
-    lists = isinstance(columns, list) and isinstance(rows, list)
-    if not lists or any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
-        raise ReportError(f"{file} is not a table: each of its rows must have a value for every column; make it again")
-    return value
+    if isinstance(columns, list) and isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+        return value
+    raise ReportError(f"{file} is not a table: each of its rows must have a value for every column; make it again")

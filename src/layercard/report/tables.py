@@ -15,21 +15,13 @@ POINT_COLUMNS = ("Keeps %", "Time %", "Memory %", "Adapters %", "Layers", "Which
 
 
 class Cell(NamedTuple):
-    """A cell of a table.
-
-    Attributes:
-        text: What it shows.
-        interval: `low–high`, shown small below.
-        exact: The number itself, for whoever reads the page by machine; `None` for text.
-        tint: Depth of its colour, 0 to 1.
-        words: Whether it is text, which starts at the left.
-    """
+    """A cell of a table."""
 
     text: str
-    interval: str = ""
-    exact: float | None = None
-    tint: float | None = None
-    words: bool = False
+    interval: str = ""  # `low–high`, shown small below
+    exact: float | None = None  # the number itself, for whoever reads the page by machine; `None` for text
+    tint: float | None = None  # depth of its colour, 0 to 1
+    words: bool = False  # whether it is text, which starts at the left
 
 
 class Line(NamedTuple):

@@ -35,14 +35,12 @@ def pairs(rows: Mapping[str, str]) -> Table:
     return table
 
 
-def _table(first: str, *others: str, tight: bool = False, fold: bool = False, **options: Any) -> Table:
-    """An empty table whose first column is text and whose others are numbers; `fold` breaks long words in narrow terminals."""
-    padding = {"padding": (0, 1, 0, 0)} if tight else {}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **padding, **options)
-    overflow: dict[str, Any] = {"overflow": "fold"} if fold else {}
-    table.add_column(first, **overflow)
-    for title in others:
-        table.add_column(title, justify="right", **overflow)
+def _table(first: str, *others: str, dense: bool = False) -> Table:
+    """An empty table whose first column is text and whose others are numbers; a `dense` one breaks long words in narrow terminals."""
+    options: dict[str, Any] = {"padding": (0, 1, 0, 0)} if dense else {}
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **options)
+    for title in (first, *others):
+        table.add_column(title, justify="left" if title is first else "right", overflow="fold" if dense else "ellipsis")
     return table
 
 
@@ -123,7 +121,8 @@ def card_view(card: Json, console: Console) -> RenderableType:
 
 def layer_table(card: Json, console: Console) -> Table:
     """One row a layer, with as many measures as the console is wide."""
-    ascii_only, used, columns = console.options.ascii_only, 7, []
+    ascii_only, used = console.options.ascii_only, 7
+    columns: list[_Column] = []
     for column in _COLUMNS:
         content = 7 + (column.bar + 1 if column.bar else 0) + (13 + column.strip if column.strip else 0)
         width = 2 + max(content, len(column.title))  # two spaces before it
@@ -210,7 +209,7 @@ def comparison_table(comparison: Json) -> Table:
         "Params": ("trainable_parameters", 0),
         "File MiB": ("adapter_bytes", MIB),
     }
-    table = _table("Placement", "Layers", *(name.replace(" ", "\n") for name in columns), tight=True, fold=True)
+    table = _table("Placement", "Layers", *(name.replace(" ", "\n") for name in columns), dense=True)
     for row in comparison["rows"]:
         cells = [str(row["name"]), str(len(row["layers"]))]
         for key, scale in columns.values():
@@ -230,14 +229,14 @@ def transfer_view(result: Json) -> RenderableType:
         header[card["name"]] = f"{card['data']['source']} · {card['data']['records']:,} records{halves}"
     if len(cards) > 2:
         names, title = [card["name"] for card in cards], title_of(result["measure"]).lower()
-        body = [
+        body: list[RenderableType] = [
             _matrix(f"Spearman: {title}", names, result["matrix"], _correlation),
             Text(""),
             _matrix("Points lost with layers from ↓ on →", names, result["lost"], _points_lost),
             Text(""),
         ]
     else:
-        body = [*_pair_view(result["pairs"][0])]
+        body = _pair_view(result["pairs"][0])
     verdicts = []
     for pair in result["pairs"]:
         name = f"{pair['a']}, {pair['b']}: " if len(cards) > 2 else "Verdict: "
@@ -248,7 +247,7 @@ def transfer_view(result: Json) -> RenderableType:
 
 def _pair_view(pair: Json) -> list[RenderableType]:
     # Layers next to each other are alike, so the p value for independent layers is there to be distrusted.
-    table = _table("Measure", "Spearman", "95 % interval", "p", "p if layers\nwere independent", tight=True, fold=True)
+    table = _table("Measure", "Spearman", "95 % interval", "p", "p if layers\nwere independent", dense=True)
     for key, agreement in pair["measures"].items():
         between = f"{signed(agreement['low'])} to {signed(agreement['high'])}"
         plain = f"{agreement['p_plain']:.3f}" if agreement["p_plain"] >= 0.001 else short(agreement["p_plain"])
@@ -275,7 +274,7 @@ def _points_lost(value: float) -> Text:
 
 
 def _matrix(corner: str, names: Sequence[str], values: Sequence[Sequence[float]], cell: Callable[[float], Text]) -> Table:
-    table = _table(corner, *names, tight=True, fold=True)
+    table = _table(corner, *names, dense=True)
     for row, (name, cells) in enumerate(zip(names, values, strict=True)):
         table.add_row(name, *(Text("·", style="dim") if column == row else cell(value) for column, value in enumerate(cells)))
     return table

@@ -28,38 +28,23 @@ Shares = Mapping[tuple[str, tuple[int, ...], int | None], float]
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run.
+    """One training run."""
 
-    Attributes:
-        name: What the placement is called; empty where the record does not say.
-        task: The data, in a word.
-        depth: Layers of the model.
-        reduction: Loss reduction on held-out records, nats per labelled token.
-        kept: The same in % of all layers.
-        seconds: Time within training steps; `None` where part of the forward pass was stored, so that it does not compare.
-        time_share: Time in % of all layers.
-        memory: Peak bytes above the frozen model.
-        memory_of_all: The same of the run of all layers that it compares with.
-        adapter_bytes: Size of the saved adapter.
-        machine: Where it ran, in words.
-        nats: Loss of each held-out record before and after, where the record has them.
-    """
-
-    name: str
-    task: str
+    name: str  # what the placement is called; empty where the record does not say
+    task: str  # the data, in a word
     layers: tuple[int, ...]
-    depth: int
-    seed: int = 0
-    rank: int | None = None
-    reduction: Estimate | None = None
-    kept: Estimate | None = None
-    seconds: float | None = None
-    time_share: float | None = None
-    memory: float | None = None
-    memory_of_all: float | None = None
-    adapter_bytes: float | None = None
-    machine: str = ""
-    nats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    depth: int  # layers of the model
+    seed: int
+    rank: int | None
+    reduction: Estimate | None  # of the loss on held-out records, nats per labelled token
+    kept: Estimate | None  # the same in % of all layers
+    seconds: float | None  # within training steps; `None` where part of the forward pass was stored, so that it does not compare
+    time_share: float | None  # % of all layers
+    memory: float | None  # peak bytes above the frozen model
+    adapter_bytes: float | None  # of the saved adapter
+    machine: str  # where it ran, in words
+    memory_of_all: float | None = None  # `memory` of the run of all layers that it compares with
+    nats: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # loss of each held-out record before and after
 
     @property
     def all_layers(self) -> bool:
@@ -183,22 +168,16 @@ def _kept_paired(run: Trial, all_layers: Trial) -> Estimate | None:
 
 @dataclass(frozen=True)
 class TrialGroup:
-    """All runs of one placement; numbers are means over them, as in `Trial`.
-
-    Attributes:
-        reduction: For each task the mean loss reduction, with its interval.
-        time_share: Runs of one task that share one timing count once.
-        timings: How many timings that is.
-    """
+    """All runs of one placement; numbers are means over them, as in `Trial`."""
 
     name: str
     layers: tuple[int, ...]
     depth: int
     trials: tuple[Trial, ...]
-    reduction: dict[str, Estimate]
+    reduction: dict[str, Estimate]  # by task
     kept: Estimate | None
-    time_share: Estimate | None
-    timings: int
+    time_share: Estimate | None  # runs of one task that share one timing count once
+    timings: int  # how many timings that is
     memory: Estimate | None
     adapter_bytes: Estimate | None
 

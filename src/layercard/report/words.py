@@ -5,13 +5,16 @@ Everything here takes the JSON value of a card, never a live model. A quantity t
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from layercard.card.numbers import Json, profile_of
+from layercard.card.numbers import Json, interval, profile_of, short
 from layercard.cost.model import CostModel
 from layercard.records import Estimate
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 class Measure(NamedTuple):
@@ -61,6 +64,24 @@ def bar_fractions(values: Sequence[Estimate | None], *, wide: bool = False) -> l
         else:
             fractions.append(value.value / top)
     return fractions
+
+
+def template(name: str, *, html: bool = True, **filters: Callable[..., str]) -> "Template":
+    """A file of `templates/`; with `html`, whatever is put into it is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("layercard.report"), autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= filters
+    return environment.get_template(name)
+
+
+def with_interval(estimate: Estimate | None) -> str:
+    """A number with its interval in brackets, a dash where there is none."""
+    if estimate is None:
+        return "–"
+    return f"{short(estimate.value)} ({interval(estimate)})" if interval(estimate) else short(estimate.value)
 
 
 def seconds(value: float, cost: CostModel) -> str:
