@@ -1,13 +1,14 @@
 """Small mutations of the mathematics, each of which some test must notice: `make mutants`.
 
 `mutants.toml` lists them: a file of `src/layercard`, a piece of its code that stands there once, what it is replaced by, and the tests that
-should fail. Each mutation is made in a copy of the package, and its tests run on that copy, so nothing here is ever changed.
+should fail. Each mutation is made in a copy of the package, and its tests run on that copy, so nothing here is ever changed. First all
+these tests run on an unchanged copy: what fails there says nothing about a mutation.
 
     python tests/mutants.py                      all of them
     python tests/mutants.py residual coupling    those whose file or note holds one of these words
     python tests/mutants.py --check              only look whether each piece of code is still there once
 
-Prints a table and writes build/mutants.json; exit status 1 where fewer than 95 % are noticed.
+Prints a table and writes build/mutants.json; exit status 1 where fewer than 95 % are noticed, or tests fail without a mutation.
 """
 
 import argparse
@@ -43,21 +44,26 @@ def problem(entry: dict[str, Any]) -> str:
     return "" if count == 1 else f"its code stands there {count} times"
 
 
-def noticed(entry: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the tests of a mutation fail on the mutated package, and the first line that says so."""
+def outcome(tests: list[str], entry: dict[str, Any] | None = None) -> tuple[str, str]:
+    """What the tests say of a copy of the package with a mutation or none: `noticed`, `SURVIVED` or `broken`, and their first such line.
+
+    `broken` is a mutation that cannot be imported, or a test that is not there: that is not what a test should notice.
+    """
     with tempfile.TemporaryDirectory(prefix="layercard-mutant-") as folder:
         copy = Path(folder) / "layercard"
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        path = copy / entry["file"]
-        path.write_text(path.read_text(encoding="utf-8").replace(entry["old"], entry["new"]), encoding="utf-8")
+        if entry is not None:
+            path = copy / entry["file"]
+            path.write_text(path.read_text(encoding="utf-8").replace(entry["old"], entry["new"]), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow", *entry["tests"]]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+        seconds = None if entry is None else SECONDS
         try:
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return True, f"no end within {SECONDS} s"
+            return "noticed", f"no end within {SECONDS} s"
     said = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), done.stdout[-200:])
-    return done.returncode == 1, said
+    return {0: "SURVIVED", 1: "noticed"}.get(done.returncode, "broken"), said
 
 
 def main() -> int:
@@ -73,16 +79,21 @@ def main() -> int:
         print(f"stale     {entry['file']}: {entry['note']} ({reason})")
     if arguments.check or stale:
         return int(bool(stale))
+    tests = sorted({test for entry in entries for test in entry["tests"]})
+    unchanged, said = outcome(tests)
+    if unchanged != "SURVIVED":
+        print(f"these tests fail without a mutation, so they cannot judge one: {said}")
+        return 1
+    rows = []
     with ThreadPoolExecutor(arguments.workers) as pool:
-        results = list(pool.map(noticed, entries))
-    for entry, (is_noticed, _) in zip(entries, results, strict=True):
-        print(f"{'noticed ' if is_noticed else 'SURVIVED'}  {entry['file']}: {entry['note']}")
-    count = sum(is_noticed for is_noticed, _ in results)
-    print(f"{count} of {len(results)} mutations noticed ({100 * count / len(results):.0f} %)")
+        for entry, (result, said) in zip(entries, pool.map(lambda entry: outcome(entry["tests"], entry), entries), strict=True):
+            rows.append({**entry, "result": result, "says": said})
+            print(f"{result:8}  {entry['file']}: {entry['note']}", flush=True)
+    count = sum(row["result"] == "noticed" for row in rows)
+    print(f"{count} of {len(rows)} mutations noticed ({100 * count / max(len(rows), 1):.0f} %)")
     (ROOT / "build").mkdir(exist_ok=True)
-    rows = [{**entry, "noticed": is_noticed, "says": said} for entry, (is_noticed, said) in zip(entries, results, strict=True)]
     (ROOT / "build" / "mutants.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return int(count < WANTED * len(results))
+    return int(count < WANTED * len(rows))
 
 
 if __name__ == "__main__":

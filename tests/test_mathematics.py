@@ -32,7 +32,7 @@ from layercard.selection.select import performance_kept, predict, select
 from layercard.selection.transfer import agreement, transfer
 from layercard.settings import ProfileSettings
 from layercard.statistics.coupling import centrality, correlation, curvature
-from layercard.statistics.coverage import demand, shrunk
+from layercard.statistics.coverage import coverage, demand, shrunk
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.ranks import noise_scale, spearman_rows
@@ -230,6 +230,19 @@ def test_the_energy_of_residuals_is_that_of_the_gradients_whose_mean_is_the_grad
     assert gradients.residual_energy(30, scale) == pytest.approx(float(error.square().sum(dim=1).mean()))
 
 
+def test_the_second_moment_is_a_mean_over_all_tokens_absent_ones_included() -> None:
+    a = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)).double()
+    for keep_rows in (False, True):
+        inputs = InputMoments(5, keep_rows)
+        inputs.update(a[:12])
+        inputs.update(a[12:])
+        torch.testing.assert_close(inputs.second_moment(), torch.cov(a.T, correction=0) + torch.outer(a.mean(dim=0), a.mean(dim=0)))
+        inputs.absent = 10
+        with_zeros = torch.cat([a, torch.zeros(10, 5, dtype=torch.float64)])
+        torch.testing.assert_close(inputs.second_moment(), with_zeros.T @ with_zeros / 40)
+        assert inputs.energy() == pytest.approx(float(with_zeros.square().sum(dim=1).mean()))
+
+
 def test_drawn_labels_of_two_records_have_nothing_to_do_with_each_other() -> None:
     drawn = label_thresholds(torch.tensor([0] * 500 + [1] * 500), 4, seed=3)
     assert abs(float(torch.corrcoef(torch.stack([drawn[:, :500].flatten(), drawn[:, 500:].flatten()]))[0, 1])) < 0.1
@@ -281,6 +294,16 @@ def test_shrinking_brings_a_noisy_coupling_nearer_to_the_true_one() -> None:
         rises.append((means - np.minimum.accumulate(means)).max())
     assert rises[0] > 0.03 and rises[1] < 0.3 * rises[0]
     assert shrunk(true) == pytest.approx(true)
+
+
+def test_layers_that_correct_the_same_count_once() -> None:
+    rng = np.random.default_rng(0)
+    similar, weights = rng.uniform(size=(6, 6)), rng.uniform(size=6)
+    similar[:, 4] = similar[:, 1]
+    assert coverage(similar, weights, [1, 4]) == pytest.approx(coverage(similar, weights, [1]))
+    assert coverage(np.eye(6), weights, [0, 2, 3]) == pytest.approx(weights[[0, 2, 3]].sum())  # layers that share nothing add up
+    served = [max(similar[j, 0], similar[j, 3]) for j in range(6)]
+    assert coverage(similar, weights, [0, 3]) == pytest.approx(sum(w * c for w, c in zip(weights, served, strict=True)))
 
 
 def test_demand_is_a_length_whose_square_is_a_gain() -> None:
