@@ -65,6 +65,45 @@ def test_the_root_is_small() -> None:
     assert len(ROOT_MODULES) <= 10
 
 
+STAGES = {"profile": ("profiling",), "select": ("selection",), "train": ("training", "adapters")}
+
+
+def reached(path: Path) -> set[Path]:
+    """The modules that a module imports, directly or through others, itself included."""
+    paths, left = set(), [path]
+    while left:
+        here = left.pop()
+        if here in paths:
+            continue
+        paths.add(here)
+        for node in ast.walk(ast.parse(here.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layercard"):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                files = [SOURCE.parent / f"{name.replace('.', '/')}.py" for name in names if name]
+                left += [file for file in files if file.is_file()]
+    return paths
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_a_handful_of_files(stage: str) -> None:
+    """CONTRIBUTING.md lists the files to open for a stage: its command, and what that reaches in the stage's folders."""
+    files = {path.relative_to(SOURCE) for path in reached(SOURCE / "commands" / f"{stage}.py")}
+    own = {str(path) for path in files if path.parts[0] in STAGES[stage] and path.stem != "__init__"} | {f"commands/{stage}.py"}
+    text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.search(rf"- {stage}: ((?:`[\w/.]+`\s*)+)", text)
+    assert listed is not None
+    assert set(re.findall(r"`([\w/.]+)`", listed[1])) == own
+    assert len(own) <= 10
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layercard."):
+                target = SOURCE.parent / f"{(node.module or '').replace('.', '/')}.py"
+                assert not target.is_file() or path not in reached(target), f"{path} and {target} import each other"
+
+
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
