@@ -6,7 +6,7 @@ these tests run on an unchanged copy: what fails there says nothing about a muta
 
     python tests/mutants.py                      all of them
     python tests/mutants.py residual coupling    those whose file or note holds one of these words
-    python tests/mutants.py --check              only look whether each piece of code is still there once
+    python tests/mutants.py --check              only look whether each piece of code is still there once, and each test
 
 Prints a table and writes build/mutants.json; exit status 1 where fewer than 95 % are noticed, or tests fail without a mutation.
 """
@@ -36,12 +36,18 @@ def mutations(words: list[str]) -> list[dict[str, Any]]:
 
 
 def problem(entry: dict[str, Any]) -> str:
-    """Why a mutation cannot be made; empty where it can."""
+    """Why a mutation cannot be made, or not judged; empty where it can."""
     path = PACKAGE / entry["file"]
     if not path.is_file():
         return "no such file"
     count = path.read_text(encoding="utf-8").count(entry["old"])
-    return "" if count == 1 else f"its code stands there {count} times"
+    if count != 1:
+        return f"its code stands there {count} times"
+    for test in entry["tests"]:
+        file, _, name = test.partition("::")
+        if not (ROOT / file).is_file() or f"def {name}" not in (ROOT / file).read_text(encoding="utf-8"):
+            return f"there is no {test}"
+    return ""
 
 
 def outcome(tests: list[str], entry: dict[str, Any] | None = None) -> tuple[str, str]:
@@ -62,7 +68,8 @@ def outcome(tests: list[str], entry: dict[str, Any] | None = None) -> tuple[str,
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
         except subprocess.TimeoutExpired:
             return "noticed", f"no end within {SECONDS} s"
-    said = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), done.stdout[-200:])
+    lines = f"{done.stdout}\n{done.stderr}".splitlines()
+    said = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), " ".join(lines)[-200:])
     return {0: "SURVIVED", 1: "noticed"}.get(done.returncode, "broken"), said
 
 
