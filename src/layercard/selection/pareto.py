@@ -14,7 +14,7 @@ from layercard.cost.model import What
 from layercard.errors import SelectionError
 from layercard.records import Record
 from layercard.selection.budgets import Budgets
-from layercard.selection.select import predict, question
+from layercard.selection.select import predictor, question
 from layercard.selection.solver import least_cost
 from layercard.selection.strategies import strategy_layers
 
@@ -54,6 +54,7 @@ def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None 
         card: The Layer Card.
         progress: Hears of the phase `pareto`, in placements solved.
     """
+    predict = predictor(card)
     fronts: dict[str, tuple[dict[str, Any], ...]] = {}
     for row, (name, (what, measure)) in enumerate(FRONTS.items()):
         points = []
@@ -61,7 +62,7 @@ def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None 
             asked = question(card, "balanced", None, Budgets(min_performance=100 * kept))
             solution = least_cost(asked.problem, asked.cost.linear(what))
             if solution is not None:
-                points.append({"layers": list(solution.layers), **predict(card, solution.layers), "solver": solution.notes()})
+                points.append({"layers": list(solution.layers), **predict(solution.layers), "solver": solution.notes()})
             if progress is not None:
                 progress("pareto", row * len(LADDER) + step + 1, len(FRONTS) * len(LADDER))
         # From the cheapest up, only what is better than all before it.
@@ -73,5 +74,5 @@ def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None 
     depth = card.model.layers
     plain = {f"{name}-{k}": strategy_layers(name, depth, k) for name in ("last", "middle", "uniform", "first") for k in SIZES if k < depth}
     plain["all"] = list(range(depth))
-    baselines = tuple({"name": name, "layers": layers, **predict(card, layers)} for name, layers in plain.items())
+    baselines = tuple({"name": name, "layers": layers, **predict(layers)} for name, layers in plain.items())
     return Front(model=card.model.model_dump(), cost_source=cost_of(card).source, fronts=fronts, baselines=baselines)

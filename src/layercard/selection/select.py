@@ -97,26 +97,36 @@ def coverage_of(card: LayerCard) -> Callable[[Sequence[int]], float]:
     return lambda layers: coverage(similar, weights, list(layers))
 
 
+def predictor(card: LayerCard) -> Callable[[Sequence[int]], dict[str, Any]]:
+    """`predict` for one card and any number of sets; coverage and cost are set up once."""
+    every, cover, cost = range(card.model.layers), coverage_of(card), cost_of(card)
+    params = cost.linear("params")
+
+    def predicted(layers: Sequence[int]) -> dict[str, Any]:
+        share = cover(layers) / cover(every)
+        kept, low, high = performance_kept(share)
+
+        def part(unit: str, of: Callable[[Iterable[int]], float], absolute: bool = True) -> dict[str, Any]:
+            value, total = of(layers), of(every)
+            return {unit: value if absolute else None, "share": value / total if total > 0 else 0.0}
+
+        return {
+            "coverage": share,
+            "layers_in_backward": f"{len(every) - min(layers)}/{len(every)}",
+            "performance_kept": {"value": kept, "low": low, "high": high},
+            "step_time": part("seconds", cost.step_time, cost.absolute),
+            "peak_memory": part("bytes", cost.peak_memory),
+            "parameters": part("count", lambda chosen: round(params.of(chosen))),
+            "latency": part("seconds", cost.inference_latency, cost.absolute),
+            "cost_source": cost.source,
+        }
+
+    return predicted
+
+
 def predict(card: LayerCard, layers: Sequence[int]) -> dict[str, Any]:
     """What the card says of a set of layers: performance kept, step time, memory, parameters and latency, each with its share of all."""
-    every, cover, cost = range(card.model.layers), coverage_of(card), cost_of(card)
-    share = cover(layers) / cover(every)
-    kept, low, high = performance_kept(share)
-
-    def part(unit: str, of: Callable[[Iterable[int]], float], absolute: bool = True) -> dict[str, Any]:
-        value, total = of(layers), of(every)
-        return {unit: value if absolute else None, "share": value / total if total > 0 else 0.0}
-
-    return {
-        "coverage": share,
-        "layers_in_backward": f"{len(every) - min(layers)}/{len(every)}",
-        "performance_kept": {"value": kept, "low": low, "high": high},
-        "step_time": part("seconds", cost.step_time, cost.absolute),
-        "peak_memory": part("bytes", cost.peak_memory),
-        "parameters": part("count", lambda chosen: round(cost.linear("params").of(chosen))),
-        "latency": part("seconds", cost.inference_latency, cost.absolute),
-        "cost_source": cost.source,
-    }
+    return predictor(card)(layers)
 
 
 # ---- what is asked of the solver
@@ -278,14 +288,16 @@ def select(
     if strategy is not None:
         layers = strategy_layers(strategy, card.model.layers, min(LAYERS, card.model.layers) if k is None else k, seed)
         asked = {"k": k, **({"seed": seed} if strategy == "random" else {})}
-        return _placement(card, layers, strategy, f"strategy {strategy}", asked=asked)
+        return _placement(card, layers, strategy, f"strategy {strategy}", predict(card, layers), asked)
     if objective not in OBJECTIVES:
         raise SelectionError(f"objective {objective!r} is unknown; {suggestion(objective, OBJECTIVES)}")
     budgets = budgets or Budgets()
     solution, remark = answer(question(card, objective, k, budgets), seconds)
     notes: dict[str, Any] = {"solver": solution.notes(), **({} if remark is None else {"remark": remark})}
-    notes["baseline"] = _as_good(card, solution.layers)
-    return _placement(card, solution.layers, objective, OBJECTIVES[objective], notes, {"k": k, **budgets.given()})
+    predict_set = predictor(card)
+    predicted = predict_set(solution.layers)
+    notes["baseline"] = _as_good(card.model.layers, solution.layers, predicted, predict_set)
+    return _placement(card, solution.layers, objective, OBJECTIVES[objective], {**predicted, **notes}, {"k": k, **budgets.given()})
 
 
 def given(card: LayerCard, layers: Iterable[Any]) -> Placement:
@@ -294,7 +306,8 @@ def given(card: LayerCard, layers: Iterable[Any]) -> Placement:
     Raises:
         PlacementError: Empty, repeated, or not in the model.
     """
-    return _placement(card, check_layers(layers, card.model.layers), "given", "named by hand")
+    chosen = check_layers(layers, card.model.layers)
+    return _placement(card, chosen, "given", "named by hand", predict(card, chosen), {})
 
 
 def allocate_ranks(card: LayerCard, placement: Placement, rank: int = 8, alpha: float = 16.0) -> Placement:
@@ -335,17 +348,20 @@ def shared_ranks(similar: np.ndarray, weights: np.ndarray, layers: Sequence[int]
     return dict(zip(chosen, ranks.tolist(), strict=True))
 
 
-def _as_good(card: LayerCard, layers: tuple[int, ...]) -> dict[str, Any] | None:
+def _as_good(
+    num_layers: int, layers: tuple[int, ...], chosen: dict[str, Any], predict_set: Callable[[Sequence[int]], dict[str, Any]]
+) -> dict[str, Any] | None:
     """A plain placement of as many layers that is as good within the interval and not dearer; the best such, or `None`.
 
     A placement that is one of them itself has none to be compared with.
     """
-    chosen, as_good = predict(card, layers), []
+    as_good: list[dict[str, Any]] = []
     for name in ("last", "middle", "uniform"):
-        plain = strategy_layers(name, card.model.layers, len(layers))
+        plain = strategy_layers(name, num_layers, len(layers))
         if tuple(plain) == layers:
             return None
-        kept, time = (predict(card, plain)[part] for part in ("performance_kept", "step_time"))
+        predicted = predict_set(plain)
+        kept, time = predicted["performance_kept"], predicted["step_time"]
         if kept["value"] >= chosen["performance_kept"]["low"] and time["share"] <= chosen["step_time"]["share"] * (1 + 1e-9):
             note = (
                 f"{name}-{len(plain)} (layers {listed(plain)}) needs no card and is predicted as good within the interval: "
@@ -356,12 +372,7 @@ def _as_good(card: LayerCard, layers: tuple[int, ...]) -> dict[str, Any] | None:
 
 
 def _placement(
-    card: LayerCard,
-    layers: Sequence[int],
-    objective: str,
-    why: str,
-    notes: dict[str, Any] | None = None,
-    asked: dict[str, Any] | None = None,
+    card: LayerCard, layers: Sequence[int], objective: str, why: str, predicted: dict[str, Any], asked: dict[str, Any]
 ) -> Placement:
     """The placement of layers, each with the reason why it was taken."""
     gains, similar = np.array(card.values("gain_estimate")), similarity(card.coupling)
@@ -381,7 +392,7 @@ def _placement(
         paths=tuple(module.path for module in modules if module.experts is None),
         parameters=tuple(module.path for module in modules if module.experts is not None),
         objective=objective,
-        predicted={**predict(card, layers), **(notes or {})},
+        predicted=predicted,
         reasons=reasons,
-        asked=asked or {},
+        asked=asked,
     )
