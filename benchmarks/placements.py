@@ -15,7 +15,7 @@ from common import RESULTS, data_folder, report
 from layercard.settings import BenchSettings
 from layercard.trials.bench import Bench, Grid, bench_placements
 from layercard.trials.storage import Storage
-from layercard.trials.tables import Measured, measured, reduction_table, trade_off_table
+from layercard.trials.tables import Result, measured, reduction_table, trade_off_table
 from layercard.trials.workers import Workers
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -41,18 +41,18 @@ def tell(phase: str, done: int, total: int) -> None:
         print(f"{phase}: {done} of {total}", flush=True)
 
 
-def write_tables(name: str, results: list[Measured]) -> None:
+def write_tables(name: str, results: list[Result]) -> None:
     """The result files of an experiment: `NAME_table`, and for the placements the trade-off of each task and of all."""
-    tasks = list(dict.fromkeys(one.cell.task for one in results))
-    seeds = len({one.cell.seed for one in results})
+    tasks = list(dict.fromkeys(one["task"] for one in results))
+    seeds = len({one["seed"] for one in results})
     about = f"SmolLM2-135M, {', '.join(tasks)}, mean over {seeds} seeds ± half of the 95 % t interval"
     columns, rows = reduction_table(results)
     report(f"{name}_table", f"{TITLES[name]}: {about}", columns, rows, runs=len(results))
     if name != "placements":
         return
-    wanted = [one for strategy in TRADE_OFF for one in results if one.cell.strategy == strategy]
+    wanted = [one for strategy in TRADE_OFF for one in results if one["strategy"] == strategy]
     for task in ("all", *tasks):
-        chosen = [one for one in wanted if task in ("all", one.cell.task)]
+        chosen = [one for one in wanted if task in ("all", one["task"])]
         columns, rows = trade_off_table(chosen)
         where = "mean of the tasks" if task == "all" else task
         report(f"trade_off_{task}", f"Cost and performance, {where}: {about}", columns, rows, runs=len(chosen))

@@ -433,9 +433,9 @@ def test_summary_kept_regret_and_intervals(settings: BenchSettings, tmp_path: Pa
     (part,) = benches([settings], tmp_path)
     (cells,) = bench_placements([part], GRID, times=False)
     results = measured(part, cells)
-    for one in results:
-        reference = next(r for r in results if r.cell.strategy == "all" and r.cell.seed == one.cell.seed)
-        assert one.kept == pytest.approx(100 * one.reduction / reference.reduction)
+    for result in results:
+        reference = next(each for each in results if each["strategy"] == "all" and each["seed"] == result["seed"])
+        assert result["performance_kept"] == pytest.approx(100 * result["loss_reduction"] / reference["loss_reduction"])
     found = regrets(results)
     assert ("all", 6, None) not in found
     assert min(mean.value for mean in found.values()) == pytest.approx(0, abs=1e-9)

@@ -313,11 +313,7 @@ def least_cost(problem: Problem, cost: Linear, *, tolerance: float | None = None
     A set is cheaper than the best one so far when it keeps one more budget: this cost, a little below that of the best. Where even the
     largest coverage under that budget falls short, for every lowest layer, the best so far is the cheapest.
 
-    Args:
-        problem: The choice, with `needed`.
-        cost: What is minimised.
-        tolerance: Relative difference in cost that does not count; `resolution` unless given.
-        seconds: Time limit; the solution says whether it was reached, and its gap.
+    `tolerance` and `seconds` are as in `most_coverage`; the tolerance is of the cost.
     """
     return _search(problem, cost, tolerance, seconds)
 

@@ -59,14 +59,9 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Grid:
-    """Which cells to fill: every task, strategy, number of layers (or time budget) and seed.
+    """Which cells to fill: every task, strategy, number of layers (or time budget) and seed; `all`, the reference, is always run.
 
-    Attributes:
-        tasks: Names of tasks.
-        strategies: Names of strategies; `all`, the reference, is always run.
-        ks: Numbers of layers.
-        seeds: Seeds.
-        budgets: Step times in % of all layers, for `performance` and `uniform_above`; the number of layers is then free.
+    Budgets are step times in % of all layers, for `performance` and `uniform_above`; the number of layers is then free.
     """
 
     tasks: tuple[str, ...]
@@ -80,15 +75,8 @@ class Grid:
 class Cell:
     """One cell of a table before it is measured.
 
-    Attributes:
-        task: Name of the task.
-        strategy: One of `STRATEGIES`.
-        k: How many layers were asked for.
-        budget: Step time allowed, in % of all layers; `None` without a budget.
-        seed: Of the data order, the adapters' start, and the random strategy.
-        layers: What was chosen.
-        rank: Rank of each adapter.
-        predicted: Performance kept as the task's card predicts it, % of all layers.
+    `k` layers were asked for, or as many as a `budget` (step time in % of all layers) allows; `layers` were chosen. `predicted` is the
+    performance kept as the task's card says, % of all layers.
     """
 
     task: str

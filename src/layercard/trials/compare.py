@@ -31,17 +31,8 @@ COMPARE_FILE = "compare.json"
 class Compared(Part):
     """One placement's result.
 
-    Attributes:
-        name: What it was called.
-        layers: Its layers.
-        loss_reduction: Nats per labelled token, against the frozen base.
-        performance_kept: In per cent of the reduction of all layers; `None` where all layers were not trained.
-        train_seconds: Time within training steps.
-        peak_memory_bytes: Memory of training above the frozen model.
-        trainable_parameters: Number of adapter weights.
-        adapter_bytes: Size of the saved weights.
-        layers_in_backward: Blocks from the lowest adapted one up, of all ("5/30").
-        time_share: `train_seconds` in per cent of the training time of all layers; `None` where all layers were not trained.
+    `loss_reduction` is in nats per labelled token, against the frozen base. `performance_kept` and `time_share` are in per cent of all
+    layers, `None` where all layers were not trained. The rest is as in the run's record (`Run`).
     """
 
     name: str
@@ -57,17 +48,7 @@ class Compared(Part):
 
 
 class Comparison(Record):
-    """Results of several placements on one model and data set.
-
-    Attributes:
-        model: Name, fingerprint and number of layers.
-        data: What was trained on.
-        valid: What was held out.
-        settings: How all of them were trained.
-        loss_before: Held-out loss of the frozen base, nats per labelled token.
-        rows: One for each placement, in the order given.
-        versions: Of the packages.
-    """
+    """Results of several placements on one model and data set, a row each in the order given; `loss_before` is that of the frozen base."""
 
     error: ClassVar = TrainingError
     noun: ClassVar = "comparison"

@@ -1,7 +1,7 @@
 """From trials to tables: means over seeds with intervals, share of all layers, regret, time saved. Nothing is trained here."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,54 +60,39 @@ class Mean:
         return f"{self.value:.{digits}f}" + (f" ± {self.half:.{digits}f}" if self.half is not None else "")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One cell with what was measured in it.
-
-    Attributes:
-        cell: What was chosen.
-        reduction: Loss reduction on test records, nats per labelled token.
-        kept: The same in % of all layers with the same seed.
-        accuracy: Share of labelled tokens ranked first after training, %.
-        forgetting: Loss on general text after less before, nats per token.
-        memory: Peak bytes of a step.
-        learning_rate: That was used.
-        time_share: Step time of stock training in % of all layers, or `None` where it was not timed.
-        generated: Scores of generated answers, or `None`.
-    """
-
-    cell: Cell
-    reduction: float
-    kept: float
-    accuracy: float
-    forgetting: float
-    memory: int
-    learning_rate: float
-    time_share: float | None
-    generated: dict[str, Any] | None
+Result = dict[str, Any]
+"""A finished cell with what was measured in it: the entries of `runs` in a summary, and `accuracy` (%) and `memory` (bytes)."""
 
 
-def measured(bench: Bench, cells: Iterable[Cell]) -> list[Measured]:
+def measured(bench: Bench, cells: Iterable[Cell]) -> list[Result]:
     """Read the records of finished cells."""
     records = [(cell, bench.record(cell)) for cell in cells]
-    reductions = [record["train_info"]["metrics"]["loss_reduction"] for _, record in records]
-    of_all = {(cell.task, cell.seed): value for (cell, _), value in zip(records, reductions, strict=True) if cell.strategy == "all"}
+    of_all = {(c.task, c.seed): record["train_info"]["metrics"]["loss_reduction"] for c, record in records if c.strategy == "all"}
     results = []
-    for (cell, record), reduction in zip(records, reductions, strict=True):
+    for cell, record in records:
         info, timed = record["train_info"], bench.time_file(cell.task, cell.layers, cell.rank)
+        reduction = info["metrics"]["loss_reduction"]
         share = 100 * bench.storage.read(timed, "step time")["share_of_all"] if bench.storage.exists(timed) else None
         results.append(
-            Measured(
-                cell=cell,
-                reduction=reduction,
-                kept=100 * reduction / of_all[cell.task, cell.seed],
-                accuracy=100 * info["metrics"]["accuracy_after"],
-                forgetting=info["forgetting"],
-                memory=info["peak_memory_bytes"],
-                learning_rate=record["run_info"]["train_config"]["learning_rate"],
-                time_share=100.0 if cell.strategy == "all" and share is not None else share,  # a second timing of the reference is noise
-                generated=info.get("generated"),
-            )
+            {
+                "task": cell.task,
+                "strategy": cell.strategy,
+                "k": cell.k,
+                "budget": cell.budget,
+                "seed": cell.seed,
+                "layers": list(cell.layers),
+                "rank": cell.rank,
+                "learning_rate": record["run_info"]["train_config"]["learning_rate"],
+                "loss_reduction": reduction,
+                "performance_kept": 100 * reduction / of_all[cell.task, cell.seed],
+                "predicted_kept": cell.predicted,
+                # A second timing of the reference differs by noise alone.
+                "step_time_share": 100.0 if cell.strategy == "all" and share is not None else share,
+                "forgetting": info["forgetting"],
+                "generated": info.get("generated"),
+                "accuracy": 100 * info["metrics"]["accuracy_after"],
+                "memory": info["peak_memory_bytes"],
+            }
         )
     return results
 
@@ -116,43 +101,43 @@ Row = tuple[str, int, float | None]
 """Strategy, number of layers asked for (0 where it is free), time budget."""
 
 
-def by_row(results: Iterable[Measured]) -> dict[Row, list[Measured]]:
+def by_row(results: Iterable[Result]) -> dict[Row, list[Result]]:
     """Cells of each row, in the order in which rows first appear."""
-    rows: dict[Row, list[Measured]] = defaultdict(list)
-    for one in results:
-        rows[one.cell.strategy, one.cell.k, one.cell.budget].append(one)
+    rows: dict[Row, list[Result]] = defaultdict(list)
+    for result in results:
+        rows[result["strategy"], result["k"], result["budget"]].append(result)
     return dict(rows)
 
 
-def per_task(results: Sequence[Measured], value: Callable[[Measured], float]) -> dict[str, Mean]:
+def per_task(results: Iterable[Result], name: str) -> dict[str, Mean]:
     """Mean over seeds for each task."""
     tasks: dict[str, list[float]] = defaultdict(list)
-    for one in results:
-        tasks[one.cell.task].append(value(one))
+    for result in results:
+        tasks[result["task"]].append(result[name])
     return {task: Mean.of(values) for task, values in tasks.items()}
 
 
-def regrets(results: Sequence[Measured]) -> dict[Row, Mean]:
+def regrets(results: Sequence[Result]) -> dict[Row, Mean]:
     """Mean over tasks of the regret: how far, in %, a row's mean reduction lies below the best known one of as many layers.
 
     The best is taken over the rows' means over seeds (a maximum over single runs would reward noise), leaving out `all`, choices with
     a free number of layers and choices of another rank. The interval is over tasks and seeds.
     """
     rows = {row: cells for row, cells in by_row(results).items() if row[0] not in FREE}
-    rank = min(one.cell.rank for one in results)
+    rank = min(result["rank"] for result in results)
     best: dict[tuple[str, int, float | None], float] = {}
     for (_, k, budget), cells in rows.items():
-        if cells[0].cell.rank == rank:
-            for task, mean in per_task(cells, lambda one: one.reduction).items():
+        if cells[0]["rank"] == rank:
+            for task, mean in per_task(cells, "loss_reduction").items():
                 best[task, k, budget] = max(best.get((task, k, budget), 0.0), mean.value)
     return {
-        row: Mean.of([100 * (1 - one.reduction / best[one.cell.task, row[1], row[2]]) for one in cells])
+        row: Mean.of([100 * (1 - cell["loss_reduction"] / best[cell["task"], row[1], row[2]]) for cell in cells])
         for row, cells in rows.items()
-        if all((one.cell.task, row[1], row[2]) in best for one in cells)
+        if all((cell["task"], row[1], row[2]) in best for cell in cells)
     }
 
 
-def labelled_rows(results: Sequence[Measured]) -> Iterable[tuple[str, Row, list[Measured]]]:
+def labelled_rows(results: Sequence[Result]) -> Iterable[tuple[str, Row, list[Result]]]:
     """Rows with their names for people: with the number of layers or the budget where the table has several."""
     rows = by_row(results)
     several = len({(k, budget) for strategy, k, budget in rows if strategy not in FREE}) > 1
@@ -165,46 +150,41 @@ def labelled_rows(results: Sequence[Measured]) -> Iterable[tuple[str, Row, list[
         yield name, (strategy, k, budget), cells
 
 
-def reduction_table(results: Sequence[Measured]) -> Table:
+def reduction_table(results: Sequence[Result]) -> Table:
     """*Method × task*: loss reduction, share of all layers, regret, token accuracy, forgetting."""
-    regret, tasks = regrets(results), list(dict.fromkeys(one.cell.task for one in results))
+    regret, tasks = regrets(results), list(dict.fromkeys(result["task"] for result in results))
     columns = ["strategy", *(f"{task}: nats" for task in tasks), *(f"{task}: % kept" for task in tasks)]
-    columns += ["regret %", "token accuracy %", "forgetting, nats"]
     body: list[list[Any]] = []
     for name, row, cells in labelled_rows(results):
-        nats, kept = per_task(cells, lambda one: one.reduction), per_task(cells, lambda one: one.kept)
+        nats, kept = per_task(cells, "loss_reduction"), per_task(cells, "performance_kept")
         line: list[Any] = [name]
         line += [nats[task].text(3) if task in nats else None for task in tasks]
         line += [kept[task].text(1) if task in kept else None for task in tasks]
         line += [regret[row].text(1) if row in regret else None]
-        line += [f"{np.mean([one.accuracy for one in cells]):.1f}", f"{np.mean([one.forgetting for one in cells]):.3f}"]
-        body.append(line)
-    return columns, body
+        body.append([*line, f"{_mean(cells, 'accuracy'):.1f}", f"{_mean(cells, 'forgetting'):.3f}"])
+    return [*columns, "regret %", "token accuracy %", "forgetting, nats"], body
 
 
-def trade_off_table(results: Sequence[Measured]) -> Table:
+def trade_off_table(results: Sequence[Result]) -> Table:
     """*Strategy × step time, speed-up %, performance drop %, ratio* over all tasks."""
-
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return float(np.mean(known)) if len(known) == len(values) else None
-
     columns = ["strategy", "layers", "step time % of all", "speed-up %", "performance kept %", "predicted %", "drop %", "speed-up / drop"]
     body: list[list[Any]] = []
     for name, _, cells in labelled_rows(results):
-        kept, share, predicted = (
-            Mean.of([one.kept for one in cells]),
-            mean([one.time_share for one in cells]),
-            mean([one.cell.predicted for one in cells]),
-        )
+        kept = Mean.of([cell["performance_kept"] for cell in cells])
+        share, predicted = _mean(cells, "step_time_share"), _mean(cells, "predicted_kept")
         drop, saved = 100 - kept.value, None if share is None else 100 - share
-        counts = sorted(len(one.cell.layers) for one in cells)
-        line: list[Any] = [name, "–".join(map(str, dict.fromkeys([counts[0], counts[-1]])))]
-        line += [None if share is None else round(share, 1), None if saved is None else round(saved, 1), kept.text(1)]
-        line += [None if predicted is None else round(predicted, 1), round(drop, 1)]
-        line += [None if saved is None or drop < 0.05 else round(saved / drop, 1)]
-        body.append([*line, round(float(np.mean([one.memory for one in cells])) / 2**20)])
+        ratio = None if saved is None or drop < 0.05 else saved / drop
+        counts = sorted(len(cell["layers"]) for cell in cells)
+        layers = "–".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+        numbers = [None if value is None else round(value, 1) for value in (share, saved, predicted, drop, ratio)]
+        body.append([name, layers, *numbers[:2], kept.text(1), *numbers[2:], round((_mean(cells, "memory") or 0) / 2**20)])
     return [*columns, "peak MiB"], body
+
+
+def _mean(cells: Sequence[Result], name: str) -> float | None:
+    """The mean over cells; `None` where one of them does not have the value."""
+    values = [cell[name] for cell in cells]
+    return None if None in values else float(np.mean(values))
 
 
 def summarise(bench: Bench, cells: Iterable[Cell]) -> dict[str, Any]:
@@ -214,21 +194,7 @@ def summarise(bench: Bench, cells: Iterable[Cell]) -> dict[str, Any]:
     for name, make in (("reduction", reduction_table), ("trade_off", trade_off_table)):
         columns, rows = make(results)
         tables[name] = {"columns": columns, "rows": rows}
-    runs = [
-        {
-            **{name: getattr(one.cell, name) for name in ("task", "strategy", "k", "budget", "seed")},
-            "layers": list(one.cell.layers),
-            "rank": one.cell.rank,
-            "learning_rate": one.learning_rate,
-            "loss_reduction": one.reduction,
-            "performance_kept": one.kept,
-            "predicted_kept": one.cell.predicted,
-            "step_time_share": one.time_share,
-            "forgetting": one.forgetting,
-            "generated": one.generated,
-        }
-        for one in results
-    ]
+    runs = [{name: value for name, value in result.items() if name not in ("accuracy", "memory")} for result in results]
     return {"schema": "layercard-bench/1", "tables": tables, "runs": runs}
 
 
