@@ -134,16 +134,10 @@ def predict(card: LayerCard, layers: Sequence[int]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a card.
+    """What is asked of a card: `objective`, and the solver's `problem`, with the card's `cost` and its step `time` as a linear form.
 
-    Attributes:
-        objective: `performance`, `cost` or `balanced`.
-        problem: The number of layers, the budgets and the least coverage.
-        cost: The card's cost model.
-        time: Step time as a linear form.
-        full_coverage: Coverage of all layers.
-        kept: The performance asked for, from 0 to 1; `None` without.
-        insists: Whether the user asked for that performance, or it is the default of `balanced`.
+    `full_coverage` is that of all layers. `kept` is the performance asked for, from 0 to 1 (`None` without); `insists` says whether the
+    user asked for it, or it is the default of `balanced`.
     """
 
     objective: str
@@ -180,11 +174,7 @@ def question(card: LayerCard, objective: str, k: int | None, budgets: Budgets) -
 
 
 def answer(asked: Question, seconds: float = SECONDS) -> tuple[Solution, str | None]:
-    """The best placement, and a remark where it is not quite what was asked for.
-
-    Args:
-        asked: What is asked.
-        seconds: Time limit of each search; the solution says whether it was reached, and its gap.
+    """The best placement, and a remark where it is not quite what was asked for; each search takes at most `seconds`.
 
     Raises:
         SelectionError: Nothing meets the budgets; the message names what comes nearest.

@@ -42,9 +42,8 @@ class Interval(Estimate):
 class Agreement(Interval):
     """Spearman's rank correlation of two layer profiles.
 
-    Attributes:
-        p: Share of the shifted profiles that agree at least as well (`statistics.ranks.shift_p_value`).
-        p_plain: The p value for independent layers; too small, since neighbouring layers are alike.
+    `p` is the share of the shifted profiles that agree at least as well (`statistics.ranks.shift_p_value`). `p_plain` is the p value for
+    independent layers: too small, since neighbouring layers are alike.
     """
 
     p: float
@@ -61,16 +60,10 @@ class Overlap(Part):
 
 
 class Swap(Part):
-    """What happens on a card's data when its layers are chosen from another card.
+    """What happens on the data of the `target` card when `layers`, the choice of the `source` card, take the place of its `own`.
 
-    Attributes:
-        source: Name of the card that the layers are chosen from.
-        target: Name of the card that says what they are worth.
-        layers: The choice of the source.
-        own: The choice of the target itself.
-        kept: Performance that `layers` keep on the target, % of all layers.
-        kept_own: Performance that `own` keeps there, %.
-        lost: `kept_own − kept` in points, with its interval over the target's sampling error.
+    `kept` and `kept_own` are the performance that they keep there, % of all layers; `lost` is the difference in points, with its interval
+    over the target's sampling error.
     """
 
     source: str
@@ -103,13 +96,8 @@ class Pair(Part):
 class Transfer(Record):
     """Several cards of one model compared, each pair of them.
 
-    Attributes:
-        model: Name, fingerprint and number of layers.
-        cards: For each card its `name`, `data`, `dtype` and `stability`.
-        measure: What `matrix` and the best k are of.
-        matrix: Spearman's correlation of that measure, one row a card.
-        lost: Points lost on the card of the column with the choice from the card of the row; 0 on the diagonal.
-        pairs: Every pair.
+    `cards` have `name`, `data`, `dtype` and `stability`. `matrix` is Spearman's correlation of `measure`, one row a card. `lost` are the
+    points lost on the card of the column with the choice from the card of the row; 0 on the diagonal.
     """
 
     noun: ClassVar = "comparison of cards"
@@ -172,11 +160,7 @@ def transfer(
 
 
 def check_cards(cards: Sequence[tuple[str, LayerCard]], across_dtypes: bool = False) -> None:
-    """Make sure that there are at least two different cards, and all of one model.
-
-    Raises:
-        CardError: They are not.
-    """
+    """Raise `CardError` unless there are at least two different cards, and all of one model."""
     if len(cards) < 2:
         given = f"only {cards[0][0]}" if cards else "no card"
         raise CardError(f"transfer compares at least two cards, found {given}; name another card of the same model")
@@ -184,13 +168,13 @@ def check_cards(cards: Sequence[tuple[str, LayerCard]], across_dtypes: bool = Fa
         if name == other_name or card == other:
             raise CardError(f"{name} and {other_name} are the same card; name cards of different data")
     name, card = cards[0]
-    model, dtype, stem = card.model, card.settings.get("dtype"), card.model.name.rstrip("/").rpartition("/")[2].lower()
+    model, dtype = card.model, card.settings.get("dtype")
     for other_name, other in cards[1:]:
         if model.fingerprint == other.model.fingerprint:
             continue
-        # Other weights: one model in two dtypes passes where that is wanted.
-        other_dtype, other_stem = other.settings.get("dtype"), other.model.name.rstrip("/").rpartition("/")[2].lower()
-        fingerprints = f"fingerprints {model.fingerprint} and {other.model.fingerprint}"
+        # Other weights: one model in two dtypes passes where that is wanted. A model's folder or owner may have another name.
+        fingerprints, other_dtype = f"fingerprints {model.fingerprint} and {other.model.fingerprint}", other.settings.get("dtype")
+        stem, other_stem = (each.name.rstrip("/").rpartition("/")[2].lower() for each in (model, other.model))
         if (stem, model.layers) != (other_stem, other.model.layers):
             raise CardError(
                 f"{name} is of {model.name} ({model.layers} layers) and {other_name} of {other.model.name} ({other.model.layers} layers), "

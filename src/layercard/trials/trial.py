@@ -40,14 +40,8 @@ EVAL_BATCH = 8
 class Trial:
     """What to train. A folder holds trials of one `settings` alone, so the key names only the rest.
 
-    Attributes:
-        settings: Model, data and length of training; its rank and learning rate are not used here.
-        task: Name of the task.
-        layers: The adapted layers.
-        seed: Of the data order and the adapters' start.
-        rank: Rank of each adapter; the scale alpha is twice the rank.
-        learning_rate: Peak of the schedule.
-        split: Held-out records to measure on: `test`, or `valid` where a learning rate is chosen.
+    Rank and learning rate are those given here, not those of the settings; the scale alpha is twice the rank. The seed is of the data order
+    and the adapters' start. The `split` is measured on: `test`, or `valid` where a learning rate is chosen.
     """
 
     settings: BenchSettings
