@@ -104,7 +104,7 @@ def predictor(card: LayerCard) -> Callable[[Sequence[int]], dict[str, Any]]:
 
     def predicted(layers: Sequence[int]) -> dict[str, Any]:
         share = cover(layers) / cover(every)
-        kept, low, high = performance_kept(share)
+        value, low, high = performance_kept(share)
 
         def part(unit: str, of: Callable[[Iterable[int]], float], absolute: bool = True) -> dict[str, Any]:
             value, total = of(layers), of(every)
@@ -113,7 +113,7 @@ def predictor(card: LayerCard) -> Callable[[Sequence[int]], dict[str, Any]]:
         return {
             "coverage": share,
             "layers_in_backward": f"{len(every) - min(layers)}/{len(every)}",
-            "performance_kept": {"value": kept, "low": low, "high": high},
+            "performance_kept": {"value": value, "low": low, "high": high},
             "step_time": part("seconds", cost.step_time, cost.absolute),
             "peak_memory": part("bytes", cost.peak_memory),
             "parameters": part("count", lambda chosen: round(params.of(chosen))),
@@ -351,13 +351,13 @@ def _as_good(
         if tuple(plain) == layers:
             return None
         predicted = predict_set(plain)
-        kept, time = predicted["performance_kept"], predicted["step_time"]
-        if kept["value"] >= chosen["performance_kept"]["low"] and time["share"] <= chosen["step_time"]["share"] * (1 + 1e-9):
+        performance, time = predicted["performance_kept"], predicted["step_time"]
+        if performance["value"] >= chosen["performance_kept"]["low"] and time["share"] <= chosen["step_time"]["share"] * (1 + 1e-9):
             note = (
                 f"{name}-{len(plain)} (layers {listed(plain)}) needs no card and is predicted as good within the interval: "
-                f"{100 * kept['value']:.0f}% of the performance at {100 * time['share']:.0f}% of the step time"
+                f"{100 * performance['value']:.0f}% of the performance at {100 * time['share']:.0f}% of the step time"
             )
-            as_good.append({"strategy": name, "layers": plain, "performance_kept": kept, "step_time": time, "note": note})
+            as_good.append({"strategy": name, "layers": plain, "performance_kept": performance, "step_time": time, "note": note})
     return max(as_good, key=lambda plain: (plain["performance_kept"]["value"], -plain["step_time"]["share"]), default=None)
 
 

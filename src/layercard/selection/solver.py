@@ -100,7 +100,7 @@ class Problem:
         return self.weights[:, None] * self.similar
 
     @cached_property
-    def own(self) -> np.ndarray:
+    def adapter_costs(self) -> np.ndarray:
         """What the adapters of each layer cost in each budget, `[budgets, L]`."""
         return np.array([budget.form.own for budget in self.budgets], dtype=float).reshape(-1, self.num_layers)
 
@@ -115,8 +115,8 @@ class Problem:
         """The most layers that fit when layer m is the lowest, `[L]`; 0 where fewer than `least` do."""
         caps = np.minimum(self.largest, self.num_layers - np.arange(self.num_layers))
         for m in range(self.num_layers):
-            for room, own in zip(self.room[:, m], self.own, strict=True):
-                spent = own[m] + np.concatenate([[0.0], np.cumsum(np.sort(own[m + 1 :]))])
+            for room, costs in zip(self.room[:, m], self.adapter_costs, strict=True):
+                spent = costs[m] + np.concatenate([[0.0], np.cumsum(np.sort(costs[m + 1 :]))])
                 caps[m] = min(caps[m], np.searchsorted(spent, room, side="right"))
         return np.where(caps >= self.least, caps, 0)
 
@@ -157,18 +157,18 @@ def greedy(problem: Problem, cost: Linear | None = None) -> tuple[int, ...] | No
     similar, weights = problem.similar, problem.weights
     starts: list[tuple[float, list[int]]] = []
     for m in np.flatnonzero(problem.caps).tolist():
-        layers, best, room = [m], similar[:, m], problem.room[:, m] - problem.own[:, m]
+        layers, best, room = [m], similar[:, m], problem.room[:, m] - problem.adapter_costs[:, m]
         free = np.arange(problem.num_layers) > m
         while len(layers) < problem.caps[m]:
             if cost is not None and len(layers) >= problem.least and weights @ best >= problem.needed:
                 break
-            fits = free & (problem.own <= room[:, None]).all(axis=0)
+            fits = free & (problem.adapter_costs <= room[:, None]).all(axis=0)
             if not fits.any():
                 break
             added = int(np.where(fits, weights @ np.maximum(similar, best[:, None]), -np.inf).argmax())
             layers.append(added)
             free[added] = False
-            room, best = room - problem.own[:, added], np.maximum(best, similar[:, added])
+            room, best = room - problem.adapter_costs[:, added], np.maximum(best, similar[:, added])
         for out in sorted(layers, key=lambda i: (-cost.own[i], i)) if cost is not None else ():
             fewer = [i for i in layers if i != out]  # perhaps the coverage is reached without this layer too
             if len(fewer) >= problem.least and problem.coverage(fewer) >= problem.needed:
@@ -191,7 +191,7 @@ def _exchanged(problem: Problem, layers: list[int], score: float, cost: Linear |
             covered = problem.similar[:, rest].max(axis=1) if rest else np.zeros(problem.num_layers)
             values = problem.weights @ np.maximum(problem.similar, covered[:, None])
             lowest = np.minimum(index, min(rest, default=problem.num_layers))
-            fits = (problem.own[:, rest].sum(axis=1)[:, None] + problem.own <= problem.room[:, lowest]).all(axis=0)
+            fits = (problem.adapter_costs[:, rest].sum(axis=1)[:, None] + problem.adapter_costs <= problem.room[:, lowest]).all(axis=0)
             fits &= values >= problem.needed
             fits[layers] = False
             scores = values
@@ -246,7 +246,7 @@ def coverage_bound(problem: Problem, m: int, prices: np.ndarray, rewards: np.nda
         rewards = np.clip(problem.worth - prices[:, None], 0.0, None).sum(axis=0)
     above = rewards[m + 1 :]
     limits = [(np.ones(len(above)), float(problem.caps[m] - 1))]
-    limits += [(own[m + 1 :], float(room[m] - own[m])) for own, room in zip(problem.own, problem.room, strict=True)]
+    limits += [(costs[m + 1 :], float(room[m] - costs[m])) for costs, room in zip(problem.adapter_costs, problem.room, strict=True)]
     best, margin_above, taken_above = np.inf, above, above
     for price, limit in limits:
         # The fractional knapsack: take the layers of most reward for their price, the last one in part.
@@ -333,7 +333,7 @@ def _search(problem: Problem, cost: Linear | None, tolerance: float | None, seco
         return problem, value, -1.0 if layers is None else value * (1 + tolerance)
 
     # Step 1: bounds for every lowest layer, at prices between what the best and the second best layer of the greedy set are worth.
-    better, known, goal = target()
+    better, needed, goal = target()
     served = np.sort(problem.worth[:, list(layers or range(problem.num_layers))], axis=1)
     prices = (served[:, -1] + (served[:, -2] if served.shape[1] > 1 else 0.5 * served[:, -1])) / 2
     bounds = coverage_bounds(better, prices)
@@ -354,19 +354,19 @@ def _search(problem: Problem, cost: Linear | None, tolerance: float | None, seco
             bounds = np.minimum(bounds, coverage_bounds(better, prices))
             continue
         bound = coverage_bound(better, m, sharp[m])
-        chosen, dual, proven = _solve_lowest(better, m, bound, known, cost, tolerance, min(FIRST_TRY * 4.0 ** tries[m], left))
+        chosen, dual, proven = _solve_lowest(better, m, bound, needed, cost, tolerance, min(FIRST_TRY * 4.0 ** tries[m], left))
         tries[m] += 1
         if cost is not None:
             floors[m] = np.inf if dual is None or (proven and chosen is None) else dual
         if proven:
             solved.add(m)
             if cost is None:
-                bounds[m] = min(bounds[m], max(known * (1 + tolerance / 2), -np.inf if dual is None or chosen is None else dual))
+                bounds[m] = min(bounds[m], max(needed * (1 + tolerance / 2), -np.inf if dual is None or chosen is None else dual))
         if chosen is None or not problem.allows(chosen):
             continue
-        if layers is None or (problem.coverage(chosen) > known if cost is None else cost.of(chosen) < cost.of(layers)):
+        if layers is None or (problem.coverage(chosen) > needed if cost is None else cost.of(chosen) < cost.of(layers)):
             layers = chosen
-            better, known, goal = target()
+            better, needed, goal = target()
             for earlier in sharp.values() if cost is not None else ():  # under the tighter budget the same prices say more
                 bounds = np.minimum(bounds, coverage_bounds(better, earlier))
     if layers is None:
@@ -383,9 +383,9 @@ def _search(problem: Problem, cost: Linear | None, tolerance: float | None, seco
 
 
 def _solve_lowest(
-    problem: Problem, m: int, bound: CoverageBound, known: float, cost: Linear | None, tolerance: float, seconds: float
+    problem: Problem, m: int, bound: CoverageBound, needed: float, cost: Linear | None, tolerance: float, seconds: float
 ) -> tuple[tuple[int, ...] | None, float | None, bool]:
-    """Solve lowest layer m with HiGHS, for sets that cover more than `known` (or at least that, with a cost).
+    """Solve lowest layer m with HiGHS, for sets that cover more than `needed` (or at least that, with a cost).
 
     The programme is in radius form. For each layer j of the model let `i_1, i_2, …` be the layers that cover it better than m does, best
     first, and `c_1 ≥ c_2 ≥ … ≥ c_0 = C_jm` how well. With y_i = layer i is taken and v_jt = one of the first t is taken,
@@ -397,10 +397,10 @@ def _solve_lowest(
     Returns:
         The best layers found (`None` for none), a bound on the objective, and whether this is certain.
     """
-    # Step 1: leave out the layers that cost the bound more than it is above `known`: no better set holds one of them.
-    excess = max(bound.value - known, 0.0) * (1 + SLACK) + SLACK * abs(known)
+    # Step 1: leave out the layers that cost the bound more than it is above `needed`: no better set holds one of them.
+    excess = max(bound.value - needed, 0.0) * (1 + SLACK) + SLACK * abs(needed)
     candidates = np.flatnonzero((bound.margin <= excess) & (np.arange(problem.num_layers) > m))
-    fewest = max(problem.least, bound.fewest(m, known))
+    fewest = max(problem.least, bound.fewest(m, needed))
     n = len(candidates)
 
     # Step 2: for each layer j the chain of its variables v; `sure` is the coverage that every set has. In the same way no better set
@@ -431,13 +431,13 @@ def _solve_lowest(
     # Step 3: without candidates m stands alone, or nothing does.
     offset = sure if cost is None else float(_base_cost(cost)[m] + cost.own[m])
     if not n:
-        alone = fewest <= 1 and not musts and (cost is None or sure >= known * (1 - SLACK))
+        alone = fewest <= 1 and not musts and (cost is None or sure >= needed * (1 - SLACK))
         return (m,) if alone else None, offset, True
 
     # Step 4: constraints on the number of layers, the budgets, the layers that must be served and the coverage; then the chains.
-    target = known * (1 + tolerance / 2) if cost is None else known * (1 - SLACK)
+    target = needed * (1 + tolerance / 2) if cost is None else needed * (1 - SLACK)
     limits: list[tuple[np.ndarray, float, float]] = [(np.ones(n), fewest - 1, problem.largest - 1)]
-    limits += [(own[candidates], -np.inf, room[m] - own[m]) for own, room in zip(problem.own, problem.room, strict=True)]
+    limits += [(costs[candidates], -np.inf, room[m] - costs[m]) for costs, room in zip(problem.adapter_costs, problem.room, strict=True)]
     limits += [(np.isin(np.arange(n), must), 1, np.inf) for must in musts]
     table = np.zeros((len(limits) + 1, width))
     table[:-1, :n] = [row for row, _, _ in limits]
@@ -452,7 +452,7 @@ def _solve_lowest(
     # Step 5: HiGHS. Its gap is relative to its own objective, which is without the offset.
     if cost is None:
         objective, sign = -table[-1], -1.0
-        gap = 0.9 * tolerance * known / max(bound.value - sure, tolerance * known) if known > 0 else tolerance
+        gap = 0.9 * tolerance * needed / max(bound.value - sure, tolerance * needed) if needed > 0 else tolerance
     else:
         objective, sign = np.append(np.asarray(cost.own)[candidates], np.zeros(width - n)), 1.0
         gap = max(0.9 * tolerance * offset / (float(objective.sum()) or 1.0), 1e-9)

@@ -28,7 +28,7 @@ AGREES = 0.5
 SURE = 0.05
 """p value from which on agreement may be chance."""
 STABLE = 0.8
-"""Split-half rank correlation of a card's own ranking below which the card is no evidence."""
+"""Split-half rank correlation of a card's own ranking below which the card says nothing."""
 REUSE, AGAIN, UNKNOWN = "reuse the card", "profile again", "not enough evidence"
 
 
@@ -143,8 +143,8 @@ def transfer(
         word = verdict(agreements[MEASURE], swaps, stability)
         pairs.append(Pair(a=a, b=b, measures=agreements, top=overlap(card_a, card_b, measure, k), swaps=swaps, verdict=word))
         matrix[rows[a], rows[b]] = matrix[rows[b], rows[a]] = agreements[measure].value
-        for found in swaps:
-            lost[rows[found.source], rows[found.target]] = found.lost.value
+        for each in swaps:
+            lost[rows[each.source], rows[each.target]] = each.lost.value
     return Transfer(
         model=cards[0][1].model.model_dump(),
         cards=tuple(
@@ -261,9 +261,9 @@ def verdict(ranks: Agreement, swaps: Sequence[Swap], stability: dict[str, float 
         return f"{lost.value:.1f} points ({lost.low:.1f} to {lost.high:.1f})"
 
     agree = f"Spearman of the gain estimates {ranks.value:.2f} ({ranks.low:.2f} to {ranks.high:.2f})"
-    for one in swaps:
-        if one.lost.low > TOLERANCE:
-            reason = f"{one.source}'s layers lose {points(one.lost)} on {one.target}, more than {TOLERANCE:g} points"
+    for each in swaps:
+        if each.lost.low > TOLERANCE:
+            reason = f"{each.source}'s layers lose {points(each.lost)} on {each.target}, more than {TOLERANCE:g} points"
             return Verdict(word=AGAIN, reason=reason)
     if ranks.high < AGREES:
         return Verdict(word=AGAIN, reason=f"the data sets rank layers differently: {agree}")
@@ -277,13 +277,13 @@ def verdict(ranks: Agreement, swaps: Sequence[Swap], stability: dict[str, float 
     if ranks.p > SURE:
         doubts.append(f"profiles as smooth as these agree as well by chance (p = {ranks.p:.2f})")
     doubts += [
-        f"{one.source}'s layers may lose over {TOLERANCE:g} points on {one.target}: {points(one.lost)}"
-        for one in swaps
-        if one.lost.high > TOLERANCE
+        f"{each.source}'s layers may lose over {TOLERANCE:g} points on {each.target}: {points(each.lost)}"
+        for each in swaps
+        if each.lost.high > TOLERANCE
     ]
     if doubts:
         return Verdict(word=UNKNOWN, reason="; ".join(doubts))
-    worst = max(swaps, key=lambda one: one.lost.value)
+    worst = max(swaps, key=lambda each: each.lost.value)
     lost = f"{worst.source}'s layers lose {points(worst.lost)} of all layers' performance on {worst.target}"
     return Verdict(word=REUSE, reason=f"{lost}; {agree}, p = {ranks.p:.3f}")
 

@@ -258,9 +258,9 @@ class Bench:
                 "layers": list(layers),
                 "rank": rank,
                 "tokens": int(batch.attention_mask.sum()),
-                "step_seconds": statistics.median(own[column] for _, own in rounds),
+                "step_seconds": statistics.median(steps[column] for _, steps in rounds),
                 "all_layers_seconds": statistics.median(seconds for seconds, _ in rounds),
-                "share_of_all": statistics.median(own[column] / seconds for seconds, own in rounds),
+                "share_of_all": statistics.median(steps[column] / seconds for seconds, steps in rounds),
                 "rounds": ROUNDS,
                 "threads": torch.get_num_threads(),
             }
@@ -387,9 +387,9 @@ def bench_placements(
         _finish(workers, cards, "cards", tell)
         cells = [part.cells(grid) for part in parts]
         run_cells(list(zip(parts, cells, strict=True)), workers, tell)
-        for part, own in zip(parts, cells, strict=True):
+        for part, part_cells in zip(parts, cells, strict=True):
             for task in grid.tasks if times else ():
-                function, arguments = part.job(part.measure_times, task, sorted({(c.layers, c.rank) for c in own if c.task == task}))
+                function, arguments = part.job(part.measure_times, task, sorted({(c.layers, c.rank) for c in part_cells if c.task == task}))
                 function(*arguments, tell)
     return cells
 

@@ -174,17 +174,17 @@ def _rows(names: Sequence[str], runs: Sequence[Run], before: RecordLosses) -> tu
     for name, run, left in zip(names, runs, nats, strict=True):
         after = RecordLosses(left, before.tokens)
         low, high = reduction_interval(before, after)
-        kept = None
+        performance = None
         if possible is not None and float(possible.sum()) > 0:  # else all layers did not reduce the loss
             reached = 100 * (before.nats - left)
             kept_low, kept_high = ratio_interval(reached, possible)
-            kept = Estimate(value=float(reached.sum() / possible.sum()), low=kept_low, high=kept_high)
+            performance = Estimate(value=float(reached.sum() / possible.sum()), low=kept_low, high=kept_high)
         rows.append(
             Compared(
                 name=name,
                 layers=tuple(run.placement["layers"]),
                 loss_reduction=Estimate(value=before.loss - after.loss, low=low, high=high),
-                performance_kept=kept,
+                performance_kept=performance,
                 time_share=None if everything is None else 100 * run.train_seconds / runs[everything].train_seconds,
                 train_seconds=run.train_seconds,
                 peak_memory_bytes=run.peak_memory_bytes,

@@ -59,7 +59,7 @@ class Storage:
         """The JSON files in a folder, in order of their names."""
         with self._reached(folder) as (system, path):
             system.invalidate_cache()
-            return sorted(posixpath.join(folder, posixpath.basename(found)) for found in system.glob(f"{path}/*.json"))
+            return sorted(posixpath.join(folder, posixpath.basename(file)) for file in system.glob(f"{path}/*.json"))
 
     def read(self, name: str, what: str) -> dict[str, Any]:
         """The JSON object in a file; `what` it should be is for the message.
