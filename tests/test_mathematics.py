@@ -3,6 +3,7 @@
 These tests know the definitions and not the code: each was written because a change of the code's mathematics passed all other tests.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -11,14 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
 
 from cards import fake_card
+from layercard.adapters.apply import adapted, place
+from layercard.adapters.lora_config import lora_arguments
 from layercard.card.card import LayerCard
 from layercard.cost.estimate import estimated_cost
-from layercard.data.load import Dataset
+from layercard.data.chat import ChatEncoder, labelled_tokens
+from layercard.data.encoding import encode_pair
+from layercard.data.load import IGNORED, Dataset, load_data
+from layercard.errors import TrainingError
 from layercard.models.layers import find_blocks
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
@@ -30,12 +39,13 @@ from layercard.profiling.step_probe import StepProbe
 from layercard.profiling.training_probe import TrainingProbe
 from layercard.selection.select import performance_kept, predict, select
 from layercard.selection.transfer import agreement, transfer
-from layercard.settings import ProfileSettings
+from layercard.settings import FastSettings, ProfileSettings, TrainSettings
 from layercard.statistics.coupling import centrality, correlation, curvature
 from layercard.statistics.coverage import coverage, demand, shrunk
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.ranks import noise_scale, spearman_rows
+from layercard.training.train import train
 from test_capture import batch_of, examples
 from tiny import build_tiny, tiny_tokenizer
 
@@ -437,3 +447,78 @@ def test_seconds_from_rates_are_the_flops_that_torch_counts() -> None:
     assert cost.layers[1].forward_seconds == pytest.approx(forward.get_total_flops(), rel=1e-6)
     assert cost.layers[1].backward_seconds == pytest.approx(backward.get_total_flops(), rel=0.02)
     assert cost.head_forward_seconds == pytest.approx(head.get_total_flops(), rel=1e-6)
+
+
+# --- data, adapters and training ----------------------------------------------------------------------------------------------
+
+
+def test_a_completion_has_the_tokens_of_the_whole_text() -> None:
+    """A tokenizer that puts a space before every text, as Llama's does: behind a prompt the completion has none."""
+    letters = {letter: number for number, letter in enumerate(["<unk>", "<eos>", "\u2581", *"abcdefgh"])}
+    backend = Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    ids, labels = encode_pair(tokenizer, "a cab", "bad", separator="e ")
+    assert ids == [*tokenizer("a cabe bad").input_ids, 1]
+    assert [label for label in labels if label != IGNORED] == [letters["b"], letters["a"], letters["d"], 1]
+
+
+def test_a_token_is_labelled_if_it_shares_a_character_with_a_span() -> None:
+    tokenizer, text = tiny_tokenizer(), "the man in an inn on the other hand"
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        first, second, third, fourth = sorted(rng.choice(len(text) + 1, size=4, replace=False).tolist())
+        inside = {*range(first, second), *range(third, fourth)}
+        ids, labels = labelled_tokens(tokenizer, text, [(first, second), (third, fourth)])
+        shares = [not inside.isdisjoint(range(start, stop)) for start, stop in encoded.offset_mapping]
+        assert labels == [token if share else IGNORED for token, share in zip(encoded.input_ids, shares, strict=True)]
+        assert ids == encoded.input_ids
+
+
+def test_a_template_that_ends_the_last_turn_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '<eos>' if loop.last else '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "the"), ("user", "b"), ("assistant", "man"))]
+    _, labels = ChatEncoder(tokenizer).encode(turns)
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "theman<eos>"
+
+
+def test_alpha_over_rank_scales_an_update(tiny_base: BaseModel) -> None:
+    """An adapter on a model is the weights `W + alpha / rank B A`, by plain matrices."""
+    placement = place(tiny_base, [1])
+    ids = torch.arange(6, 30)[None]
+    with adapted(tiny_base, placement, rank=4, alpha=10.0) as model, torch.no_grad():
+        changed = copy.deepcopy(build_tiny("llama"))
+        for path in placement.paths:
+            module = model.get_base_model().get_submodule(path)
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            up.normal_(generator=torch.Generator().manual_seed(0))
+            assert down.shape[0] == up.shape[1] == 4
+            changed.get_parameter(f"{path}.weight").add_(10.0 / 4 * up @ down)
+        torch.testing.assert_close(model(ids).logits, changed(ids).logits, rtol=1e-4, atol=1e-4)
+    arguments = lora_arguments(placement, r=6)
+    assert arguments["lora_alpha"] / arguments["r"] == 2.0
+
+
+def test_eva_counts_labelled_tokens(tiny_base: BaseModel, tmp_path: Path) -> None:
+    data = load_data([{"prompt": "the man in an inn on the other hand", "completion": "a"}] * 3, tiny_base.tokenizer)
+    settings = TrainSettings(method="eva", rank=8, steps=2, batch_size=2, save_steps=0)
+    assert data.labelled_tokens < 8 < data.tokens / 3
+    with pytest.raises(TrainingError, match=f"eva needs more labelled tokens than the rank 8, found {data.labelled_tokens}"):
+        train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", settings)
+
+
+@pytest.mark.parametrize("labels_only", [False, True])
+def test_the_loss_of_a_step_is_a_mean_over_all_its_labelled_tokens(tiny_base: BaseModel, tmp_path: Path, labels_only: bool) -> None:
+    completions = ("a", "the man in an inn on the other hand", "an", "on the other hand")
+    data = load_data([{"prompt": "so", "completion": text} for text in completions], tiny_base.tokenizer)
+    settings = TrainSettings(rank=2, steps=1, batch_size=1, accumulation=4, save_steps=0, learning_rate=1e-3)
+    run = train(tiny_base, place(tiny_base, [1]), data, tmp_path / "run", settings, fast=FastSettings(labels_only=labels_only))
+    with torch.no_grad():
+        nats = [labelled_losses(tiny_base.model, batch_of([example]))[0] for example in data.examples]
+    assert run.losses == pytest.approx([float(torch.cat(nats).mean())], rel=1e-5)
+    assert float(torch.cat(nats).mean()) != pytest.approx(float(torch.stack([each.mean() for each in nats]).mean()), rel=1e-2)
