@@ -82,8 +82,12 @@ def _entry(name: str, value: Any) -> str:
 
 
 def _own(owner: type) -> Iterator[tuple[str, Any]]:
-    """A class's own public methods and properties, in the order of its source."""
-    for name, member in vars(owner).items():
+    """A class's public methods and properties, in the order of its source, then those of layercard's base classes."""
+    members: dict[str, Any] = {}
+    for kind in owner.__mro__:
+        if kind.__module__.startswith("layercard"):
+            members = {**vars(kind), **members} if kind is not owner else dict(vars(kind))
+    for name, member in members.items():
         documented = inspect.isfunction(member) or isinstance(member, property | classmethod | staticmethod)
         if documented and not name.startswith(("_", "model_")):
             yield name, member

@@ -195,11 +195,13 @@ def test_a_notebook_shows_stacked_experts_too(card: layercard.LayerCard) -> None
 
 
 def public(owner: type) -> dict[str, Any]:
-    """A class's own public methods and properties; fields have their place in its signature."""
+    """A class's public methods and properties, those of layercard's base classes too; fields have their place in its signature."""
     methods = (property, classmethod, staticmethod)
     return {
         name: member
-        for name, member in vars(owner).items()
+        for kind in reversed(owner.__mro__)
+        if kind.__module__.startswith("layercard")
+        for name, member in vars(kind).items()
         if not name.startswith(("_", "model_")) and (inspect.isfunction(member) or isinstance(member, methods))
     }
 
