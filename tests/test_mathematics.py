@@ -135,6 +135,8 @@ def test_intervals_of_fit_measures_are_as_wide_as_the_measures_spread() -> None:
             spreads.append(np.std([each.value for each in estimates], ddof=1))
             widths.append(np.mean([each.high - each.low for each in estimates]))
             assert all(each.low < each.value < each.high for each in estimates)
+            for other in ("predicted_gain", "centrality", "gain_estimate"):  # intervals that hold the value without being stretched to it
+                assert all(each.low < each.value < each.high for each in (getattr(layer, other) for layer in card.layers)), other
         assert np.mean(widths) == pytest.approx(2 * 1.96 * np.mean(spreads), rel=0.25), measure
 
 
