@@ -5,7 +5,6 @@ These tests know the definitions and not the code: each was written because a ch
 
 import copy
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -37,7 +36,8 @@ from layercard.profiling.held_out import HeldOut, backward_starts, held_out_pass
 from layercard.profiling.profile import profile_records, scaled_steps, split_records
 from layercard.profiling.step_probe import StepProbe
 from layercard.profiling.training_probe import TrainingProbe
-from layercard.selection.select import performance_kept, predict, select
+from layercard.records import Estimate
+from layercard.selection.select import coverage_of, performance_kept, select
 from layercard.selection.transfer import agreement, transfer
 from layercard.settings import FastSettings, ProfileSettings, TrainSettings
 from layercard.statistics.coupling import centrality, correlation, curvature
@@ -393,15 +393,15 @@ def test_what_a_swap_loses_and_how_surely_equals_brute_force() -> None:
     choices = [select(card, k=3, objective="performance").layers for card in (a, b)]
 
     def loses(card: LayerCard) -> float:
-        kept = [predict(card, layers)["performance_kept"]["value"] for layers in choices]
+        cover = coverage_of(card)
+        kept = [performance_kept(cover(layers) / cover(range(14)))[0] for layers in choices]
         return 100 * (kept[1] - kept[0])
 
     rng, moved = np.random.default_rng(0), []
     for _ in range(300):
-        card = json.loads(json.dumps(second))
-        for layer in card["layers"]:
-            layer["step_probe"]["value"] += 0.4 * 0.3 / 1.96 * rng.standard_normal()
-        moved.append(loses(LayerCard.from_json(card)))
+        probes = [layer.step_probe.value + 0.4 * 0.3 / 1.96 * rng.standard_normal() for layer in b.layers]
+        layers = [layer.model_copy(update={"step_probe": Estimate(value=value)}) for layer, value in zip(b.layers, probes, strict=True)]
+        moved.append(loses(b.model_copy(update={"layers": tuple(layers)})))
     assert lost.value == pytest.approx(loses(b)) and lost.value > 1
     low, high = np.quantile(moved, [0.025, 0.975])
     assert (lost.low, lost.high) == (pytest.approx(low, abs=0.15 * (high - low)), pytest.approx(high, abs=0.15 * (high - low)))
