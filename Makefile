@@ -1,5 +1,6 @@
 # layercard: set-up and checks. `make demo` shows the whole path; `make test` proves it.
 VENV  := .venv
+OLDEST := .venv-oldest
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 # The first of these that runs and is recent enough for constraints.txt.
@@ -15,6 +16,7 @@ help:
 	@echo "make setup      virtual environment in $(VENV) with everything for development"
 	@echo "make demo       profile, show, select and compare on the embedded model; results in $(DEMO)/"
 	@echo "make test       all quick tests"
+	@echo "make test-oldest  the quick tests with the lowest versions promised, in a virtual environment of 6 GB"
 	@echo "make test-slow  the tests that take minutes or need the 135M model"
 	@echo "make mutants    small mutations of the mathematics, each of which a test must notice"
 	@echo "make fuzz       broken files for every reader, SECONDS=600 each"
@@ -38,6 +40,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "not slow"
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found; name one with PYTHON=..." >&2; exit 1; }
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[app,dev,ray]"
+	@touch $@
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -139,7 +139,7 @@ def test_unknown_templates_learn_the_same_in_simple_conversations() -> None:
     )  # ends of their own, or parts only
     names = [name for name in NAMES if not name.startswith(prompts_with_thoughts) and name not in others]
     results = [agreement(name, Unknown)[title] for name in names for title in simple]
-    assert sum(results) / len(results) > 0.97 and len(results) > 100
+    assert sum(results) / len(results) > 0.97 and len(results) > 90
 
 
 CHATML = (

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,3 +79,12 @@ def test_constraints_pin_every_dependency_and_name_no_address() -> None:
     pinned = {line.partition("==")[0] for line in lines}
     wanted = re.findall(r'"([a-zA-Z0-9-]+)[>=]=', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert {name.lower() for name in wanted} - {"setuptools"} <= pinned
+
+
+def test_the_lowest_versions_promised_are_those_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    promised = project["dependencies"] + [each for extra in ("app", "dev", "ray") for each in project["optional-dependencies"][extra]]
+    lowest = dict(each.split(">=") for each in promised if not each.startswith(("mypy", "ruff")))
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(version) for name, version in tested.items()} == {name: Version(version) for name, version in lowest.items()}
