@@ -51,7 +51,7 @@ class Phases:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self.found: list[Phase] = []
+        self.finished: list[Phase] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -67,14 +67,14 @@ class Phases:
         self._add(Phase(name, self.clock() - started, resident_peak(), device_peak))
 
     def _add(self, phase: Phase) -> None:
-        self.found.append(phase)
+        self.finished.append(phase)
         resident = "unknown" if phase.resident_peak_bytes is None else f"{phase.resident_peak_bytes / 2**20:,.0f} MiB"
         device = "" if phase.device_peak_bytes is None else f", GPU {phase.device_peak_bytes / 2**20:,.0f} MiB"
         logging.getLogger(__name__).info("%s: %.2f s, memory up to %s%s", phase.name, phase.seconds, resident, device)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The phases in their order, each as a JSON object."""
-        return [asdict(phase) for phase in self.found]
+        return [asdict(phase) for phase in self.finished]
 
 
 def resident_peak() -> int | None:

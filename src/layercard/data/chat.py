@@ -273,7 +273,7 @@ def plain_messages(messages: Any) -> list[Message]:
             texts = [part.get("text") if isinstance(part, dict) else part for part in content]
             if any(not isinstance(text, str) for text in texts):
                 raise DataError(f"message {number} has parts other than text; layercard trains on text alone, so take them out")
-            content = "".join(texts)
+            content = "".join(map(str, texts))
         if content is None and (turn.get("tool_calls") or turn.get("reasoning_content") or turn.get("thinking")):
             content = ""
         if not isinstance(content, str):
@@ -298,10 +298,11 @@ def check_text(text: Any, name: str) -> None:
 
 def labelled_tokens(tokenizer: Any, text: str, spans: Sequence[Span]) -> Tokens:
     """Ids of a text, and labels of the tokens that overlap with one of the ascending spans of characters."""
-    if not getattr(tokenizer, "is_fast", False):
+    if not tokenizer.is_fast:
         # A tokenizer written in Python does not say where its tokens lie: cut the text at the borders, as generation does, too.
         borders = sorted({0, len(text), *(border for span in spans for border in span)})
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for start, stop in pairwise(borders):
             part = list(tokenizer(text[start:stop], add_special_tokens=False, verbose=False).input_ids)
             ids += part

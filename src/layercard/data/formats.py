@@ -39,8 +39,10 @@ def find_records(source: Source) -> tuple[str, Located]:
     if isinstance(source, str | os.PathLike):
         return read_records(os.fspath(source))
 
+    rows: Iterable[Any] = source
+
     def records() -> Located:
-        for number, record in enumerate(source, 1):
+        for number, record in enumerate(rows, 1):
             if not isinstance(record, Mapping):
                 kind = type(record).__name__
                 raise DataError(f"record {number}: expected a dictionary, found {kind}; give a list of records, or one split")

@@ -117,9 +117,9 @@ def batches(examples: Sequence[Example], size: int, pad_id: int, *, by_length: b
         yield collate(examples, order[start : start + size], pad_id)
 
 
-def positions(found: Sequence[Batch]) -> list[int]:
+def positions(parts: Sequence[Batch]) -> list[int]:
     """Positions, padding included, in the first batch, the first two and so on: how far a pass is, where batches differ in length."""
-    return list(itertools.accumulate(batch.input_ids.numel() for batch in found))
+    return list(itertools.accumulate(batch.input_ids.numel() for batch in parts))
 
 
 def shuffled(records: int, rows: int, seed: int) -> list[int]:
