@@ -268,11 +268,11 @@ def test_runs_compare_with_all_layers_of_their_seed() -> None:
     trials = compared([of_run(run_record(card, [1], 30.0, 6.0)), of_run(run_record(card, [0, 1, 2, 3], 60.0, 4.0))])
     one, every = trials
     assert (one.time_share, every.time_share) == (50.0, 100.0)
-    assert one.kept.value == pytest.approx(100 * 12 / 18)
-    assert one.kept.low < one.kept.value < one.kept.high
+    assert one.performance_kept.value == pytest.approx(100 * 12 / 18)
+    assert one.performance_kept.low < one.performance_kept.value < one.performance_kept.high
     assert one.memory_of_all == 4000
     other_seed = compared([of_run(run_record(card, [1], 30.0, 6.0, seed=5)), of_run(run_record(card, [0, 1, 2, 3], 60.0, 4.0))])[0]
-    assert (other_seed.kept, other_seed.time_share) == (None, None)
+    assert (other_seed.performance_kept, other_seed.time_share) == (None, None)
 
 
 def test_timings_that_runs_share_count_once() -> None:

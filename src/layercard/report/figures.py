@@ -198,12 +198,12 @@ def front_figure(front: Json, name: str, placements: Mapping[str, Json] | None =
 
     def add(points: Sequence[tuple[str, Json]], name: str, style: dict[str, Any], *, errors: bool = False) -> None:
         pairs = [(label, point, Estimate.read(point.get("performance_kept"))) for label, point in points]
-        drawn = [(label, point, kept) for label, point, kept in pairs if kept is not None and point.get(key)]
+        drawn = [(label, point, performance) for label, point, performance in pairs if performance is not None and point.get(key)]
         if drawn or errors:
             x = [100 * point[key]["share"] for _, point, _ in drawn]
-            hover = [f"{label}: {percent(kept)}" for label, _, kept in drawn]
-            bars = {"error_y": _error([kept for _, _, kept in drawn], 100)} if errors else {}
-            y = [100 * kept.value for _, _, kept in drawn]
+            hover = [f"{label}: {percent(performance)}" for label, _, performance in drawn]
+            bars = {"error_y": _error([performance for _, _, performance in drawn], 100)} if errors else {}
+            y = [100 * performance.value for _, _, performance in drawn]
             figure.add_scatter(x=x, y=y, name=name, hovertext=hover, hoverinfo="text", **style, **bars)
 
     line = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2}, "marker": {"size": 7, "color": BLUE}}
@@ -222,8 +222,8 @@ def front_figure(front: Json, name: str, placements: Mapping[str, Json] | None =
 def trade_off_figure(groups: Sequence[TrialGroup], named: Collection[str]) -> go.Figure:
     """Performance kept against training time, both measured: one point a placement; those of `named` are marked."""
     figure = go.Figure()
-    points = [(group, group.time_share, group.kept) for group in groups]
-    drawn = [(group, time, kept) for group, time, kept in points if time is not None and kept is not None]
+    points = [(group, group.time_share, group.performance_kept) for group in groups]
+    drawn = [(group, time, performance) for group, time, performance in points if time is not None and performance is not None]
 
     def kind(group: TrialGroup) -> str:
         plain = group.name.partition(" ")[0].partition("-")[0].partition(":")[0]
@@ -231,17 +231,17 @@ def trade_off_figure(groups: Sequence[TrialGroup], named: Collection[str]) -> go
 
     styles = {"given": ("diamond", GREEN, 14), **{name: (*style, 11) for name, style in PLAIN.items()}, "others": ("circle-open", BLUE, 8)}
     for name, (symbol, colour, size) in styles.items():
-        members = [(group.name, time, kept) for group, time, kept in drawn if kind(group) == name]
+        members = [(group.name, time, performance) for group, time, performance in drawn if kind(group) == name]
         if members:
             figure.add_scatter(
                 x=[time.value for _, time, _ in members],
-                y=[kept.value for _, _, kept in members],
-                error_y=_error([kept for _, _, kept in members]) | {"color": colour},
+                y=[performance.value for _, _, performance in members],
+                error_y=_error([performance for _, _, performance in members]) | {"color": colour},
                 name=name,
                 mode="markers",
                 marker={"size": size, "color": colour, "symbol": symbol, "line": EDGE},
                 text=[label for label, _, _ in members],
-                hovertext=[f"{_escaped(label)}: {short(kept.value)} % kept" for label, _, kept in members],
+                hovertext=[f"{_escaped(label)}: {short(performance.value)} % kept" for label, _, performance in members],
                 hoverinfo="text",
             )
     figure.add_hline(y=100, line={"dash": "dot", "color": GREY, "width": 1})

@@ -93,7 +93,9 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
     if cost:
         drawn["cost-time"], drawn["cost-memory"] = figures.cost_time_figure(cost, chosen), figures.cost_memory_figure(cost, chosen)
         drawn["cost-reach"], shown["cost"] = figures.reach_figure(cost), tables.cost_table(cost)
-    trained = [group for group in groups if group.kept is not None and (group.time_share is not None or group.memory is not None)]
+    trained = [
+        group for group in groups if group.performance_kept is not None and (group.time_share is not None or group.memory is not None)
+    ]
     if trained:
         shown["trade_off"] = tables.trade_off_table(trained, list(names.values()))
     if any(group.time_share is not None for group in trained):
@@ -219,13 +221,13 @@ def tiles_of(sources: Sources, groups: Sequence[TrialGroup], ratios: Ratios | No
         return "" if low is None or high is None else f"{scale * low:.0f}–{scale * high:.0f} %"
 
     performance = Tile("Performance kept", "unknown", "", "select from the card, or train it beside all layers")
-    measured_kept = [run.kept for run in runs if run.kept is not None]
+    measured_kept = [run.performance_kept for run in runs if run.performance_kept is not None]
     predicted = Estimate.read((placement.get("predicted") or {}).get("performance_kept"))
     if measured_kept:
-        kept = mean(measured_kept)
-        where = ", ".join(dict.fromkeys(run.task for run in runs if run.kept is not None))
+        average = mean(measured_kept)
+        where = ", ".join(dict.fromkeys(run.task for run in runs if run.performance_kept is not None))
         note = f"of all layers' loss reduction; {counted(len(measured_kept), 'run')} on {where}"
-        performance = Tile("Performance kept", f"{kept.value:.0f} %", ends(kept.low, kept.high), note, True)
+        performance = Tile("Performance kept", f"{average.value:.0f} %", ends(average.low, average.high), note, True)
     elif predicted is not None:
         between = ends(predicted.low, predicted.high, 100)
         performance = Tile("Performance kept", f"{100 * predicted.value:.0f} %", between, "of all layers, predicted from the card", False)

@@ -51,7 +51,7 @@ def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = (
 
     checked = _record(LayerCard, card)
     value = checked.to_json()
-    measures = {known.key: known for known in words.measured(value)}
+    measures = {entry.key: entry for entry in words.measured(value)}
     if measure not in measures:
         raise CardError(f"the card has no measure {measure!r}; it has {', '.join(measures)}; {suggestion(measure, measures)}")
     return figures.depth_figure(value, measures[measure], _layers(checked, chosen))

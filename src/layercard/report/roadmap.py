@@ -133,8 +133,8 @@ def _order(file: ModelFile) -> tuple[bool, int, str]:
 
 
 def _placement_words(file: ModelFile) -> str:
-    kept = Estimate.read((file.value.get("predicted") or {}).get("performance_kept"))
-    keeps = f", {percent(kept)} predicted" if kept is not None else ""
+    performance = Estimate.read((file.value.get("predicted") or {}).get("performance_kept"))
+    keeps = f", {percent(performance)} predicted" if performance is not None else ""
     return f"{file.name}: layers {listed([int(layer) for layer in file.value['layers']])}{keeps}"
 
 
@@ -145,6 +145,6 @@ def _run_words(file: ModelFile) -> str:
 
 
 def _comparison_words(file: ModelFile) -> str:
-    kept = [(str(row["name"]), Estimate.read(row.get("performance_kept"))) for row in file.value["rows"]]
-    words = [f"{name} keeps {value.value:.0f} %" for name, value in kept if value is not None and name != "all"]
-    return f"{file.name}: {', '.join(words[:3]) or f'{len(kept)} placements'}"
+    rows = [(str(row["name"]), Estimate.read(row.get("performance_kept"))) for row in file.value["rows"]]
+    words = [f"{name} keeps {value.value:.0f} %" for name, value in rows if value is not None and name != "all"]
+    return f"{file.name}: {', '.join(words[:3]) or f'{len(rows)} placements'}"

@@ -261,8 +261,8 @@ def evaluate(values: Mapping[str, float | None]) -> dict[str, float | None]:
     """
     numbers = SimpleNamespace(**FUNCTIONS, **{name: 0.0 if value is None else value for name, value in values.items()})
     compute(numbers)
-    known = {formula.name: all(values.get(name) is not None for name in formula.needs) for formula in FORMULAS}
-    return {name: getattr(numbers, name) if is_known else None for name, is_known in known.items()}
+    has_value = {formula.name: all(values.get(name) is not None for name in formula.needs) for formula in FORMULAS}
+    return {name: getattr(numbers, name) if has else None for name, has in has_value.items()}
 
 
 def javascript() -> str:
@@ -387,11 +387,11 @@ def ratios_of(layers: Sequence[int], card: Json | None = None, groups: Sequence[
     group = next((group for group in groups if group.layers == chosen), None)
     all_layers = next((group for group in groups if len(group.layers) == group.depth), None)
     runs: Sequence[Trial] = group.trials if group else ()
-    known: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     places: list[str] = []
     if card and card.get("cost"):
         cost = CostModel.from_json(dict(card["cost"]), "the card's cost")
-        known = _from_cost(cost, chosen)
+        parts = _from_cost(cost, chosen)
         if cost.source == "measured":
             places.append(f"{device_of(cost)}, {cost.batch_size} records of {cost.tokens} tokens")
         # Peak memory with the frozen model in it, whose size only the cost knows.
@@ -399,18 +399,18 @@ def ratios_of(layers: Sequence[int], card: Json | None = None, groups: Sequence[
         if peaks:
             frozen = cost.weights_bytes
             share = mean([Estimate(value=(frozen + memory) / (frozen + of_all)) for memory, of_all in peaks])
-            known["memory"] = Ratio.of(share.value, f"peaks measured, {_trials(len(peaks), 'run')}", low=share.low, high=share.high)
+            parts["memory"] = Ratio.of(share.value, f"peaks measured, {_trials(len(peaks), 'run')}", low=share.low, high=share.high)
     if group is not None and group.time_share is not None:
         share = group.time_share.divided_by(100)
         source = f"timed against all layers, {_trials(group.timings, 'timing')}"
-        known["time"] = Ratio.of(share.value, source, low=share.low, high=share.high)
+        parts["time"] = Ratio.of(share.value, source, low=share.low, high=share.high)
     if all_layers is not None and all_layers.adapter_bytes:
-        known["adapter_mb"] = all_layers.adapter_bytes.value / 1e6
+        parts["adapter_mb"] = all_layers.adapter_bytes.value / 1e6
         if group is not None and group.adapter_bytes:
             share_of_bytes = group.adapter_bytes.value / all_layers.adapter_bytes.value
-            known["adapter_size"] = Ratio.of(share_of_bytes, "sizes of the saved adapters")
+            parts["adapter_size"] = Ratio.of(share_of_bytes, "sizes of the saved adapters")
     places += dict.fromkeys(run.machine for run in runs if run.machine)
-    return Ratios(placement=f"layers {listed(chosen, ' ')}", where="; ".join(places), **known)
+    return Ratios(placement=f"layers {listed(chosen, ' ')}", where="; ".join(places), **parts)
 
 
 def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
@@ -418,23 +418,23 @@ def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
     every, measured, error = range(len(cost.layers)), cost.source == "measured", 0.0
     guess = "estimated from FLOPs, bytes and a device's rates" if cost.source == "rates" else "estimated from shapes alone"
     sources = {"time": f"step time {guess}", "memory": f"peak memory {guess}", "latency": f"added latency {guess}"}
-    known: dict[str, Any] = {"adapter_mb": cost.adapter_bytes(every) / 1e6}
+    parts: dict[str, Any] = {"adapter_mb": cost.adapter_bytes(every) / 1e6}
     if measured:
         where, error = f"measured on {device_of(cost)}", COST_ERROR
         sources["time"] = f"step time from the card's cost, its parts {where}; ± {100 * COST_ERROR:.1f} %"
         sources["memory"] = f"peak memory from the card's cost, its parts {where}"
         sources["latency"] = f"time that adapters, not merged, add to a token, {where}"
-        known["run_memory_gb"] = (cost.weights_bytes + cost.peak_memory(every)) / 1e9
-        known["adapter_latency_ms"] = None if cost.threads else 1e3 * cost.inference_latency(every)
+        parts["run_memory_gb"] = (cost.weights_bytes + cost.peak_memory(every)) / 1e9
+        parts["adapter_latency_ms"] = None if cost.threads else 1e3 * cost.inference_latency(every)
     time = cost.step_time(layers) / cost.step_time(every)
     memory = (cost.weights_bytes + cost.peak_memory(layers)) / (cost.weights_bytes + cost.peak_memory(every))
-    known["time"] = Ratio.of(time, sources["time"], low=time * (1 - error), high=time * (1 + error), measured=measured)
-    known["memory"] = Ratio.of(memory, sources["memory"], measured=measured)
+    parts["time"] = Ratio.of(time, sources["time"], low=time * (1 - error), high=time * (1 + error), measured=measured)
+    parts["memory"] = Ratio.of(memory, sources["memory"], measured=measured)
     if cost.inference_latency(every) > 0:
         latency = cost.inference_latency(layers) / cost.inference_latency(every)
-        known["latency"] = Ratio.of(latency, sources["latency"], measured=measured)
+        parts["latency"] = Ratio.of(latency, sources["latency"], measured=measured)
     size = cost.adapter_bytes(layers) / cost.adapter_bytes(every)
-    return known | {"adapter_size": Ratio.of(size, "counted from the shapes of the adapted maps")}
+    return parts | {"adapter_size": Ratio.of(size, "counted from the shapes of the adapted maps")}
 
 
 def _trials(count: int, noun: str) -> str:

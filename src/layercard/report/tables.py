@@ -95,7 +95,7 @@ def trained_table(groups: Sequence[TrialGroup]) -> Table:
     for group in groups:
         reductions = [number_cell(group.reduction.get(task), digits=3) for task in tasks]
         runs = Cell(str(len(group.trials)), "", len(group.trials))
-        rows.append(Line(group.name, [runs, *reductions, number_cell(group.kept, digits=1)]))
+        rows.append(Line(group.name, [runs, *reductions, number_cell(group.performance_kept, digits=1)]))
     columns = ("Placement", "Runs", *tasks, "% kept of all layers")
     return Table("Loss reduction by placement and task", columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:])
 
@@ -105,9 +105,9 @@ def trade_off_table(groups: Sequence[TrialGroup], named: Sequence[str]) -> Table
     columns = ("Placement", "Layers", "Time %", "Speed-up %", "Kept %", "Drop %", "Speed-up / drop", "Peak MiB", "Adapter MiB")
     rows = []
     for group in groups:
-        saved, drop = _from_100(group.time_share), _from_100(group.kept)
+        saved, drop = _from_100(group.time_share), _from_100(group.performance_kept)
         ratio = Estimate(value=saved.value / drop.value) if saved and drop and drop.value >= 0.05 else None
-        percents = [number_cell(value, digits=1) for value in (group.time_share, saved, group.kept, drop, ratio)]
+        percents = [number_cell(value, digits=1) for value in (group.time_share, saved, group.performance_kept, drop, ratio)]
         sizes = [number_cell(group.memory, 2**20), number_cell(group.adapter_bytes, 2**20, 2)]
         cells = [Cell(str(len(group.layers)), "", len(group.layers)), *percents, *sizes]
         rows.append(Line(group.name, cells, "◆" if group.name in named else ""))

@@ -37,7 +37,7 @@ class Trial:
     seed: int
     rank: int | None
     reduction: Estimate | None  # of the loss on held-out records, nats per labelled token
-    kept: Estimate | None  # the same in % of all layers
+    performance_kept: Estimate | None  # the same in % of all layers
     seconds: float | None  # within training steps; `None` where part of the forward pass was stored, so that it does not compare
     time_share: float | None  # % of all layers
     memory: float | None  # peak bytes above the frozen model
@@ -108,7 +108,7 @@ def _run(row: Json, task: str, model: Json, settings: Json | None, machine: str,
         seed=int(settings.get("seed") or 0),
         rank=rank,
         reduction=Estimate.read(row.get("loss_reduction")),
-        kept=Estimate.read(row.get("performance_kept")),
+        performance_kept=Estimate.read(row.get("performance_kept")),
         seconds=_number(row.get("train_seconds")),
         time_share=_number(row.get("time_share")),
         memory=_number(row.get("peak_memory_bytes")),
@@ -140,16 +140,18 @@ def compared(runs: Sequence[Trial], shares: Shares | None = None) -> list[Trial]
     partners, compared_runs = {(run.task, run.seed, run.rank): run for run in runs if run.all_layers}, []
     for run in runs:
         all_layers = partners.get((run.task, run.seed, run.rank))
-        kept, share = run.kept, run.time_share
-        if kept is None and all_layers is not None and run.reduction and all_layers.reduction and all_layers.reduction.value > 0:
-            kept = _kept_paired(run, all_layers) or Estimate(value=100 * run.reduction.value / all_layers.reduction.value)
+        performance, share = run.performance_kept, run.time_share
+        if performance is None and all_layers is not None and run.reduction and all_layers.reduction and all_layers.reduction.value > 0:
+            performance = _kept_paired(run, all_layers) or Estimate(value=100 * run.reduction.value / all_layers.reduction.value)
         if share is None:
             share = (shares or {}).get((run.task, run.layers, run.rank))
         if share is None and all_layers is not None and run.seconds and all_layers.seconds:
             share = 100 * run.seconds / all_layers.seconds
         if run.all_layers and share is not None:
             share = 100.0
-        compared_runs.append(replace(run, kept=kept, time_share=share, memory_of_all=all_layers.memory if all_layers else None))
+        compared_runs.append(
+            replace(run, performance_kept=performance, time_share=share, memory_of_all=all_layers.memory if all_layers else None)
+        )
     return compared_runs
 
 
@@ -175,7 +177,7 @@ class TrialGroup:
     depth: int
     trials: tuple[Trial, ...]
     reduction: dict[str, Estimate]  # by task
-    kept: Estimate | None
+    performance_kept: Estimate | None
     time_share: Estimate | None  # runs of one task that share one timing count once
     timings: int  # how many timings that is
     memory: Estimate | None
@@ -211,7 +213,7 @@ def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None =
                 depth=first.depth,
                 trials=tuple(members),
                 reduction={task: mean(values) for task, values in reductions.items()},
-                kept=_mean_of(run.kept for run in members),
+                performance_kept=_mean_of(run.performance_kept for run in members),
                 time_share=_mean_of(timings.values()),
                 timings=len(timings),
                 memory=_mean_of(run.memory for run in members),
@@ -223,7 +225,7 @@ def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None =
     def order(group: TrialGroup) -> tuple[int, float]:
         unnamed = len(places) + (2 if group.name.startswith("layers ") else 1)
         place = places.get(group.layers, 0 if len(group.layers) == group.depth else unnamed)
-        return place, -(group.kept.value if group.kept else 0.0)
+        return place, -(group.performance_kept.value if group.performance_kept else 0.0)
 
     return sorted(groups, key=order)
 
