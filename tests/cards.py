@@ -59,6 +59,15 @@ def fake_placement(card: dict[str, Any], layers: list[int]) -> dict[str, Any]:
     }
 
 
+def fake_run(card: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """What `layercard train` writes for `layers` of the model of `card`."""
+    depth, placement = int(card["model"]["layers"]), fake_placement(card, layers)
+    numbers = {"steps": 3, "tokens_seen": 100, "losses": [2.0, 1.8, 1.6], "train_seconds": 12.0, "peak_memory_bytes": 1000}
+    size = {"layers_in_backward": f"{depth - min(layers)}/{depth}", "trainable_parameters": 10, "adapter_bytes": 40}
+    about = {"started": "2026-01-01T00:00:00+00:00", "placement": placement, "settings": {}, "model": card["model"], "data": card["data"]}
+    return {"schema": "layercard-run/1", **about, **numbers, **size}
+
+
 def _coupling(i: int, j: int, rng: random.Random) -> float:
     return 1.0 if i == j else math.exp(-((abs(i - j) / 12) ** 1.2)) * rng.uniform(0.75, 1.0) * 0.85
 

@@ -24,10 +24,8 @@ def app(
 
     Only files in the given folders are read. Ends with Ctrl-C, and a running profile with it.
     """
-    from layercard.report.app.server import check_installed, is_local, serving
-
-    check_installed()
     from layercard.report.app.library import Library
+    from layercard.report.app.server import is_local, serving
 
     library = Library(cards or [Path()], models or [])
     if not is_local(host):

@@ -1,16 +1,21 @@
-"""What the page asks for and gets, as plain values: HTML, figures and lists. `pages` hangs these functions onto widgets."""
+"""What the page asks for and gets, as plain values: HTML, figures and lists. `pages` hangs these functions onto widgets.
+
+They take what the page's widgets hold: the files that the visitor uploaded, the key of the open card, and the controls in the order in
+which `wishes` takes them, then the measure over depth and the name of the front.
+"""
 
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from layercard.card.card import LayerCard
 from layercard.card.numbers import Json
-from layercard.errors import LayercardError, OutputError
+from layercard.errors import CardError, LayercardError, OutputError
 from layercard.report.app import library as files, views
 from layercard.report.app.jobs import Jobs
-from layercard.report.app.library import Choice, Entry, Library, Wishes
+from layercard.report.app.library import Choice, Entry, Library
 from layercard.report.words import measured
 from layercard.selection.pareto import pareto
 from layercard.selection.solver import SECONDS as PATIENT
@@ -27,6 +32,7 @@ SYNTHETIC = "synthetic"
 """The data set that layercard's own generator writes."""
 PLAIN = ("last", "middle", "uniform", "first", "all")
 """Plain placements to start from when picking layers."""
+Value = TypeVar("Value")
 
 
 class Explorer:
@@ -46,13 +52,9 @@ class Explorer:
         """The cards that can be chosen: what the list shows, and the key."""
         return [(entry.label, entry.key) for entry in self.entries(uploaded) if entry.card is not None]
 
-    def card(self, uploaded: Sequence[Entry], key: str | None) -> Entry:
-        """The card of a key.
-
-        Raises:
-            CardError: There is none.
-        """
-        return files.find(self.entries(uploaded), key)
+    def card(self, uploaded: Sequence[Entry], key: str | None) -> Entry | None:
+        """The card of a key, if it is in the list."""
+        return next((entry for entry in self.entries(uploaded) if entry.key == key and entry.card is not None), None)
 
     def sibling(self, uploaded: Sequence[Entry], entry: Entry) -> str | None:
         """The key of another card to compare one with: of the same model, if there is one."""
@@ -80,111 +82,117 @@ class Explorer:
 
     def roadmap(self, uploaded: Sequence[Entry], key: str | None) -> str:
         """Where the model of a card stands; the start of the way without one."""
-        entries = self.entries(uploaded)
-        return views.roadmap(entries, next((entry for entry in entries if entry.key == key and entry.card is not None), None))
+        return views.roadmap(self.entries(uploaded), self.card(uploaded, key))
 
-    def explore(self, entry: Entry, asked: Wishes, *, patient: bool = False) -> tuple[Choice, str, str]:
-        """The placement for what the controls say, its tiles and its downloads; `patient` searches as long as `layercard select`."""
-        started = time.perf_counter()
+    def explore(self, uploaded: Sequence[Entry], key: str | None, *controls: Any, patient: bool = False) -> tuple[Any, ...]:
+        """The `Choice` for what the controls say, its tiles, downloads and figures; `patient` searches as long as `layercard select`."""
+        entry = self.card(uploaded, key)
+        if entry is None:
+            problem = "open a card, or make one on the tab Profile"
+            return Choice(None, problem), views.note(problem), "", None, None
+        started, asked = time.perf_counter(), files.wishes(*controls[:-2])
         choice = files.choose(card_of(entry), asked, PATIENT if patient else files.SECONDS)
         tiles = views.tiles(choice, time.perf_counter() - started)
-        return choice, tiles, views.take_away(choice, files.command_line(asked, entry.place))
+        downloads = views.take_away(choice, files.command_line(asked, entry.place))
+        return choice, tiles, downloads, *self._figures(entry, choice, None, controls)
 
-    def front(self, entry: Entry, progress: Callable[[str, int, int], None] | None = None) -> Json:
-        """The front of a card, made once; two who ask at once wait for one search."""
-        with self._making:
-            if entry.digest not in self._fronts:
-                self._fronts[entry.digest] = pareto(card_of(entry), progress=progress).to_json()
-                while len(self._fronts) > MOST_FRONTS:
-                    self._fronts.pop(next(iter(self._fronts)))
-            return self._fronts[entry.digest]
+    def by_hand(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, layers: Sequence[str], *controls: Any) -> tuple[Any, ...]:
+        """What changes with picked layers against the chosen ones, the downloads of their placement, and figures."""
+        entry = self.card(uploaded, key)
+        if entry is None:
+            return views.note("open a card first"), "", None, None
+        hand = files.by_hand(card_of(entry), layers)
+        if hand.placement is None:
+            words = views.note("pick layers, or start from a placement")
+        elif choice.placement is None:
+            words = views.tiles(hand)
+        else:
+            words = views.change_table(files.changes(choice.placement, hand.placement))
+        return words, views.take_away(hand), *self._figures(entry, choice, hand, controls)
 
-    def figures(
-        self, entry: Entry, asked: Wishes, choice: Choice, measure: str, front: str, hand: Choice | None = None
-    ) -> tuple[views.Figure, views.Figure]:
-        """The front with the choice on it, and a measure over depth with the chosen layers marked; what does not move is drawn once."""
-
-        def once(key: tuple[str, ...], draw: Callable[[], views.Figure]) -> views.Figure:
-            if key not in self._drawn:
-                while len(self._drawn) >= MOST_DRAWN:
-                    self._drawn.pop(next(iter(self._drawn)), None)
-                self._drawn[key] = draw()
-            return self._drawn[key]
-
+    def _figures(self, entry: Entry, choice: Choice, hand: Choice | None, controls: Sequence[Any]) -> tuple[views.Figure, views.Figure]:
+        """The front with the choice on it, and a measure over depth with the layers marked; what does not move is drawn once."""
+        *sliders, measure, front = controls
         value = self._fronts.get(entry.digest)
         name = front if front in views.FRONTS else views.FRONTS[0]
         names = [key for _, key in self.measures(entry)]
         shown = measure if measure in names else names[0]
-        of_front = once((entry.digest, name, str(value is not None)), lambda: views.front(value, name))
-        over_depth = once((entry.digest, "depth", shown), lambda: views.depth(entry.value, shown))
-        layers = choice.layers if hand is None else hand.layers
-        return views.with_choice(of_front, name, choice, hand, asked.limits, asked.min_performance), views.with_layers(over_depth, layers)
+        of_front = _once(self._drawn, (entry.digest, name, str(value is not None)), MOST_DRAWN, lambda: views.front(value, name))
+        over_depth = _once(self._drawn, (entry.digest, "depth", shown), MOST_DRAWN, lambda: views.depth(entry.value, shown))
+        layers = (hand or choice).layers
+        return views.with_choice(of_front, name, choice, hand, files.wishes(*sliders)), views.with_layers(over_depth, layers)
+
+    def front(self, entry: Entry, progress: Callable[[str, int, int], None] | None = None) -> Json:
+        """The front of a card, made once; two who ask at once wait for one search."""
+        with self._making:
+            return _once(self._fronts, entry.digest, MOST_FRONTS, lambda: pareto(card_of(entry), progress=progress).to_json())
 
     def measures(self, entry: Entry) -> list[tuple[str, str]]:
         """The measures that a card has: title and name."""
         return [(measure.title, measure.key) for measure in measured(entry.value)]
 
-    def by_hand(self, entry: Entry, choice: Choice, layers: Sequence[str]) -> tuple[Choice, str, str]:
-        """The placement of picked layers, what changes against the chosen one, and its downloads."""
-        hand = files.by_hand(card_of(entry), layers)
-        if hand.placement is None:
-            return hand, views.note("pick layers, or start from a placement", "info"), ""
-        if choice.placement is None:
-            return hand, views.tiles(hand), views.take_away(hand)
-        table = views.change_table(files.changes(choice.placement.to_json(), hand.placement.to_json()))
-        return hand, table, views.take_away(hand)
-
-    def start_from(self, entry: Entry, choice: Choice, name: str) -> list[str]:
-        """The layers to start picking from: those chosen, none, or a plain placement of as many."""
+    def start_from(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, button: str) -> list[str]:
+        """The layers to start picking from: those chosen, none, or a plain placement of as many, as the last word of a button says."""
+        entry, name = self.card(uploaded, key), button.rpartition(" ")[2]
         layers: Sequence[int] = choice.layers if name == "chosen" else ()
-        if name in PLAIN:
+        if entry is not None and name in PLAIN:
             layers = strategy_layers(name, card_of(entry).model.layers, len(choice.layers) or 1)
-        return [str(layer) for layer in layers]
+        return [] if entry is None else [str(layer) for layer in layers]
 
     def compare(self, uploaded: Sequence[Entry], first: str | None, second: str | None, k: float) -> str:
         """Whether the card of one data set serves another."""
         try:
-            a, b = self.card(uploaded, first), self.card(uploaded, second)
-            if a.key == b.key:
+            pair = [(entry.name, card_of(entry)) for key in (first, second) if (entry := self.card(uploaded, key))]
+            if len(pair) < 2:
+                raise CardError("this card is not in the list any more; choose another")
+            if first == second:
                 return views.note("choose two different cards of one model, on different data")
-            depth = min(card_of(a).model.layers, card_of(b).model.layers)
-            named = [(entry.name, card_of(entry)) for entry in (a, b)]
-            return views.verdict(transfer(named, k=min(max(1, int(k)), depth)).to_json())
+            depth = min(card.model.layers for _, card in pair)
+            return views.verdict(transfer(pair, k=min(max(1, int(k)), depth)))
         except LayercardError as error:
             return views.note(str(error), "bad")
 
     def saves(
-        self, uploaded: Sequence[Entry], entry: Entry, layers: Sequence[int], currency: str, figures: Sequence[float | str | None]
+        self, uploaded: Sequence[Entry], key: str | None, choice: Choice, currency: str, *figures: float | str | None
     ) -> tuple[str, str]:
         """What a placement saves with the reader's figures: the headline and all of it."""
+        entry = self.card(uploaded, key)
+        if entry is None or not choice.layers:
+            return views.note("choose a placement on the tab Select first"), ""
         try:
-            result = files.saved(figures, currency or "USD", layers, entry, self.entries(uploaded))
-            return views.roi_headline(result), views.roi(result)
+            return views.savings(files.saved(figures, currency or "USD", choice.layers, entry, self.entries(uploaded)))
         except LayercardError as error:
             return views.note(str(error), "bad"), ""
 
     def start(self, model: str | None, data: str | None, records: float) -> str:
         """Start to profile a model of the given folders; what is wrong is said in the same place."""
         try:
-            models, sources = self.library.models(), self.library.data()
+            models, sources = self.library.models(), {SYNTHETIC: SYNTHETIC, **self.library.data()}
             if model not in models:
                 raise OutputError("choose a model of the list; models are folders with config.json and safetensors, or .gguf files")
-            if data != SYNTHETIC and data not in sources:
+            if data not in sources:
                 raise OutputError("choose data of the list; data are .jsonl, .csv, .tsv or .parquet files")
-            source = SYNTHETIC if data == SYNTHETIC else str(sources[str(data)])
-            return views.job(self.jobs.start(models[model], source, max(4, int(records))).progress)
+            return views.job(self.jobs.start(models[model], str(sources[data]), max(4, int(records))).progress)
         except LayercardError as error:
             return views.note(str(error), "bad")
 
-    def job(self) -> tuple[str, bool]:
-        """How far the profile is, and whether it still runs."""
-        job = self.jobs.job
-        return views.job(job.progress if job else None), bool(job and job.running)
+    def job(self) -> str:
+        """How far the profile is."""
+        return views.job(self.jobs.job.progress if self.jobs.job else None)
 
     def cancel(self) -> str:
         """End the running profile."""
-        progress = self.jobs.cancel()
-        return views.job(progress) if progress else self.job()[0]
+        self.jobs.cancel()
+        return self.job()
+
+
+def _once(made: dict[Any, Value], key: Any, most: int, make: Callable[[], Value]) -> Value:
+    """What is kept under a key, made where it is not there; the oldest of more than `most` go."""
+    if key not in made:
+        while len(made) >= most:
+            made.pop(next(iter(made)), None)
+        made[key] = make()
+    return made[key]
 
 
 def card_of(entry: Entry) -> LayerCard:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from layercard.errors import LayercardError, OutputError
 from layercard.files import replacing
@@ -68,17 +69,10 @@ class Job:
         self._made, self._target = made, target
         self._lock, self._cancelled = threading.Lock(), False
         self.progress = Progress(RUNNING)
-        self._process = subprocess.Popen(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
+        environment = {**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        words: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
+        self._process = subprocess.Popen(list(command), **streams, **words, env=environment, start_new_session=True)
         self._reader = threading.Thread(target=self._follow, daemon=True)
         self._reader.start()
 
@@ -121,21 +115,18 @@ class Job:
                     problem = last.removeprefix("error: ")[:400] or f"the process ended with status {status}"
                     self.progress = Progress(FAILED, message=problem)
                 else:
-                    self.progress = Progress(DONE, "done", 1, 1, self.progress.finished, str(self._moved()))
+                    # Put the card at its target, or beside it where there is one already.
+                    path, number = self._target, 1
+                    while path.exists():
+                        number += 1
+                        path = self._target.with_name(f"{self._target.name.removesuffix('.card.json')}-{number}.card.json")
+                    with replacing(path) as part:
+                        shutil.copyfile(self._made, part)
+                    self.progress = Progress(DONE, "done", 1, 1, self.progress.finished, str(path))
         except (LayercardError, OSError) as error:
             self.progress = Progress(FAILED, message=str(error))
         finally:
             shutil.rmtree(self._made.parent, ignore_errors=True)
-
-    def _moved(self) -> Path:
-        """Put the card at its target, or beside it where there is one already."""
-        path, number = self._target, 1
-        while path.exists():
-            number += 1
-            path = self._target.with_name(f"{self._target.name.removesuffix('.card.json')}-{number}.card.json")
-        with replacing(path) as part:
-            shutil.copyfile(self._made, part)
-        return path
 
 
 def follow(before: Progress, line: str) -> Progress:
@@ -157,9 +148,13 @@ class Jobs:
     """The one job that may run at a time; cards go to `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._lock = threading.Lock()
+        self._folder, self._lock = folder, threading.Lock()
         self.job: Job | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a job runs."""
+        return self.job is not None and self.job.running
 
     def start(self, model: Path, data: str, records: int) -> Job:
         """Profile a model.
@@ -168,7 +163,7 @@ class Jobs:
             OutputError: One is running already, or the folder of cards cannot be written.
         """
         with self._lock:
-            if self.job is not None and self.job.running:
+            if self.running:
                 raise OutputError("a profile is running already; wait for it or cancel it")
             if not os.access(self._folder, os.W_OK):
                 raise OutputError(f"{self._folder} cannot be written; start the app with --cards on a folder of yours")

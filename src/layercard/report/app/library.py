@@ -14,14 +14,19 @@ from typing import Any
 
 from layercard.card.card import LayerCard
 from layercard.card.numbers import Json, percent, short
+from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError
 from layercard.files import parse_json
-from layercard.records import Estimate
+from layercard.records import Estimate, Record
 from layercard.report.roi import Roi, RoiInputs, ratios_of, roi
-from layercard.report.trials import Trial, TrialGroup, compared, grouped, of_comparison, of_run
-from layercard.selection.budgets import Budgets
+from layercard.report.sources import read_runs
+from layercard.report.trials import Trial, compared, grouped
+from layercard.selection.budgets import Budgets, option_of
+from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.select import given, select
+from layercard.selection.transfer import Transfer
+from layercard.training.records import Evaluation, Run
 
 # ---- files
 
@@ -34,18 +39,20 @@ MOST_FILES = 400
 MOST_FOLDERS = 4
 """Folders below a given one that are looked into."""
 DATA_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
-KINDS = {
-    "layercard/1": "card",
-    "layercard-placement/1": "placement",
-    "layercard-run/1": "run record",
-    "layercard-compare/1": "comparison",
-    "layercard-transfer/1": "transfer",
-    "layercard-front/1": "front",
-    "layercard-eval/1": "evaluation",
-    "layercard-cost/1": "cost",
-    "layercard-bench-run/1": "benchmark run",
+KINDS: dict[str, tuple[str, type[Record] | None]] = {
+    "layercard/1": ("card", LayerCard),
+    "layercard-placement/1": ("placement", Placement),
+    "layercard-run/1": ("run record", Run),
+    "layercard-compare/1": ("comparison", None),
+    "layercard-transfer/1": ("transfer", Transfer),
+    "layercard-front/1": ("front", Front),
+    "layercard-eval/1": ("evaluation", Evaluation),
+    "layercard-cost/1": ("cost", CostModel),
+    "layercard-bench-run/1": ("benchmark run", None),
 }
-"""What a file's schema says that it is."""
+"""What a file's schema says that it is, and the class that checks it where that is quick to import."""
+RUN_KINDS = {"run record": "run", "comparison": "comparison"}
+"""Files with training runs, and what reports call them."""
 UNFINISHED = ("layercard-plan", "layercard-probe", "layercard-bench")
 """Schemas of files that belong to unfinished work, which nobody opens."""
 
@@ -56,9 +63,10 @@ class Entry:
 
     key: str  # what the page calls it by
     name: str  # where it lies in the given folder, for people
-    kind: str  # a value of `KINDS`, or `unreadable`
+    kind: str  # as in `KINDS`, or `unreadable`
     value: Json  # its JSON object; empty where there is a problem
     card: LayerCard | None = None
+    trials: Sequence[Trial] = ()  # training runs in it
     problem: str | None = None  # why it cannot be used, in one line
     place: str = ""  # where it lies as a command line can name it
     digest: str = ""  # hash of its content
@@ -75,47 +83,23 @@ class Entry:
 def read_entry(key: str, name: str, data: bytes, place: str = "") -> Entry | None:
     """What a file holds; `None` for JSON of other programs. What is not JSON, or says it is ours and is not whole, has a `problem`."""
     try:
-        value = parse_json(data, name, CardError, "JSON file")
+        value: Json = parse_json(data, name, CardError, "JSON file")
         schema = value.get("schema")
         if not isinstance(schema, str) or not schema.startswith("layercard") or schema.partition("/")[0] in UNFINISHED:
             return None
         if schema not in KINDS:
             raise CardError(f"{name}: schema {schema[:40]!r} is not read; make the file again")
-        card = _check(name, KINDS[schema], value)
+        kind, record_class = KINDS[schema]
+        trials = read_runs(RUN_KINDS[kind], value, name) if kind in RUN_KINDS else ()
+        record = record_class.from_json(value, name) if record_class else None
+        card = record if isinstance(record, LayerCard) else None
+        if card is not None:
+            value = card.to_json()
+            if card.model.layers > DEEPEST_CARD:
+                raise CardError(f"{name}: {card.model.layers} layers; up to {DEEPEST_CARD} can be explored here, use `layercard select`")
     except LayercardError as error:
         return _broken(key, name, str(error))
-    digest = hashlib.sha256(data).hexdigest()
-    return Entry(key, name, KINDS[schema], card.to_json() if card else value, card, place=place or name, digest=digest)
-
-
-def _check(name: str, kind: str, value: dict[str, Any]) -> LayerCard | None:
-    """Raise what is wrong with an object of a known kind; gives the card, if it is one."""
-
-    def part(key: str) -> dict[str, Any]:
-        if not isinstance(value.get(key), dict):
-            raise CardError(f"{name}: {key} is missing; make the file again")
-        return dict(value[key])
-
-    if kind == "card":
-        card = LayerCard.from_json(value, name)
-        if card.model.layers > DEEPEST_CARD:
-            raise CardError(f"{name}: {card.model.layers} layers; up to {DEEPEST_CARD} can be explored here, use `layercard select`")
-        return card
-    if kind == "placement":
-        Placement.from_json(value, name)
-    elif kind == "run record":
-        Placement.from_json(part("placement"), f"{name}: placement")
-        part("model")
-    elif kind == "comparison":
-        part("model")
-        rows = value.get("rows")
-        if not isinstance(rows, list) or not all(
-            isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("layers"), list) for row in rows
-        ):
-            raise CardError(f"{name}: its rows are not whole; make it again with `layercard compare`")
-        if any(Estimate.read(row.get("train_seconds")) is None for row in rows):
-            raise CardError(f"{name}: a row has no training time; make it again with `layercard compare`")
-    return None
+    return Entry(key, name, kind, value, card, trials, place=place or name, digest=hashlib.sha256(data).hexdigest())
 
 
 def _broken(key: str, name: str, problem: str) -> Entry:
@@ -130,14 +114,14 @@ def read_upload(name: str, size: int, read: Callable[[], bytes], taken: int = 0)
     Raises:
         OutputError: Another ending than `.json`, too large, or nothing of ours in it.
     """
-    name = name.replace("\\", "/").rpartition("/")[2][:120]
+    name, expected = name.replace("\\", "/").rpartition("/")[2][:120], "upload a card, a placement, a run record or a comparison"
     if not name.lower().endswith(".json"):
-        raise OutputError(f"{name!r} is not a .json file; upload a card, a placement, a run record or a comparison")
+        raise OutputError(f"{name!r} is not a .json file; {expected}")
     if size > LARGEST:
         raise OutputError(f"{name} has {size / 2**20:.0f} MiB; files up to {LARGEST // 2**20} MiB are read")
     entry = read_entry(f"upload:{taken}:{hashlib.sha256(name.encode()).hexdigest()[:12]}", f"{name} (uploaded)", read(), name)
     if entry is None:
-        raise OutputError(f"{name} is not a file of layercard; upload a card, a placement, a run record or a comparison")
+        raise OutputError(f"{name} is not a file of layercard; {expected}")
     return entry
 
 
@@ -191,8 +175,7 @@ class Library:
                         yield root, Path(folder) / name
 
     def _entry(self, root: Path, path: Path) -> Entry | None:
-        name = self._name(root, path)
-        key = f"file:{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+        name, key = self._name(root, path), f"file:{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
         try:
             stat = path.stat()
             stamp = (stat.st_mtime_ns, stat.st_size)
@@ -219,18 +202,6 @@ def inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder)
 
 
-def find(entries: Sequence[Entry], key: str | None, kind: str = "card") -> Entry:
-    """The listed entry of a key.
-
-    Raises:
-        CardError: There is none of that kind.
-    """
-    for entry in entries:
-        if entry.key == key and entry.kind == kind and entry.problem is None:
-            return entry
-    raise CardError(f"this {kind} is not in the list any more; choose another")
-
-
 # ---- choices
 
 SECONDS = 0.06
@@ -244,7 +215,7 @@ COSTS = {
     "Added latency": ("latency", "seconds", "max_latency"),
 }
 """Costs as the page calls them: name in a placement's prediction, its unit there, and the budget that has a slider."""
-WORDS = {f"--{budget.replace('_', '-')}": title.lower() for title, (_, _, budget) in COSTS.items()}
+WORDS = {option_of(budget): title.lower() for title, (_, _, budget) in COSTS.items()}
 WORDS |= {"--min-performance": "performance kept", "--k": "number of layers"}
 """Options of the command line as the page calls them."""
 
@@ -253,14 +224,14 @@ WORDS |= {"--min-performance": "performance kept", "--k": "number of layers"}
 class Wishes:
     """What the controls say: `None` for as many layers as are best, and for whatever performance the objective keeps by itself."""
 
-    objective: str = "balanced"
-    k: int | None = None
-    min_performance: float | None = None  # %
-    limits: Mapping[str, float] | None = None  # budgets by name, % of all layers
+    objective: str
+    k: int | None
+    min_performance: float | None  # %
+    limits: Mapping[str, float]  # budgets by name, % of all layers
 
     def budgets(self) -> Budgets:
         """As the selection takes them."""
-        limits = {name: f"{value:g}%" for name, value in (self.limits or {}).items()}
+        limits = {name: f"{value:g}%" for name, value in self.limits.items()}
         return Budgets(**limits, min_performance=None if self.min_performance is None else f"{self.min_performance:g}%")
 
 
@@ -308,39 +279,32 @@ def command_line(asked: Wishes, card_name: str) -> str:
     """The `layercard select` command that makes the same choice."""
     options = ["--objective", asked.objective, *(["--k", str(asked.k)] if asked.k else [])]
     for name, value in asked.budgets().given().items():
-        options += [f"--{name.replace('_', '-')}", str(value)]
+        options += [option_of(name), str(value)]
     return shlex.join(["layercard", "select", card_name, *options, "-o", "placement.json"])
 
 
-def rows(placement: Json) -> dict[str, str]:
-    """What is predicted of a placement, in words."""
-    predicted = placement["predicted"]
-    performance = Estimate.read(predicted.get("performance_kept"))
-    table = {"Performance kept": "not known" if performance is None else percent(performance)}
+def rows(placement: Placement) -> dict[str, tuple[str, float]]:
+    """What is predicted of a placement that was chosen from a card: in words, and as a number (shares in % of all layers)."""
+    predicted = placement.predicted
+    performance = Estimate(**predicted["performance_kept"])
+    table = {"Performance kept": (percent(performance), 100 * performance.value)}
     for title, (key, unit, _) in COSTS.items():
-        amount, share = predicted[key].get(unit), f"{100 * float(predicted[key]['share']):.0f}%"
+        amount, share = predicted[key][unit], 100 * predicted[key]["share"]
         size = "" if amount is None else {"bytes": f"{amount / 2**20:,.0f} MiB", "count": f"{amount:,}"}.get(unit, f"{short(amount)} s")
-        table[title] = f"{share} · {size}" if size else share
-    table["Layers"] = f"{len(placement['layers'])} of {int(placement['model']['layers'])}"
-    table["Layers in backward"] = str(predicted["layers_in_backward"]).replace("/", " of ")
-    return table
+        table[title] = f"{share:.0f}% · {size}" if size else f"{share:.0f}%", share
+    backward, _, depth = predicted["layers_in_backward"].partition("/")
+    table["Layers"] = f"{len(placement.layers)} of {depth}", len(placement.layers)
+    return table | {"Layers in backward": (f"{backward} of {depth}", int(backward))}
 
 
-def changes(chosen: Json, other: Json) -> list[tuple[str, str, str, str]]:
+def changes(chosen: Placement, other: Placement) -> list[tuple[str, str, str, str]]:
     """Rows of a table: measure, the chosen placement, the other one, and the difference in points or numbers."""
-
-    def numbers(placement: Json) -> list[float]:
-        predicted = placement["predicted"]
-        shares = [100 * float(predicted[key]["share"]) for key, _, _ in COSTS.values()]
-        backward = float(str(predicted["layers_in_backward"]).partition("/")[0])
-        return [100 * float(predicted["performance_kept"]["value"]), *shares, len(placement["layers"]), backward]
-
-    table, before, after = [], rows(chosen), rows(other)
-    for name, first, second in zip(before, numbers(chosen), numbers(other), strict=True):
-        difference = second - first
+    table, after = [], rows(other)
+    for name, (words, number) in rows(chosen).items():
+        difference = after[name][1] - number
         amount = f"{abs(difference):.0f}" if name.startswith("Layers") else f"{abs(difference):.1f} points"
         text = "same" if abs(difference) < 0.05 else f"{'+' if difference > 0 else '−'}{amount}"
-        table.append((name, before[name], after[name], text))
+        table.append((name, words, after[name][0], text))
     return table
 
 
@@ -401,7 +365,13 @@ def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence
         inputs = RoiInputs.of(values)
     except ReportError as error:
         raise ReportError(with_labels(str(error))) from None
-    return roi(inputs, ratios_of(layers, card.value, _runs_of(card, entries)))
+    # Runs of the card's model, from run records and comparisons; those that a comparison has are not counted twice.
+    fingerprint = card.value["model"]["fingerprint"]
+    ours = [entry for entry in entries if entry.trials and entry.value["model"].get("fingerprint") == fingerprint]
+    covered = {PurePath(entry.place).parent for entry in ours if entry.kind == "comparison"}
+    counted = [entry for entry in ours if entry.kind == "comparison" or covered.isdisjoint(PurePath(entry.place).parent.parents)]
+    trials = [trial for entry in counted for trial in entry.trials]
+    return roi(inputs, ratios_of(layers, card.value, grouped(compared(trials))))
 
 
 def with_labels(text: str) -> str:
@@ -411,20 +381,3 @@ def with_labels(text: str) -> str:
     'example figures, not given: GPUs of a run, Power of a GPU'
     """
     return re.sub(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\bgpus\b", lambda word: LABELS.get(word[0], word[0]), text)
-
-
-def _runs_of(card: Entry, entries: Sequence[Entry]) -> list[TrialGroup]:
-    """Trained placements of a card's model, from run records and comparisons; runs that a comparison has are not counted twice."""
-    fingerprint = card.value["model"]["fingerprint"]
-    ours = [entry for entry in entries if entry.problem is None and (entry.value.get("model") or {}).get("fingerprint") == fingerprint]
-    covered = [PurePath(entry.place).parent for entry in ours if entry.kind == "comparison"]
-    trials: list[Trial] = []
-    for entry in ours:
-        try:
-            if entry.kind == "comparison":
-                trials += of_comparison(entry.value)
-            elif entry.kind == "run record" and not any(folder in PurePath(entry.place).parent.parents for folder in covered):
-                trials.append(of_run(entry.value))
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-            continue  # a file that lacks what a run must have
-    return grouped(compared(trials))

@@ -87,12 +87,6 @@ def is_local(host: str) -> bool:
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
-def check_installed() -> None:
-    """Raise `OutputError` unless Gradio is there."""
-    if find_spec("gradio") is None:
-        raise OutputError('the app needs Gradio, which is not installed; install it with `pip install "layercard[app]"`')
-
-
 @contextlib.contextmanager
 def serving(library: Library, host: str = "127.0.0.1", port: int | None = None, *, browser: bool = False) -> Iterator[str]:
     """The app, served for the length of a `with` block on the port, or the first free one from 7860 on; yields its address.
@@ -100,7 +94,8 @@ def serving(library: Library, host: str = "127.0.0.1", port: int | None = None, 
     Raises:
         OutputError: Gradio is not installed, or the port is taken.
     """
-    check_installed()
+    if find_spec("gradio") is None:
+        raise OutputError('the app needs Gradio, which is not installed; install it with `pip install "layercard[app]"`')
     port, environment = free_port(host, port), dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="layercard-app-") as folder:
         os.environ.update(ENVIRONMENT | {"GRADIO_TEMP_DIR": folder})
@@ -116,6 +111,7 @@ def serving(library: Library, host: str = "127.0.0.1", port: int | None = None, 
             blocks = Page(explorer).blocks
             blocks.queue(default_concurrency_limit=4, max_size=64, api_open=False)
             fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+            off: dict[str, Any] = dict.fromkeys(("share", "run_history", "enable_monitoring", "mcp_server", "ssr_mode", "pwa"), False)
             try:
                 _, address, _ = blocks.launch(
                     server_name=host,
@@ -123,19 +119,14 @@ def serving(library: Library, host: str = "127.0.0.1", port: int | None = None, 
                     inbrowser=browser,
                     prevent_thread_lock=True,
                     quiet=True,
-                    share=False,
                     allowed_paths=[],
                     max_file_size=LARGEST,
                     app_kwargs={"middleware": [Middleware(Guard, hosts=own_names(host))], "docs_url": None, "redoc_url": None},
                     footer_links=[],
-                    run_history=False,
-                    enable_monitoring=False,
-                    mcp_server=False,
-                    ssr_mode=False,
-                    pwa=False,
                     state_session_capacity=200,
                     theme=gr.themes.Default(primary_hue="blue", **fonts),
                     css=(Path(__file__).parents[1] / "templates" / "app.css").read_text(encoding="utf-8"),
+                    **off,
                 )
                 yield str(address)
             finally:

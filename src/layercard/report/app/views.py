@@ -5,23 +5,22 @@ JSON values without a theme: the parts that stay are drawn once, and what moves 
 """
 
 import base64
-import json
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from layercard.adapters.lora_config import lora_arguments
 from layercard.card.numbers import Json, listed, short
+from layercard.files import json_text
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
-from layercard.report.app.library import COSTS, Choice, Entry, rows, with_labels
+from layercard.report.app.library import COSTS, Choice, Entry, Wishes, rows, with_labels
 from layercard.report.figures import COSTS as AXES, depth_figure, front_figure
 from layercard.report.roadmap import ModelFile, roadmap as make_roadmap
 from layercard.report.roi import SHOWN, Range, Roi
-from layercard.report.words import MEASURES
+from layercard.report.words import MEASURES, template, title_of
 from layercard.selection.placement import Placement
+from layercard.selection.transfer import AGAIN, REUSE, Transfer
 from layercard.settings import TrainSettings
 
 # ---- HTML
@@ -30,10 +29,7 @@ INTRO = (
     "Three phases lead from a model to adapters that are trained only where they matter. Choose a card above, or make the first one: "
     "with the command, or on the tab Profile."
 )
-_GLOBALS = {
-    "words": {"done": "done", "next": "next", "open": "to come"},
-    "marks": {"done": "✓", "next": "→", "open": "○"},
-}
+_PARTS: Any = template("app.html.j2").module
 _SCRIPT = '''"""Fine-tunes {model_words} in layers {layers_words} only. Put {file} beside this script; needs trl, peft and datasets."""
 
 import json
@@ -58,16 +54,9 @@ trainer.save_model()
 LORA_FILE = "lora_config.json"
 
 
-@cache
-def _template() -> Any:
-    loader = PackageLoader("layercard.report")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("app.html.j2", globals=_GLOBALS).module
-
-
 def _html(part: str, *values: Any) -> str:
     """A part of the template, without what the page's own template language would read."""
-    html = str(getattr(_template(), part)(*values))
+    html = str(getattr(_PARTS, part)(*values))
     return html.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("@", "&#64;")
 
 
@@ -78,20 +67,17 @@ def note(text: str, kind: str = "info") -> str:
 
 def roadmap(entries: Sequence[Entry], card: Entry | None) -> str:
     """Where the model of a card stands, from the files that can be read."""
-    readable = [ModelFile(entry.place, entry.kind, entry.value) for entry in entries if entry.problem is None]
-    return _html("roadmap", make_roadmap(readable, None if card is None else ModelFile(card.place, "card", card.value)), INTRO)
+    files = {entry.key: ModelFile(entry.place, entry.kind, entry.value) for entry in entries if entry.problem is None}
+    return _html("roadmap", make_roadmap(list(files.values()), files[card.key] if card else None), INTRO)
 
 
 def tiles(choice: Choice, seconds: float | None = None) -> str:
     """What is predicted of a placement and how long the search took, or why there is none."""
     if choice.placement is None:
         return note(choice.problem or "no placement", "bad")
-    value = choice.placement.to_json()
-    predicted = value["predicted"]
-    cells = []
-    for name, text in rows(value).items():
-        share = predicted[COSTS[name][0]]["share"] if name in COSTS else None
-        cells.append((name, text, None if share is None else round(100 * min(max(share, 0.0), 1.0), 1)))
+    predicted, cells = choice.placement.predicted, []
+    for name, (text, number) in rows(choice.placement).items():
+        cells.append((name, text, round(min(max(number, 0.0), 100.0), 1) if name in COSTS else None))
     # Remarks of the selection, in the order of their weight.
     notes = ["Predicted from the card, in % of all layers.", predicted.get("remark"), (predicted.get("baseline") or {}).get("note")]
     if predicted.get("cost_source") == "shapes":
@@ -107,33 +93,31 @@ def take_away(choice: Choice, command: str = "") -> str:
     """Downloads, the command that makes the same placement, and the reasons; nothing where there is no placement."""
     if choice.placement is None:
         return ""
-    value = choice.placement.to_json()
     files = []
     for name, title, text, kind in (
-        ("placement.json", "Placement", json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "application/json"),
-        (LORA_FILE, "PEFT LoraConfig", lora_json(value), "application/json"),
-        ("train_trl.py", "TRL script", trl_script(value), "text/x-python"),
+        ("placement.json", "Placement", json_text(choice.placement.to_json()), "application/json"),
+        (LORA_FILE, "PEFT LoraConfig", lora_json(choice.placement), "application/json"),
+        ("train_trl.py", "TRL script", trl_script(choice.placement), "text/x-python"),
     ):
         data = base64.b64encode(text.encode("utf-8")).decode("ascii")
         files.append({"id": f"get-{name.partition('.')[0].replace('_', '-')}", "name": name, "title": title, "type": kind, "data": data})
-    return _html("take_away", list(value["reasons"].items()), command, files)
+    return _html("take_away", list(choice.placement.reasons.items()), command, files)
 
 
-def lora_json(placement: Json) -> str:
+def lora_json(placement: Placement) -> str:
     """Keyword arguments of `peft.LoraConfig` that put adapters exactly where a placement says, as the text of a file."""
     usual = TrainSettings()
-    arguments = lora_arguments(Placement.from_json(dict(placement)), r=usual.rank, lora_alpha=usual.alpha, lora_dropout=usual.dropout)
-    return json.dumps(arguments, indent=1, ensure_ascii=False) + "\n"
+    return json_text(lora_arguments(placement, r=usual.rank, lora_alpha=usual.alpha, lora_dropout=usual.dropout))
 
 
-def trl_script(placement: Json) -> str:
+def trl_script(placement: Placement) -> str:
     """A script that trains with TRL; whatever the placement says of the model is a quoted string in it."""
-    name, usual = str(placement["model"].get("name", "model")), TrainSettings()
+    name, usual = str(placement.model.get("name", "model")), TrainSettings()
     return _SCRIPT.format(
         model=ascii(name),
         # In the docstring only letters, digits and the usual marks of model names may stand.
         model_words="".join(letter if letter.isalnum() or letter in "-_./ " else "?" for letter in name)[:80],
-        layers_words=", ".join(str(int(layer)) for layer in placement["layers"]),
+        layers_words=", ".join(map(str, placement.layers)),
         file=LORA_FILE,
         learning_rate=f"{usual.learning_rate:g}",
         batch_size=usual.batch_size,
@@ -142,28 +126,24 @@ def trl_script(placement: Json) -> str:
 
 def change_table(changes: Sequence[tuple[str, str, str, str]]) -> str:
     """What changes from the chosen placement to the one picked by hand."""
-    columns = ("Predicted", "Chosen", "By hand", "Difference")
-    return _html("table", columns, changes, "In % of all layers, with the interval in brackets")
+    return _html("table", ("Predicted", "Chosen", "By hand", "Difference"), changes, "In % of all layers, with the interval in brackets")
 
 
-def verdict(transfer: Json) -> str:
+def verdict(transfer: Transfer) -> str:
     """Two cards compared: the verdict with its reason, and the agreement of every measure."""
-    pair = transfer["pairs"][0]
-    word, top = pair["verdict"]["word"], pair["top"]
-    measures = []
-    for key, rank in pair["measures"].items():
-        title = MEASURES[key].title if key in MEASURES else key
-        measures.append((title, f"{rank['value']:.2f}", f"{rank['low']:.2f} to {rank['high']:.2f}", f"{rank['p']:.3f}"))
+    (pair,) = transfer.pairs
+    word, measures = pair.verdict.word, []
+    for key, rank in pair.measures.items():
+        measures.append((title_of(key), f"{rank.value:.2f}", f"{rank.low:.2f} to {rank.high:.2f}", f"{rank.p:.3f}"))
     details = [
-        f"Layers of {swap['source']} ({listed(swap['layers'])}) keep {swap['kept']:.1f} % on {swap['target']}, whose own "
-        f"({listed(swap['own'])}) keep {swap['kept_own']:.1f} %: {swap['lost']['value']:.1f} points lost "
-        f"({swap['lost']['low']:.1f} to {swap['lost']['high']:.1f})."
-        for swap in pair["swaps"]
+        f"Layers of {swap.source} ({listed(swap.layers)}) keep {swap.kept:.1f} % on {swap.target}, whose own ({listed(swap.own)}) keep "
+        f"{swap.kept_own:.1f} %: {swap.lost.value:.1f} points lost ({swap.lost.low:.1f} to {swap.lost.high:.1f})."
+        for swap in pair.swaps
     ]
-    details.append(f"Of the best {top['k']} layers {top['shared']} are shared; by chance it would be {top['expected']:.1f}.")
-    kind = {"reuse the card": "good", "profile again": "bad"}.get(word, "open")
+    details.append(f"Of the best {pair.top.k} layers {pair.top.shared} are shared; by chance it would be {pair.top.expected:.1f}.")
+    kind = {REUSE: "good", AGAIN: "bad"}.get(word, "open")
     columns = ("Measure", "Spearman", "95 % interval", "p")
-    return _html("verdict", word, kind, pair["verdict"]["reason"], "Rank correlation of the layer profiles", columns, measures, details)
+    return _html("verdict", word, kind, pair.verdict.reason, "Rank correlation of the layer profiles", columns, measures, details)
 
 
 def files(entries: Sequence[Entry]) -> str:
@@ -186,42 +166,38 @@ def job(progress: Progress | None) -> str:
     """How far a profile is."""
     if progress is None:
         return note("nothing is running")
-    if progress.state == FAILED:
-        return note(f"failed: {progress.message}", "bad")
-    if progress.state == CANCELLED:
-        return note(progress.message)
-    if progress.state == DONE:
-        return note(f"done: the card is {progress.message}", "good")
+    ended = {FAILED: ("failed: ", "bad"), CANCELLED: ("", "info"), DONE: ("done: the card is ", "good")}
+    if progress.state in ended:
+        before, kind = ended[progress.state]
+        return note(before + progress.message, kind)
     count = f", {progress.done} of {progress.total}" if progress.total else ""
     return _html("job", progress, f"Running: {progress.phase}{count}")
 
 
-def roi(result: Roi) -> str:
-    """What a placement saves: each result from measured ratios, beside it the one with assumptions, then what is assumed."""
-    sides = [("From what was measured", result.results)]
-    if result.with_assumptions is not None:
-        sides.append(("With assumptions", result.with_assumptions))
+def savings(result: Roi) -> tuple[str, str]:
+    """What a placement saves: the few results that people ask for first, and all of them.
+
+    Each result is from measured ratios, beside it the one with assumptions, then what is assumed.
+    """
+    money = {formula.name: formula.unit.replace("money", result.inputs.currency) for formula in SHOWN}
+    titles = {formula.name: formula.title for formula in SHOWN}
+    first = []
+    for name in ("saved_month", "saved_year", "payback_months", "hours_saved"):
+        unit = "" if result.results[name].mid is None else f" {money[name].partition(' /')[0]}"
+        first.append((titles[name], f"{_range(result.results[name], 'never')}{unit}", None))
+    more = "" if result.with_assumptions is None else "; with what is only estimated it may be more, see the table below"
+    lead = f"For {result.ratios.placement}, against adapters in all layers"
+    headline = _html("tiles", first, lead, [f"From measured ratios alone{more}."])
+
+    sides = {"From what was measured": result.results, "With assumptions": result.with_assumptions}
+    shown = {title: values for title, values in sides.items() if values is not None}
     cells = []
     for formula in SHOWN:
         empty = "not known: a figure above is empty" if formula.needs else "never"
-        amounts = [_range(values[formula.name], empty) for _, values in sides]
-        cells.append([formula.title, *amounts, formula.unit.replace("money", result.inputs.currency)])
+        cells.append([formula.title, *(_range(values[formula.name], empty) for values in shown.values()), money[formula.name]])
     caption = f"Against adapters in all layers, for {result.ratios.placement}; value with lower and upper end."
-    table = _html("table", ["Result", *(title for title, _ in sides), "Unit"], cells, caption)
-    return table + _html("lines", "Not measured, or an example", [with_labels(line) for line in result.assumptions])
-
-
-def roi_headline(result: Roi) -> str:
-    """The few results that people ask for first."""
-    formulas = {formula.name: formula for formula in SHOWN}
-    cells = []
-    for name in ("saved_month", "saved_year", "payback_months", "hours_saved"):
-        unit = formulas[name].unit.replace("money", result.inputs.currency).partition(" /")[0]
-        amount = _range(result.results[name], "never")
-        cells.append((formulas[name].title, f"{amount} {unit}" if result.results[name].mid is not None else amount, None))
-    more = "" if result.with_assumptions is None else "; with what is only estimated it may be more, see the table below"
-    lead = f"For {result.ratios.placement}, against adapters in all layers"
-    return _html("tiles", cells, lead, [f"From measured ratios alone{more}."])
+    table = _html("table", ["Result", *shown, "Unit"], cells, caption)
+    return headline, table + _html("lines", "Not measured, or an example", [with_labels(line) for line in result.assumptions])
 
 
 def _range(amounts: Range, empty: str) -> str:
@@ -274,15 +250,8 @@ def _without_theme(figure: go.Figure, height: int) -> Figure:
     return value
 
 
-def with_choice(
-    base: Figure,
-    name: str,
-    choice: Choice,
-    hand: Choice | None = None,
-    limits: Mapping[str, float] | None = None,
-    min_performance: float | None = None,
-) -> Figure:
-    """A front (`time` or `memory`) with the chosen placement, the one picked by hand, and the budgets (% of all layers) as lines."""
+def with_choice(base: Figure, name: str, choice: Choice, hand: Choice | None, asked: Wishes) -> Figure:
+    """A front (`time` or `memory`) with the chosen placement, the one picked by hand, and what was asked as lines."""
     key, title = AXES[name]
     traces: list[Figure] = []
     for each, symbol, colour, words in ((choice, "diamond", CHOSEN, "chosen"), (hand, "x", HAND, "by hand")):
@@ -298,14 +267,14 @@ def with_choice(
     dashed = {"type": "line", "line": {"dash": "dash", "color": LINE, "width": 1.5}}
     plain = {"showarrow": False, "font": {"size": 12}}
     shapes, notes = [], []
-    limit = (limits or {}).get(LIMIT_OF[name])
+    limit, least = asked.limits.get(LIMIT_OF[name]), asked.min_performance
     if limit is not None:
         shapes.append(dashed | {"x0": limit, "x1": limit, "yref": "paper", "y0": 0, "y1": 1})
         notes.append(plain | {"text": f"{title} at most {limit:g} %", "x": limit, "yref": "paper", "y": 0.02, "xanchor": "right"})
-    if min_performance is not None:
-        shapes.append(dashed | {"y0": min_performance, "y1": min_performance, "xref": "paper", "x0": 0, "x1": 1})
-        place = {"y": min_performance, "xref": "paper", "x": 0.01, "xanchor": "left", "yanchor": "bottom"}
-        notes.append(plain | {"text": f"at least {min_performance:g} % kept", **place})
+    if least is not None:
+        shapes.append(dashed | {"y0": least, "y1": least, "xref": "paper", "x0": 0, "x1": 1})
+        place = {"y": least, "xref": "paper", "x": 0.01, "xanchor": "left", "yanchor": "bottom"}
+        notes.append(plain | {"text": f"at least {least:g} % kept", **place})
     return {"data": [*base["data"], *traces], "layout": {**base["layout"], "shapes": shapes, "annotations": notes}}
 
 
