@@ -62,63 +62,48 @@ def config_of(
 def _arguments(trainer: str, values: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any] | None:
     """Arguments of `LoraConfig`; `None` where the trainer would train without LoRA."""
     get = values.get
+    trains_lora = {
+        "axolotl": get("adapter") in ("lora", "qlora"),
+        "trl": bool(get("use_peft")),
+        "llamafactory": get("finetuning_type", "lora") == "lora",
+        "ms-swift": get("tuner_type", get("train_type", "lora")) == "lora",
+    }
+    if not trains_lora[trainer]:
+        return None
     # Trainers of vision-language models freeze towers and projectors, so that "all" and parts of names stand for the text model's modules.
     has_towers = model.config.get_text_config() is not model.config
     if trainer == "axolotl":
-        if get("adapter") not in ("lora", "qlora"):
-            return None
-        names = get("lora_target_modules") or []
+        numbers = get("lora_r") or 8, get("lora_alpha") or 8, get("lora_dropout") or 0.0
+        names, parameters = get("lora_target_modules") or [], get("lora_target_parameters") or []
         if get("lora_target_linear"):
             names = sorted({*([names] if isinstance(names, str) else names), *_linear_names(model)})
-        return {
-            "r": get("lora_r") or 8,
-            "lora_alpha": get("lora_alpha") or 8,
-            "lora_dropout": get("lora_dropout") or 0.0,
-            "target_modules": names,
-            "target_parameters": get("lora_target_parameters") or [],
+    elif trainer == "trl":
+        numbers = get("lora_r", 16), get("lora_alpha", 32), get("lora_dropout", 0.05)
+        names, parameters = get("lora_target_modules"), get("lora_target_parameters")
+        names = names[0] if isinstance(names, list) and len(names) == 1 else names
+    elif trainer == "llamafactory":
+        rank, target, parameters = get("lora_rank", 8), get("lora_target", "all"), None
+        numbers = rank, get("lora_alpha") or 2 * rank, get("lora_dropout", 0.0)
+        names = [name.strip() for name in target.split(",")] if isinstance(target, str) else list(target)
+        names = _linear_names(model) if names == ["all"] else names
+        names = _text_modules(model, names) if has_towers else names
+    else:
+        numbers = get("lora_rank", 8), get("lora_alpha", 32), get("lora_dropout", 0.05)
+        names, parameters = get("target_regex") or get("target_modules", ["all-linear"]), get("target_parameters")
+        if isinstance(names, list) and "all-linear" in names:
+            others = [name for name in names if name != "all-linear"]
+            names = _text_modules(model, [""]) if has_towers else others + _linear_names(model)
+    arguments = dict(zip(("r", "lora_alpha", "lora_dropout"), numbers, strict=True))
+    arguments |= {"target_modules": names, "target_parameters": parameters}
+    if trainer == "axolotl":
+        arguments |= {
             "layers_to_transform": get("peft_layers_to_transform"),
             "layers_pattern": get("peft_layers_pattern"),
             "exclude_modules": get("lora_exclude_modules") or None,
             "rank_pattern": get("lora_rank_pattern") or {},
             "alpha_pattern": get("lora_alpha_pattern") or {},
         }
-    if trainer == "trl":
-        if not get("use_peft"):
-            return None
-        names = get("lora_target_modules")
-        return {
-            "r": get("lora_r", 16),
-            "lora_alpha": get("lora_alpha", 32),
-            "lora_dropout": get("lora_dropout", 0.05),
-            "target_modules": names[0] if isinstance(names, list) and len(names) == 1 else names,
-            "target_parameters": get("lora_target_parameters"),
-        }
-    if trainer == "llamafactory":
-        if get("finetuning_type", "lora") != "lora":
-            return None
-        target = get("lora_target", "all")
-        names = [name.strip() for name in target.split(",")] if isinstance(target, str) else list(target)
-        names = _linear_names(model) if names == ["all"] else names
-        rank = get("lora_rank", 8)
-        return {
-            "r": rank,
-            "lora_alpha": get("lora_alpha") or 2 * rank,
-            "lora_dropout": get("lora_dropout", 0.0),
-            "target_modules": _text_modules(model, names) if has_towers else names,
-        }
-    if get("tuner_type", get("train_type", "lora")) != "lora":
-        return None
-    names = get("target_regex") or get("target_modules", ["all-linear"])
-    if isinstance(names, list) and "all-linear" in names:
-        others = [name for name in names if name != "all-linear"]
-        names = _text_modules(model, [""]) if has_towers else others + _linear_names(model)
-    return {
-        "r": get("lora_rank", 8),
-        "lora_alpha": get("lora_alpha", 32),
-        "lora_dropout": get("lora_dropout", 0.05),
-        "target_modules": names,
-        "target_parameters": get("target_parameters"),
-    }
+    return arguments
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
