@@ -1,6 +1,7 @@
 """`layercard latency`: what adapters cost when the model writes."""
 
 from pathlib import Path
+from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
@@ -51,7 +52,7 @@ def latency(
             adapters.append(random_adapter(base, chosen, name=name, rank=rank))
         if all(len(each.layers) < len(base.blocks) for each in adapters):
             adapters.append(random_adapter(base, place(base, range(len(base.blocks))), name="all layers", rank=rank))
-        how = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
+        how: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
         result = measure_latency(base, adapters, progress=display, **how)
     if output is not None:
         result.save(output, force=force)

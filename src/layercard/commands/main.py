@@ -24,10 +24,11 @@ from layercard.commands.export import export
 from layercard.commands.hub import pull, push
 from layercard.commands.latency import latency
 from layercard.commands.options import expanded
+from layercard.commands.pareto import pareto, transfer
 from layercard.commands.profile import profile
 from layercard.commands.report import report
 from layercard.commands.roi import roi
-from layercard.commands.select import pareto, select, transfer
+from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.terminal import Level, logging_to_stderr
 from layercard.commands.train import evaluate, train

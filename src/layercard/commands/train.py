@@ -102,10 +102,10 @@ def evaluate(
             how: dict[str, Any] = {"max_new_tokens": max(generate, 1), "with_generation": generate > 0, "progress": display}
             result = measure(base, dataset, model=measured, adapter=adapter, batch_size=batch_size, **how)
     (low, high), (p_low, p_high) = result.loss_interval, result.perplexity_interval
-    data = result.data
+    records_info = result.data
     rows = {
         "Model": result.model["name"] + (f" with {result.adapter}" if result.adapter else ""),
-        "Data": f"{data['source']} · {data['records']:,} records · {data['labelled_tokens']:,} labelled tokens",
+        "Data": f"{records_info['source']} · {records_info['records']:,} records · {records_info['labelled_tokens']:,} labelled tokens",
         "Loss": f"{result.loss:.4f} ({low:.4f} to {high:.4f}) nats per labelled token",
         "Perplexity": f"{result.perplexity:.3f} ({p_low:.3f} to {p_high:.3f})",
     }
