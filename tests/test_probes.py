@@ -353,8 +353,6 @@ def test_killed_and_started_again_gives_the_same_card(tiny_folder: Path, tiny_fi
         ({"probe": "train", "probe_steps": 12}, "--probe train --probe-steps 12"),
         ({"probe": "none", "probe_steps": 48}, "--probe none"),
         ({"probe": "step", "probe_steps": 48}, ""),
-        ({"step_probe": False}, "--probe none"),
-        ({"step_probe": True}, ""),
         ({}, ""),
     ],
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_files_and_record(tiny_base: BaseModel, data: Dataset, valid: Dataset, t
     assert record.peak_memory_bytes > 12 * record.trainable_parameters  # weights and both moments, in float32
     assert record.data["records"] == 10
     assert record.valid["labelled_tokens"] == sum(record.valid["per_record"]["labelled"])
-    assert record.versions["torch"] == torch.__version__
+    assert record.versions["torch"] == version("torch")
     assert record.started.endswith("+00:00")
     assert [call for call in calls if call[0] == "train"] == [("train", step, 12) for step in range(1, 13)]
     assert {"loss before", "train", "loss after"} == {call[0] for call in calls}

@@ -8,7 +8,6 @@ import typer
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import DataError, ModelError
-from layercard.files import refuse_existing
 from layercard.settings import DataSettings, LoadSettings, setting
 
 if TYPE_CHECKING:
@@ -47,8 +46,7 @@ def cost(
     A few training steps run with adapters in all layers, in the last one, and in none; what lies between follows. Backward
     stops at the lowest adapted layer, so layers near the output are cheap. Nothing of the model is changed.
     """
-    if output is not None:
-        refuse_existing(output, force)
+    opt.check_output(output, force)
     if (flops is None) != (bandwidth is None):
         raise typer.BadParameter("--flops and --bandwidth belong together; give both or neither")
     if not meta and flops is not None:
@@ -61,8 +59,9 @@ def cost(
 
     with Display() as display:
         if meta:
-            shape = {"batch_size": batch_size, "length": length or LENGTH, "rank": rank}
-            result = _without_weights(model, shape, flops, bandwidth, device, dtype, repeats, display)
+            rates = None if flops is None or bandwidth is None else (flops, bandwidth)
+            loading = LoadSettings(device, dtype)
+            result = _without_weights(model, (batch_size, length or LENGTH, rank), rates, loading, repeats, display)
         else:
             base = opt.load(model, LoadSettings(device, dtype), display)
             if data is not None:
@@ -79,16 +78,12 @@ def cost(
 
 
 def _without_weights(
-    model: str,
-    shape: dict[str, int],
-    flops: float | None,
-    bandwidth: float | None,
-    device_option: str,
-    dtype: str,
-    repeats: int,
-    progress: Display,
+    model: str, sizes: tuple[int, int, int], rates: tuple[float, float] | None, loading: LoadSettings, repeats: int, progress: Display
 ) -> "CostModel":
-    """Measured with random weights; where they do not fit, or for another device, estimated from rates."""
+    """Measured with random weights; where they do not fit, or for another device, estimated from rates.
+
+    `sizes` are the records of a batch, their tokens, and the rank; `rates` FLOP/s and bytes/s of another device.
+    """
     import torch
 
     from layercard.cost.estimate import device_rates, estimated_cost, fits
@@ -96,18 +91,20 @@ def _without_weights(
     from layercard.models.load import find_device
     from layercard.models.skeleton import empty_model, random_model, read_config
 
-    def estimate(flops: float, bandwidth: float, device: str = "") -> Any:
-        empty = empty_model(read_config(model), model)
-        return estimated_cost(empty, flops=flops, bandwidth=bandwidth, name=model, dtype=dtype, device=device, **shape)
+    (batch_size, length, rank), dtype = sizes, loading.dtype
 
-    if flops is not None and bandwidth is not None:
-        return estimate(flops, bandwidth)
+    def estimate(flops: float, bandwidth: float, device: str = "") -> "CostModel":
+        how: dict[str, Any] = {"batch_size": batch_size, "length": length, "rank": rank, "dtype": dtype, "device": device}
+        return estimated_cost(empty_model(read_config(model), model), flops=flops, bandwidth=bandwidth, name=model, **how)
+
+    if rates is not None:
+        return estimate(*rates)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ModelError(f"dtype {dtype!r} has no meaning without weights; choose float32, bfloat16 or float16")
-    device, torch_dtype = find_device(device_option), getattr(torch, dtype)
-    estimated = estimate(*device_rates(device, torch_dtype, rows=shape["batch_size"] * shape["length"]), device_name(device))
+    device, torch_dtype = find_device(loading.device), getattr(torch, dtype)
+    estimated = estimate(*device_rates(device, torch_dtype, rows=batch_size * length), device_name(device))
     if not fits(estimated, device):
         return estimated
     base = random_model(read_config(model), model, device, torch_dtype)
-    batch = random_batch(base.model.get_input_embeddings().weight.shape[0], shape["batch_size"], shape["length"])
-    return measure_cost(base, batch, rank=shape["rank"], repeats=repeats, progress=progress)
+    batch = random_batch(base.model.get_input_embeddings().weight.shape[0], batch_size, length)
+    return measure_cost(base, batch, rank=rank, repeats=repeats, progress=progress)

@@ -1,13 +1,10 @@
 """`layercard data`: what a model learns from records, token by token."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import show_result
 from layercard.settings import DataSettings, setting
-
-if TYPE_CHECKING:
-    from layercard.data.load import Dataset
 
 
 def data(
@@ -27,7 +24,14 @@ def data(
     with quiet_libraries():
         tokenizer = read_tokenizer(locate(model), trust_remote_code)
     dataset = load_data(data, tokenizer, records=records, **reading.to_json())
-    shown = [_tokens(dataset, number, tokenizer) for number in range(min(show, len(dataset)))]
+    # The tokens of the first records: id, text, and whether the model learns to say it.
+    shown = [
+        [
+            {"id": token, "text": tokenizer.decode([token]), "learnt": label == token}
+            for token, label in zip(example.input_ids, example.labels, strict=True)
+        ]
+        for example in dataset.examples[:show]
+    ]
     lengths = sorted(len(example.input_ids) for example in dataset.examples)
     value = {
         "schema": "layercard-data/1",
@@ -44,15 +48,6 @@ def data(
         "shown": shown,
     }
     show_result(value, as_json, _view(value), then=f"layercard profile {model} --data {data} -o card.json")
-
-
-def _tokens(dataset: "Dataset", number: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """The tokens of a record: id, text, and whether the model learns to say it."""
-    example = dataset.examples[number]
-    return [
-        {"id": token, "text": tokenizer.decode([token]), "learnt": label == token}
-        for token, label in zip(example.input_ids, example.labels, strict=True)
-    ]
 
 
 def _view(value: dict[str, Any]) -> Any:

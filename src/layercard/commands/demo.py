@@ -47,20 +47,9 @@ def demo(
     step("show", card)
     if not reused:
         step("select", card, "--k", k, "-o", placement, replaces=placement)
-    compared = ("--placements", f"{placement},all", "--steps", steps, "--batch-size", 4, "-o", runs)
-    step(
-        "compare",
-        model,
-        "--data",
-        "synthetic",
-        "--valid",
-        "synthetic:valid",
-        "--valid-records",
-        64,
-        *compared,
-        replaces=runs,
-        resume=reused,
-    )
+    held_out = ("--data", "synthetic", "--valid", "synthetic:valid", "--valid-records", 64)
+    how = ("--placements", f"{placement},all", "--steps", steps, "--batch-size", 4, "-o", runs)
+    step("compare", model, *held_out, *how, replaces=runs, resume=reused)
     step("report", card, placement, runs / "compare.json", "-o", page, replaces=page)
 
 

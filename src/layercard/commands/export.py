@@ -6,7 +6,7 @@ import typer
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import emit_json
-from layercard.files import refuse_existing, write_text
+from layercard.files import write_text
 from layercard.settings import setting
 
 
@@ -32,8 +32,7 @@ def export(
     """
     # Where the merged file itself is the output, writing there was asked for.
     replace = force or (merge is not None and output is not None and output.resolve() == merge.resolve())
-    if output is not None:
-        refuse_existing(output, replace)
+    opt.check_output(output, replace)
     from layercard.export.export import check_landing, exported
     from layercard.export.trainers import LoraSettings, trainer_named
     from layercard.selection.placement import Placement

@@ -1,11 +1,11 @@
 """`layercard latency`: what adapters cost when the model writes."""
 
 from pathlib import Path
+from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import PlacementError
-from layercard.files import refuse_existing
 from layercard.settings import LoadSettings, setting
 
 
@@ -30,8 +30,7 @@ def latency(
     Unless one of the adapters given lies in every layer, one with random weights in all layers is timed too: no time depends on the
     values of weights.
     """
-    if output is not None:
-        refuse_existing(output, force)
+    opt.check_output(output, force)
     folders, files = adapter or [], placement or []
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():
@@ -49,20 +48,12 @@ def latency(
     with Display() as display:
         base = opt.load(model, loading, display)
         adapters = [load_adapter(base, folder, name=name) for folder, name in zip(folders, names, strict=False)]
-        adapters += [
-            random_adapter(base, chosen, name=name, rank=rank) for chosen, name in zip(placements, names[len(folders) :], strict=True)
-        ]
+        for chosen, name in zip(placements, names[len(folders) :], strict=True):
+            adapters.append(random_adapter(base, chosen, name=name, rank=rank))
         if all(len(each.layers) < len(base.blocks) for each in adapters):
             adapters.append(random_adapter(base, place(base, range(len(base.blocks))), name="all layers", rank=rank))
-        result = measure_latency(
-            base,
-            adapters,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-            repeats=repeats,
-            progress=display,
-        )
+        how: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
+        result = measure_latency(base, adapters, progress=display, **how)
     if output is not None:
         result.save(output, force=force)
     show_result(result.to_json(), as_json, latency_view(result.to_json()), wrote=output)

@@ -20,21 +20,18 @@ from layercard.commands.compare import compare
 from layercard.commands.cost import cost
 from layercard.commands.data import data
 from layercard.commands.demo import demo
-from layercard.commands.evaluate import evaluate
 from layercard.commands.export import export
+from layercard.commands.hub import pull, push
 from layercard.commands.latency import latency
 from layercard.commands.options import expanded
-from layercard.commands.pareto import pareto
+from layercard.commands.pareto import pareto, transfer
 from layercard.commands.profile import profile
-from layercard.commands.pull import pull
-from layercard.commands.push import push
 from layercard.commands.report import report
 from layercard.commands.roi import roi
 from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.terminal import Level, logging_to_stderr
-from layercard.commands.train import train
-from layercard.commands.transfer import transfer
+from layercard.commands.train import evaluate, train
 from layercard.commands.verify import verify
 from layercard.errors import LayercardError, ProcessError
 from layercard.processes import is_first
@@ -73,14 +70,14 @@ def layercard(
     log_level: Annotated[
         Level,
         typer.Option("--log-level", help="How much of what happens is told on stderr: phases with their time and memory from info on."),
-    ] = Level.WARNING,
+    ] = "warning",
 ) -> None:
     """Profile a language model once, read its Layer Card, and fine-tune only the layers that matter.
 
     The way through: profile (model + data to a card), show (read it), select (card to a placement), train (adapters in
     these layers only), eval and compare.
     """
-    context.with_resource(logging_to_stderr(log_level.value))
+    context.with_resource(logging_to_stderr(log_level))
 
 
 class _Terminated(BaseException):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercard.errors import OutputError, TrainingError
+from layercard.files import refuse_existing
 from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, setting
 
 if TYPE_CHECKING:
@@ -126,10 +127,13 @@ def check_folder(path: Path, *, resume: bool, force: bool) -> None:
         raise OutputError(f"{path} exists already; pass --resume to go on with it, --force to replace it, or name another output")
 
 
-def check_suffix(path: Path, *suffixes: str) -> None:
-    """Refuse an output that is named as another kind of file."""
-    if path.suffix not in suffixes:
+def check_output(path: Path | None, force: bool, *suffixes: str) -> None:
+    """Refuse an output file that exists, or is named as another kind of file than `suffixes`, where there are any."""
+    if path is None:
+        return
+    if suffixes and path.suffix not in suffixes:
         raise OutputError(f"{path}: {path.suffix or 'no ending'} is not written; name a {' or '.join(suffixes)} file")
+    refuse_existing(path, force)
 
 
 def check_data(*sources: str | None) -> None:

@@ -1,10 +1,11 @@
-"""`layercard pareto`: what can be kept at which cost, as a table, a file or a page."""
+"""`layercard pareto` and `layercard transfer`: what can be kept at which cost, and whether the card of one data set serves another."""
 
 from pathlib import Path
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
-from layercard.files import refuse_existing, write_text
+from layercard.errors import CardError
+from layercard.files import write_text
 from layercard.settings import setting
 
 
@@ -15,9 +16,7 @@ def pareto(
     as_json: bool = opt.AS_JSON,
 ) -> None:
     """Show the whole front: the least step time and the least memory for each performance kept, with plain placements beside it."""
-    if output is not None:
-        opt.check_suffix(output, ".json", ".html")
-        refuse_existing(output, force)
+    opt.check_output(output, force, ".json", ".html")
     from layercard.card.card import LayerCard
     from layercard.report.terminal import front_view
     from layercard.selection.pareto import pareto as fronts
@@ -33,3 +32,39 @@ def pareto(
     elif output is not None:
         front.save(output, force=force)
     show_result(value, as_json, front_view(value), wrote=output)
+
+
+def transfer(
+    cards: list[Path] = setting(..., "Two or more cards of one model on different data.", argument=True, metavar="CARD…"),
+    k: int = setting(5, "Number of layers of a placement, and of the best that are compared.", option="--k -k"),
+    measure: str = setting("gain_estimate", "Measure of the matrix and of the best layers, as `show --json` names it."),
+    across_dtypes: bool = setting(False, "Compare cards of one model in several dtypes; their weights differ by rounding."),
+    output: Path | None = opt.RESULT_FILE,
+    seed: int = opt.SEED,
+    force: bool = opt.FORCE,
+    as_json: bool = opt.AS_JSON,
+) -> None:
+    """Compare cards of one model on different data: how alike their layer profiles are, and what is lost by using one's layers for another.
+
+    Ends in a verdict for each pair: reuse the card, profile again, or not enough evidence.
+    """
+    if len(cards) < 2:
+        raise CardError(f"transfer compares at least two cards, found only {cards[0]}; name another card of the same model")
+    seen: dict[Path, Path] = {}
+    for path in cards:
+        other = seen.setdefault(path.resolve(), path)
+        if other is not path:
+            raise CardError(f"{other} and {path} are the same file; name cards of different data")
+    opt.check_output(output, force)
+    from layercard.card.card import LayerCard
+    from layercard.report.terminal import transfer_view
+    from layercard.selection.transfer import transfer as compare
+
+    # Cards are called by the names of their files, with folders where these are alike.
+    stems = [path.stem for path in cards]
+    names = stems if len(set(stems)) == len(stems) else [str(path) for path in cards]
+    loaded = [(name, LayerCard.load(path)) for name, path in zip(names, cards, strict=True)]
+    result = compare(loaded, k=k, measure=measure, across_dtypes=across_dtypes, seed=seed)
+    if output is not None:
+        result.save(output, force=force)
+    show_result(result.to_json(), as_json, transfer_view(result.to_json()), wrote=output)

@@ -7,7 +7,7 @@ from layercard.commands import options as opt
 from layercard.commands.roi import figures
 from layercard.commands.terminal import Display, out
 from layercard.errors import LayercardError
-from layercard.files import refuse_existing, write_text
+from layercard.files import write_text
 from layercard.settings import setting
 
 
@@ -27,8 +27,7 @@ def report(
 ) -> None:
     """Write one HTML page that explains itself and needs no network: headline numbers, depth profiles, the card, coupling, cost, fronts,
     trained placements, transfer between cards, and the calculator of `layercard roi`."""
-    opt.check_suffix(output, ".html")
-    refuse_existing(output, force)
+    opt.check_output(output, force, ".html")
     roi_inputs = figures(inputs, given)
     from layercard.card.card import LayerCard
     from layercard.commands.reproduce import commands_of

@@ -38,8 +38,8 @@ def _source(data: Json) -> str:
 
 def _profile(card: Json) -> list[str]:
     settings, data = card["settings"], card["data"]
-    kind = settings.get("probe") or ("step" if settings.get("step_probe", True) else "none")  # earlier cards have a yes or no
-    probe = {"step": [], "none": ["--probe", "none"], "train": ["--probe", "train", *_options(settings, "probe_steps")]}[kind]
+    probe = ["--probe", kind] if (kind := settings.get("probe", "step")) != "step" else []
+    probe += _options(settings, "probe_steps") if kind == "train" else []
     line = ["profile", str(card["model"]["name"]), "--data", _source(data), "--records", str(data["records"])]
     options = _options(settings, "rank", "ridge", "batch_size", "label_samples", "device", "dtype", "seed")
     return [*line, *options, *probe, "-o", "card.json"]

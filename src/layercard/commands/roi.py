@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from layercard.commands import options as opt
 from layercard.commands.terminal import show_result
 from layercard.errors import ReportError
-from layercard.files import read_json, refuse_existing, write_json
+from layercard.files import read_json
 from layercard.settings import setting
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ def roi(
     Ratios come from runs, else from the card's cost. What was not measured saves nothing and is named; every figure that is not
     given is an example and is named too.
     """
-    if output is not None:
-        opt.check_suffix(output, ".json")
-        refuse_existing(output, force)
+    opt.check_output(output, force, ".json")
     roi_inputs = figures(inputs, given)
     from layercard.report import roi as model
     from layercard.report.sources import read_sources
@@ -41,7 +39,7 @@ def roi(
         raise ReportError("there is no placement to compare with all layers; make one with `layercard select` and name it too")
     result = model.roi(roi_inputs, model.ratios_of(sources.placement["layers"], sources.card, grouped(sources.trials)))
     if output is not None:
-        write_json(output, result.to_json(), force=force)
+        result.save(output, force=force)
     show_result(result.to_json(), as_json, roi_view(result), wrote=output)
 
 

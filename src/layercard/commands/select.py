@@ -5,7 +5,6 @@ from pathlib import Path
 from layercard.commands import options as opt
 from layercard.commands.terminal import show_result
 from layercard.errors import SelectionError
-from layercard.files import refuse_existing
 from layercard.settings import setting
 
 OBJECTIVE = "balanced"
@@ -41,26 +40,21 @@ def select(
     and to cost."""
     if objective is not None and strategy is not None:
         raise SelectionError(f"both --objective {objective} and --strategy {strategy} are given; give one of them")
-    budgets = {
-        "max_time": max_time,
-        "max_memory": max_memory,
-        "max_params": max_params,
-        "max_latency": max_latency,
-        "min_performance": min_performance,
-    }
-    given = [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]
-    if strategy is not None and given:
-        raise SelectionError(f"{given[0]} needs an objective, but --strategy {strategy} is a fixed rule; give one of them")
+    from layercard.selection.budgets import Budgets, option_of
+
+    budgets = Budgets(max_time, max_memory, max_params, max_latency, min_performance)
+    if strategy is not None and budgets.given():
+        option = option_of(next(iter(budgets.given())))
+        raise SelectionError(f"{option} needs an objective, but --strategy {strategy} is a fixed rule; give one of them")
     if not 0 < alpha < float("inf"):
         raise SelectionError(f"--alpha {alpha:g} scales adapters to nothing; give a number above 0")
-    refuse_existing(output, force)
+    opt.check_output(output, force)
     from layercard.card.card import LayerCard
     from layercard.report.terminal import placement_view
     from layercard.selection import select as selection
-    from layercard.selection.budgets import Budgets
 
     source = LayerCard.load(card)
-    placement = selection.select(source, k=k, objective=objective or OBJECTIVE, strategy=strategy, budgets=Budgets(**budgets), seed=seed)
+    placement = selection.select(source, k=k, objective=objective or OBJECTIVE, strategy=strategy, budgets=budgets, seed=seed)
     if allocate_ranks:
         placement = selection.allocate_ranks(source, placement, rank, alpha)
     placement.save(output, force=force)

@@ -6,10 +6,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -44,13 +43,8 @@ def show_result(
         console.print("; ".join(filter(None, remarks)), style="dim", soft_wrap=True)
 
 
-class Level(StrEnum):
-    """Values of `--log-level`."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
+Level = Literal["debug", "info", "warning", "error"]
+"""Values of `--log-level`."""
 
 
 class _ToStderr(logging.Handler):
@@ -62,7 +56,7 @@ class _ToStderr(logging.Handler):
 
 
 @contextmanager
-def logging_to_stderr(level: str) -> Iterator[None]:
+def logging_to_stderr(level: Level) -> Iterator[None]:
     """Show what the library logs from this level on; of several processes, what the first one does."""
     logger, handler = logging.getLogger("layercard"), _ToStderr() if is_first() else logging.NullHandler()
     before = logger.level

@@ -1,15 +1,16 @@
-"""`layercard train`: adapters in the layers of a placement, and nowhere else."""
+"""`layercard train` and `layercard eval`: adapters in the layers of a placement and nowhere else, and what a model scores."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.processes import is_first
 from layercard.settings import DataSettings, FastSettings, LoadSettings, TrainSettings, setting
 
-if TYPE_CHECKING:
-    from layercard.training.records import Run
+SCORES = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L", "exact_match": "Exact match"}
+"""Scores of what was written, and how they are shown."""
 
 
 def train(
@@ -44,6 +45,7 @@ def train(
     chosen = Placement.load(placement)
     from layercard.adapters.apply import without_experts
     from layercard.measure import Phases
+    from layercard.report.terminal import pairs
     from layercard.training.train import train as run
 
     phases = Phases()
@@ -53,30 +55,13 @@ def train(
         with phases.phase("data"):
             dataset = opt.read(data, base, records, reading)
             held_out = opt.read(valid, base, valid_records, reading) if valid else None
-        record = run(
-            base,
-            chosen if experts else without_experts(chosen),
-            dataset,
-            output,
-            settings,
-            valid=held_out,
-            fast=fast,
-            resume=resume,
-            force=force,
-            progress=display,
-            phases=phases,
-        )
-    if is_first():
-        then = f"layercard eval {model} --data {valid or '…'} --adapter {output}"
-        show_result(record.to_json(), as_json, _view(record, output), then=then)
-
-
-def _view(record: "Run", output: Path) -> Any:
-    from layercard.report.terminal import pairs
-
-    layers = record.placement["layers"]
-    method = record.settings["method"]
-    rows = {"Adapter": f"{output} · {method} · layers {' '.join(map(str, layers))} · {record.trainable_parameters:,} parameters"}
+        chosen = chosen if experts else without_experts(chosen)
+        how: dict[str, Any] = {"valid": held_out, "fast": fast, "resume": resume, "force": force, "progress": display, "phases": phases}
+        record = run(base, chosen, dataset, output, settings, **how)
+    if not is_first():
+        return
+    layers, method = " ".join(map(str, record.placement["layers"])), record.settings["method"]
+    rows = {"Adapter": f"{output} · {method} · layers {layers} · {record.trainable_parameters:,} parameters"}
     if record.loss_reduction is not None and record.loss_reduction_interval is not None:
         low, high = record.loss_reduction_interval
         rows["Loss"] = f"{record.loss_before:.4f} → {record.loss_after:.4f} nats per labelled token"
@@ -85,4 +70,50 @@ def _view(record: "Run", output: Path) -> Any:
         rows["Left out"] = "\n".join(record.fast["did"].values())
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
     rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
-    return pairs(rows)
+    then = f"layercard eval {model} --data {valid or '…'} --adapter {output}"
+    show_result(record.to_json(), as_json, pairs(rows), then=then)
+
+
+def evaluate(
+    model: str = opt.MODEL,
+    data: str = opt.DATA,
+    adapter: Path | None = setting(None, "An adapter that `layercard train` wrote; else the base model.", metavar="DIR"),
+    generate: int = setting(128, "Write up to N new tokens for records with references or an answer; 0 for none.", low=0),
+    records: int | None = opt.RECORDS,
+    batch_size: int = opt.batch_size(16),
+    reading: DataSettings = DataSettings(),
+    loading: LoadSettings = LoadSettings(),
+    as_json: bool = opt.AS_JSON,
+) -> None:
+    """Measure a model, with or without an adapter, on held-out records.
+
+    Always: loss per labelled token and perplexity. For records with `references`: BLEU, chrF and ROUGE-L of greedy
+    continuations. For records with an `answer`: how often the final number is right. For classifiers: accuracy.
+    """
+    opt.check_data(data)
+    from layercard.adapters.apply import loaded
+    from layercard.report.terminal import pairs
+    from layercard.training.evaluate import evaluate as measure
+
+    with Display() as display:
+        base = opt.load(model, loading, display)
+        dataset = opt.read(data, base, records, reading)
+        with loaded(base, adapter) if adapter else nullcontext(base.model) as measured:
+            how: dict[str, Any] = {"max_new_tokens": max(generate, 1), "with_generation": generate > 0, "progress": display}
+            result = measure(base, dataset, model=measured, adapter=adapter, batch_size=batch_size, **how)
+    (low, high), (p_low, p_high) = result.loss_interval, result.perplexity_interval
+    records_info = result.data
+    rows = {
+        "Model": result.model["name"] + (f" with {result.adapter}" if result.adapter else ""),
+        "Data": f"{records_info['source']} · {records_info['records']:,} records · {records_info['labelled_tokens']:,} labelled tokens",
+        "Loss": f"{result.loss:.4f} ({low:.4f} to {high:.4f}) nats per labelled token",
+        "Perplexity": f"{result.perplexity:.3f} ({p_low:.3f} to {p_high:.3f})",
+    }
+    if result.accuracy is not None and result.accuracy_interval is not None:
+        a_low, a_high = result.accuracy_interval
+        rows["Accuracy"] = f"{100 * result.accuracy:.1f} % ({100 * a_low:.1f} to {100 * a_high:.1f})"
+    for key, name in SCORES.items():
+        score = (result.generation or {}).get(key)
+        if score is not None:
+            rows[name] = f"{100 * score:.1f} %" if key == "exact_match" else f"{score:.2f}"
+    show_result(result.to_json(), as_json, pairs(rows))

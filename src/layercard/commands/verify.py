@@ -33,8 +33,10 @@ def verify(
     given_layers = None if layers is None else parse_layers(layers)
     from layercard.adapters.files import read_adapter_config
     from layercard.adapters.verify import base_difference, saved_placement, verify_adapter, verify_config
+    from layercard.card.numbers import listed
     from layercard.export.read import peft_config
     from layercard.models.skeleton import skeleton
+    from layercard.report.terminal import pairs
     from layercard.selection.placement import Placement
 
     chosen = Placement.load(placement) if placement is not None else None if layers is not None else saved_placement(adapter)
@@ -59,7 +61,22 @@ def verify(
             result = verify_adapter(empty, adapter, fingerprint=fingerprint, **how)
         else:
             result = verify_config(empty, peft_config(adapter, empty), source=str(adapter), **how)
-    show_result(result.to_json(), as_json, _view(result.to_json()))
+    value = result.to_json()
+    asked = [f"{name} {_short(choice)}" for name, choice in value["asked"].items()]
+    rows = {
+        "Adapter": f"{result.source} · {result.method}",
+        "Model": f"{result.model['name']} · {result.model['layers']} layers",
+        "Asks for": "; ".join(asked) or "nothing by name",
+    }
+    if result.planned_layers is not None:
+        rows["Planned"] = f"layers {listed(result.planned_layers)}"
+    rows["Adapts"] = f"{len(result.adapted)} modules and parameters, in layers {listed(result.adapted_layers) or 'none'}"
+    if result.saved is not None:
+        rows["Weights"] = f"of {len(result.saved)} modules"
+    if result.notes:
+        rows["Notes"] = "\n".join(result.notes)
+    rows["Verdict"] = "\n".join(f"✗ {each}" for each in result.differences) or "as planned"
+    show_result(value, as_json, pairs(rows))
     result.check()
 
 
@@ -78,27 +95,6 @@ def parse_layers(text: str) -> list[int]:
     if not layers:
         raise PlacementError(f"--layers is {text!r}, which names no layer; write numbers and stretches such as 12-16,20")
     return sorted(layers)
-
-
-def _view(result: dict[str, Any]) -> Any:
-    from layercard.card.numbers import listed
-    from layercard.report.terminal import pairs
-
-    rows = {
-        "Adapter": f"{result['source']} · {result['method']}",
-        "Model": f"{result['model']['name']} · {result['model']['layers']} layers",
-        "Asks for": "; ".join(f"{name} {_short(value)}" for name, value in result["asked"].items()) or "nothing by name",
-    }
-    if result["planned_layers"] is not None:
-        rows["Planned"] = f"layers {listed(result['planned_layers'])}"
-    layers = listed(result["adapted_layers"]) or "none"
-    rows["Adapts"] = f"{len(result['adapted'])} modules and parameters, in layers {layers}"
-    if result["saved"] is not None:
-        rows["Weights"] = f"of {len(result['saved'])} modules"
-    if result["notes"]:
-        rows["Notes"] = "\n".join(result["notes"])
-    rows["Verdict"] = "\n".join(f"✗ {each}" for each in result["differences"]) or "as planned"
-    return pairs(rows)
 
 
 def _short(value: Any) -> str:

@@ -341,7 +341,7 @@ def run_experts(
         inner = mapped(first, hidden_states[tokens])
         inner = holder._apply_gate(inner) if holder.has_gate else holder.act_fn(inner)
         out = mapped("down_proj", inner)
-        if holder.has_post_expert_norm:
+        if getattr(holder, "has_post_expert_norm", False):  # new in transformers 5.19
             out = holder.post_expert_norm(out)
         total.index_add_(0, tokens, (out * top_k_weights[tokens, places, None]).to(total.dtype))
     return total

@@ -1,11 +1,11 @@
-"""`layercard pull`: a card from the hub, by name or by the weights of its model."""
+"""`layercard push` and `layercard pull`: cards to and from the Hugging Face hub."""
 
+import re
 from pathlib import Path
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import HubError
-from layercard.files import refuse_existing
 from layercard.settings import LoadSettings, setting
 
 LISTED = 5
@@ -30,7 +30,7 @@ def pull(
         raise HubError("neither a repository nor --model is given; name one: layercard pull OWNER/NAME")
     if name is None and revision is not None:
         raise HubError("--revision is of a repository, but none is named; name one: layercard pull OWNER/NAME --revision …")
-    refuse_existing(output, force)
+    opt.check_output(output, force)
     from layercard.report.hub import find, pull as pull_card
 
     described = None
@@ -54,3 +54,27 @@ def pull(
     card.save(output, force=force)
     about = f"{card.model.name}, {card.model.layers} layers, {card.data.records} records of {card.data.source}"
     show_result(card.to_json(), as_json, f"{output}: from {name}: {about}", then=f"layercard show {output}")
+
+
+def push(
+    card: Path = opt.CARD,
+    name: str = setting(..., "OWNER/NAME of a data set repository, or NAME for the token's owner.", argument=True),
+    private: bool = setting(False, "Make a new repository private."),
+    revision: str | None = setting(None, "Write to this branch, made where it is not there.", metavar="BRANCH"),
+    license_id: str | None = setting(None, "Licence of the card, as the hub names it: cc-by-4.0.", metavar="ID", option="--license"),
+    force: bool = setting(False, "Replace another card there, or write beside other files."),
+    as_json: bool = opt.AS_JSON,
+) -> None:
+    """Put a card on the Hugging Face hub, as a small data set repository with a page that shows it.
+
+    Written are the card, its page and two pictures, in one commit. Folders on this machine that the card names are left out: of a local
+    model or data file only its own name is written.
+    """
+    if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
+        raise HubError(f"--license {license_id!r} is not a licence as the hub names them; write one such as cc-by-4.0 or apache-2.0")
+    from layercard.card.card import LayerCard
+    from layercard.report.hub import push as push_card
+
+    pushed = push_card(LayerCard.load(card), name, private=private, revision=revision, license_id=license_id, force=force)
+    value = {"name": pushed.name, "url": pushed.url, "commit": pushed.commit}
+    show_result(value, as_json, f"{pushed.url}: written", then=f"layercard pull {pushed.name} -o card.json")
