@@ -28,6 +28,7 @@ from layercard.errors import PlacementError, one_line
 from layercard.models.adapted import adapted_paths, check_adapted, quiet_peft, restorer, unchanged
 from layercard.models.layers import LinearModule, find_blocks
 from layercard.models.load import BaseModel, describe
+from layercard.models.module_sets import module_set
 from layercard.selection.placement import Placement, check_layers
 from layercard.settings import integer_if_whole
 
@@ -46,17 +47,18 @@ TASKS = {
 }
 
 
-def place(base: BaseModel, layers: Iterable[Any], *, objective: str = "given") -> Placement:
-    """A placement of every linear module of the given layers, and of their experts.
+def place(base: BaseModel, layers: Iterable[Any], *, objective: str = "given", modules: str = "all") -> Placement:
+    """A placement of the linear modules of the given layers, and of their experts: all, or a set of them (`MODULE_SETS`).
 
     Raises:
-        PlacementError: The layers are empty, repeated, or not in the model.
+        PlacementError: The layers are empty, repeated, or not in the model; an unknown set of modules, or one that a layer lacks.
     """
     checked = check_layers(layers, len(base.blocks))
-    blocks = [base.blocks[layer] for layer in checked]
-    paths = tuple(module.path for block in blocks for module in block.linear_modules)
-    parameters = tuple(stack.path for block in blocks for stack in block.stacks)
-    return Placement(model=describe(base), layers=checked, paths=paths, objective=objective, parameters=parameters)
+    chosen = [module for layer in checked for module in module_set(base.blocks[layer].adaptable, modules)]
+    paths = tuple(module.path for module in chosen if isinstance(module, LinearModule))
+    parameters = tuple(module.path for module in chosen if not isinstance(module, LinearModule))
+    which = "" if modules == "all" else modules
+    return Placement(model=describe(base), layers=checked, paths=paths, objective=objective, parameters=parameters, modules=which)
 
 
 def without_experts(placement: Placement) -> Placement:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class Dataset:
     def labelled_tokens(self) -> int:
         """Tokens that carry loss."""
         return sum(example.labelled for example in self.examples)
+
+    def part(self, rows: Sequence[int], source: str) -> "Dataset":
+        """Some of the records, in the given order, as a data set of its own called `source`."""
+        examples = tuple(self.examples[row] for row in rows)
+        return replace(self, examples=examples, source=source, fingerprint=fingerprint(examples), truncated=0, notes=())
 
 
 @dataclass(frozen=True)
@@ -216,10 +221,15 @@ def load_data(
     if not examples:
         reason = f": {notes[-1]}" if any(skipped.values()) else "; it needs at least one with prompt and completion, messages or text"
         raise DataError(f"{name} holds no records{reason}")
+    return Dataset(tuple(examples), label, fingerprint(examples), truncated, reader.format, tuple(notes))
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """16 hex digits over all ids and labels."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.input_ids, example.labels)).encode())
-    return Dataset(tuple(examples), label, digest.hexdigest()[:16], truncated, reader.format, tuple(notes))
+    return digest.hexdigest()[:16]
 
 
 def _check(example: Example, cut: bool, kind: str) -> None:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self, SupportsIndex
+from typing import Annotated, Any, ClassVar, Literal, Self, SupportsIndex
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from layercard.card.notebook import placement_html
 from layercard.errors import PlacementError
@@ -27,6 +27,8 @@ class Placement(Record):
         asked: The number of layers and the budgets that it was chosen for, as far as they were given.
         rank_pattern: The rank of each path's adapter; empty where all have the rank of the training settings.
         alpha_pattern: The alpha of each path's adapter; there is one exactly where there is a rank.
+        modules: Which modules of each layer are adapted (`models.module_sets.MODULE_SETS`); empty: all, or as the paths say.
+        learning_rate: Peak learning rate that was measured to be best for it; `None` where none was measured.
     """
 
     error: ClassVar = PlacementError
@@ -43,6 +45,8 @@ class Placement(Record):
     asked: dict[str, Any] = Field(default_factory=dict)
     rank_pattern: dict[str, Any] = Field(default_factory=dict)
     alpha_pattern: dict[str, Any] = Field(default_factory=dict)
+    modules: str = ""
+    learning_rate: Annotated[FiniteFloat, Field(gt=0)] | None = None
 
     @field_validator("model")
     @classmethod
@@ -91,7 +95,7 @@ class Placement(Record):
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard-placement/1`."""
-        optional = ("parameters", "asked", "rank_pattern", "alpha_pattern")
+        optional = ("parameters", "asked", "rank_pattern", "alpha_pattern", "modules", "learning_rate")
         return {name: part for name, part in super().to_json().items() if part or name not in optional}
 
     def _repr_html_(self) -> str:
