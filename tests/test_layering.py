@@ -29,6 +29,7 @@ FOLDERS = (
     "serving",
     "export",
     "report",
+    "workflow",
     "commands",
 )
 ROOT_MODULES = {path.stem for path in SOURCE.glob("*.py")}

@@ -7,6 +7,7 @@ command line makes its options from these fields, `help()` shows them, and what 
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,6 +245,52 @@ class FastSettings(Settings):
         False
         """
         return cls(cut=False, prefix_cache=False, unpadded=False, labels_only=False, fused_lora=False)
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """How `layercard run` chooses, and within what limits."""
+
+    objective: str = setting(
+        "time",
+        "What the choice is cheap in, among all that are as good: time, memory, or quality (the best, whatever it costs).",
+        choices=("time", "memory", "quality"),
+    )
+    tolerance: float = setting(0.01, "How far above the best loss is as good, as a share of it.", low=0, high=0.5)
+    search: float = setting(0.2, "Share of the training time that card and race may take.", low=0, high=10)
+    max_time: str | None = setting(None, "The whole run may take so long: 90s, 30m, 2h.", metavar="TIME")
+    max_memory: str | None = setting(None, "Memory of training above the frozen model: 500MB, 8GB.", metavar="SIZE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.max_seconds(), self.max_memory_bytes()
+
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds.
+
+        >>> RunSettings(max_time="30m").max_seconds()
+        1800.0
+        """
+        return _amount("max_time", self.max_time, {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}, "90s, 30m or 2h")
+
+    def max_memory_bytes(self) -> float | None:
+        """`max_memory` in bytes."""
+        units = {"mb": 1e6, "gb": 1e9, "mib": 2.0**20, "gib": 2.0**30}
+        return _amount("max_memory", self.max_memory, units, "500MB or 8GB")
+
+
+def _amount(name: str, text: str | None, units: dict[str, float], forms: str) -> float | None:
+    """A positive amount with its unit, which it must have: a bare number could be any."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([\d.]+)\s*([a-z]+)", str(text).strip().lower())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if not match or match[2] not in units or not 0 < number < 1e12:
+        raise TrainingError(f"{name} {str(text)[:40]!r} cannot be read; give a number with its unit, such as {forms}")
+    return number * units[match[2]]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from layercard.commands.pareto import pareto, transfer
 from layercard.commands.profile import profile
 from layercard.commands.report import report
 from layercard.commands.roi import roi
+from layercard.commands.run import run as run_all
 from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.terminal import Level, logging_to_stderr
@@ -42,7 +43,7 @@ TERMINATED = 143
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(data, profile, show, select, pareto, train, evaluate, compare, cost, latency, transfer, verify),
+    *(run_all, data, profile, show, select, pareto, train, evaluate, compare, cost, latency, transfer, verify),
     *(export, push, pull, report, roi, explore, demo),
 )
 """In the order in which the help names them."""

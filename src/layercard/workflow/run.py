@@ -1,0 +1,482 @@
+"""`layercard run`: from model and data to a trained adapter, chosen by measuring on these data; every step leaves its file.
+
+| step | file |
+| --- | --- |
+| a few timed steps of all layers | `timing/run.json` |
+| profile, where the search has time for it | `card.json` |
+| race | `race/`, `race.json` |
+| choose | `placement.json` |
+| train | `adapter/` |
+| result | `result.json` |
+
+A step whose file is there is not done again, so a run that was interrupted goes on with the same call. Card and race together take at
+most `RunSettings.search` of what training all layers with the fast parts would take.
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercard.adapters.apply import place
+from layercard.card.card import LayerCard
+from layercard.data.load import Dataset
+from layercard.errors import DataError, OutputError, TrainingError
+from layercard.files import LOCK_FILE, alone, read_json, write_json, write_text
+from layercard.models.load import BaseModel, Progress, describe
+from layercard.models.losses import RecordLosses
+from layercard.profiling.profile import profile_records
+from layercard.records import Estimate
+from layercard.report.page import report_page
+from layercard.report.sources import read_sources
+from layercard.selection.budgets import Budgets
+from layercard.selection.placement import Placement
+from layercard.selection.select import select
+from layercard.settings import FastSettings, ProfileSettings, RunSettings, TrainSettings
+from layercard.statistics.ratios import ratio_interval
+from layercard.training.evaluate import describe_data, held_out_losses
+from layercard.training.records import Run
+from layercard.training.train import RUN_FILE, train
+from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Race, Shape, race, race_shape, usual_rate
+from layercard.workflow.result import AllLayers, Chosen, Measured, Result, Seconds
+
+PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE = "plan.json", "card.json", "race.json", "placement.json", "result.json"
+ADAPTER, REPORT_FILE, TIMING, RACE = "adapter", "report.html", "timing", "race"
+FILES = (PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE, ADAPTER, REPORT_FILE, TIMING, RACE, f"{CARD_FILE}.state")
+"""All that a run leaves in its folder."""
+LEAST_RECORDS = 16
+"""Records below which nothing can be chosen or judged."""
+HELD_OUT = (0.1, 16, 300)
+"""Share of the records that a split holds out, the least and the most of them."""
+TIMED_STEPS = 4
+CARD_SHARE = 0.4
+"""Part of the search that a card may take; the race has the rest."""
+CARD_STEPS = 0.9
+"""Fast training steps of all layers, 8 records each, that a card takes for each of its records (docs/profiling.md)."""
+CARD_RECORDS = (16, 64)
+"""The least records that a card says something from, and the most that it needs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, and how long it will take.
+
+    Attributes:
+        steps: Updates of the final training.
+        step_seconds: Of one with all layers, measured.
+        card_records: Records of the card; 0 for none.
+        race: How large the race is; `None` for no race.
+        search_seconds: What card and race may take.
+        notes: What a user should know of it, in sentences.
+    """
+
+    steps: int
+    step_seconds: float
+    card_records: int
+    race: Shape | None
+    search_seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """The whole, at most: search, and training of all layers."""
+        return self.steps * self.step_seconds + (self.search_seconds if self.race else 0.0)
+
+    def lines(self) -> list[str]:
+        """The plan in words, a line a step."""
+        parts = [f"card from {self.card_records} records" if self.card_records else "no card", "no race"]
+        if self.race is not None:
+            final = f", two of them again for {LONGER * self.race.steps}" if self.race.final else ""
+            parts[1] = f"race of {1 + self.race.entrants} candidates, {self.race.steps} steps each{final}"
+        training = f"{self.steps} steps, at most {duration(self.steps * self.step_seconds)}"
+        return [
+            f"search: {'; '.join(parts)} (up to {duration(self.search_seconds if self.race else 0.0)})",
+            f"train: {training} ({self.step_seconds:.2f} s a step of all layers)",
+            *self.notes,
+        ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(5.2), duration(400), duration(9000)
+    ('5 s', '6.7 min', '2.5 h')
+    """
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def split(data: Dataset, valid: Dataset | None, seed: int) -> tuple[Dataset, Dataset, str]:
+    """Records to train on and held-out ones, and what was done in a sentence; a tenth is held out where none are given.
+
+    Raises:
+        DataError: Fewer than `LEAST_RECORDS` records.
+    """
+    share, least, most = HELD_OUT
+    needed = LEAST_RECORDS if valid is not None else 2 * least
+    if len(data) < needed:
+        raise DataError(f"{data.source} has {len(data)} records; a run needs at least {needed}, so add records or train without choosing")
+    if valid is not None:
+        return data, valid, ""
+    count = min(most, max(least, math.floor(share * len(data))))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out, rest = sorted(order[:count]), sorted(order[count:])
+    note = f"no held-out records are given: {count} of {len(data):,} are held out (drawn with seed {seed})"
+    return data.part(rest, f"{data.source} (without held-out)"), data.part(held_out, f"{data.source} (held out)"), note
+
+
+def run(
+    base: BaseModel,
+    data: Dataset,
+    output: str | Path,
+    *,
+    valid: Dataset | None = None,
+    settings: RunSettings | None = None,
+    training: TrainSettings | None = None,
+    fast: FastSettings | None = None,
+    progress: Progress | None = None,
+    tell: Any = None,
+) -> Result:
+    """Choose where and how to adapt by measuring on these records, train to the full length, and say what it gave.
+
+    Args:
+        base: The frozen base model.
+        data: Records to train on.
+        output: The folder that gets every file; where it holds a part of this run, that part is not done again.
+        valid: Held-out records; a tenth of `data` when not given.
+        settings: How to choose, and within what limits.
+        training: The full-length training: steps or epochs, batch, rank. Its learning rate counts only where it is not the default.
+        fast: Which work training leaves out; all that is exact when not given.
+        progress: Told of every phase.
+        tell: Called with each line that says what will be done or was decided.
+
+    Raises:
+        DataError: Too few records.
+        OutputError: `output` holds another run, or cannot be written.
+        BenchmarkError: Nothing keeps the limits.
+        TrainingError: A limit that leaves no time to train, or as `train`.
+    """
+    settings, training, fast, output = settings or RunSettings(), training or TrainSettings(), fast or FastSettings(), Path(output)
+    tell = tell or logging.getLogger(__name__).info
+    with alone(output):
+        # Step 1: the records, and that the folder is of this run.
+        data, valid, split_note = split(data, valid, training.seed)
+        _same_run(output, base, data, valid, settings, training)
+        if (output / RESULT_FILE).exists():
+            return Result.load(output / RESULT_FILE)
+        tell(f"data: {len(data):,} records to train on, {data.tokens:,} tokens, {data.labelled_tokens / data.tokens:.0%} of them learnt; "
+             f"{len(valid):,} held out{f'; {data.truncated:,} are cut' if data.truncated else ''}")  # fmt: skip
+        if split_note:
+            tell(split_note)
+        before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
+
+        # Step 2: time a few steps of all layers, and plan from that.
+        everything = place(base, range(len(base.blocks)), objective="all layers")
+        timed = _timed(base, everything, data, training, fast, output / TIMING, progress)
+        plan = plan_run(base, data, settings, training, timed)
+        for line in plan.lines():
+            tell(line)
+
+        # Step 3: the card, where the search has time for one.
+        card = _card(base, data, plan, training, output, progress)
+
+        # Step 4: the race, or the rules where there is no time for one.
+        entrants, left_out = candidates(base, card, settings, training, plan.steps, timed)
+        if training.learning_rate != TrainSettings().learning_rate:
+            entrants = [entrant.model_copy(update={"learning_rate": training.learning_rate}) for entrant in entrants]
+        raced: Race | None = None
+        if (output / RACE_FILE).exists():
+            raced = Race.load(output / RACE_FILE)
+        elif plan.race is not None:
+            count = min(plan.race.judges, len(valid))
+            judges = valid.part(range(count), f"{valid.source} (first {count})")
+            shorter = RecordLosses(before.nats[:count], before.tokens[:count])
+            spent = sum(phase.seconds for phase in card.phases) if card else 0.0
+            course = Course(base, data, judges, shorter, training, fast, plan.steps, output / RACE, plan.search_seconds - spent, progress)
+            raced = race(
+                course,
+                entrants,
+                plan.race,
+                objective=settings.objective,
+                tolerance=settings.tolerance,
+                max_memory=settings.max_memory_bytes(),
+                left_out=left_out,
+            )
+            raced.save(output / RACE_FILE, force=True)
+        chosen = raced.chosen if raced else _by_rule(entrants, settings)
+        why = raced.why if raced else "there is no time for a race, so the rules decide (docs/run.md)"
+        tell(f"chosen: {chosen.name}, learning rate {chosen.learning_rate:.3g}; {why}")
+        placement = place(base, chosen.layers, objective=chosen.name, modules=chosen.modules).changed(
+            learning_rate=chosen.learning_rate, reasons={str(layer): why for layer in chosen.layers[:1]}
+        )
+        placement.save(output / PLACEMENT_FILE, force=True)
+
+        # Step 5: the full length, and what came of it.
+        full = replace(training, steps=plan.steps, epochs=None, learning_rate=chosen.learning_rate)
+        there = (output / ADAPTER).exists()
+        how: dict[str, Any] = {"valid": valid, "fast": fast, "before": before, "progress": progress, "resume": there}
+        trained = train(base, placement, data, output / ADAPTER, full, **how)
+        result = _result(base, data, valid, plan, timed, card, raced, chosen, why, trained, settings, training)
+        result.save(output / RESULT_FILE, force=True)
+        return result
+
+
+def plan_only(base: BaseModel, data: Dataset, output: str | Path, *, valid: Dataset | None, **how: Any) -> Plan:
+    """Time a few steps and say what `run` would do; the steps are kept in `output` for it."""
+    settings, training, fast, tell = how["settings"], how["training"], how["fast"], how["tell"]
+    with alone(Path(output)):
+        data, valid, _ = split(data, valid, training.seed)
+        _same_run(Path(output), base, data, valid, settings, training)
+        everything = place(base, range(len(base.blocks)), objective="all layers")
+        timed = _timed(base, everything, data, training, fast, Path(output) / TIMING, how["progress"])
+        plan = plan_run(base, data, settings, training, timed)
+        for line in plan.lines():
+            tell(line)
+    return plan
+
+
+def write_report(output: Path) -> Path | None:
+    """The report of a finished run as a page; `None` without a card, which the page is about."""
+    if not (output / CARD_FILE).exists():
+        return None
+    sources = read_sources([output / CARD_FILE, output / PLACEMENT_FILE, output / ADAPTER])
+    return write_text(output / REPORT_FILE, report_page(sources), force=True)
+
+
+def clear(output: Path) -> None:
+    """Remove what an earlier run left in a folder, its result first; other files stay."""
+    for name in (RESULT_FILE, *FILES):
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def plan_run(base: BaseModel, data: Dataset, settings: RunSettings, training: TrainSettings, timed: Run) -> Plan:
+    """What there is time for, from the timed steps of all layers.
+
+    Raises:
+        TrainingError: `max_time` leaves less than a few steps.
+    """
+    step, notes = timed.train_seconds / timed.steps, []
+    steps = training.total_steps(len(data))
+    limit = settings.max_seconds()
+    if limit is not None:
+        affordable = math.floor(limit / (1 + settings.search) / step)
+        if affordable < TIMED_STEPS:
+            raise TrainingError(
+                f"--max-time {duration(limit)} leaves {affordable} steps of {step:.1f} s; "
+                f"allow at least {duration(2 * TIMED_STEPS * step)}, or lower the batch size"
+            )
+        if affordable < steps:
+            notes.append(f"{steps} steps would take {duration(steps * step)}; --max-time {duration(limit)} leaves {affordable}")
+            steps = affordable
+    # The learning rate matters most, so the race comes first and the card has what a full race leaves.
+    search, per_step = settings.search * steps, training.batch_size * training.accumulation
+    card_steps = CARD_STEPS * per_step / 8  # steps of all layers that a card takes for each of its records
+    records = min(CARD_RECORDS[1], len(data), int(CARD_SHARE * search / card_steps))
+    shape = race_shape(steps, search - records * card_steps, per_step) if records >= CARD_RECORDS[0] else None
+    if shape is None or not shape.final:
+        records, shape = 0, race_shape(steps, search, per_step)
+        notes.append("the search is too short for a card: candidates come from the rules")
+    if shape is None:
+        notes.append("the search is too short for a race: layers and learning rate come from the rules (--search 50% would race)")
+    return Plan(steps, step, records, shape, search * step, tuple(notes))
+
+
+def candidates(
+    base: BaseModel, card: LayerCard | None, settings: RunSettings, training: TrainSettings, steps: int, timed: Run
+) -> tuple[list[Entrant], list[str]]:
+    """Who takes part in the race, the reference first, and who does not, in words.
+
+    All layers are always asked; with a limit on memory the reference is the largest that is predicted to keep it.
+    """
+    count, limit = len(base.blocks), settings.max_memory_bytes()
+    width = base.model.get_input_embeddings().weight.shape[1]
+    every = tuple(range(count))
+    half, quarter = every[count // 2 :], every[count - max(1, count // 4) :]
+    named: list[tuple[str, Sequence[int], str]] = [("all layers", every, "all"), ("all layers, MLP", every, "mlp")]
+    if card is not None:
+        named.append(("balanced", select(card, objective="balanced").layers, "all"))
+        if limit is not None and card.cost is not None:
+            within = Budgets(max_memory=str(int(limit)))
+            named.append(("best within the memory", select(card, objective="performance", budgets=within).layers, "all"))
+    else:
+        named.append(("last half", half, "all"))
+    if settings.objective == "memory" or limit is not None:
+        named += [("last half, MLP", half, "mlp"), ("last quarter", quarter, "all")]
+    else:
+        named += [("all layers, out", every, "out"), ("last half, MLP", half, "mlp")]
+    entrants, left_out, seen = [], [], set()
+    for name, layers, modules in named:
+        if (tuple(layers), modules) in seen:
+            continue
+        seen.add((tuple(layers), modules))
+        # Memory falls about with the blocks that backward goes through; what was timed is that of all.
+        predicted = timed.peak_memory_bytes * (count - min(layers)) / count
+        if card is not None and card.cost is not None and modules == "all":
+            everything = card.cost.peak_memory(range(count))
+            predicted = timed.peak_memory_bytes * card.cost.peak_memory(layers) / everything
+        if limit is not None and predicted > 1.1 * limit:
+            left_out.append(f"{name}: predicted to take {predicted / 2**20:,.0f} MiB")
+            continue
+        rate = usual_rate(width, steps, len(layers) / count)
+        entrants.append(Entrant(name=name, layers=tuple(layers), modules=modules, learning_rate=float(f"{rate:.3g}")))
+    if not entrants:
+        fewest = every[-1:]
+        rate = usual_rate(width, steps, 1 / count)
+        entrants.append(Entrant(name="last layer", layers=fewest, modules="all", learning_rate=float(f"{rate:.3g}")))
+    return entrants, left_out
+
+
+def _by_rule(entrants: Sequence[Entrant], settings: RunSettings) -> Entrant:
+    """Without a race: all layers, or with the objective memory or a limit on it the largest that keeps it."""
+    if settings.objective == "memory":
+        return next((entrant for entrant in entrants if len(entrant.layers) < len(entrants[0].layers)), entrants[0])
+    return entrants[0]
+
+
+def _same_run(output: Path, base: BaseModel, data: Dataset, valid: Dataset, settings: RunSettings, training: TrainSettings) -> None:
+    """Write what decides about the run into a new folder, or refuse one that holds another."""
+    plan = {
+        "schema": "layercard-plan/1",
+        "model": base.fingerprint,
+        "data": data.fingerprint,
+        "valid": valid.fingerprint,
+        **training.deciding(),
+        **settings.to_json(),
+    }
+    path = output / PLAN_FILE
+    if path.exists():
+        earlier = read_json(path, OutputError, "plan")
+        for name, value in plan.items():
+            if earlier.get(name) != value:
+                raise OutputError(
+                    f"{output} is a run with {name} {earlier.get(name)}, not {value}; "
+                    "give it as it was, name another output, or pass --force"
+                )
+        return
+    others = [entry.name for entry in output.iterdir() if entry.name != LOCK_FILE]
+    if others:
+        raise OutputError(f"{output} is not empty (it holds {others[0]}); name another output")
+    write_json(path, plan)
+
+
+def _timed(
+    base: BaseModel,
+    placement: Placement,
+    data: Dataset,
+    training: TrainSettings,
+    fast: FastSettings,
+    folder: Path,
+    progress: Progress | None,
+) -> Run:
+    """A few steps of all layers, for their time and memory; read where they were made before."""
+    if (folder / RUN_FILE).exists():
+        return Run.load(folder / RUN_FILE)
+    rate = usual_rate(base.model.get_input_embeddings().weight.shape[1], TIMED_STEPS)
+    settings = replace(training, steps=TIMED_STEPS, epochs=None, learning_rate=rate, save_steps=0, report_to="none")
+    told = progress and (lambda phase, done, total: progress("time a few steps", done, total))
+    return train(base, placement, data, folder, settings, fast=fast, force=folder.exists(), progress=told)
+
+
+def _card(base: BaseModel, data: Dataset, plan: Plan, training: TrainSettings, output: Path, progress: Progress | None) -> LayerCard | None:
+    if not plan.card_records:
+        return None
+    if (output / CARD_FILE).exists():
+        return LayerCard.load(output / CARD_FILE)
+    how = ProfileSettings(rank=training.rank, seed=training.seed)
+    some = data.part(range(plan.card_records), f"{data.source} (first {plan.card_records})")
+    card = profile_records(base, some, how, progress, state=output / f"{CARD_FILE}.state")
+    card.save(output / CARD_FILE, force=True)
+    return card
+
+
+def _result(
+    base: BaseModel,
+    data: Dataset,
+    valid: Dataset,
+    plan: Plan,
+    timed: Run,
+    card: LayerCard | None,
+    raced: Race | None,
+    chosen: Entrant,
+    why: str,
+    trained: Run,
+    settings: RunSettings,
+    training: TrainSettings,
+) -> Result:
+    """Put together what was measured."""
+    assert trained.loss_before is not None and trained.loss_after is not None and trained.loss_reduction is not None
+    is_all = len(chosen.layers) == len(base.blocks) and chosen.modules == "all"
+    low, high = trained.loss_reduction_interval or (trained.loss_reduction, trained.loss_reduction)
+    verdict = "not worth training" if low <= 0 else "all layers" if is_all else "adapt"
+    step = trained.train_seconds / trained.steps
+    if is_all:
+        every = AllLayers(
+            loss_reduction=Estimate(value=trained.loss_reduction, low=low, high=high),
+            source="measured",
+            step_seconds=step,
+            peak_memory_bytes=trained.peak_memory_bytes,
+        )
+    else:
+        reduction, source = _estimate_of_all(raced, chosen, len(base.blocks), trained)
+        every = AllLayers(
+            loss_reduction=reduction,
+            source=source,
+            step_seconds=timed.train_seconds / timed.steps,
+            peak_memory_bytes=timed.peak_memory_bytes,
+        )
+    phases = {phase["name"]: phase["seconds"] for phase in trained.phases}
+    seconds = {
+        "timing": timed.train_seconds,
+        "profile": sum(phase.seconds for phase in card.phases) if card else 0.0,
+        "race": raced.seconds if raced else 0.0,
+        "train": trained.train_seconds,
+        "evaluate": phases.get("loss after", 0.0),
+    }
+    return Result(
+        model=describe(base),
+        data=describe_data(data),
+        valid=describe_data(valid),
+        chosen=Chosen(**chosen.model_dump()),
+        verdict=verdict,
+        why=why,
+        measured=Measured(
+            loss_before=trained.loss_before, loss_after=trained.loss_after, loss_reduction=trained.loss_reduction, interval=(low, high)
+        ),
+        all_layers=every,
+        steps=trained.steps,
+        planned_steps=plan.steps,
+        seconds=Seconds(**seconds, total=sum(seconds.values())),
+        step_seconds=step,
+        peak_memory_bytes=trained.peak_memory_bytes,
+        adapter_bytes=trained.adapter_bytes,
+        settings={**training.to_json(), **settings.to_json()},
+        notes=plan.notes,
+    )
+
+
+def _estimate_of_all(raced: Race | None, chosen: Entrant, count: int, trained: Run) -> tuple[Estimate, Any]:
+    """What all layers would have taken away: as much more or less as in the longest heats that both ran."""
+    assert trained.loss_reduction is not None
+    heats = raced.heats if raced else ()
+    alike = [heat for heat in heats if heat.entrant.name == chosen.name]
+    every = [heat for heat in heats if len(heat.entrant.layers) == count and heat.entrant.modules == "all"]
+    lengths = {heat.steps for heat in alike} & {heat.steps for heat in every}
+    if raced is None or not lengths:
+        return Estimate(value=trained.loss_reduction), "unknown"
+    longest = max(lengths)
+    mine = min((heat for heat in alike if heat.steps == longest), key=lambda heat: heat.loss)
+    theirs = min((heat for heat in every if heat.steps == longest), key=lambda heat: heat.loss)
+    gained = [raced.loss_before - heat.loss for heat in (theirs, mine)]
+    value = trained.loss_reduction * gained[0] / gained[1] if gained[1] > 0 else trained.loss_reduction
+    # Noise of the two heats over records, and of training.
+    low, high = ratio_interval([a - b for a, b in zip(mine.nats, theirs.nats, strict=True)], raced.labelled)
+    half = math.hypot((high - low) / 2, 1.96 * HEAT_NOISE * trained.loss_reduction)
+    return Estimate(value=value, low=value - half, high=value + half), "estimated"
