@@ -18,6 +18,9 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_wi
 PROBES = ("none", "step", "train")
 """What profiling can measure on held-out records."""
 
+LEARNING_RATE = 2e-3
+"""Peak learning rate where neither the settings nor the placement has one."""
+
 _LOW_RANK = ("rank", "alpha", "dropout")
 METHODS: dict[str, tuple[str, ...]] = {
     "lora": _LOW_RANK,
@@ -164,7 +167,9 @@ class TrainSettings(Settings):
     rank: int = setting(8, _RANK, low=1)
     alpha: float = setting(16.0, "Scale of the adapters; the update is alpha / rank times their product.", low=1e-9)
     dropout: float = setting(0.0, "Dropout on the adapters' inputs.", low=0, high=0.99)
-    learning_rate: float = setting(2e-3, "Peak learning rate of AdamW.", low=1e-12)
+    learning_rate: float | None = setting(
+        None, "Peak learning rate of AdamW; when not given that of the placement, and 0.002 where it has none.", low=1e-12
+    )
     steps: int | None = setting(None, "Number of updates; or give --epochs. One epoch when neither is given.", low=1)
     epochs: float | None = setting(None, "Passes over the data.", low=1e-9)
     batch_size: int = setting(4, _BATCH_SIZE, low=1)
@@ -197,6 +202,11 @@ class TrainSettings(Settings):
             return self.steps
         epochs = 1.0 if self.epochs is None else self.epochs
         return max(1, math.ceil(epochs * records / (self.batch_size * self.accumulation) - 1e-9))
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, with `LEARNING_RATE` where none is set."""
+        return LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
     def reporters(self) -> list[str]:
         """`report_to` as a list.

@@ -2,9 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import Display, show_result
+from layercard.commands.terminal import Display, out, show_result
 from layercard.settings import DataSettings, FastSettings, LoadSettings, RunSettings, TrainSettings, setting
 
 
@@ -20,7 +21,7 @@ def run(
     settings: TrainSettings = opt.TRAINING,
     fast: FastSettings = FastSettings(),
     loading: LoadSettings = LoadSettings(),
-    plan: bool = setting(False, "Say what would be done and how long it would take, and stop."),
+    only_plan: bool = setting(False, "Say what would be done and how long it would take, and stop.", option="--plan"),
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
@@ -43,14 +44,11 @@ def run(
         dataset = opt.read(data, base, records, reading)
         held_out = opt.read(valid, base, valid_records, reading) if valid else None
 
-        def tell(line: str) -> None:
-            sys.stderr.write(f"{line}\n")
-
-        how = {"valid": held_out, "settings": choice, "training": settings, "fast": fast, "progress": display, "tell": tell}
-        if plan:
-            plan_only(base, dataset, output, **how)
+        how: dict[str, Any] = {"valid": held_out, "settings": choice, "training": settings, "fast": fast, "progress": display}
+        if only_plan:
+            out().print("\n".join(plan_only(base, dataset, output, **how).lines()), soft_wrap=True)
             return
-        result = go(base, dataset, output, **how)
+        result = go(base, dataset, output, **how, tell=lambda line: sys.stderr.write(f"{line}\n"))
         write_report(output)
     rows = {
         "Chosen": f"{result.chosen.name} · {len(result.chosen.layers)} layers · {result.chosen.modules} modules · "

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def train(
     """
     settings, fast, phases, output = settings or TrainSettings(), fast or FastSettings(), phases or Phases(), Path(output)
     steps, count, checkpoints = settings.total_steps(len(data)), processes.count(), output / CHECKPOINTS
+
+    if settings.learning_rate is None:
+        settings = replace(settings, learning_rate=placement.learning_rate or settings.rate)
 
     # Step 1: refuse what cannot be trained before anything is written.
     check_model(base, placement)

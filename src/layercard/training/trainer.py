@@ -81,7 +81,7 @@ def fit(
         watch.peak.stop()
     broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
     if broken:
-        raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.learning_rate:g})")
+        raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.rate:g})")
     return trainer.log_so_far
 
 
@@ -140,7 +140,7 @@ class AdapterTrainer(Trainer):
         super().__init__(model=model, args=arguments, train_dataset=examples, data_collator=inputs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided over the accumulated batch
-        self.learning_rate = settings.learning_rate
+        self.learning_rate = settings.rate
         self.labels_only = labels_only
         self.allocation = RankAllocation.of(model)
         self.log_so_far = TrainLog()
@@ -275,7 +275,7 @@ def training_arguments(settings: TrainSettings, steps: int, folder: Path, device
             max_steps=steps,
             per_device_train_batch_size=settings.batch_size // processes.count(),
             gradient_accumulation_steps=settings.accumulation,
-            learning_rate=settings.learning_rate,
+            learning_rate=settings.rate,
             lr_scheduler_type=settings.scheduler,
             warmup_steps=math.ceil(settings.warmup_ratio * steps),
             weight_decay=settings.weight_decay,

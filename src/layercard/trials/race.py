@@ -7,8 +7,8 @@ records. The race goes in three rounds, so that no grid is filled:
 2. *Placement*: the other entrants at the rate that this round found, each moved by its own rule (`usual_rate`).
 3. *Final*: the leaders again, `LONGER` times as long, which also tells whether the order lasts.
 
-Short runs want higher rates than long ones. So a heat of r steps that stands for T steps runs at `(T / r) ** SHIFT` times the rate of the
-long run, and what wins is moved back by the same factor.
+Short runs want higher rates than long ones, down to `SETTLED` steps. So a heat of r steps that stands for T steps runs at
+`(T / max(r, SETTLED)) ** SHIFT` times the rate of the long run, and what wins is moved back by the same factor (`moved`).
 
 Every heat is a folder that is never made twice: a race that was killed goes on when it is asked for again.
 """
@@ -35,8 +35,10 @@ from layercard.training.records import Run
 from layercard.training.train import RUN_FILE, train
 
 SHIFT = 0.35
-"""How the best learning rate falls with the number of steps, `steps ** -SHIFT`; fitted to `benchmarks/results/curves`."""
-USUAL = (0.9, 500.0)
+"""How the best learning rate falls with the number of steps, `steps ** -SHIFT`."""
+SETTLED = 24
+"""Steps below which the best learning rate no longer rises: there it is limited by what the first steps can bear."""
+USUAL = (0.9, 500)
 """The rule for a rate without a race: `USUAL[0] / width` for adapters in all layers and `USUAL[1]` steps; see `usual_rate`."""
 LAYERS_SHIFT = 0.3
 """How the best learning rate grows as fewer layers are adapted, `share of layers ** -LAYERS_SHIFT`."""
@@ -55,8 +57,6 @@ HEAT_NOISE = 0.015
 """Standard deviation of the difference between two heats with the same records, as a share of the loss that training takes away."""
 CERTAIN = 0.9
 """Probability with which the chosen entrant must be within the tolerance of the best."""
-
-Objective = Literal["time", "memory", "quality"]
 
 
 class Entrant(Part):
@@ -101,7 +101,7 @@ class Race(Record):
     labelled: tuple[int, ...]  # labelled tokens of each held-out record
     loss_before: float
     steps: int  # of the run that it decides for
-    objective: Objective
+    objective: str
     tolerance: float
     budget_seconds: float
     heats: tuple[Heat, ...]
@@ -127,7 +127,16 @@ def usual_rate(width: int, steps: int, share: float = 1.0) -> float:
     >>> round(usual_rate(576, 500), 5), round(usual_rate(4096, 500), 5)
     (0.00156, 0.00022)
     """
-    return USUAL[0] / width * (USUAL[1] / steps) ** SHIFT * share**-LAYERS_SHIFT
+    return moved(USUAL[0] / width, USUAL[1], steps) * share**-LAYERS_SHIFT
+
+
+def moved(rate: float, steps: int, others: int) -> float:
+    """The learning rate for a run of `others` steps that answers to `rate` in one of `steps` steps.
+
+    >>> round(moved(0.002, 960, 96) / 0.002, 2), moved(0.002, 8, 16)
+    (2.24, 0.002)
+    """
+    return rate * (max(steps, SETTLED) / max(others, SETTLED)) ** SHIFT
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ class Course:
 
     def heat(self, entrant: Entrant, steps: int) -> Heat:
         """Train an entrant for so many steps, or read that it was."""
-        rate = entrant.learning_rate * (self.steps / steps) ** SHIFT
+        rate = moved(entrant.learning_rate, self.steps, steps)
         settings = replace(self.settings, steps=steps, epochs=None, learning_rate=float(f"{rate:.4g}"), save_steps=0, report_to="none")
         folder = self.folder / f"{entrant.folder}-n{steps}"
         told = self.progress and (lambda phase, done, total: self.progress(f"{entrant.name}: {phase}", done, total))  # type: ignore[misc]
@@ -227,8 +236,9 @@ def race(
     entrants: Sequence[Entrant],
     shape: Shape,
     *,
-    objective: Objective = "time",
+    objective: str = "time",
     tolerance: float = 0.01,
+    search_rate: bool = True,
     max_memory: float | None = None,
     left_out: Sequence[str] = (),
 ) -> Race:
@@ -240,6 +250,7 @@ def race(
         shape: How large it is (`race_shape`).
         objective: What the choice shall be cheap in, among those that are good enough; `quality`: the least loss.
         tolerance: How far above the best loss is good enough, as a share of it.
+        search_rate: Whether the first round looks for the learning rate; else that of the reference is taken.
         max_memory: Bytes above the frozen model; an entrant that was measured to take more is not chosen.
         left_out: Entrants that do not take part, in words, for the record.
 
@@ -263,9 +274,9 @@ def race(
     first, heat_length = entrants[0], shape.steps
     final_length = min(LONGER * heat_length, course.steps)
     final_steps = FINALISTS * final_length if shape.final else 0
-    by_factor = {factor: run(_at(first, factor), heat_length) for factor in (1.0, 2.0)}
-    side = 2.0 if by_factor[2.0].loss < by_factor[1.0].loss else 0.5
-    while len(by_factor) < MOST_RATES and left(heat_length * (1 + len(entrants[1 : shape.entrants + 1])) + final_steps) > 0:
+    by_factor = {factor: run(_at(first, factor), heat_length) for factor in ((1.0, 2.0) if search_rate else (1.0,))}
+    side = 2.0 if by_factor[max(by_factor)].loss < by_factor[1.0].loss else 0.5
+    while search_rate and len(by_factor) < MOST_RATES and left(heat_length * (1 + len(entrants[1 : shape.entrants + 1])) + final_steps) > 0:
         edge = max(by_factor) if side > 1 else min(by_factor)
         if by_factor[edge].loss > min(heat.loss for heat in by_factor.values()):
             break
@@ -326,7 +337,7 @@ def _lowest(by_factor: dict[float, Heat]) -> float:
     return best if bend <= 0 else float(best * 2 ** (0.5 * (left - right) / bend))
 
 
-def _finalists(heats: Sequence[Heat], objective: Objective) -> list[Heat]:
+def _finalists(heats: Sequence[Heat], objective: str) -> list[Heat]:
     """The best, and of the rest the one that would be chosen if it were as good: the cheapest that is not far behind."""
     ranked = sorted(heats, key=lambda heat: heat.loss)
     best, rest = ranked[0], ranked[1:]
@@ -336,12 +347,12 @@ def _finalists(heats: Sequence[Heat], objective: Objective) -> list[Heat]:
     return [best, *sorted(near, key=lambda heat: price(heat, objective))[: FINALISTS - 1]]
 
 
-def price(heat: Heat, objective: Objective) -> float:
+def price(heat: Heat, objective: str) -> float:
     """What an objective wants little of."""
     return {"time": heat.step_seconds, "memory": float(heat.peak_memory_bytes), "quality": heat.loss}[objective]
 
 
-def choose(heats: Sequence[Heat], before: RecordLosses, objective: Objective, tolerance: float) -> tuple[Heat, str]:
+def choose(heats: Sequence[Heat], before: RecordLosses, objective: str, tolerance: float) -> tuple[Heat, str]:
     """The cheapest heat that is within `tolerance` of the best with probability `CERTAIN`, and why in a sentence.
 
     The difference between two heats is taken as normal: its value is that of their losses on the same records, its variance the

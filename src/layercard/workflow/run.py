@@ -16,7 +16,7 @@ most `RunSettings.search` of what training all layers with the fast parts would 
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from layercard.settings import FastSettings, ProfileSettings, RunSettings, Train
 from layercard.statistics.ratios import ratio_interval
 from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
-from layercard.training.train import RUN_FILE, train
+from layercard.training.train import CHECKPOINTS, PLAN_FILE as TRAIN_PLAN, RUN_FILE, train
 from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Race, Shape, race, race_shape, usual_rate
 from layercard.workflow.result import AllLayers, Chosen, Measured, Result, Seconds
 
@@ -129,6 +129,85 @@ def split(data: Dataset, valid: Dataset | None, seed: int) -> tuple[Dataset, Dat
     return data.part(rest, f"{data.source} (without held-out)"), data.part(held_out, f"{data.source} (held out)"), note
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What `tune` decided, and what it was decided from; `run` goes on with it."""
+
+    data: Dataset
+    valid: Dataset
+    before: RecordLosses  # of the base model on `valid`
+    plan: Plan
+    timed: Run
+    card: LayerCard | None
+    race: Race | None
+    chosen: Entrant
+    why: str
+    placement: Placement
+
+
+def tune(
+    base: BaseModel,
+    data: Dataset,
+    output: str | Path,
+    *,
+    valid: Dataset | None = None,
+    settings: RunSettings | None = None,
+    training: TrainSettings | None = None,
+    fast: FastSettings | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> Choice:
+    """Choose layers, modules and learning rate by short trainings on these records; the arguments are those of `run`.
+
+    The folder gets `timing/`, `card.json`, `race/`, `race.json` and `placement.json`; what is there is not made again.
+    """
+    settings, training, fast, output = settings or RunSettings(), training or TrainSettings(), fast or FastSettings(), Path(output)
+    tell = tell or logging.getLogger(__name__).info
+
+    # Step 1: the records, and that the folder is of this run.
+    data, valid, split_note = split(data, valid, training.seed)
+    _same_run(output, base, data, valid, settings, training)
+    cut = f"; {data.truncated:,} are cut" if data.truncated else ""
+    share = data.labelled_tokens / data.tokens
+    tell(f"data: {len(data):,} records to train on, {data.tokens:,} tokens, {share:.0%} of them learnt; {len(valid):,} held out{cut}")
+    if split_note:
+        tell(split_note)
+    before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
+
+    # Step 2: time a few steps of all layers, and plan from that.
+    timed = _timed(base, data, training, fast, output / TIMING, progress)
+    plan = plan_run(data, settings, training, timed)
+    for line in plan.lines():
+        tell(line)
+
+    # Step 3: the card, where the search has time for one.
+    card = _card(base, data, plan, training, output, progress)
+
+    # Step 4: the race, or the rules where there is no time for one.
+    entrants, left_out = candidates(base, card, settings, plan.steps, timed)
+    if training.learning_rate is not None:
+        entrants = [entrant.model_copy(update={"learning_rate": training.learning_rate}) for entrant in entrants]
+    raced: Race | None = None
+    if (output / RACE_FILE).exists():
+        raced = Race.load(output / RACE_FILE)
+    elif plan.race is not None:
+        count = min(plan.race.judges, len(valid))
+        judges = valid.part(range(count), f"{valid.source} (first {count})")
+        judged = RecordLosses(before.nats[:count], before.tokens[:count])
+        budget = plan.search_seconds - (sum(phase.seconds for phase in card.phases) if card else 0.0)
+        course = Course(base, data, judges, judged, training, fast, plan.steps, output / RACE, budget, progress)
+        limits: dict[str, Any] = {"tolerance": settings.tolerance, "max_memory": settings.max_memory_bytes(), "left_out": left_out}
+        raced = race(course, entrants, plan.race, objective=settings.objective, search_rate=training.learning_rate is None, **limits)
+        raced.save(output / RACE_FILE, force=True)
+    chosen = raced.chosen if raced else _by_rule(entrants, settings)
+    why = raced.why if raced else "there was no time for a race, so the rules decide (docs/run.md)"
+    tell(f"chosen: {chosen.name}, learning rate {chosen.learning_rate:.3g}; {why}")
+    placement = place(base, chosen.layers, objective=chosen.name, modules=chosen.modules)
+    placement = placement.changed(learning_rate=chosen.learning_rate, reasons=dict.fromkeys(map(str, chosen.layers), why))
+    placement.save(output / PLACEMENT_FILE, force=True)
+    return Choice(data, valid, before, plan, timed, card, raced, chosen, why, placement)
+
+
 def run(
     base: BaseModel,
     data: Dataset,
@@ -139,7 +218,7 @@ def run(
     training: TrainSettings | None = None,
     fast: FastSettings | None = None,
     progress: Progress | None = None,
-    tell: Any = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Result:
     """Choose where and how to adapt by measuring on these records, train to the full length, and say what it gave.
 
@@ -149,7 +228,7 @@ def run(
         output: The folder that gets every file; where it holds a part of this run, that part is not done again.
         valid: Held-out records; a tenth of `data` when not given.
         settings: How to choose, and within what limits.
-        training: The full-length training: steps or epochs, batch, rank. Its learning rate counts only where it is not the default.
+        training: The full-length training: steps or epochs, batch, rank. A learning rate in it is taken and not searched.
         fast: Which work training leaves out; all that is exact when not given.
         progress: Told of every phase.
         tell: Called with each line that says what will be done or was decided.
@@ -160,83 +239,38 @@ def run(
         BenchmarkError: Nothing keeps the limits.
         TrainingError: A limit that leaves no time to train, or as `train`.
     """
-    settings, training, fast, output = settings or RunSettings(), training or TrainSettings(), fast or FastSettings(), Path(output)
-    tell = tell or logging.getLogger(__name__).info
+    settings, training, output = settings or RunSettings(), training or TrainSettings(), Path(output)
     with alone(output):
-        # Step 1: the records, and that the folder is of this run.
-        data, valid, split_note = split(data, valid, training.seed)
-        _same_run(output, base, data, valid, settings, training)
+        made: dict[str, Any] = {"valid": valid, "settings": settings, "training": training, "fast": fast, "progress": progress}
+        choice = tune(base, data, output, **made, tell=tell)
         if (output / RESULT_FILE).exists():
             return Result.load(output / RESULT_FILE)
-        tell(f"data: {len(data):,} records to train on, {data.tokens:,} tokens, {data.labelled_tokens / data.tokens:.0%} of them learnt; "
-             f"{len(valid):,} held out{f'; {data.truncated:,} are cut' if data.truncated else ''}")  # fmt: skip
-        if split_note:
-            tell(split_note)
-        before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
-
-        # Step 2: time a few steps of all layers, and plan from that.
-        everything = place(base, range(len(base.blocks)), objective="all layers")
-        timed = _timed(base, everything, data, training, fast, output / TIMING, progress)
-        plan = plan_run(base, data, settings, training, timed)
-        for line in plan.lines():
-            tell(line)
-
-        # Step 3: the card, where the search has time for one.
-        card = _card(base, data, plan, training, output, progress)
-
-        # Step 4: the race, or the rules where there is no time for one.
-        entrants, left_out = candidates(base, card, settings, training, plan.steps, timed)
-        if training.learning_rate != TrainSettings().learning_rate:
-            entrants = [entrant.model_copy(update={"learning_rate": training.learning_rate}) for entrant in entrants]
-        raced: Race | None = None
-        if (output / RACE_FILE).exists():
-            raced = Race.load(output / RACE_FILE)
-        elif plan.race is not None:
-            count = min(plan.race.judges, len(valid))
-            judges = valid.part(range(count), f"{valid.source} (first {count})")
-            shorter = RecordLosses(before.nats[:count], before.tokens[:count])
-            spent = sum(phase.seconds for phase in card.phases) if card else 0.0
-            course = Course(base, data, judges, shorter, training, fast, plan.steps, output / RACE, plan.search_seconds - spent, progress)
-            raced = race(
-                course,
-                entrants,
-                plan.race,
-                objective=settings.objective,
-                tolerance=settings.tolerance,
-                max_memory=settings.max_memory_bytes(),
-                left_out=left_out,
-            )
-            raced.save(output / RACE_FILE, force=True)
-        chosen = raced.chosen if raced else _by_rule(entrants, settings)
-        why = raced.why if raced else "there is no time for a race, so the rules decide (docs/run.md)"
-        tell(f"chosen: {chosen.name}, learning rate {chosen.learning_rate:.3g}; {why}")
-        placement = place(base, chosen.layers, objective=chosen.name, modules=chosen.modules).changed(
-            learning_rate=chosen.learning_rate, reasons={str(layer): why for layer in chosen.layers[:1]}
-        )
-        placement.save(output / PLACEMENT_FILE, force=True)
-
-        # Step 5: the full length, and what came of it.
-        full = replace(training, steps=plan.steps, epochs=None, learning_rate=chosen.learning_rate)
-        there = (output / ADAPTER).exists()
-        how: dict[str, Any] = {"valid": valid, "fast": fast, "before": before, "progress": progress, "resume": there}
-        trained = train(base, placement, data, output / ADAPTER, full, **how)
-        result = _result(base, data, valid, plan, timed, card, raced, chosen, why, trained, settings, training)
+        full = replace(training, steps=choice.plan.steps, epochs=None, learning_rate=choice.chosen.learning_rate)
+        how: dict[str, Any] = {"valid": choice.valid, "fast": fast, "before": choice.before, "progress": progress}
+        begun = (output / ADAPTER / CHECKPOINTS / TRAIN_PLAN).exists() or (output / ADAPTER / RUN_FILE).exists()
+        trained = train(base, choice.placement, choice.data, output / ADAPTER, full, **how, resume=begun, force=not begun)
+        result = _result(base, choice, trained, {**training.to_json(), **settings.to_json()})
         result.save(output / RESULT_FILE, force=True)
         return result
 
 
-def plan_only(base: BaseModel, data: Dataset, output: str | Path, *, valid: Dataset | None, **how: Any) -> Plan:
+def plan_only(
+    base: BaseModel,
+    data: Dataset,
+    output: str | Path,
+    *,
+    valid: Dataset | None = None,
+    settings: RunSettings | None = None,
+    training: TrainSettings | None = None,
+    fast: FastSettings | None = None,
+    progress: Progress | None = None,
+) -> Plan:
     """Time a few steps and say what `run` would do; the steps are kept in `output` for it."""
-    settings, training, fast, tell = how["settings"], how["training"], how["fast"], how["tell"]
-    with alone(Path(output)):
+    settings, training, fast, output = settings or RunSettings(), training or TrainSettings(), fast or FastSettings(), Path(output)
+    with alone(output):
         data, valid, _ = split(data, valid, training.seed)
-        _same_run(Path(output), base, data, valid, settings, training)
-        everything = place(base, range(len(base.blocks)), objective="all layers")
-        timed = _timed(base, everything, data, training, fast, Path(output) / TIMING, how["progress"])
-        plan = plan_run(base, data, settings, training, timed)
-        for line in plan.lines():
-            tell(line)
-    return plan
+        _same_run(output, base, data, valid, settings, training)
+        return plan_run(data, settings, training, _timed(base, data, training, fast, output / TIMING, progress))
 
 
 def write_report(output: Path) -> Path | None:
@@ -257,7 +291,7 @@ def clear(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def plan_run(base: BaseModel, data: Dataset, settings: RunSettings, training: TrainSettings, timed: Run) -> Plan:
+def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, timed: Run) -> Plan:
     """What there is time for, from the timed steps of all layers.
 
     Raises:
@@ -289,9 +323,7 @@ def plan_run(base: BaseModel, data: Dataset, settings: RunSettings, training: Tr
     return Plan(steps, step, records, shape, search * step, tuple(notes))
 
 
-def candidates(
-    base: BaseModel, card: LayerCard | None, settings: RunSettings, training: TrainSettings, steps: int, timed: Run
-) -> tuple[list[Entrant], list[str]]:
+def candidates(base: BaseModel, card: LayerCard | None, settings: RunSettings, steps: int, timed: Run) -> tuple[list[Entrant], list[str]]:
     """Who takes part in the race, the reference first, and who does not, in words.
 
     All layers are always asked; with a limit on memory the reference is the largest that is predicted to keep it.
@@ -367,18 +399,11 @@ def _same_run(output: Path, base: BaseModel, data: Dataset, valid: Dataset, sett
     write_json(path, plan)
 
 
-def _timed(
-    base: BaseModel,
-    placement: Placement,
-    data: Dataset,
-    training: TrainSettings,
-    fast: FastSettings,
-    folder: Path,
-    progress: Progress | None,
-) -> Run:
+def _timed(base: BaseModel, data: Dataset, training: TrainSettings, fast: FastSettings, folder: Path, progress: Progress | None) -> Run:
     """A few steps of all layers, for their time and memory; read where they were made before."""
     if (folder / RUN_FILE).exists():
         return Run.load(folder / RUN_FILE)
+    placement = place(base, range(len(base.blocks)), objective="all layers")
     rate = usual_rate(base.model.get_input_embeddings().weight.shape[1], TIMED_STEPS)
     settings = replace(training, steps=TIMED_STEPS, epochs=None, learning_rate=rate, save_steps=0, report_to="none")
     told = progress and (lambda phase, done, total: progress("time a few steps", done, total))
@@ -397,68 +422,46 @@ def _card(base: BaseModel, data: Dataset, plan: Plan, training: TrainSettings, o
     return card
 
 
-def _result(
-    base: BaseModel,
-    data: Dataset,
-    valid: Dataset,
-    plan: Plan,
-    timed: Run,
-    card: LayerCard | None,
-    raced: Race | None,
-    chosen: Entrant,
-    why: str,
-    trained: Run,
-    settings: RunSettings,
-    training: TrainSettings,
-) -> Result:
+def _result(base: BaseModel, choice: Choice, trained: Run, settings: dict[str, Any]) -> Result:
     """Put together what was measured."""
     assert trained.loss_before is not None and trained.loss_after is not None and trained.loss_reduction is not None
+    chosen, timed, card, raced = choice.chosen, choice.timed, choice.card, choice.race
     is_all = len(chosen.layers) == len(base.blocks) and chosen.modules == "all"
     low, high = trained.loss_reduction_interval or (trained.loss_reduction, trained.loss_reduction)
-    verdict = "not worth training" if low <= 0 else "all layers" if is_all else "adapt"
     step = trained.train_seconds / trained.steps
     if is_all:
-        every = AllLayers(
-            loss_reduction=Estimate(value=trained.loss_reduction, low=low, high=high),
-            source="measured",
-            step_seconds=step,
-            peak_memory_bytes=trained.peak_memory_bytes,
-        )
+        reduction, source = Estimate(value=trained.loss_reduction, low=low, high=high), "measured"
+        all_step, all_memory = step, trained.peak_memory_bytes
     else:
         reduction, source = _estimate_of_all(raced, chosen, len(base.blocks), trained)
-        every = AllLayers(
-            loss_reduction=reduction,
-            source=source,
-            step_seconds=timed.train_seconds / timed.steps,
-            peak_memory_bytes=timed.peak_memory_bytes,
-        )
-    phases = {phase["name"]: phase["seconds"] for phase in trained.phases}
+        all_step, all_memory = timed.train_seconds / timed.steps, timed.peak_memory_bytes
+    every: dict[str, Any] = {"loss_reduction": reduction, "source": source, "step_seconds": all_step, "peak_memory_bytes": all_memory}
     seconds = {
         "timing": timed.train_seconds,
         "profile": sum(phase.seconds for phase in card.phases) if card else 0.0,
         "race": raced.seconds if raced else 0.0,
         "train": trained.train_seconds,
-        "evaluate": phases.get("loss after", 0.0),
+        "evaluate": sum(phase["seconds"] for phase in trained.phases if phase["name"] == "loss after"),
     }
     return Result(
         model=describe(base),
-        data=describe_data(data),
-        valid=describe_data(valid),
+        data=describe_data(choice.data),
+        valid=describe_data(choice.valid),
         chosen=Chosen(**chosen.model_dump()),
-        verdict=verdict,
-        why=why,
+        verdict="not worth training" if low <= 0 else "all layers" if is_all else "adapt",
+        why=choice.why,
         measured=Measured(
             loss_before=trained.loss_before, loss_after=trained.loss_after, loss_reduction=trained.loss_reduction, interval=(low, high)
         ),
-        all_layers=every,
+        all_layers=AllLayers(**every),
         steps=trained.steps,
-        planned_steps=plan.steps,
+        planned_steps=choice.plan.steps,
         seconds=Seconds(**seconds, total=sum(seconds.values())),
         step_seconds=step,
         peak_memory_bytes=trained.peak_memory_bytes,
         adapter_bytes=trained.adapter_bytes,
-        settings={**training.to_json(), **settings.to_json()},
-        notes=plan.notes,
+        settings=settings,
+        notes=choice.plan.notes,
     )
 
 

@@ -119,7 +119,7 @@ def trl_script(placement: Placement) -> str:
         model_words="".join(letter if letter.isalnum() or letter in "-_./ " else "?" for letter in name)[:80],
         layers_words=", ".join(map(str, placement.layers)),
         file=LORA_FILE,
-        learning_rate=f"{usual.learning_rate:g}",
+        learning_rate=f"{placement.learning_rate or usual.rate:g}",
         batch_size=usual.batch_size,
     )
 

@@ -1,0 +1,139 @@
+"""`layercard run`: the race's decisions on made-up heats, and the whole recipe on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from layercard.commands.main import run as command
+from layercard.errors import TrainingError
+from layercard.models.losses import RecordLosses
+from layercard.settings import RunSettings
+from layercard.trials.race import Entrant, Heat, choose, moved, race_shape, usual_rate
+from layercard.workflow import run as workflow
+from tiny import tiny_records, write_records
+
+TOKENS = torch.full((40,), 10.0, dtype=torch.float64)
+BEFORE = RecordLosses(30 * torch.ones(40, dtype=torch.float64), TOKENS)
+
+
+def heat(name: str, loss: float, seconds: float, memory: int = 100) -> Heat:
+    entrant = Entrant(name=name, layers=(0, 1), learning_rate=1e-3)
+    nats = tuple((loss * TOKENS).tolist())
+    how = {"learning_rate": 1e-3, "step_seconds": seconds, "peak_memory_bytes": memory, "trainable_parameters": 1, "seconds": 1.0}
+    return Heat(entrant=entrant, steps=8, loss=loss, nats=nats, **how)
+
+
+@pytest.mark.parametrize(
+    ("objective", "tolerance", "expected"),
+    [("time", 0.01, "best"), ("time", 0.1, "fast"), ("memory", 0.1, "small"), ("quality", 0.1, "best")],
+)
+def test_choice_is_the_cheapest_within_the_tolerance(objective, tolerance, expected):
+    heats = [heat("best", 1.00, 3.0, 300), heat("fast", 1.02, 1.0, 200), heat("small", 1.03, 2.0, 100), heat("bad", 1.5, 0.1, 1)]
+    chosen, why = choose(heats, BEFORE, objective, tolerance)
+    assert chosen.entrant.name == expected
+    assert expected in why
+
+
+def test_choice_wants_certainty():
+    """A difference of exactly the tolerance is as likely above as below it."""
+    chosen, why = choose([heat("best", 1.0, 3.0), heat("edge", 1.01, 1.0)], BEFORE, "time", 0.01)
+    assert chosen.entrant.name == "best" and "only with 50 %" in why
+
+
+def test_rates_move_with_the_length():
+    assert moved(moved(0.002, 1000, 40), 40, 1000) == pytest.approx(0.002)
+    assert moved(0.002, 1000, 40) > 0.002 > moved(0.002, 1000, 4000)
+    assert usual_rate(576, 500, 0.5) > usual_rate(576, 500) > usual_rate(1024, 500)
+
+
+def test_race_fits_its_budget():
+    for budget in (10, 24, 40, 80, 150, 600):
+        shape = race_shape(2000, budget, 4)
+        if shape is not None:
+            assert shape.heats() * (shape.steps + shape.judges / 12) <= budget
+    assert race_shape(2000, 10, 4) is None
+    assert race_shape(2000, 600, 4).final
+
+
+@pytest.mark.parametrize("text", ["60", "8", "1e3", "half", "-3m", "nan m", "5parsecs"])
+def test_bare_limits_are_refused(text):
+    with pytest.raises(TrainingError, match="unit"):
+        RunSettings(max_time=text)
+
+
+@pytest.fixture
+def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    data = write_records(tmp_path / "data.jsonl", tiny_records(60))
+    return ["run", str(tiny_folder), "--data", str(data), "-o", str(tmp_path / "out"), "--epochs", "6", "--search", "1.5", "--json"]
+
+
+def files(folder: Path) -> dict[str, object]:
+    return {name: json.loads((folder / name).read_text()) for name in ("race.json", "placement.json", "result.json")}
+
+
+def test_run_leaves_every_step_and_goes_on_after_interrupts(arguments, tmp_path, capsys, monkeypatch):
+    assert command(arguments) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    out = tmp_path / "out"
+    first = files(out)
+    assert result["schema"] == "layercard-result/1" and result == first["result.json"]
+    assert result["measured"]["loss_after"] < result["measured"]["loss_before"]
+    assert result["chosen"]["learning_rate"] == first["placement.json"]["learning_rate"] == first["race.json"]["chosen"]["learning_rate"]
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((out / "adapter" / "run.json").read_text())["settings"]["learning_rate"] == result["chosen"]["learning_rate"]
+    assert "are held out" in captured.err and "search:" in captured.err
+
+    # The same command again does nothing again; with other settings it is refused.
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "train", refuse)
+        assert command(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert command([*arguments, "--rank", "4"]) == 2
+    assert "rank" in capsys.readouterr().err
+
+    # Interrupted after one training of the race, and after all of them, it goes on to the same choice.
+    for before_interrupt in (1, len(first["race.json"]["heats"])):
+        assert command([*arguments, "--force", "--plan"]) == 0
+        trainings = iter(range(before_interrupt))
+
+        def interrupt(*args, _train=workflow.train, _left=trainings, **kwargs):
+            if next(_left, None) is None:
+                raise KeyboardInterrupt
+            return _train(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("layercard.trials.race.train", interrupt)
+            patch.setattr(workflow, "train", interrupt)
+            assert command(arguments) == 130
+        assert not (out / "result.json").exists()
+        assert command(arguments) == 0
+        assert files(out)["placement.json"]["layers"] == first["placement.json"]["layers"]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--records", "12"], "at least"),
+        (["--max-time", "0.001s"], "--max-time"),
+        (["--max-time", "60"], "unit"),
+        (["--objective", "tiem"], "did you mean"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, capsys, change, message):
+    assert command([*arguments, *change]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1] and lines[-1].startswith("error: ")
+
+
+def test_plan_stops_before_the_search(arguments, tmp_path, capsys):
+    assert command([*arguments[:-1], "--plan"]) == 0
+    assert "search:" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "race").exists()
