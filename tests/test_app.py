@@ -3,14 +3,16 @@
 import ast
 import base64
 import html
-import io
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from layercard.card.card import LayerCard
 from layercard.commands.main import run
 from layercard.errors import OutputError, ReportError
 from layercard.report.app import library as files, views
-from layercard.report.app.explorer import MOST_FRONTS, Explorer
+from layercard.report.app.explorer import MOST_FRONTS, MOST_UPLOADS, Explorer
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Jobs, Progress, card_name, follow, profile_command
 from layercard.report.app.library import (
     EXAMPLES,
@@ -42,7 +44,7 @@ from layercard.report.app.library import (
     rows,
     wishes,
 )
-from layercard.report.app.server import Guard, is_local, own_names
+from layercard.report.app.server import FOLDER, MOST_BYTES, MOST_WORDS, Guard, is_local, own_names, sweep
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
 from tiny import build_tiny, tiny_tokenizer
@@ -202,7 +204,7 @@ class TestUploads:
         text = uploads / "notes.txt"
         text.write_text("hello", encoding="utf-8")
         elsewhere = saved(tmp_path / "elsewhere.json", fake_card(4))
-        explorer = Explorer(Library([cards]), uploads=uploads)
+        explorer = Explorer(Library([cards]), uploads)
         found, refused = explorer.upload([], [str(path) for path in (broken, text, elsewhere, good, uploads / ".." / "elsewhere.json")])
         assert [(entry.name, entry.problem is None) for entry in found] == [
             ("broken.json (uploaded)", False),
@@ -214,7 +216,7 @@ class TestUploads:
 
     def test_no_more_than_enough(self, tmp_path: Path) -> None:
         path = saved(tmp_path / "card.json", fake_card(4))
-        found, refused = Explorer(Library([tmp_path]), uploads=tmp_path).upload([], [str(path)] * 25)
+        found, refused = Explorer(Library([tmp_path]), tmp_path).upload([], [str(path)] * 25)
         assert len(found) == 20 and len(refused) == 5
         assert len({entry.key for entry in found}) == 20
 
@@ -339,6 +341,21 @@ class TestHtml:
             assert "<script" not in part and "<img" not in part and "<b>.json" not in part
             assert not re.search(r"[{}$@]", part), "the page's template language must find nothing"
         assert NASTY in shown(parts[0]) and NASTY in shown(parts[4])
+
+    def test_control_characters_are_seen_and_do_nothing(self, tmp_path: Path) -> None:
+        odd = "a\x1b[31m\u202eb\u200bc\x00"
+        card = fake_card(4, model={"name": odd, "fingerprint": "f", "layers": 4})
+        saved(tmp_path / "a\x1b\u202eb.json", card)
+        (tmp_path / os.fsdecode(b"\xff.json")).write_text(json.dumps(card), encoding="utf-8")
+        (tmp_path / "x\x9b.gguf").touch()
+        explorer = Explorer(Library([tmp_path]))
+        entries = explorer.entries([])
+        first = explorer.card([], explorer.cards([])[0][1])
+        texts = [*(text for pair in explorer.cards([]) for text in pair), *explorer.library.models()]
+        texts += [views.files(entries), views.roadmap(entries, first), views.note(odd)]
+        assert len(entries) == 2 and "\\x1b" in texts[0] and "\\u202e" in texts[0]
+        for text in texts:
+            assert not {unicodedata.category(letter) for letter in text.replace("\n", "")} & {"Cc", "Cf", "Cs"}, ascii(text)
 
     def test_tiles_say_what_is_predicted(self, card: LayerCard) -> None:
         found = choose(card, wishes("balanced", 0, 90, 100, 100, 100, 100), seconds=5)
@@ -520,53 +537,98 @@ class TestJobs:
         assert label.startswith("cards/tiny-llama-tiny.card.json")
         assert explorer.card([], key) is not None
 
+    def test_a_killed_app_takes_its_profile_along(self, tmp_path: Path, tiny_folder: Path) -> None:
+        start = f"""
+from pathlib import Path
+from layercard.report.app.jobs import Jobs
+job = Jobs(Path({str(tmp_path)!r}), Path({str(tmp_path)!r})).start(Path({str(tiny_folder)!r}), "synthetic", 512)
+while job.progress.phase == "start":
+    pass
+print(job._process.pid, flush=True)
+input()
+"""
+        with subprocess.Popen(script(start), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as app:
+            assert app.stdout is not None
+            profile = int(app.stdout.readline())
+            assert list(tmp_path.glob("profile-*"))
+            app.kill()
+        for _ in range(500):
+            if not Path(f"/proc/{profile}").exists() or "State:\tZ" in Path(f"/proc/{profile}/status").read_text(encoding="utf-8"):
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("the profile runs on")
+        assert not list(tmp_path.glob("profile-*"))
+
     def test_the_command_names_files_and_no_shell(self) -> None:
         words = profile_command(Path("/models/a b"), "/data/x;y.jsonl", Path("/tmp/c.json"), 8)
-        assert words[1:5] == ["-m", "layercard.commands.main", "profile", "/models/a b"] and "/data/x;y.jsonl" in words
+        assert words[1:5] == ["-m", "layercard.report.app.jobs", "profile", "/models/a b"] and "/data/x;y.jsonl" in words
+
+
+OWN = "127.0.0.1:7860"
+JOIN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
 
 
 class TestGuard:
-    guard = Guard(app=None, hosts=own_names("127.0.0.1"))  # type: ignore[arg-type]
+    guard = Guard(app=None, hosts=own_names("127.0.0.1", 7860))  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize(
-        "path", ["/", "/config", "/gradio_api/queue/join", "/gradio_api/upload", "/gradio_api/heartbeat/abc", "/assets/a.js", "/theme.css"]
-    )
-    def test_the_page_is_served(self, path: str) -> None:
-        assert (
-            self.guard.allows(path, "127.0.0.1:7860")
-            and self.guard.allows(path, "localhost:7860")
-            and self.guard.allows(path, "[::1]:7860")
-        )
+    def status(self, path: str = "/", host: str = OWN, guard: Guard | None = None, **headers: str) -> int | None:
+        """The status that a request is refused with; `None` where it is passed on."""
+        sent = [(b"host", host.encode()), *((name.replace("_", "-").encode(), value.encode()) for name, value in headers.items())]
+        refusal = (guard or self.guard).refusal({"type": "http", "scheme": "http", "path": path, "headers": sent})
+        return refusal and refusal[0]
+
+    @pytest.mark.parametrize("path", ["/", "/config", JOIN, UPLOAD, "/gradio_api/heartbeat/abc", "/assets/a.js", "/theme.css"])
+    @pytest.mark.parametrize("host", [OWN, "localhost:7860", "[::1]:7860", "LocalHost:7860"])
+    def test_the_page_is_served(self, path: str, host: str) -> None:
+        assert self.status(path, host, origin=f"http://{host}", sec_fetch_site="same-origin") is None
+        assert self.status(path, host, sec_fetch_site="none") is None and self.status(path, host) is None
 
     @pytest.mark.parametrize(
         "path",
         [
-            "/gradio_api/file=/etc/passwd",
-            "/gradio_api/file=http://example.org",
-            "/file=/etc/passwd",
-            "/gradio_api/proxy=http://example.org",
-            "/assets/../../etc/passwd",
-            "/static/../secret",
-            "/monitoring",
-            "/gradio_api/vibe-edit",
-            "/gradio_api/runs",
-            "/gradio_api/mcp/sse",
-            "/docs",
-            "/etc/passwd",
+            *("/gradio_api/file=/etc/passwd", "/gradio_api/file=http://example.org", "/file=/etc/passwd", "/etc/passwd"),
+            *("/gradio_api/proxy=http://example.org", "/assets/../../etc/passwd", "/static/../secret", "/monitoring"),
+            *("/gradio_api/vibe-edit", "/gradio_api/runs", "/gradio_api/mcp/sse", "/docs", "/openapi.json"),
         ],
     )
     def test_nothing_else_is(self, path: str) -> None:
-        assert not self.guard.allows(path, "127.0.0.1:7860")
+        assert self.status(path) == 403
 
-    @pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "", "127.0.0.1.evil.example", "192.168.0.2:7860"])
-    def test_other_names_get_nothing(self, host: str) -> None:
-        assert not self.guard.allows("/", host)
+    @pytest.mark.parametrize(
+        "host", ["evil.example", "evil.example:7860", "", "127.0.0.1.evil.example:7860", "192.168.0.2:7860", "127.0.0.1", "localhost:80"]
+    )
+    def test_other_names_and_ports_get_nothing(self, host: str) -> None:
+        assert self.status("/", host) == 403
 
-    def test_a_server_for_others_goes_by_any_name(self) -> None:
-        assert Guard(app=None, hosts=own_names("0.0.0.0")).allows("/", "build-box:7860")  # type: ignore[arg-type]
-        assert [is_local(host) for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1", "0.0.0.0", "10.0.0.1", "::", "127.0.0.1.x")] == [
-            True
-        ] * 4 + [False] * 4
+    def test_two_names_get_nothing(self) -> None:
+        headers = [(b"host", OWN.encode()), (b"host", b"evil.example")]
+        assert self.guard.refusal({"type": "http", "scheme": "http", "path": "/", "headers": headers})
+
+    @pytest.mark.parametrize("path", ["/", "/config", JOIN, UPLOAD, "/gradio_api/queue/data", "/gradio_api/heartbeat/abc"])
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            *({"origin": origin} for origin in ("http://evil.example", "null", "http://127.0.0.1:9999", "http://localhost:7860")),
+            *({"origin": origin} for origin in (f"https://{OWN}", f"http://{OWN}.evil.example", "")),
+            *({"sec_fetch_site": site} for site in ("cross-site", "same-site", "")),
+        ],
+        ids=str,
+    )
+    def test_other_sites_get_nothing(self, path: str, headers: dict[str, str]) -> None:
+        assert self.status(path, **headers) == 403
+
+    @pytest.mark.parametrize(("path", "most"), [(UPLOAD, MOST_BYTES), (JOIN, MOST_WORDS)])
+    def test_long_bodies_are_refused_unread(self, path: str, most: int) -> None:
+        assert [self.status(path, content_length=str(length)) for length in (most, most + 1, "1e3", "-1")] == [None, 413, 413, 413]
+
+    def test_a_server_for_others_goes_by_any_name_and_serves_its_own_page(self) -> None:
+        guard = Guard(app=None, hosts=own_names("0.0.0.0", 80))  # type: ignore[arg-type]
+        assert self.status("/", "build-box:7860", guard, origin="http://build-box:7860") is None
+        assert self.status("/", "build-box:7860", guard, origin="http://evil.example") == 403
+        assert self.status("/", "localhost", Guard(app=None, hosts=own_names("127.8.8.8", 80))) is None  # type: ignore[arg-type]
+        places = ("127.0.0.1", "127.1.2.3", "localhost", "::1", "0.0.0.0", "10.0.0.1", "::", "127.0.0.1.x")
+        assert [is_local(host) for host in places] == [True] * 4 + [False] * 4
 
 
 def answer(request: urllib.request.Request | str) -> tuple[int, str, dict[str, str]]:
@@ -612,15 +674,37 @@ class TestServer:
             status, text, _ = answer(f"{server[0]}/{path.format(target)}")
             assert status in (403, 404) and "fingerprint" not in text and "root:" not in text
 
-    def test_other_host_names_and_origins_get_nothing(self, server: tuple[str, Path]) -> None:
-        assert answer(urllib.request.Request(f"{server[0]}/", headers={"Host": "evil.example"}))[0] == 403
+    @pytest.mark.parametrize("path", ["", "config", "gradio_api/upload", "gradio_api/queue/join", "gradio_api/queue/data?session_hash=x"])
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"Host": "evil.example"},
+            {"Origin": "http://evil.example"},
+            {"Origin": "http://localhost:1"},
+            {"Origin": "null"},
+            {"Sec-Fetch-Site": "cross-site"},
+        ],
+        ids=str,
+    )
+    def test_other_sites_get_nothing(self, server: tuple[str, Path], path: str, headers: dict[str, str]) -> None:
+        for method in ("GET", "POST", "OPTIONS"):
+            asked = {**headers, "Access-Control-Request-Method": "POST"}
+            status, _, back = answer(urllib.request.Request(f"{server[0]}/{path}", headers=asked, method=method))
+            assert status == 403 and not any(name.startswith("access-control") for name in back)
 
-    def upload(self, address: str, name: str, data: bytes) -> tuple[int, str]:
-        mark = "------mark"
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: application/json\r\n\r\n'
-        body = io.BytesIO(head.encode() + data + f"\r\n--{mark}--\r\n".encode()).read()
-        headers = {"Content-Type": f"multipart/form-data; boundary={mark}"}
-        status, text, _ = answer(urllib.request.Request(f"{address}/gradio_api/upload", body, headers))
+    def test_no_websocket_opens(self, server: tuple[str, Path]) -> None:
+        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "eHg=", "Sec-WebSocket-Version": "13"}
+        assert answer(urllib.request.Request(f"{server[0]}/gradio_api/queue/join", headers=headers))[0] in (403, 404, 405)
+
+    def upload(self, address: str, *files: tuple[str, bytes], lines: bool = False, **headers: str) -> tuple[int, str]:
+        """What an upload of files is answered with; `lines` sends it in chunks, without saying how long it is."""
+        parts = []
+        for name, data in files:
+            parts += [f'--m\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode(), data, b"\r\n"]
+        body: Any = [*parts, b"--m--\r\n"]
+        headers |= {"Content-Type": "multipart/form-data; boundary=m"}
+        sent = iter(body) if lines else b"".join(body)
+        status, text, _ = answer(urllib.request.Request(f"{address}/gradio_api/upload", sent, headers))
         return status, text
 
     def call(self, address: str, upload_path: str) -> str:
@@ -640,25 +724,63 @@ class TestServer:
                     break
         return "".join(lines)
 
-    def test_uploads_are_read(self, server: tuple[str, Path]) -> None:
-        status, text = self.upload(server[0], "mine.json", json.dumps(fake_card(4)).encode())
+    @pytest.mark.parametrize("lines", [False, True], ids=["whole", "chunked"])
+    def test_uploads_are_read(self, server: tuple[str, Path], lines: bool) -> None:
+        data = json.dumps(fake_card(4)).encode()
+        status, text = self.upload(server[0], ("mine.json", data), ("more.JSON", data), lines=lines, Origin=server[0])
         assert status == 200
         assert "1 file(s) taken in" in self.call(server[0], json.loads(text)[0])
 
-    def test_wrong_types_are_refused(self, server: tuple[str, Path]) -> None:
-        status, text = self.upload(server[0], "notes.txt", b"hello")
-        assert status == 200
-        assert "is not a .json file" in self.call(server[0], json.loads(text)[0])
+    @pytest.mark.parametrize("lines", [False, True], ids=["whole", "chunked"])
+    @pytest.mark.parametrize(
+        ("files", "status", "words"),
+        [
+            ([("notes.txt", b"hello")], 400, "not a .json file"),
+            ([("good.json", b"{}"), ("run.json.exe", b"{}")], 400, "not a .json file"),
+            ([("c.json", b"{}")] * (MOST_UPLOADS + 1), 400, f"over {MOST_UPLOADS} files"),
+            ([("big.json", b" " * (LARGEST + 1))], 413, "20 MiB"),
+            ([(f"{number}.json", b" " * LARGEST) for number in range(6)], 413, "100 MiB"),
+        ],
+        ids=["ending", "second ending", "count", "size", "total"],
+    )
+    def test_uploads_over_the_limits_are_refused_and_leave_nothing(
+        self, server: tuple[str, Path], files: list[tuple[str, bytes]], status: int, words: str, lines: bool
+    ) -> None:
+        def stored() -> set[Path]:
+            return {path for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/**/*") if path.is_file()}
 
-    def test_oversize_is_refused(self, server: tuple[str, Path]) -> None:
-        status, _ = self.upload(server[0], "big.json", b" " * (LARGEST + 1))
-        assert status == 413
+        before = stored()
+        try:
+            said, text = self.upload(server[0], *files, lines=lines)
+        except OSError:  # the server hung up while the rest was on its way
+            assert sum(len(data) for _, data in files) > LARGEST
+        else:
+            assert said == status and words in text
+        assert stored() <= before
 
     def test_a_path_is_no_upload(self, server: tuple[str, Path]) -> None:
         for path in ("/etc/passwd", str(server[1].parent / "outside.json"), str(server[1] / "card.json"), "http://127.0.0.1:9/x.json"):
             said = self.call(server[0], path)
             assert "taken in" not in said and "outside" not in said.replace("outside.json", ""), said
             assert '"success":false' in said.replace(" ", "") or "was not uploaded here" in said
+
+
+class TestSweep:
+    def test_folders_of_killed_apps_go_and_those_of_running_ones_stay(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        outside = saved(tmp_path / "outside" / "card.json", {})
+        for name in ("killed", "runs"):
+            saved(tmp_path / f"{FOLDER}{name}" / "upload.json", {})
+            (tmp_path / f"{FOLDER}{name}" / ".lock").touch()
+        (outside.parent / ".lock").touch()
+        (tmp_path / f"{FOLDER}link").symlink_to(outside.parent)
+        hold = "import pathlib, sys; from layercard.files import alone\nwith alone(pathlib.Path(sys.argv[1])): print(1, flush=1); input()"
+        with subprocess.Popen([*script(hold), str(tmp_path / f"{FOLDER}runs")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None and other.stdout.readline()
+            sweep()
+            other.kill()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{FOLDER}link", f"{FOLDER}runs", "outside"]
+        assert (tmp_path / f"{FOLDER}runs" / "upload.json").is_file() and outside.is_file()
 
 
 class TestCommand:

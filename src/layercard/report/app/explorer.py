@@ -36,10 +36,10 @@ Value = TypeVar("Value")
 
 
 class Explorer:
-    """The app without a page; nothing but what lies in the folder `uploads`, where the server puts it, is read as an upload."""
+    """The app without a page. Uploads are read from `folder` alone, where the server puts them; half cards lie there too."""
 
-    def __init__(self, library: Library, uploads: Path | None = None) -> None:
-        self.library, self.uploads, self.jobs = library, uploads, Jobs(library.folders[0])
+    def __init__(self, library: Library, folder: Path | None = None) -> None:
+        self.library, self.folder, self.jobs = library, folder, Jobs(library.folders[0], folder)
         self._fronts: dict[str, Json] = {}  # by the digest of the card
         self._making = threading.Lock()
         self._drawn: dict[tuple[str, ...], views.Figure] = {}
@@ -67,7 +67,7 @@ class Explorer:
         entries, refused = list(uploaded), []
         for path in map(Path, paths):
             try:
-                if self.uploads is None or not files.inside(path, self.uploads.resolve()):
+                if self.folder is None or not files.inside(path, self.folder.resolve()):
                     raise OutputError(f"{path.name} was not uploaded here")
                 if len(entries) >= MOST_UPLOADS:
                     more = "files are enough, put more into a folder given with --cards"

@@ -6,6 +6,7 @@ The card is written to a folder that goes away with the job, and moved into the 
 import contextlib
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -44,8 +45,15 @@ class Progress:
 
 def profile_command(model: Path, data: str, output: Path, records: int) -> list[str]:
     """The command of a job; nothing of it is read by a shell."""
-    command = [sys.executable, "-m", "layercard.commands.main", "profile", str(model), "--data", data]
+    command = [sys.executable, "-m", __name__, "profile", str(model), "--data", data]
     return [*command, "--records", str(int(records)), "--probe", "step", "-o", str(output)]
+
+
+def _end_with_the_app() -> None:
+    """Wait for the end of the pipe that the app holds, which comes with the app's own, a SIGKILL too; then end this process group."""
+    os.read(0, 1)
+    shutil.rmtree(Path(sys.argv[-1]).parent, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 def card_name(model: str, data: str) -> str:
@@ -70,7 +78,7 @@ class Job:
         self._lock, self._cancelled = threading.Lock(), False
         self.progress = Progress(RUNNING)
         environment = {**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         words: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
         self._process = subprocess.Popen(list(command), **streams, **words, env=environment, start_new_session=True)
         self._reader = threading.Thread(target=self._follow, daemon=True)
@@ -102,12 +110,11 @@ class Job:
         """Read what the process says until it ends, then take its card or say what went wrong."""
         last = ""
         try:
-            assert self._process.stderr is not None
-            with self._process.stderr as lines:
-                for line in lines:
+            with self._process:
+                for line in self._process.stderr or ():
                     last = line.strip() or last
                     self.progress = follow(self.progress, line)
-            status = self._process.wait()
+                status = self._process.wait()
             with self._lock:
                 if self._cancelled:
                     self.progress = Progress(CANCELLED, message="cancelled; no card was written")
@@ -145,10 +152,10 @@ def follow(before: Progress, line: str) -> Progress:
 
 
 class Jobs:
-    """The one job that may run at a time; cards go to `folder`."""
+    """The one job that may run at a time; cards go to `folder`, half ones to a folder in `work`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._lock = folder, threading.Lock()
+    def __init__(self, folder: Path, work: Path | None = None) -> None:
+        self._folder, self._work, self._lock = folder, work, threading.Lock()
         self.job: Job | None = None
 
     @property
@@ -167,10 +174,15 @@ class Jobs:
                 raise OutputError("a profile is running already; wait for it or cancel it")
             if not os.access(self._folder, os.W_OK):
                 raise OutputError(f"{self._folder} cannot be written; start the app with --cards on a folder of yours")
-            made = Path(tempfile.mkdtemp(prefix="layercard-profile-")) / "card.json"
+            made = Path(tempfile.mkdtemp(prefix="profile-", dir=self._work)) / "card.json"
             self.job = Job(profile_command(model, data, made, records), made, self._folder / card_name(str(model), data))
             return self.job
 
     def cancel(self) -> Progress | None:
         """End the running job, if there is one."""
         return self.job.cancel() if self.job is not None and self.job.running else None
+
+
+if __name__ == "__main__":  # the job itself: `layercard` with an eye on the app
+    threading.Thread(target=_end_with_the_app, daemon=True).start()
+    runpy.run_module("layercard.commands.main", run_name="__main__", alter_sys=True)

@@ -15,7 +15,7 @@ from typing import Any
 from layercard.card.card import LayerCard
 from layercard.card.numbers import Json, percent, short
 from layercard.cost.model import CostModel
-from layercard.errors import CardError, LayercardError, OutputError, ReportError
+from layercard.errors import CardError, LayercardError, OutputError, ReportError, visible
 from layercard.files import parse_json
 from layercard.records import Estimate, Record
 from layercard.report.roi import Roi, RoiInputs, ratios_of, roi
@@ -77,7 +77,7 @@ class Entry:
         if self.card is None:
             return self.name
         model, data = (text if len(text) <= 40 else f"…{text[-39:]}" for text in (self.card.model.name, self.card.data.source))
-        return f"{self.name} · {model} · {data}"
+        return visible(f"{self.name} · {model} · {data}")
 
 
 def read_entry(key: str, name: str, data: bytes, place: str = "") -> Entry | None:
@@ -99,11 +99,11 @@ def read_entry(key: str, name: str, data: bytes, place: str = "") -> Entry | Non
                 raise CardError(f"{name}: {card.model.layers} layers; up to {DEEPEST_CARD} can be explored here, use `layercard select`")
     except LayercardError as error:
         return _broken(key, name, str(error))
-    return Entry(key, name, kind, value, card, trials, place=place or name, digest=hashlib.sha256(data).hexdigest())
+    return Entry(key, visible(name), kind, value, card, trials, place=place or name, digest=hashlib.sha256(data).hexdigest())
 
 
 def _broken(key: str, name: str, problem: str) -> Entry:
-    return Entry(key, name, "unreadable", {}, problem=" ".join(problem.split())[:300])
+    return Entry(key, visible(name), "unreadable", {}, problem=visible(" ".join(problem.split()))[:300])
 
 
 def read_upload(name: str, size: int, read: Callable[[], bytes], taken: int = 0) -> Entry:
@@ -119,7 +119,7 @@ def read_upload(name: str, size: int, read: Callable[[], bytes], taken: int = 0)
         raise OutputError(f"{name!r} is not a .json file; {expected}")
     if size > LARGEST:
         raise OutputError(f"{name} has {size / 2**20:.0f} MiB; files up to {LARGEST // 2**20} MiB are read")
-    entry = read_entry(f"upload:{taken}:{hashlib.sha256(name.encode()).hexdigest()[:12]}", f"{name} (uploaded)", read(), name)
+    entry = read_entry(f"upload:{taken}:{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}", f"{name} (uploaded)", read(), name)
     if entry is None:
         raise OutputError(f"{name} is not a file of layercard; {expected}")
     return entry
@@ -175,7 +175,7 @@ class Library:
                         yield root, Path(folder) / name
 
     def _entry(self, root: Path, path: Path) -> Entry | None:
-        name, key = self._name(root, path), f"file:{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+        name, key = self._name(root, path), f"file:{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
         try:
             stat = path.stat()
             stamp = (stat.st_mtime_ns, stat.st_size)
@@ -193,7 +193,7 @@ class Library:
         return entry
 
     def _name(self, root: Path, path: Path) -> str:
-        shown = str(path.relative_to(root)) if path != root else path.name
+        shown = visible(str(path.relative_to(root)) if path != root else path.name)
         return shown if len({*self.folders, *self.model_folders}) == 1 else f"{root.name}/{shown}"
 
 

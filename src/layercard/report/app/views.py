@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from layercard.adapters.lora_config import lora_arguments
 from layercard.card.numbers import Json, listed, short
+from layercard.errors import visible
 from layercard.files import json_text
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
 from layercard.report.app.library import COSTS, Choice, Entry, Wishes, rows, with_labels
@@ -55,8 +56,8 @@ LORA_FILE = "lora_config.json"
 
 
 def _html(part: str, *values: Any) -> str:
-    """A part of the template, without what the page's own template language would read."""
-    html = str(getattr(_PARTS, part)(*values))
+    """A part of the template, without what cannot be seen and what the page's own template language would read."""
+    html = visible(str(getattr(_PARTS, part)(*values)))
     return html.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("@", "&#64;")
 
 
