@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from layercard.card.card import LayerCard
 from layercard.report.terminal import card_view
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def table(result: dict[str, Any]) -> str:
 def card_text(card: dict[str, Any]) -> str:
     """A card as `layercard show` prints it on a terminal of 100 columns."""
     console = Console(file=io.StringIO(), width=100, force_terminal=False, color_system=None)
-    console.print(card_view(card, console))
+    console.print(card_view(LayerCard.from_json(card), console))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
 

@@ -15,9 +15,9 @@ from layercard.files import parse_json, read_bytes, shown, write_json
 
 
 class Part(BaseModel):
-    """A part of a record: cannot be changed, and keys that are not known are left out."""
+    """A part of a record: cannot be changed, keys that are not known are left out, and numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
 
 class Estimate(Part):

@@ -4,11 +4,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from layercard.card.notebook import card_html
+from layercard.card.numbers import best_layers, framed, numbered, stability_words, with_interval
 from layercard.cost.model import CostModel, Shape
 from layercard.errors import CardError
 from layercard.records import Estimate, Part, Record
 
+NOTEBOOK_COLUMNS = {
+    "gain_estimate": "Gain estimate",
+    "training_probe": "Training probe",
+    "step_probe": "Step probe",
+    "resnorm": "Resnorm",
+}
+"""Measures that a notebook shows of the best layers; those that a card lacks are left out."""
 MOST = 2**50
 """Records or tokens that a card may count."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -141,6 +148,14 @@ class LayerCard(Record):
             raise ValueError(f"cost must have {depth} layers, found {len(self.cost.layers)}")
         return self
 
+    def profile(self, measure: str) -> list[Estimate | None]:
+        """One measure of all layers, layer 0 first; `None` where it was not measured."""
+        return [Estimate.read(getattr(layer, measure)) for layer in self.layers]
+
+    def best_layers(self) -> list[int]:
+        """The few layers with the highest gain estimate, best first."""
+        return best_layers(self.profile("gain_estimate"))
+
     def values(self, measure: str) -> list[float]:
         """The values of one measure, layer by layer.
 
@@ -177,7 +192,22 @@ class LayerCard(Record):
 
     def _repr_html_(self) -> str:
         """What a notebook shows: model, data, warnings and the best single layers with their intervals, all escaped."""
-        return card_html(self.to_json())
+        model, data, best = self.model, self.data, self.best_layers()
+        records = f"{data.records:,} records, {data.tokens:,} tokens, {data.labelled_tokens:,} of them labelled"
+        facts = {
+            "Model": f"{model.name}, {model.layers} layers, weights {model.fingerprint[:12]}",
+            "Data": f"{data.source}, {records}",
+            "Ranking": stability_words(self.stability),
+            "Best layers": ", ".join(map(str, best)),
+        }
+        columns = {"Layer": [str(layer) for layer in best]}
+        for key, title in NOTEBOOK_COLUMNS.items():
+            estimates = self.profile(key)
+            if any(estimates[layer] for layer in best):
+                columns[title] = [with_interval(estimates[layer]) for layer in best]
+        rows = list(zip(*columns.values(), strict=True))
+        facts |= numbered("Warning", self.warnings)
+        return framed("Layer Card", facts, "Best single layers, with 95 % intervals", list(columns), rows)
 
 
 def cost_of(card: LayerCard) -> CostModel:

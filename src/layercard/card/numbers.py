@@ -1,16 +1,24 @@
-"""Numbers of cards and placements in words, the same in terminal, report and notebook.
+"""Numbers of cards and placements in words, the same in terminal, report and notebook, and both as small pieces of HTML for the latter.
 
-They are read from the JSON value of a file. What was not measured is `None`, not zero.
+What was not measured is `None`, not zero. HTML has no scripts, links or colours of its own: its text takes the colour of the notebook around
+it, what files say is escaped, and long texts are cut.
 """
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layercard.errors import visible
 from layercard.records import Estimate
 
 Json = Mapping[str, Any]
 _STABILITY = ((0.9, "very stable"), (0.75, "stable"), (0.5, "shaky, profile more records before relying on single layers"))
+PREDICTED = (
+    "predicted: a curve fitted to trained placements of one model (SmolLM2-135M, three tasks) reads it off the card; the interval is how far "
+    "these lie from the curve, and says nothing of your own records"
+)
+"""What a predicted performance is, and what its interval is of (`selection/calibration.json`)."""
 _COSTS = {"step_time": ("step time", "seconds"), "peak_memory": ("peak memory", "bytes"), "latency": ("added latency", "seconds")}
 
 
@@ -38,28 +46,19 @@ def listed(layers: Sequence[int], separator: str = ", ") -> str:
     return separator.join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in stretches(layers))
 
 
-def profile_of(card: Json, key: str) -> list[Estimate | None]:
-    """One measure of all layers, layer 0 first."""
-    return [Estimate.read(layer.get(key)) for layer in card["layers"]]
+def best_layers(estimates: Sequence[Estimate | None]) -> list[int]:
+    """The few layers with the highest values, best first: five, or a quarter of a shallow model."""
+    values = {layer: estimate.value for layer, estimate in enumerate(estimates) if estimate is not None}
+    return sorted(values, key=lambda layer: (-values[layer], layer))[: max(1, min(5, len(estimates) // 4))]
 
 
-def best_layers(card: Json, key: str = "gain_estimate") -> list[int]:
-    """The few layers with the highest `key`, best first: five, or a quarter of a shallow model."""
-    count = max(1, min(5, len(card["layers"]) // 4))
-    values = {layer: estimate.value for layer, estimate in enumerate(profile_of(card, key)) if estimate is not None}
-    return sorted(values, key=lambda layer: (-values[layer], layer))[:count]
-
-
-def stability_words(card: Json) -> str:
-    """How far the card's own ranking can be relied on, in a sentence."""
-    stability = card.get("stability") or {}
+def stability_words(stability: Mapping[str, float]) -> str:
+    """How far a card's own ranking can be relied on, in a sentence, from its `stability`."""
     for key in ("gain_estimate", "step_probe"):
-        agreement = Estimate.read(stability.get(key))
-        if agreement is not None:
-            words = (words for bound, words in _STABILITY if agreement.value >= bound)
+        if key in stability:
+            words = (words for bound, words in _STABILITY if stability[key] >= bound)
             verdict = next(words, "unstable, do not rely on it; profile more records")
-            title = key.replace("_", " ")
-            return f"{verdict} (two halves of the records agree with Spearman {agreement.value:.2f} on the {title})"
+            return f"{verdict} (two halves of the records agree with Spearman {stability[key]:.2f} on the {key.replace('_', ' ')})"
     return "not known: the card does not say how stable its ranking is"
 
 
@@ -87,6 +86,13 @@ def interval(estimate: Estimate | None) -> str:
     return f"{short(estimate.low)}–{short(estimate.high)}"
 
 
+def with_interval(estimate: Estimate | None) -> str:
+    """A number with its interval in brackets, a dash where there is none."""
+    if estimate is None:
+        return "–"
+    return f"{short(estimate.value)} ({interval(estimate)})" if interval(estimate) else short(estimate.value)
+
+
 def percent(share: Estimate) -> str:
     """A share from 0 to 1 as per cent, with its interval.
 
@@ -102,7 +108,7 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
     rows: dict[str, str] = {}
     performance = Estimate.read(predicted.get("performance_kept"))
     if performance is not None:
-        rows["Keeps"] = f"{percent(performance)} of the performance of all layers, predicted"
+        rows["Keeps"] = f"{percent(performance)} of the performance of all layers, {PREDICTED}"
     costs = []
     for key, (name, unit) in _COSTS.items():
         part = predicted.get(key)
@@ -139,3 +145,38 @@ def numbered(name: str, texts: Sequence[Any]) -> dict[str, str]:
     {'Note': 'a', 'Note 2': 'b'}
     """
     return {name if number == 1 else f"{name} {number}": str(text) for number, text in enumerate(texts, 1)}
+
+
+# ---- for notebooks
+
+LONGEST = 300
+"""Characters of one text before it is cut."""
+MOST_ROWS = 32
+"""Rows of a table before the rest is counted only."""
+FRAME = (
+    "color:inherit;background:none;border:1px solid;border-color:rgba(128,128,128,0.5);border-radius:6px;padding:8px 12px;max-width:60em"
+)
+CELL = "color:inherit;background:none;padding:2px 10px 2px 0;text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere"
+
+
+def framed(title: str, facts: Mapping[str, str], caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A title, names with values, and a table as HTML; every text is escaped in here and nowhere else."""
+
+    def text(value: str) -> str:
+        return html.escape(visible(value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…"))
+
+    def head(value: str, scope: str) -> str:
+        return f'<th scope="{scope}" style="{CELL};white-space:nowrap">{text(value)}</th>'
+
+    def row(first: str, *others: str) -> str:
+        return f"<tr>{head(first, 'row')}" + "".join(f'<td style="{CELL}">{text(value)}</td>' for value in others) + "</tr>"
+
+    page = f'<div style="{FRAME}"><strong>{text(title)}</strong>'
+    page += f"<table>{''.join(row(*fact) for fact in list(facts.items())[:MOST_ROWS])}</table>"
+    if rows:
+        page += f'<table><caption style="{CELL}">{text(caption)}</caption>'
+        page += f"<thead><tr>{''.join(head(column, 'col') for column in columns)}</tr></thead>"
+        page += f"<tbody>{''.join(row(*cells) for cells in rows[:MOST_ROWS])}</tbody></table>"
+        if len(rows) > MOST_ROWS:
+            page += f"<div>and {len(rows) - MOST_ROWS:,} more</div>"
+    return f"{page}</div>"

@@ -28,10 +28,10 @@ def pareto(
     if output is not None and output.suffix == ".html":
         from layercard.report.page import front_page
 
-        write_text(output, front_page(value), force=force)
+        write_text(output, front_page(front), force=force)
     elif output is not None:
         front.save(output, force=force)
-    show_result(value, as_json, front_view(value), wrote=output)
+    show_result(value, as_json, front_view(front), wrote=output)
 
 
 def transfer(
@@ -67,4 +67,4 @@ def transfer(
     result = compare(loaded, k=k, measure=measure, across_dtypes=across_dtypes, seed=seed)
     if output is not None:
         result.save(output, force=force)
-    show_result(result.to_json(), as_json, transfer_view(result.to_json()), wrote=output)
+    show_result(result.to_json(), as_json, transfer_view(result), wrote=output)

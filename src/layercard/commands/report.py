@@ -29,7 +29,6 @@ def report(
     trained placements, transfer between cards, and the calculator of `layercard roi`."""
     opt.check_output(output, force, ".html")
     roi_inputs = figures(inputs, given)
-    from layercard.card.card import LayerCard
     from layercard.commands.reproduce import commands_of
     from layercard.report.page import report_page
     from layercard.report.sources import read_sources
@@ -40,11 +39,10 @@ def report(
     # Add what follows from the cards alone: the front of the first, and the comparison of several.
     if front and sources.front is None:
         with Display() as display:
-            sources.front = pareto(LayerCard.from_json(dict(sources.card)), progress=display).to_json()
+            sources.front = pareto(sources.card, progress=display)
     if sources.transfer is None and len(sources.cards) > 1:
         try:
-            cards = [(name, LayerCard.from_json(dict(card), name)) for name, card in sources.cards.items()]
-            sources.transfer = transfer(cards, k=min(5, cards[0][1].model.layers)).to_json()
+            sources.transfer = transfer(list(sources.cards.items()), k=min(5, sources.card.model.layers))
         except LayercardError as problem:
             sources.notes.append(f"the cards were not compared: {problem}")
     line = shlex.join(["layercard", "report", *map(str, files), "-o", str(output)])

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layercard.card.card import LayerCard
     from layercard.report.sources import Sources
+    from layercard.selection.placement import Placement
 
 Json = Mapping[str, Any]
 
@@ -16,10 +18,10 @@ def commands_of(sources: "Sources") -> list[str]:
     return [*lines, *dict.fromkeys(str(table["command"]) for table in sources.tables if table.get("command"))]
 
 
-def command_lines(card: Json, placement: Json | None, comparison: Json | None) -> list[str]:
+def command_lines(card: "LayerCard", placement: "Placement | None", comparison: Json | None) -> list[str]:
     """One command line for each file that is given, in the order in which they are run."""
     lines = [_profile(card)]
-    if placement is not None and placement["objective"] != "given":  # what was named by hand has no rule behind it
+    if placement is not None and placement.objective != "given":  # what was named by hand has no rule behind it
         lines.append(_select(placement))
     if comparison is not None:
         lines.append(_compare(comparison, placement))
@@ -31,37 +33,37 @@ def _options(values: Json, *names: str) -> list[str]:
     return [part for name in names if values.get(name) is not None for part in (f"--{name.replace('_', '-')}", str(values[name]))]
 
 
-def _source(data: Json) -> str:
+def _source(source: object) -> str:
     """A data source as `--data` takes it; the built-in set also says how it was generated."""
-    return str(data["source"]).partition(" (")[0]
+    return str(source).partition(" (")[0]
 
 
-def _profile(card: Json) -> list[str]:
-    settings, data = card["settings"], card["data"]
+def _profile(card: "LayerCard") -> list[str]:
+    settings, data = card.settings, card.data
     probe = ["--probe", kind] if (kind := settings.get("probe", "step")) != "step" else []
     probe += _options(settings, "probe_steps") if kind == "train" else []
-    line = ["profile", str(card["model"]["name"]), "--data", _source(data), "--records", str(data["records"])]
+    line = ["profile", card.model.name, "--data", _source(data.source), "--records", str(data.records)]
     options = _options(settings, "rank", "ridge", "batch_size", "label_samples", "device", "dtype", "seed")
     return [*line, *options, *probe, "-o", "card.json"]
 
 
-def _select(placement: Json) -> list[str]:
-    objective = str(placement["objective"])
+def _select(placement: "Placement") -> list[str]:
+    objective = placement.objective
     how = "--objective" if objective in ("performance", "cost", "balanced") else "--strategy"
-    asked = placement.get("asked") or {}
-    count = asked.get("k") if asked else len(placement["layers"])
+    asked = placement.asked
+    count = asked.get("k") if asked else len(placement.layers)
     budgets = _options(asked, "max_time", "max_memory", "max_params", "max_latency", "min_performance", "seed")
     ranks = ["--allocate-ranks", *_options(asked, "rank", "alpha")] if "rank" in asked else []
     return ["select", "card.json", *_options({"k": count}, "k"), how, objective, *budgets, *ranks, "-o", "placement.json"]
 
 
-def _compare(comparison: Json, placement: Json | None) -> list[str]:
-    layers = list(placement["layers"]) if placement is not None else None
+def _compare(comparison: Json, placement: "Placement | None") -> list[str]:
+    layers = list(placement.layers) if placement is not None else None
     names = ["placement.json" if list(row["layers"]) == layers else str(row["name"]) for row in comparison["rows"]]
     line = ["compare", str(comparison["model"].get("name"))]
     for part, source, records in (("data", "--data", "--records"), ("valid", "--valid", "--valid-records")):
         data = comparison.get(part) or {}
-        line += [source, _source(data), records, str(data.get("records"))] if "source" in data else []
+        line += [source, _source(data["source"]), records, str(data.get("records"))] if "source" in data else []
     settings = comparison.get("settings") or {}
     given = ("rank", "alpha", "dropout", "learning_rate", "steps", "epochs", "batch_size", "accumulation", "seed")
     bf16 = ["--bf16"] if settings.get("bf16") else []

@@ -37,7 +37,7 @@ def roi(
     sources = read_sources(files)
     if sources.placement is None:
         raise ReportError("there is no placement to compare with all layers; make one with `layercard select` and name it too")
-    result = model.roi(roi_inputs, model.ratios_of(sources.placement["layers"], sources.card, grouped(sources.trials)))
+    result = model.roi(roi_inputs, model.ratios_of(sources.placement.layers, sources.card, grouped(sources.trials)))
     if output is not None:
         result.save(output, force=force)
     show_result(result.to_json(), as_json, roi_view(result), wrote=output)

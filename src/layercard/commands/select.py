@@ -59,4 +59,4 @@ def select(
         placement = selection.allocate_ranks(source, placement, rank, alpha)
     placement.save(output, force=force)
     value, then = placement.to_json(), f"layercard train {placement.model['name']} --placement {output} …"
-    show_result(value, as_json, placement_view(value), wrote=output, then=then)
+    show_result(value, as_json, placement_view(placement), wrote=output, then=then)

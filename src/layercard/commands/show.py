@@ -1,13 +1,12 @@
 """`layercard show`: a card as a table, as JSON or as a page."""
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import out, show_result
-from layercard.errors import CardError
+from layercard.errors import ReportError
 from layercard.files import refuse_existing, write_text
 from layercard.settings import setting
 
@@ -28,28 +27,15 @@ def show(
     from layercard.card.card import LayerCard
     from layercard.report.terminal import card_view
 
-    value = LayerCard.load(card).to_json()
+    shown = LayerCard.load(card)
     if html is not None:
-        _write_page(html, value, placement, comparison, force)
-    show_result(value, as_json, f"wrote {html}" if html is not None else card_view(value, out()))
+        from layercard.commands.reproduce import commands_of
+        from layercard.report.page import report_page
+        from layercard.report.sources import read_sources
 
-
-def _write_page(html: Path, card: dict[str, Any], placement: Path | None, comparison: Path | None, force: bool) -> None:
-    from layercard.commands.reproduce import commands_of
-    from layercard.report.page import report_page
-    from layercard.report.sources import Sources, load_comparison
-    from layercard.report.trials import compared, of_comparison
-    from layercard.selection.placement import Placement
-
-    sources = Sources(cards={"card": card})
-    if placement is not None:
-        sources.placements[placement.stem] = Placement.load(placement).to_json()
-    if comparison is not None:
-        sources.comparisons.append(load_comparison(comparison))
-    for path, part in [(placement, each) for each in sources.placements.values()] + [(comparison, each) for each in sources.comparisons]:
-        if part["model"].get("fingerprint") != card["model"]["fingerprint"]:
-            name = part["model"].get("name")
-            raise CardError(f"{path} is of {name!r}, the card is of {card['model']['name']!r}; show one model on a page")
-    if sources.comparisons:
-        sources.trials = compared(of_comparison(sources.comparisons[0]))
-    write_text(html, report_page(sources, commands=commands_of(sources)), force=force)
+        sources = read_sources([path for path in (card, placement, comparison) if path is not None])
+        for kind, path in (("placement", placement), ("comparison", comparison)):
+            if path is not None and kind not in sources.used:
+                raise ReportError(f"{path} is not a {kind}; name one")
+        write_text(html, report_page(sources, commands=commands_of(sources)), force=force)
+    show_result(shown.to_json(), as_json, f"wrote {html}" if html is not None else card_view(shown, out()))

@@ -20,21 +20,18 @@ from huggingface_hub.hf_api import DatasetInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json, best_layers, profile_of, stability_words
-from layercard.errors import CardError, HubError, one_line
+from layercard.card.numbers import stability_words, with_interval
+from layercard.errors import UNSEEN, CardError, HubError, one_line
 from layercard.files import json_text, parse_json
 from layercard.hub import hub_answers
-from layercard.records import Estimate
 from layercard.report.terminal import bar
-from layercard.report.words import bar_fractions, template, title_of, with_interval
+from layercard.report.words import bar_fractions, template, title_of
 
 CARD_FILE = "card.json"
 CARD_FILES = frozenset({".gitattributes", "README.md", CARD_FILE})
 """What a card's repository holds."""
 LARGEST = 32 * 2**20
 """Bytes of a card from the hub; those of models with 100 layers have some hundred thousand."""
-UNSEEN = ("Cc", "Cf", "Cs")
-"""Unicode's categories of control and format characters and of halves of surrogate pairs."""
 TAG = "layercard"
 LONGEST = 200
 """Characters of one text on the page before it is cut."""
@@ -94,8 +91,7 @@ def push(
             _check_replaceable(there, card, full, private=private, force=force, branch_exists=branch_exists)
         if revision is not None:
             api.create_branch(full, branch=revision, repo_type="dataset", exist_ok=True)
-        value = card.to_json()
-        files = {CARD_FILE: json_text(value), "README.md": readme(value, full, license_id)}
+        files = {CARD_FILE: json_text(card.to_json()), "README.md": readme(card, full, license_id)}
         commit = api.create_commit(
             full,
             operations=[CommitOperationAdd(path, text.encode("utf-8")) for path, text in files.items()],
@@ -280,45 +276,46 @@ def fingerprint_tag(fingerprint: str) -> str:
     return f"{TAG}-{re.sub(r'[^a-z0-9]', '', fingerprint.lower())[:64]}"
 
 
-def readme(card: Json, name: str, license_id: str | None = None) -> str:
+def readme(card: LayerCard, name: str, license_id: str | None = None) -> str:
     """The README of a card's repository (`templates/readme.md.j2`): YAML for the hub's search, then the card in words and tables.
 
     What a card says in words may come from anyone, so it is shown as text: no line of it becomes markup, a link or YAML.
 
     Args:
-        card: JSON value of a card that was read by `LayerCard`.
+        card: The card.
         name: Name of the repository.
         license_id: Licence of the card, as the hub names licences; none is said when not given.
     """
-    model, data, settings, layers = card["model"], card["data"], card["settings"], card["layers"]
+    model, data, settings = card.model, card.data, card.settings
     made = ", ".join(f"{key} {settings[key]}" for key in ("rank", "ridge", "probe", "seed", "dtype") if settings.get(key) is not None)
     facts = {
-        "Records": f"{data['records']:,} from {data['source']}: {data['tokens']:,} tokens, {data['labelled_tokens']:,} labelled",
-        "Records' fingerprint": str(data["fingerprint"]),
-        "Made with": f"{made}; layercard {card['versions'].get('layercard', 'of an unknown version')}",
-        "Ranking": stability_words(card),
+        "Records": f"{data.records:,} from {data.source}: {data.tokens:,} tokens, {data.labelled_tokens:,} labelled",
+        "Records' fingerprint": data.fingerprint,
+        "Made with": f"{made}; layercard {card.versions.get('layercard', 'of an unknown version')}",
+        "Ranking": stability_words(card.stability),
     }
     # Two pictures of characters: a bar for each layer, and a shade for each two layers, layer 0 at the top and at the left.
-    best, gains = best_layers(card), profile_of(card, "gain_estimate")
+    best, gains = card.best_layers(), card.profile("gain_estimate")
     bars = [
         f"{'★' if layer in best else ' '}{layer:>4} {bar(fraction or 0.0, 40)} {with_interval(gain)}"
         for layer, (gain, fraction) in enumerate(zip(gains, bar_fractions(gains), strict=True))
     ]
     shades = [
         f"{layer:>4} " + "".join("-" if value < -0.05 else " ░▒▓█"[round(4 * min(1.0, max(0.0, value)))] for value in row)
-        for layer, row in enumerate(card["coupling"])
+        for layer, row in enumerate(card.coupling)
     ]
-    columns = [key for key in COLUMNS if any(Estimate.read(layers[layer].get(key)) for layer in best)]
-    tag = fingerprint_tag(model["fingerprint"])
+    profiles = {title_of(key): card.profile(key) for key in COLUMNS}
+    profiles = {title: profile for title, profile in profiles.items() if any(profile[layer] for layer in best)}
+    tag = fingerprint_tag(model.fingerprint)
     # The last part of the model's name, as far as a tag can hold it.
-    name_tag = re.sub(r"[^A-Za-z0-9._-]+", "-", _line(model["name"]).rpartition("/")[2]).strip("-.")
+    name_tag = re.sub(r"[^A-Za-z0-9._-]+", "-", _line(model.name).rpartition("/")[2]).strip("-.")
     page = template("readme.md.j2", html=False, plain=_plain, quoted=_quoted).render(
-        title=f"Layer Card of {_line(model['name'])}",
+        title=f"Layer Card of {_line(model.name)}",
         tags=(TAG, tag, name_tag),
         fingerprint=tag.removeprefix(f"{TAG}-"),
-        columns=[title_of(key) for key in columns],
-        rows=[[str(layer), *(with_interval(Estimate.read(layers[layer].get(key))) for key in columns)] for layer in best],
-        warnings=card.get("warnings") or (),
+        columns=list(profiles),
+        rows=[[str(layer), *(with_interval(profile[layer]) for profile in profiles.values())] for layer in best],
+        warnings=card.warnings,
         model=model,
         data=data,
         facts=facts,

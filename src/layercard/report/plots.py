@@ -1,4 +1,4 @@
-"""The figures of the report, for notebooks.
+"""The figures of the report, for notebooks too.
 
 ```python
 from layercard import LayerCard, plots, select
@@ -7,18 +7,28 @@ card = LayerCard.load("card.json")
 plots.depth_profile(card, chosen=select(card, k=5))
 ```
 
-Each function gives a plotly figure that equals the one in `layercard report`; show it, restyle it or write it as with any other. They take
-objects of the library and the JSON values of their files alike, and check them as the commands do: what is not whole, or of another
-model, raises the error of its kind (`CardError`, `PlacementError`, `SelectionError`); a name that there is not raises `ReportError`, and
-`chosen` layers outside the model `PlacementError`. plotly is loaded by the first call.
+Each function gives a plotly figure; show it, restyle it or write it as with any other. They take objects of the library and the JSON values
+of their files alike, and check them as the commands do: a broken one, or one of another model, raises the error of its kind (`CardError`,
+`PlacementError`, `SelectionError`); an unknown name raises `ReportError`, and `chosen` layers outside the model `PlacementError`. plotly is
+loaded by the first call.
+
+Figures carry no theme: the page that shows them colours text, grid and background. Colours are mid-tones that stand on white and on black
+alike and that people tell apart who see no red or green; what matters is told by shape, dash or pattern too. Names come from files and are
+escaped, since plotly reads some markup in text.
 """
 
-from collections.abc import Iterable, Mapping
+import html
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from layercard.card.card import LayerCard
-from layercard.errors import CardError, PlacementError, ReportError, suggestion
-from layercard.records import Record
+from layercard.card.numbers import listed, percent, short, with_interval
+from layercard.errors import CardError, PlacementError, ReportError, suggestion, visible
+from layercard.records import Estimate, Record
+from layercard.report.sources import called, read_runs
+from layercard.report.trials import TrialGroup, compared, grouped
+from layercard.report.words import bar_fractions, measured
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement, check_layers
 from layercard.selection.transfer import Transfer, transfer
@@ -30,13 +40,39 @@ Card = LayerCard | Mapping[str, Any]
 """A card, or the JSON value of its file."""
 Chosen = Placement | Mapping[str, Any] | Iterable[int]
 """Layers to mark: a placement, the JSON value of its file, or block indices."""
-Placements = Mapping[str, Placement | Mapping[str, Any]]
+Placements = Mapping[str, Placement] | Mapping[str, Mapping[str, Any]]
 """Placements, or the JSON values of their files, by the names to show."""
 CostKind = Literal["time", "memory", "reach"]
 FrontCost = Literal["time", "memory"]
 
 __all__ = ["cost_by_depth", "coupling", "depth_profile", "front", "heat_map", "trade_off", "transfer_matrix"]
 _R = TypeVar("_R", bound=Record)
+
+BLUE, ORANGE, GREY, GREEN, BAND = "#3b82f6", "#e07b00", "#8a929c", "#009e73", "rgba(59,130,246,0.22)"
+EDGE = {"width": 1, "color": "white"}
+PLAIN = {
+    "last": ("triangle-up", ORANGE),
+    "middle": ("square", GREY),
+    "uniform": ("circle", ORANGE),
+    "first": ("triangle-down", GREY),
+    "all": ("star", GREY),
+}
+"""Plain placements: symbol and colour."""
+COSTS = {"time": ("step_time", "step time"), "memory": ("peak_memory", "peak memory")}
+"""For each front the key under which a point holds its cost, and what it is called."""
+STACKED = {
+    "time": {
+        "forward": ("forward_seconds", GREY, ""),
+        "backward": ("backward_seconds", BLUE, "/"),
+        "adapter": ("adapter_seconds", ORANGE, "x"),
+    },
+    "memory": {"block": ("saved_bytes", BLUE, ""), "adapter": ("adapter_saved_bytes", ORANGE, "x")},
+}
+"""The parts of a layer's cost that are stacked: key in the cost of a layer, colour and pattern."""
+FLAT = 0.05
+"""Part of the highest value below which a spread is shown as flat: a measure that is alike in all layers shall not look rugged."""
+MOST_CURVES = 6
+"""Runs whose losses are drawn."""
 
 
 def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = ()) -> "Figure":
@@ -47,30 +83,109 @@ def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = (
     Raises:
         CardError: The card does not have the measure.
     """
-    from layercard.report import figures, words
-
-    checked = _record(LayerCard, card)
-    value = checked.to_json()
-    measures = {entry.key: entry for entry in words.measured(value)}
+    card = _record(LayerCard, card)
+    layers, measures = _layers(card, chosen), {entry.key: entry for entry in measured(card)}
     if measure not in measures:
         raise CardError(f"the card has no measure {measure!r}; it has {', '.join(measures)}; {suggestion(measure, measures)}")
-    return figures.depth_figure(value, measures[measure], _layers(checked, chosen))
+    logarithmic = measures[measure].wide
+    points = [(layer, value) for layer, value in enumerate(card.profile(measure)) if value is not None]
+    positive = [value.value for _, value in points if value.value > 0]
+    axis: dict[str, Any] = {"type": "linear", "nticks": 6}
+    if logarithmic and positive:
+        # A tick at each power of ten, and at 2 and 5 times these where there are few.
+        steps = (1,) if max(positive) > 100 * min(positive) else (1, 2, 5)
+        powers = range(math.floor(math.log10(min(positive))) - 1, math.floor(math.log10(max(positive))) + 2)
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        axis = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
+    x_axis = {"title": "layer, input to output", "range": [-0.6, card.model.layers - 0.4]}
+    figure = _figure(x_axis, axis, showlegend=False, hovermode="closest")
+    # The band's outline runs along the upper ends and back along the lower ones; a logarithmic axis has no place for ends below 0.
+    band = [(layer, p.low, p.high) for layer, p in points if p.low is not None and p.high is not None and not (logarithmic and p.low <= 0)]
+    if band:
+        outline = [high for _, _, high in band] + [low for _, low, _ in reversed(band)]
+        along = [layer for layer, _, _ in band]
+        edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+        figure.add_scatter(x=along + along[::-1], y=outline, fill="toself", fillcolor=BAND, **edge)
+
+    line = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2}, "marker": {"size": 5, "color": BLUE}}
+    for part, style in ((points, line), ([point for point in points if point[0] in layers], {"mode": "markers", "marker": _diamonds(11)})):
+        if part:
+            hover = [f"layer {layer}: {with_interval(value)}" for layer, value in part]
+            xy = {"x": [layer for layer, _ in part], "y": [value.value for _, value in part]}
+            figure.add_scatter(**xy, **style, hovertext=hover, hoverinfo="text")
+    return figure
 
 
 def heat_map(card: Card, chosen: Chosen = ()) -> "Figure":
     """All measures of a card, one row each on its own scale, over the layers; exact values on hover, chosen layers marked above."""
-    from layercard.report import figures
-
-    checked = _record(LayerCard, card)
-    return figures.heat_figure(checked.to_json(), _layers(checked, chosen))
+    card = _record(LayerCard, card)
+    layers, measures, depth = _layers(card, chosen), measured(card), card.model.layers
+    shades, texts = [], []
+    for measure in measures:
+        values = card.profile(measure.key)
+        fractions = bar_fractions(values, wide=measure.wide)
+        lowest = min((shade for shade in fractions if shade is not None), default=0.0)
+        span = max(1 - lowest, FLAT)
+        shades.append([None if shade is None else round((shade - lowest) / span, 4) for shade in fractions])
+        words = []
+        for layer, value in enumerate(values):
+            text = "not measured" if value is None else f"{value.value:.6g}"
+            if value is not None and value.low is not None and value.high is not None:
+                text += f"<br>{value.low:.6g} to {value.high:.6g}"
+            words.append(f"layer {layer}, {measure.title.lower()}: {text}")
+        texts.append(words)
+    names = ({-1: "chosen"} if layers else {}) | {row: measure.title for row, measure in enumerate(measures)}
+    figure = _figure(
+        {"title": "layer, input to output", "showgrid": False, "range": [-0.6, depth - 0.4]},
+        {"tickvals": list(names), "ticktext": list(names.values()), "range": [len(measures) - 0.5, min(names) - 0.5], "showgrid": False},
+        margin={"l": 130, "r": 10, "t": 10, "b": 44},
+        showlegend=False,
+    )
+    scale = {"colorscale": "Cividis", "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1}
+    bar = {"thickness": 12, "tickvals": [0, 1], "ticktext": ["lowest", "highest"]}
+    rows = list(range(len(measures)))
+    figure.add_heatmap(z=shades, x=list(range(depth)), y=rows, hovertext=texts, hoverinfo="text", colorbar=bar, **scale)
+    if layers:
+        hover = [f"layer {layer}, chosen" for layer in layers]
+        figure.add_scatter(x=layers, y=[-1] * len(layers), mode="markers", marker=_diamonds(10), hovertext=hover, hoverinfo="text")
+    return figure
 
 
 def coupling(card: Card, chosen: Chosen = ()) -> "Figure":
     """The coupling matrix `ρ: [L, L]`, a correlation without unit; chosen layers are marked on the diagonal."""
-    from layercard.report import figures
+    card = _record(LayerCard, card)
+    layers, scale = _layers(card, chosen), {"colorscale": "Cividis", "zmin": 0, "zmax": 1}
+    if min(map(min, card.coupling)) < -0.05:
+        scale = {"colorscale": "RdBu", "zmin": -1, "zmax": 1, "reversescale": True}
+    # Four digits are more than a colour or a hover shows, and make a page of a deep model three times smaller.
+    values = [[round(value, 4) for value in row] for row in card.coupling]
+    figure = _square("layer", 56, 44)
+    figure.add_heatmap(z=values, **scale, hovertemplate="layers %{y} and %{x}: %{z:.3f}<extra></extra>", colorbar={"thickness": 12})
+    if layers:
+        figure.add_scatter(x=layers, y=layers, mode="markers", marker=_diamonds(9), hoverinfo="skip", showlegend=False)
+    return figure
 
-    checked = _record(LayerCard, card)
-    return figures.coupling_figure(checked.to_json(), _layers(checked, chosen))
+
+def transfer_matrix(cards: Transfer | Mapping[str, Any]) -> "Figure":
+    """Spearman's rank correlation of the layers of every two cards, with the number in each cell.
+
+    Args:
+        cards: Several cards of one model by name, which are compared as `layercard transfer` does; or a comparison of these or the
+            JSON value of `layercard transfer -o`, which are shown as they are.
+
+    Raises:
+        CardError: Fewer than two cards, or cards of several models.
+    """
+    if isinstance(cards, Transfer) or isinstance(cards.get("schema"), str):
+        result = _record(Transfer, cards)
+    else:
+        result = transfer([(str(name), _record(LayerCard, card)) for name, card in cards.items()])
+    names = [_escaped(card["name"]) for card in result.cards]
+    figure = _square("", 90, 50)
+    texts = {"texttemplate": "%{z:.2f}", "hovertemplate": "%{y} and %{x}: %{z:.3f}<extra></extra>"}
+    scale = {"colorscale": "Cividis", "zmin": 0, "zmax": 1, "xgap": 2, "ygap": 2, "colorbar": {"thickness": 12}}
+    figure.add_heatmap(z=result.matrix, x=names, y=names, **scale, **texts)
+    return figure
 
 
 def cost_by_depth(card: Card, kind: CostKind = "time", chosen: Chosen = ()) -> "Figure":
@@ -86,16 +201,35 @@ def cost_by_depth(card: Card, kind: CostKind = "time", chosen: Chosen = ()) -> "
     Raises:
         CardError: The card has no cost.
     """
-    from layercard.report import figures
-
-    checked = _record(LayerCard, card)
-    layers = _layers(checked, chosen)
+    card = _record(LayerCard, card)
+    layers, cost = _layers(card, chosen), card.cost
     _check_name("kind", kind, get_args(CostKind))
-    if checked.cost is None:
+    if cost is None:
         raise CardError("the card has no cost; profile again with --cost, or estimate it: card.with_cost(cost_of(card))")
+    every = list(range(len(cost.layers)))
     if kind == "reach":
-        return figures.reach_figure(checked.cost)
-    return figures.cost_time_figure(checked.cost, layers) if kind == "time" else figures.cost_memory_figure(checked.cost, layers)
+        figure = _figure({"title": "the one adapted layer"}, {"title": "% of all layers", "rangemode": "tozero"}, legend=True)
+        lines = (("step time", cost.step_time, BLUE, "solid", "circle"), ("peak memory", cost.peak_memory, ORANGE, "dash", "square"))
+        for name, of, colour, dash, symbol in lines:
+            values = [100 * of([layer]) / of(every) for layer in every]
+            hover = [f"only layer {layer}: {value:.1f} % of the {name} of all layers" for layer, value in zip(every, values, strict=True)]
+            style = {"mode": "lines+markers", "line": {"color": colour, "dash": dash, "width": 2}, "marker": {"size": 5, "symbol": symbol}}
+            figure.add_scatter(x=every, y=values, name=name, hovertext=hover, hoverinfo="text", **style)
+        return figure
+    scale, title = (2.0**-20, "kept for backward, MiB") if kind == "memory" else (1e3, "time, ms")
+    if kind == "time" and not cost.absolute:
+        scale, title = 100.0, "time, % of a step of all layers"
+    y_axis = {"title": title, "rangemode": "tozero"}
+    figure = _figure({"title": "layer, input to output"}, y_axis, legend=True, barmode="stack", bargap=0.15)
+    for name, (key, colour, shape) in STACKED[kind].items():
+        values = [scale * getattr(layer, key) for layer in cost.layers]
+        pattern = {"shape": shape, "fgcolor": "rgba(255,255,255,0.75)", "size": 5, "solidity": 0.25, "fillmode": "overlay"}
+        hover = [f"layer {layer}, {name}: {short(value)}" for layer, value in zip(every, values, strict=True)]
+        figure.add_bar(x=every, y=values, name=name, marker={"color": colour, "pattern": pattern}, hovertext=hover, hoverinfo="text")
+    if layers:
+        tops = [scale * sum(getattr(cost.layers[layer], key) for key, _, _ in STACKED[kind].values()) for layer in layers]
+        figure.add_scatter(x=layers, y=tops, mode="markers", name="chosen", marker=_diamonds(9), hoverinfo="skip")
+    return figure
 
 
 def front(front: Front | Mapping[str, Any], cost: FrontCost = "time", placements: Placements | None = None) -> "Figure":
@@ -106,32 +240,42 @@ def front(front: Front | Mapping[str, Any], cost: FrontCost = "time", placements
         cost: `time` of a step or peak `memory`.
         placements: Placements to mark, by the names to show on hover.
     """
-    from layercard.report import figures
-
-    checked = _record(Front, front)
-    _check_name("cost", cost, checked.fronts)
+    front = _record(Front, front)
+    _check_name("cost", cost, front.fronts)
     named = {name: _record(Placement, placement) for name, placement in (placements or {}).items()}
     for name, placement in named.items():
-        if placement.model.get("fingerprint") != checked.model.get("fingerprint"):
-            raise PlacementError(f"placement {name} is of {placement.model.get('name')}, the front of {checked.model.get('name')}")
-    return figures.front_figure(checked.to_json(), cost, {name: placement.to_json() for name, placement in named.items()})
-
-
-def transfer_matrix(cards: Transfer | Mapping[str, Any]) -> "Figure":
-    """Spearman's rank correlation of the layers of every two cards, with the number in each cell.
-
-    Args:
-        cards: Several cards of one model by name, which are compared as `layercard transfer` does; or a comparison of these or the
-            JSON value of `layercard transfer -o`, which are shown as they are.
-
-    Raises:
-        CardError: Fewer than two cards, or cards of several models.
-    """
-    from layercard.report import figures
-
-    if isinstance(cards, Transfer) or isinstance(cards.get("schema"), str):
-        return figures.transfer_figure(_record(Transfer, cards).to_json())
-    return figures.transfer_figure(transfer([(str(name), _record(LayerCard, card)) for name, card in cards.items()]).to_json())
+        if placement.model.get("fingerprint") != front.model.get("fingerprint"):
+            raise PlacementError(f"placement {name} is of {placement.model.get('name')}, the front of {front.model.get('name')}")
+    key, title = COSTS[cost]
+    figure = _performance(f"{title}, % of all layers")
+    plain = [(str(point["name"]), point) for point in front.baselines]
+    groups = [
+        (strategy, [(_escaped(label), point) for label, point in plain if label.partition("-")[0] == strategy], *style, 9)
+        for strategy, style in PLAIN.items()
+    ]
+    given = [(_escaped(label), placement.predicted) for label, placement in named.items()]
+    least = [(f"layers {listed(point['layers'], ' ')}", point) for point in front.fronts[cost]]
+    for name, points, symbol, colour, size in [
+        ("least cost", least, "circle", BLUE, 7),
+        *groups,
+        ("given", given, "diamond", GREEN, 14),
+    ]:
+        estimates = [(label, point, Estimate.read(point.get("performance_kept"))) for label, point in points]
+        drawn = [(label, point[key]["share"], kept) for label, point, kept in estimates if kept is not None and point.get(key)]
+        style: dict[str, Any] = {"mode": "markers", "marker": {"size": size, "color": colour, "symbol": symbol, "line": EDGE}}
+        if points is least:
+            style = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2}, "marker": {"size": size, "color": colour}}
+            style["error_y"] = _error([kept for _, _, kept in drawn], 100)
+        if drawn or points is least:
+            figure.add_scatter(
+                x=[100 * share for _, share, _ in drawn],
+                y=[100 * kept.value for _, _, kept in drawn],
+                name=name,
+                hovertext=[f"{label}: {percent(kept)}" for label, _, kept in drawn],
+                hoverinfo="text",
+                **style,
+            )
+    return figure
 
 
 def trade_off(comparison: Mapping[str, Any], placements: Placements | None = None) -> "Figure":
@@ -144,15 +288,92 @@ def trade_off(comparison: Mapping[str, Any], placements: Placements | None = Non
     Raises:
         ReportError: The value is not a whole comparison.
     """
-    from layercard.report import figures
-    from layercard.report.sources import read_runs
-    from layercard.report.tables import called
-    from layercard.report.trials import compared, grouped
+    given = {name: _record(Placement, placement) for name, placement in (placements or {}).items()}
+    names = {placement.layers: called(name, placement) for name, placement in given.items()}
+    return trade_off_of(grouped(compared(read_runs("comparison", comparison, "comparison")), names), list(names.values()))
 
-    given = {name: _record(Placement, placement).to_json() for name, placement in (placements or {}).items()}
-    names = {tuple(value["layers"]): called(name, value) for name, value in given.items()}
-    runs = read_runs("comparison", comparison, "comparison")
-    return figures.trade_off_figure(grouped(compared(runs), names), list(names.values()))
+
+def trade_off_of(groups: Sequence[TrialGroup], named: Collection[str]) -> "Figure":
+    """The figure of `trade_off` from trained placements; those of `named` are marked."""
+    drawn = [(group.name, group.time_share, group.performance_kept) for group in groups if group.time_share and group.performance_kept]
+
+    def kind(name: str) -> str:
+        plain = name.partition(" ")[0].partition("-")[0].partition(":")[0]
+        return plain if plain in PLAIN else "given" if name in named else "others"
+
+    figure = _performance("training time, % of all layers")
+    styles = {"given": ("diamond", GREEN, 14), **{name: (*style, 11) for name, style in PLAIN.items()}, "others": ("circle-open", BLUE, 8)}
+    for name, (symbol, colour, size) in styles.items():
+        members = [(label, time, kept) for label, time, kept in drawn if kind(label) == name and time is not None and kept is not None]
+        if members:
+            figure.add_scatter(
+                x=[time.value for _, time, _ in members],
+                y=[kept.value for _, _, kept in members],
+                error_y=_error([kept for _, _, kept in members]) | {"color": colour},
+                name=name,
+                mode="markers",
+                marker={"size": size, "color": colour, "symbol": symbol, "line": EDGE},
+                text=[label for label, _, _ in members],
+                hovertext=[f"{_escaped(label)}: {short(kept.value)} % kept" for label, _, kept in members],
+                hoverinfo="text",
+            )
+    figure.add_hline(y=100, line={"dash": "dot", "color": GREY, "width": 1})
+    return figure
+
+
+def loss_curves(curves: Mapping[str, tuple[float, Sequence[float]]]) -> "Figure":
+    """Training loss against training time, for each name the seconds of the whole run and the loss of each step, nats per labelled token.
+
+    Each point is the mean of a twentieth of the steps up to it.
+    """
+    figure = _figure({"title": "training time, s"}, {"title": "training loss, nats per labelled token"}, legend=True, hovermode="closest")
+    styles = zip((GREEN, GREY, ORANGE, BLUE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash", "solid"), strict=True)
+    for (name, (seconds, losses)), (colour, dash) in zip(list(curves.items())[:MOST_CURVES], styles, strict=False):
+        width = max(1, len(losses) // 20)
+        ends = range(width, len(losses) + 1)
+        means = [sum(losses[end - width : end]) / width for end in ends]
+        times = [seconds * end / len(losses) for end in ends]
+        figure.add_scatter(x=times, y=means, name=_escaped(name), mode="lines", line={"color": colour, "dash": dash, "width": 2})
+    return figure
+
+
+def _figure(x_axis: dict[str, Any], y_axis: dict[str, Any], *, legend: bool = False, **layout: Any) -> "Figure":
+    """An empty figure; with `legend` names stand above it."""
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    figure.update_layout(**{"margin": {"l": 56, "r": 14, "t": 10, "b": 44}, **layout})
+    if legend:
+        figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})
+    figure.update_xaxes(zeroline=False, **x_axis)
+    figure.update_yaxes(zeroline=False, **y_axis)
+    return figure
+
+
+def _square(title: str, left: int, bottom: int) -> "Figure":
+    axis = {"title": title, "constrain": "domain", "showgrid": False}
+    margin = {"l": left, "r": 10, "t": 10, "b": bottom}
+    return _figure(axis, axis | {"scaleanchor": "x", "autorange": "reversed"}, margin=margin)
+
+
+def _performance(cost: str) -> "Figure":
+    return _figure({"title": cost}, {"title": "performance kept, %"}, legend=True, hovermode="closest")
+
+
+def _diamonds(size: int) -> dict[str, Any]:
+    """The mark of chosen layers."""
+    return {"size": size, "color": ORANGE, "symbol": "diamond", "line": EDGE}
+
+
+def _error(estimates: Sequence[Estimate], scale: float = 1.0) -> dict[str, Any]:
+    above = [scale * (estimate.high - estimate.value) if estimate.high is not None else 0 for estimate in estimates]
+    below = [scale * (estimate.value - estimate.low) if estimate.low is not None else 0 for estimate in estimates]
+    return {"array": above, "arrayminus": below, "thickness": 1, "width": 3}
+
+
+def _escaped(text: object) -> str:
+    """Text as plotly shows it, letter for letter."""
+    return html.escape(visible(str(text)), quote=False)
 
 
 def _record(record: type[_R], value: Any) -> _R:

@@ -85,7 +85,7 @@ def roadmap(files: Sequence[ModelFile], card: ModelFile | None = None) -> Roadma
         names |= {"model": str(card.value["model"]["name"]), "card": card.name, "data": source}
         if source.startswith("synthetic"):
             names["valid"] = "synthetic:valid"
-        ranking = stability_words(card.value)
+        ranking = stability_words(card.value["stability"])
         done["Make the Layer Card"] = f"{card.name}: {data['records']:,} records of {data['source']}; ranking {ranking}"
         done["Read it"] = ""
     if others:

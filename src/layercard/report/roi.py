@@ -1,23 +1,26 @@
 """What a placement saves in money, hours, energy and CO₂: one table of formulas, computed here and in the page alike.
 
 `roi` compares training and serving with adapters in the layers of a placement against adapters in all layers. `RoiInputs` are the
-reader's own figures; `Ratios` are what was measured of the placement, as shares of all layers (0.6: 40 % less). `FORMULAS` is the whole
-model, in the order in which it is computed: each line may use figures, ratios and the lines above it. With numbers a line gives its
-value; with `Term`s it gives its own text, which is the docs' and the page's JavaScript: the same operations in the same order on the
-same doubles.
+reader's own figures; `Ratios` are what was measured of the placement, as shares of all layers (0.6: 40 % less). `compute` is the whole
+model. Its source is read as text too, which is the docs' and the page's JavaScript: the same operations in the same order on the same
+doubles.
 
 A ratio that was not measured counts as 1, so nothing is saved by it, in `Roi.results`; what it would save is told apart from these, in
 `Roi.with_assumptions`.
 """
 
+import ast
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
-from layercard.card.numbers import Json, listed
+from layercard.card.card import LayerCard
+from layercard.card.numbers import listed
 from layercard.cost.model import CostModel
 from layercard.errors import ReportError, suggestion
 from layercard.files import shown
@@ -28,8 +31,8 @@ from layercard.report.words import counted, device_of, template
 RATIOS = ("time", "memory", "latency", "adapter_size")
 MEASURED_FIGURES = ("run_memory_gb", "adapter_mb", "adapter_latency_ms")
 """Figures of a run of all layers that are taken as measured where the reader gives none."""
-COST_ERROR = 0.061
-"""Worst error of a step time that a measured cost model predicts (`benchmarks/results/cost_model.json`)."""
+SHARE_ERROR = 0.094
+"""Worst error of a share of the step time of all layers that a measured cost model predicts (`benchmarks/results/cost_model.json`)."""
 
 _Amount = Annotated[FiniteFloat, Field(ge=0, le=1e12)]
 _Positive = Annotated[FiniteFloat, Field(ge=1e-6, le=1e12)]
@@ -106,6 +109,7 @@ class Ratio(Part):
     mid: Annotated[FiniteFloat, Field(ge=0, le=1e6)]
     high: Annotated[FiniteFloat, Field(ge=0, le=1e6)]
     measured: bool  # else it is an assumption and kept out of `Roi.results`
+    predicted: bool = False  # whether it was not timed as such, but follows from measured parts
     source: str  # where it comes from, in words
 
     @model_validator(mode="after")
@@ -115,10 +119,17 @@ class Ratio(Part):
         return self
 
     @classmethod
-    def of(cls, mid: float, source: str, *, low: float | None = None, high: float | None = None, measured: bool = True) -> Self:
+    def of(
+        cls, mid: float, source: str, *, low: float | None = None, high: float | None = None, measured: bool = True, predicted: bool = False
+    ) -> Self:
         """A ratio; without ends its interval is the value alone."""
         ends = (mid if low is None else min(max(low, 0.0), mid), mid if high is None else max(high, mid))
-        return cls(low=ends[0], mid=mid, high=ends[1], measured=measured, source=source)
+        return cls(low=ends[0], mid=mid, high=ends[1], measured=measured, predicted=predicted, source=source)
+
+    @property
+    def basis(self) -> str:
+        """Whether it was measured, in a word."""
+        return "assumed" if not self.measured else "predicted" if self.predicted else "measured"
 
 
 NOT_MEASURED = Ratio(low=1.0, mid=1.0, high=1.0, measured=False, source="not measured, so nothing is saved by it")
@@ -141,29 +152,6 @@ class Ratios(Part):
 
 # ---- the formulas
 
-
-class Term:
-    """An expression as text: what the formulas give for names instead of numbers. `rank` is 1 for sums, 2 for products, else 3."""
-
-    def __init__(self, text: str, rank: int = 3) -> None:
-        self.text, self.rank = text, rank
-
-    def __call__(self, *arguments: "Term") -> "Term":
-        return Term(f"{self.text}({', '.join(argument.text for argument in arguments)})")
-
-
-def _join(left: Any, sign: str, right: Any, rank: int) -> Term:
-    """Two sides with a sign between them, in brackets where the order of computing asks for it."""
-    left, right = (side if isinstance(side, Term) else Term(repr(side)) for side in (left, right))
-    before = left.text if left.rank >= rank else f"({left.text})"
-    after = right.text if right.rank > rank else f"({right.text})"
-    return Term(f"{before} {sign} {after}", rank)
-
-
-for _name, _sign, _rank in (("add", "+", 1), ("sub", "-", 1), ("mul", "*", 2), ("truediv", "/", 2)):
-    setattr(Term, f"__{_name}__", lambda self, other, sign=_sign, rank=_rank: _join(self, sign, other, rank))
-    setattr(Term, f"__r{_name}__", lambda self, other, sign=_sign, rank=_rank: _join(other, sign, self, rank))
-
 FUNCTIONS: dict[str, Callable[..., float | None]] = {
     "positive": lambda x: 1.0 if x > 0 else 0.0,
     "fits": lambda need, room: 1.0 if need <= room else 0.0,
@@ -174,12 +162,16 @@ FUNCTIONS: dict[str, Callable[..., float | None]] = {
 
 
 def compute(v: Any) -> None:
-    """The whole model, from the top down: each line uses figures, ratios and the lines above it."""
+    """The whole model, from the top down: each line uses figures, ratios and the lines above it, and reads as one of JavaScript too."""
     v.gpu_hours = v.runs_per_month * v.hours_per_run * v.gpus
     v.smaller_price = v.smaller_gpu_price_per_hour / v.smaller_gpu_speed
-    cheaper = v.positive(v.run_memory_gb) * v.positive(v.smaller_gpu_memory_gb) * v.positive(v.gpu_price_per_hour - v.smaller_price)
-    only_this_fits = v.fits(v.run_memory_gb * v.memory, v.smaller_gpu_memory_gb)
-    v.moves = cheaper * only_this_fits * (1 - v.fits(v.run_memory_gb, v.smaller_gpu_memory_gb))
+    v.moves = (
+        v.positive(v.run_memory_gb)
+        * v.positive(v.smaller_gpu_memory_gb)
+        * v.positive(v.gpu_price_per_hour - v.smaller_price)
+        * v.fits(v.run_memory_gb * v.memory, v.smaller_gpu_memory_gb)
+        * (1 - v.fits(v.run_memory_gb, v.smaller_gpu_memory_gb))
+    )
     v.run_time = v.time * (1 + v.moves * (1 / v.smaller_gpu_speed - 1))
     v.training_saved = v.gpu_hours * v.gpu_price_per_hour * (1 - v.time)
     v.smaller_gpu_saved = v.moves * v.gpu_hours * v.time * (v.gpu_price_per_hour - v.smaller_price)
@@ -212,19 +204,6 @@ class Formula(NamedTuple):
     expression: str
 
 
-class _Lines:
-    """Takes the place of the numbers in `compute` and writes the text of each line into `texts`."""
-
-    def __init__(self, texts: dict[str, str]) -> None:
-        self.__dict__["_texts"] = texts
-
-    def __getattr__(self, name: str) -> Term:
-        return Term(name)
-
-    def __setattr__(self, name: str, term: Term) -> None:
-        self.__dict__["_texts"][name] = term.text
-
-
 _UNITS: dict[str, tuple[str, ...]] = {
     "gpu_hours": ("GPU h / month", ""),
     "smaller_price": ("money / GPU h", ""),
@@ -247,8 +226,8 @@ _UNITS: dict[str, tuple[str, ...]] = {
     "energy_saved": ("kWh / month", "Energy saved a month", "gpu_watts"),
     "co2_saved": ("kg / month", "CO₂ saved a month", "gpu_watts", "grid_gco2_per_kwh"),
 }
-_texts: dict[str, str] = {}
-compute(_Lines(_texts))
+_assignments = [node for node in ast.walk(ast.parse(inspect.getsource(compute))) if isinstance(node, ast.Assign)]
+_texts = {ast.unparse(node.targets[0])[2:]: re.sub(r"\bv\.", "", ast.unparse(node.value)) for node in _assignments}
 FORMULAS = tuple(Formula(name, unit, title, tuple(needs), _texts[name]) for name, (unit, title, *needs) in _UNITS.items())
 SHOWN = tuple(formula for formula in FORMULAS if formula.title)
 """The lines that are results."""
@@ -373,14 +352,14 @@ def _assumptions(inputs: RoiInputs, ratios: Ratios) -> Iterator[str]:
 # ---- ratios from cards and runs
 
 
-def ratios_of(layers: Sequence[int], card: Json | None = None, groups: Sequence[TrialGroup] = ()) -> Ratios:
-    """What is known of a placement against all layers: from runs where there are any, else from the card's cost.
+def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequence[TrialGroup] = ()) -> Ratios:
+    """What is known of a placement against all layers: from runs where there are any, else predicted from the card's cost.
 
     The time that adapters add to a token is taken from an accelerator's cost only: that of a processor core says nothing of a GPU's price.
 
     Args:
         layers: The placement.
-        card: JSON value of a card.
+        card: The card of its model.
         groups: Trained placements (`trials.grouped`), the one with these layers and all layers among them or not.
     """
     chosen = tuple(sorted(layers))
@@ -389,8 +368,8 @@ def ratios_of(layers: Sequence[int], card: Json | None = None, groups: Sequence[
     runs: Sequence[Trial] = group.trials if group else ()
     parts: dict[str, Any] = {}
     places: list[str] = []
-    if card and card.get("cost"):
-        cost = CostModel.from_json(dict(card["cost"]), "the card's cost")
+    if card is not None and card.cost is not None:
+        cost = card.cost
         parts = _from_cost(cost, chosen)
         if cost.source == "measured":
             places.append(f"{device_of(cost)}, {cost.batch_size} records of {cost.tokens} tokens")
@@ -415,24 +394,28 @@ def ratios_of(layers: Sequence[int], card: Json | None = None, groups: Sequence[
 
 def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
     """The ratios that a card's cost gives, and the figures of all layers where it was measured."""
-    every, measured, error = range(len(cost.layers)), cost.source == "measured", 0.0
+    every, measured = range(len(cost.layers)), cost.source == "measured"
+    frozen, error = cost.weights_bytes, SHARE_ERROR if measured else 0.0
     guess = "estimated from FLOPs, bytes and a device's rates" if cost.source == "rates" else "estimated from shapes alone"
     sources = {"time": f"step time {guess}", "memory": f"peak memory {guess}", "latency": f"added latency {guess}"}
     parts: dict[str, Any] = {"adapter_mb": cost.adapter_bytes(every) / 1e6}
     if measured:
-        where, error = f"measured on {device_of(cost)}", COST_ERROR
-        sources["time"] = f"step time from the card's cost, its parts {where}; ± {100 * COST_ERROR:.1f} %"
-        sources["memory"] = f"peak memory from the card's cost, its parts {where}"
-        sources["latency"] = f"time that adapters, not merged, add to a token, {where}"
-        parts["run_memory_gb"] = (cost.weights_bytes + cost.peak_memory(every)) / 1e9
+        on = f"measured on {device_of(cost)}"
+        sources["time"] = (
+            f"step time predicted from the card's cost, its parts {on}; ± {100 * error:.1f} %, the worst of 16 shares that were timed"
+        )
+        sources["memory"] = f"peak memory predicted from the card's cost, its parts {on}; without an interval"
+        sources["latency"] = f"time that adapters, not merged, add to a token, predicted from the card's cost, its parts {on}"
+        parts["run_memory_gb"] = (frozen + cost.peak_memory(every)) / 1e9
         parts["adapter_latency_ms"] = None if cost.threads else 1e3 * cost.inference_latency(every)
+    basis = {"measured": measured, "predicted": measured}
     time = cost.step_time(layers) / cost.step_time(every)
-    memory = (cost.weights_bytes + cost.peak_memory(layers)) / (cost.weights_bytes + cost.peak_memory(every))
-    parts["time"] = Ratio.of(time, sources["time"], low=time * (1 - error), high=time * (1 + error), measured=measured)
-    parts["memory"] = Ratio.of(memory, sources["memory"], measured=measured)
+    memory = (frozen + cost.peak_memory(layers)) / (frozen + cost.peak_memory(every))
+    parts["time"] = Ratio.of(time, sources["time"], low=time * (1 - error), high=time * (1 + error), **basis)
+    parts["memory"] = Ratio.of(memory, sources["memory"], **basis)
     if cost.inference_latency(every) > 0:
         latency = cost.inference_latency(layers) / cost.inference_latency(every)
-        parts["latency"] = Ratio.of(latency, sources["latency"], measured=measured)
+        parts["latency"] = Ratio.of(latency, sources["latency"], **basis)
     size = cost.adapter_bytes(layers) / cost.adapter_bytes(every)
     return parts | {"adapter_size": Ratio.of(size, "counted from the shapes of the adapted maps")}
 

@@ -8,7 +8,7 @@ from typing import Any
 from layercard.card.card import LayerCard
 from layercard.card.numbers import Json
 from layercard.errors import PlacementError, ReportError
-from layercard.files import read_json, shown
+from layercard.files import json_text, read_json, shown
 from layercard.records import Record
 from layercard.report.trials import Trial, compared, of_bench, of_comparison, of_run
 from layercard.selection.pareto import Front
@@ -19,13 +19,13 @@ from layercard.training.records import Run
 MOST_FILES = 5_000
 """JSON files that a folder may hold; more is taken for a mistake."""
 RECORDS: dict[str, type[Record]] = {"card": LayerCard, "placement": Placement, "front": Front, "transfer": Transfer}
-_KINDS = {record.schema_name().partition("/")[0]: kind for kind, record in RECORDS.items()}
-RUNS: dict[str, tuple[str, str, Callable[[Json], Any]]] = {
-    "run": ("layercard-run/1", "layercard train", of_run),
-    "benchmark run": ("layercard-bench-run/1", "layercard bench", of_bench),
-    "comparison": ("layercard-compare/1", "layercard compare", of_comparison),
+RUNS: dict[str, tuple[str, str, Callable[[Json, str], list[Trial]]]] = {
+    "run": ("layercard-run/1", "layercard train", lambda value, source: [of_run(Run.from_json(value, source))]),
+    "benchmark run": ("layercard-bench-run/1", "layercard bench", lambda value, _: of_bench(value)),
+    "comparison": ("layercard-compare/1", "layercard compare", lambda value, _: of_comparison(value)),
 }
 """Files with training runs: their schema, the command that writes them, and how their runs are read."""
+_KINDS = {record.schema_name().partition("/")[0]: kind for kind, record in RECORDS.items()}
 _KINDS |= {schema.partition("/")[0]: kind for kind, (schema, _, _) in RUNS.items()}
 _OF_OTHERS = ("layercard-plan/1", "layercard-cost/1", "layercard-roi/1", "layercard-set/1")
 """Schemas that belong to other files and are passed over."""
@@ -33,13 +33,14 @@ _OF_OTHERS = ("layercard-plan/1", "layercard-cost/1", "layercard-roi/1", "layerc
 
 @dataclass
 class Sources:
-    """What was read: JSON values that their record classes have checked."""
+    """What was read."""
 
-    cards: dict[str, Json] = field(default_factory=dict)  # by name, the report's own first
-    placements: dict[str, Json] = field(default_factory=dict)  # by name, the report's own first
+    cards: dict[str, LayerCard] = field(default_factory=dict)  # by name, the report's own first
+    placements: dict[str, Placement] = field(default_factory=dict)  # by name, the report's own first
     trials: list[Trial] = field(default_factory=list)  # compared with all layers where these were trained too
-    front: Json | None = None
-    transfer: Json | None = None
+    curves: list[Trial] = field(default_factory=list)  # runs that say the loss of each step, those of a comparison too
+    front: Front | None = None
+    transfer: Transfer | None = None
     comparisons: list[Json] = field(default_factory=list)  # files of `layercard compare`, as they are
     tables: list[Json] = field(default_factory=list)  # result tables, as they are
     used: dict[str, int] = field(default_factory=dict)  # how many files of each kind were read
@@ -47,12 +48,12 @@ class Sources:
     notes: list[str] = field(default_factory=list)  # what could not be done, in sentences
 
     @property
-    def card(self) -> Json:
+    def card(self) -> LayerCard:
         """The card that the report is about."""
         return next(iter(self.cards.values()))
 
     @property
-    def placement(self) -> Json | None:
+    def placement(self) -> Placement | None:
         """The placement that the report is about."""
         return next(iter(self.placements.values()), None)
 
@@ -73,6 +74,10 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     for path in paths:
         useful = 0
         for file, value, counted_elsewhere in _values(path):
+            try:
+                json_text(value)
+            except ValueError:
+                raise ReportError(f"{file} holds NaN or an infinite number, which nothing measured is; make it again") from None
             kind = _take(sources, file, value, shares, named=file == path, counted_elsewhere=counted_elsewhere)
             if kind is None:
                 sources.passed += 1
@@ -97,17 +102,6 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     return sources
 
 
-def load_comparison(path: Path) -> Json:
-    """The JSON value of a file of `layercard compare`, whose runs can be read.
-
-    Raises:
-        ReportError: The file is missing, truncated or not a comparison.
-    """
-    value = read_json(path, ReportError, "comparison")
-    read_runs("comparison", value, str(path))
-    return value
-
-
 def read_runs(kind: str, value: Json, source: str) -> list[Trial]:
     """The runs of a file whose kind is in `RUNS`; `source` names it in messages.
 
@@ -117,10 +111,12 @@ def read_runs(kind: str, value: Json, source: str) -> list[Trial]:
     schema, command, read = RUNS[kind]
     if value.get("schema") != schema:
         raise ReportError(f"{source}: schema {shown(value.get('schema'))} is not {schema!r}; make the file again with `{command}`")
-    if kind == "run":
-        Run.from_json(value, source)
-    runs = _checked(source, schema, lambda: read(value))
-    return runs if isinstance(runs, list) else [run for run in (runs,) if run is not None]
+    return _checked(source, schema, lambda: read(value, source))
+
+
+def called(name: str, placement: Placement) -> str:
+    """What a placement is called: its file and what it was chosen for."""
+    return name if name == placement.objective else f"{name} ({placement.objective})"
 
 
 def _checked(source: str, noun: str, read: Callable[[], Any]) -> Any:
@@ -161,43 +157,35 @@ def _take(
         sources.tables.append(_table(file, value))
         return "table"
     if schema is None and value.keys() >= {"task", "layers", "share_of_all"}:
-        place, share = _checked(source, "step time", lambda: _timing(value))
-        shares[place] = share
+        # A step time that was measured apart: task, layers and rank, and its share of that of all layers, %.
+        timing = _checked(source, "step time", lambda: (str(value["task"]), tuple(map(int, value["layers"])), value.get("rank")))
+        shares[timing] = 100 * _checked(source, "step time", lambda: float(value["share_of_all"]))
         return "timing"
+    runs = read_runs(kind, value, source) if kind in RUNS and (kind == "run" or not counted_elsewhere) else []
+    sources.curves += [run for run in runs if run.losses]
     if counted_elsewhere:
         return None
     if schema == "layercard-bench/1":
-        tables = _checked(source, schema, lambda: list(value["tables"].items()))
-        for name, table in tables:
+        for name, table in _checked(source, schema, lambda: list(value["tables"].items())):
             if isinstance(table, dict):
                 sources.tables.append(_table(file, {"title": str(name).replace("_", " "), **table}))
         return "table"
     if kind in RECORDS:
-        record = RECORDS[kind].from_json(value, source).to_json()
-        if kind in ("card", "placement"):
-            records = sources.cards if kind == "card" else sources.placements
+        record = RECORDS[kind].from_json(value, source)
+        if isinstance(record, LayerCard | Placement):
+            records: dict[str, Any] = sources.cards if isinstance(record, LayerCard) else sources.placements
             records[file.stem if file.stem not in records else source] = record
         else:
             setattr(sources, kind, record)
         return kind
     if kind in RUNS:
-        runs = read_runs(kind, value, source)
         sources.trials += runs
         if kind == "comparison":
             sources.comparisons.append(value)
-        if kind == "benchmark run":
-            return "run" if runs else None
-        return kind
+        return {"benchmark run": "run" if runs else None}.get(kind, kind)
     if named and schema not in _OF_OTHERS:
         raise ReportError(f"{file}: schema {shown(schema)} is not one of a report's; name cards, placements, runs, fronts or tables")
     return None
-
-
-def _timing(value: Json) -> tuple[Any, float]:
-    """Task, layers and rank of a step time, and its share of that of all layers, %."""
-    place = str(value["task"]), tuple(value["layers"]), value.get("rank")
-    hash(place)  # raises where a layer is a list
-    return place, 100 * float(value["share_of_all"])
 
 
 def _table(file: Path, value: dict[str, Any]) -> Json:

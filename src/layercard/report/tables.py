@@ -1,16 +1,22 @@
-"""The tables of a report as plain values, each from the JSON value of a file or from runs; `templates/parts.html.j2` shows them."""
+"""The tables of a report as plain values, from records or from runs; `templates/parts.html.j2` shows them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from layercard.card.numbers import Json, best_layers, interval, listed, profile_of, short
+from layercard.card.card import LayerCard
+from layercard.card.numbers import Json, interval, listed, short
 from layercard.cost.model import CostModel
 from layercard.records import Estimate
+from layercard.report.sources import called
 from layercard.report.trials import TrialGroup
-from layercard.report.words import bar_fractions, measured, seconds, size, unit_of
+from layercard.report.words import bar_fractions, measured, seconds, size
+from layercard.selection.pareto import Front
+from layercard.selection.placement import Placement
 
 SHOWN_ROWS = 16
 """Placements in a table before the rest goes behind a fold."""
+MOST_COUPLED = 64
+"""Layers of a coupling matrix whose numbers are written out; those of a deeper model fill a page with what its card holds already."""
 POINT_COLUMNS = ("Keeps %", "Time %", "Memory %", "Adapters %", "Layers", "Which")
 
 
@@ -54,38 +60,40 @@ def number_cell(estimate: Estimate | None, scale: float = 1.0, digits: int = 0) 
     return Cell(str(text), f"{low}{' to ' if low.startswith('−') else '–'}{high}", estimate.value)
 
 
-def card_table(card: Json, chosen: Sequence[int]) -> Table:
-    """Layers × measures; ★ marks the best single layers, ◆ the chosen ones."""
-    columns, titles, best = [], ["Layer"], best_layers(card)
+def card_table(card: LayerCard, chosen: Sequence[int]) -> Table:
+    """One row a layer, one column a measure, cells coloured by where they lie in their column."""
+    best, columns, titles = card.best_layers(), [], ["Layer"]
     for measure in measured(card):
-        unit, values = unit_of(card, measure.key), profile_of(card, measure.key)
+        unit = card.units.get(measure.key, "")
         titles.append(f"{measure.title}, {unit}" if unit else measure.title)
-        shades = bar_fractions(values, wide=measure.wide)
-        lightest = min((shade for shade in shades if shade is not None), default=0.0)
+        values = card.profile(measure.key)
+        fractions = bar_fractions(values, wide=measure.wide)
+        lightest = min((shade for shade in fractions if shade is not None), default=0.0)
         column = []
-        for value, shade in zip(values, shades, strict=True):
+        for value, shade in zip(values, fractions, strict=True):
             tint = 0.0 if shade is None or lightest == 1 else (shade - lightest) / (1 - lightest)
             column.append(Cell("–") if value is None else Cell(short(value.value), interval(value), value.value, tint))
         columns.append(column)
     rows = []
-    for layer in range(len(card["layers"])):
+    for layer in range(card.model.layers):
         marks = ["★"] * (layer in best) + ["◆"] * (layer in chosen)
         rows.append(Line(str(layer), [column[layer] for column in columns], " ".join(marks)))
     return Table("Every layer: ★ best single layers by gain estimate, ◆ chosen", titles, rows, folded=True, heat=True)
 
 
-def coupling_table(card: Json) -> Table:
-    """The numbers of the coupling matrix."""
-    return matrix_table("Coupling of every two layers", "layer", range(len(card["coupling"])), card["coupling"], 2, folded=True)
+def coupling_table(card: LayerCard) -> Table | None:
+    """The numbers of the coupling matrix; `None` where they are too many to be read."""
+    if card.model.layers > MOST_COUPLED:
+        return None
+    return matrix_table("Coupling of every two layers", "layer", range(card.model.layers), card.coupling, 2, folded=True)
 
 
 def matrix_table(
-    caption: str, corner: str, names: Iterable[Any], matrix: Sequence[Sequence[float | None]], digits: int, *, folded: bool = False
+    caption: str, corner: str, names: Iterable[Any], matrix: Sequence[Sequence[float]], digits: int, *, folded: bool = False
 ) -> Table:
     """A square of numbers with the same names on both sides."""
-    heads, rows = [str(name) for name in names], []
-    for head, row in zip(heads, matrix, strict=True):
-        rows.append(Line(head, [Cell("–" if value is None else f"{value:.{digits}f}", "", value) for value in row]))
+    heads = [str(name) for name in names]
+    rows = [Line(head, [Cell(f"{value:.{digits}f}", "", value) for value in row]) for head, row in zip(heads, matrix, strict=True)]
     return Table(caption, (corner, *heads), rows, folded=folded)
 
 
@@ -102,10 +110,17 @@ def trained_table(groups: Sequence[TrialGroup]) -> Table:
 
 def trade_off_table(groups: Sequence[TrialGroup], named: Sequence[str]) -> Table:
     """Time saved against performance lost, measured, as in the paper's second table; ◆ marks the placements of `named`."""
+
+    def from_100(estimate: Estimate | None) -> Estimate | None:
+        if estimate is None:
+            return None
+        low, high = (None if end is None else 100 - end for end in (estimate.high, estimate.low))
+        return Estimate(value=100 - estimate.value, low=low, high=high)
+
     columns = ("Placement", "Layers", "Time %", "Speed-up %", "Kept %", "Drop %", "Speed-up / drop", "Peak MiB", "Adapter MiB")
     rows = []
     for group in groups:
-        saved, drop = _from_100(group.time_share), _from_100(group.performance_kept)
+        saved, drop = from_100(group.time_share), from_100(group.performance_kept)
         ratio = Estimate(value=saved.value / drop.value) if saved and drop and drop.value >= 0.05 else None
         percents = [number_cell(value, digits=1) for value in (group.time_share, saved, group.performance_kept, drop, ratio)]
         sizes = [number_cell(group.memory, 2**20), number_cell(group.adapter_bytes, 2**20, 2)]
@@ -114,15 +129,8 @@ def trade_off_table(groups: Sequence[TrialGroup], named: Sequence[str]) -> Table
     return Table("Cost and performance", columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:])
 
 
-def _from_100(estimate: Estimate | None) -> Estimate | None:
-    if estimate is None:
-        return None
-    low, high = (None if end is None else 100 - end for end in (estimate.high, estimate.low))
-    return Estimate(value=100 - estimate.value, low=low, high=high)
-
-
-def result_tables(tables: Iterable[Json]) -> list[Table]:
-    """Result files of a benchmark, as they are."""
+def result_table(table: Json) -> Table:
+    """A result file of a benchmark, as it is."""
 
     def cell(value: Any) -> Cell:
         number = Estimate.read(value)
@@ -132,11 +140,8 @@ def result_tables(tables: Iterable[Json]) -> list[Table]:
             return Cell(str(value), words=not str(value)[:1].isdigit())
         return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}", "", number.value)
 
-    made = []
-    for table in tables:
-        rows = [Line(cell(first).text, [cell(value) for value in others]) for first, *others in table["rows"]]
-        made.append(Table(str(table["title"]), [str(column) for column in table["columns"]], rows))
-    return made
+    rows = [Line(cell(first).text, [cell(value) for value in others]) for first, *others in table["rows"]]
+    return Table(str(table["title"]), [str(column) for column in table["columns"]], rows, folded=True)
 
 
 def cost_table(cost: CostModel) -> Table:
@@ -149,10 +154,10 @@ def cost_table(cost: CostModel) -> Table:
     return Table("Cost of every layer", ("Layer", "Forward", "Backward", "Adapter", "Kept", "Kept for adapter"), rows, folded=True)
 
 
-def points_table(caption: str, head: str, points: Mapping[str, Json], *, folded: bool = True) -> Table:
+def points_table(caption: str, head: str, points: Mapping[str, Json]) -> Table:
     """Placements with what is predicted of them."""
     rows = [Line(name, point_cells(point, point["layers"])) for name, point in points.items()]
-    return Table(caption, (head, *POINT_COLUMNS), rows, folded=folded)
+    return Table(caption, (head, *POINT_COLUMNS), rows, folded=True)
 
 
 def point_cells(predicted: Json, layers: Sequence[int]) -> list[Cell]:
@@ -162,22 +167,13 @@ def point_cells(predicted: Json, layers: Sequence[int]) -> list[Cell]:
     return [*numbers, Cell(str(len(layers)), "", len(layers)), Cell(listed(layers, " "), words=True)]
 
 
-def placement_tables(placements: Mapping[str, Json], front: Json | None) -> list[Table]:
+def placement_tables(placements: Mapping[str, Placement], front: Front | None) -> list[Table]:
     """The placements given with plain ones of as many layers, and why each layer of the first was taken."""
     first = next(iter(placements.values()))
-    rows = []
-    for name, placement in placements.items():
-        rows.append(Line(called(name, placement), point_cells(placement.get("predicted") or {}, placement["layers"]), "◆"))
-    plain = front["baselines"] if front else ()
-    alike = [point for point in plain if len(point["layers"]) == len(first["layers"]) or point["name"] == "all"]
-    rows += [Line(str(point["name"]), point_cells(point, point["layers"])) for point in alike]
+    rows = [Line(called(name, each), point_cells(each.predicted, each.layers), "◆") for name, each in placements.items()]
+    for point in front.baselines if front else ():
+        if len(point["layers"]) == len(first.layers) or point["name"] == "all":
+            rows.append(Line(str(point["name"]), point_cells(point, point["layers"])))
     tables = [Table("Placements given, and plain ones of as many layers: predicted", ("Placement", *POINT_COLUMNS), rows)]
-    reasons = first.get("reasons") or {}
-    why = [Line(str(layer), [Cell(reasons[str(layer)], words=True)]) for layer in first["layers"] if str(layer) in reasons]
+    why = [Line(str(layer), [Cell(first.reasons[str(layer)], words=True)]) for layer in first.layers if str(layer) in first.reasons]
     return [*tables, Table("Why each layer", ("Layer", "Reason"), why)] if why else tables
-
-
-def called(name: str, placement: Json) -> str:
-    """What a placement is called: its file and what it was chosen for."""
-    objective = str(placement["objective"])
-    return name if name == objective else f"{name} ({objective})"

@@ -1,6 +1,6 @@
 """Cards, placements and results as text for a terminal: rich tables that stay readable at 80 columns and in a pipe.
 
-Each view takes the JSON value of a file. What files say is put into `Text`, which is shown as it is and never read as markup.
+What files say is put into `Text`, which is shown as it is and never read as markup.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,16 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from layercard.card.numbers import Json, best_layers, interval, listed, percent, predicted_rows, profile_of, short, stability_words
+from layercard.card.card import LayerCard
+from layercard.card.numbers import PREDICTED, Json, interval, listed, percent, predicted_rows, short, stability_words
 from layercard.cost.model import CostModel
 from layercard.records import Estimate
 from layercard.report.roi import RATIOS, SHOWN, Roi
 from layercard.report.words import MEASURES, amount, bar_fractions, counted, seconds, signed, size, title_of
+from layercard.selection.pareto import Front
+from layercard.selection.placement import Placement
 from layercard.selection.strategies import strategy_layers
+from layercard.selection.transfer import Pair, Transfer
 
 MIB = 2**20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -101,32 +105,32 @@ def strip(estimate: Estimate, bounds: tuple[float, float], width: int, *, ascii_
     return "".join(dot if position == middle else line if low <= position <= high else " " for position in range(width))
 
 
-def card_view(card: Json, console: Console) -> RenderableType:
+def card_view(card: LayerCard, console: Console) -> RenderableType:
     """The whole card: what it is of, one row a layer, warnings in words."""
-    model, data, settings = card["model"], card["data"], card["settings"]
-    cut = f", {data['truncated']} cut" if data.get("truncated") else ""
-    tokens = f"{data['tokens']:,} tokens, {data['labelled_tokens']:,} labelled"
+    model, data, settings = card.model, card.data, card.settings
+    cut = f", {data.truncated} cut" if data.truncated else ""
+    tokens = f"{data.tokens:,} tokens, {data.labelled_tokens:,} labelled"
     ridge = Estimate.read(settings.get("ridge"))
     made = f"rank {settings.get('rank')} · ridge {short(ridge.value) if ridge else settings.get('ridge')}"
     header = {
-        "Layer Card": f"{model['name']} · {model['layers']} layers · weights {str(model['fingerprint'])[:12]}",
-        "Data": f"{data['source']} · {data['records']:,} records{cut} · {tokens}",
+        "Layer Card": f"{model.name} · {model.layers} layers · weights {model.fingerprint[:12]}",
+        "Data": f"{data.source} · {data.records:,} records{cut} · {tokens}",
         "Made with": f"{made} · {settings.get('dtype')} on {settings.get('device')} · seed {settings.get('seed')}",
-        "Ranking": stability_words(card),
+        "Ranking": stability_words(card.stability),
     }
-    warnings = [Text.assemble(("! ", "bold yellow"), str(warning)) for warning in card.get("warnings") or []]
+    warnings = [Text.assemble(("! ", "bold yellow"), warning) for warning in card.warnings]
     advice = Text.assemble(("★", "bold green"), (" best single layers; a set of layers should spread: layercard select", "dim"))
     return Group(pairs(header), layer_table(card, console), *warnings, advice)
 
 
-def layer_table(card: Json, console: Console) -> Table:
+def layer_table(card: LayerCard, console: Console) -> Table:
     """One row a layer, with as many measures as the console is wide."""
     ascii_only, used = console.options.ascii_only, 7
     columns: list[_Column] = []
     for column in _COLUMNS:
         content = 7 + (column.bar + 1 if column.bar else 0) + (13 + column.strip if column.strip else 0)
         width = 2 + max(content, len(column.title))  # two spaces before it
-        if not any(profile_of(card, column.key)):
+        if not any(card.profile(column.key)):
             continue
         if columns and used + width > console.width:
             break
@@ -134,10 +138,10 @@ def layer_table(card: Json, console: Console) -> Table:
         used += width
     table = Table(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("Layer", justify="right", no_wrap=True)
-    cells: list[list[Text]] = [[] for _ in card["layers"]]
+    cells: list[list[Text]] = [[] for _ in card.layers]
     for column in columns:
         table.add_column(f"{column.title:>7}", no_wrap=True, justify="left" if column.bar or column.strip else "right")
-        values = profile_of(card, column.key)
+        values = card.profile(column.key)
         ends = [end for value in values if value for end in (value.value, value.low, value.high) if end is not None]
         for row, value, fraction in zip(cells, values, bar_fractions(values, wide=MEASURES[column.key].wide), strict=True):
             text = Text("      -", style="dim") if value is None else Text(f"{short(value.value):>7}")
@@ -147,7 +151,7 @@ def layer_table(card: Json, console: Console) -> Table:
                 text.append(f" {interval(value):<11} ", style="not bold dim")
                 text.append(strip(value, (min(ends), max(ends)), column.strip, ascii_only=ascii_only), style="not bold cyan")
             row.append(text)
-    best = best_layers(card)
+    best = card.best_layers()
     for layer, row in enumerate(cells):
         mark = Text.assemble(("* " if ascii_only else "★ ") if layer in best else "", f"{layer:>2}")
         table.add_row(mark, *row, style="bold green" if layer in best else None)
@@ -157,49 +161,42 @@ def layer_table(card: Json, console: Console) -> Table:
 # ---- placements, fronts and comparisons
 
 
-def placement_view(placement: Json) -> RenderableType:
+def placement_view(placement: Placement) -> RenderableType:
     """A placement: its layers on the depth of the model, what is predicted, and why each layer was taken."""
-    depth, layers = int(placement["model"]["layers"]), list(placement["layers"])
+    depth, layers = int(placement.model["layers"]), placement.layers
     rows = {
-        "Placement": f"{len(layers)} of {depth} layers of {placement['model']['name']}, chosen for {placement['objective']}",
+        "Placement": f"{len(layers)} of {depth} layers of {placement.model['name']}, chosen for {placement.objective}",
         "Layers": " ".join(map(str, layers)),
         "Depth": "".join("■" if layer in layers else "·" for layer in range(depth)) + "  input left, output right",
     }
-    rows |= predicted_rows(placement.get("predicted") or {})
-    reasons = placement.get("reasons") or {}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("Layer", justify="right")
+    table = _table("Layer")
+    table.columns[0].justify = "right"
     table.add_column("Why")
     for layer in layers:
-        table.add_row(str(layer), Text(str(reasons.get(str(layer), "-"))))
-    return Group(pairs(rows), table)
+        table.add_row(str(layer), Text(placement.reasons.get(str(layer), "-")))
+    return Group(pairs(rows | predicted_rows(placement.predicted)), table)
 
 
-def front_view(front: Json) -> RenderableType:
+def front_view(front: Front) -> RenderableType:
     """Each front and the plain placements, one row a placement."""
     titles = {"time": "step time", "memory": "peak memory"}
-    named = {f"Least {titles[name]} for each performance kept": points for name, points in front["fronts"].items()}
+    named = {f"Least {titles[name]} for each performance kept": points for name, points in front.fronts.items()}
     tables = []
-    for title, points in [*named.items(), ("Plain placements", front["baselines"])]:
+    for title, points in [*named.items(), ("Plain placements", front.baselines)]:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        names = ["Name"] * (points is front["baselines"])
+        names = ["Name"] * (points is front.baselines)
         for column in names:
             table.add_column(column)
         for column in ("Keeps", "Time", "Memory", "Layers", "Which"):
             table.add_column(column, justify="left" if column == "Which" else "right", overflow="fold")
         for point in points:
-            performance = Estimate.read(point["performance_kept"])
+            kept = Estimate.read(point["performance_kept"])
             shares = [f"{100 * point[key]['share']:.0f}%" for key in ("step_time", "peak_memory")]
-            cells = [
-                percent(performance) if performance is not None else "–",
-                *shares,
-                str(len(point["layers"])),
-                listed(point["layers"], " "),
-            ]
+            cells = ["–" if kept is None else percent(kept), *shares, str(len(point["layers"])), listed(point["layers"], " ")]
             table.add_row(*(Text(cell) for cell in ([str(point["name"])] if names else []) + cells))
         tables.append(table)
-    source = {"shapes": "estimated from shapes alone", "measured": "modelled from what was measured"}.get(front["cost_source"], "modelled")
-    note = f"In % of all layers. Performance is predicted from the card, with its interval; costs are {source}."
+    source = {"shapes": "estimated from shapes alone", "measured": "modelled from what was measured"}.get(front.cost_source, "modelled")
+    note = f"In % of all layers. Performance is {PREDICTED}; costs are {source}."
     return Group(*tables, Text(note, style="dim"))
 
 
@@ -224,48 +221,47 @@ def comparison_table(comparison: Json) -> Table:
     return table
 
 
-def transfer_view(result: Json) -> RenderableType:
+def transfer_view(result: Transfer) -> RenderableType:
     """A comparison of cards: what was compared, one pair in detail or several as matrices, and the verdicts."""
-    model, cards = result["model"], result["cards"]
-    header = {"Model": f"{model['name']} · {model['layers']} layers"}
-    for card in cards:
+    header = {"Model": f"{result.model['name']} · {result.model['layers']} layers"}
+    for card in result.cards:
         stable = card["stability"].get("gain_estimate")
         halves = "" if stable is None else f" · its halves agree with Spearman {stable:.2f}"
         header[card["name"]] = f"{card['data']['source']} · {card['data']['records']:,} records{halves}"
-    if len(cards) > 2:
-        names, title = [card["name"] for card in cards], title_of(result["measure"]).lower()
+    several = len(result.cards) > 2
+    if several:
+        names, title = [card["name"] for card in result.cards], title_of(result.measure).lower()
         body: list[RenderableType] = [
-            _matrix(f"Spearman: {title}", names, result["matrix"], _correlation),
+            _matrix(f"Spearman: {title}", names, result.matrix, _correlation),
             Text(""),
-            _matrix("Points lost with layers from ↓ on →", names, result["lost"], _points_lost),
+            _matrix("Points lost with layers from ↓ on →", names, result.lost, _points_lost),
             Text(""),
         ]
     else:
-        body = _pair_view(result["pairs"][0])
+        body = _pair_view(result.pairs[0])
     verdicts = []
-    for pair in result["pairs"]:
-        name = f"{pair['a']}, {pair['b']}: " if len(cards) > 2 else "Verdict: "
-        word, reason = pair["verdict"]["word"], pair["verdict"]["reason"]
-        verdicts.append(Text.assemble((name, "bold"), (word, _VERDICTS.get(word, "bold")), f": {reason}"))
+    for pair in result.pairs:
+        name, word = f"{pair.a}, {pair.b}: " if several else "Verdict: ", pair.verdict.word
+        verdicts.append(Text.assemble((name, "bold"), (word, _VERDICTS.get(word, "bold")), f": {pair.verdict.reason}"))
     return Group(pairs(header), Text(""), *body, *verdicts)
 
 
-def _pair_view(pair: Json) -> list[RenderableType]:
+def _pair_view(pair: Pair) -> list[RenderableType]:
     # Layers next to each other are alike, so the p value for independent layers is there to be distrusted.
     table = _table("Measure", "Spearman", "95 % interval", "p", "p if layers\nwere independent", dense=True)
-    for key, agreement in pair["measures"].items():
-        between = f"{signed(agreement['low'])} to {signed(agreement['high'])}"
-        plain = f"{agreement['p_plain']:.3f}" if agreement["p_plain"] >= 0.001 else short(agreement["p_plain"])
-        table.add_row(title_of(key), _correlation(agreement["value"]), between, f"{agreement['p']:.3f}", plain)
-    top = pair["top"]
-    which = f": {' '.join(map(str, top['layers']))}" if top["layers"] else ""
-    rows = {f"Best {top['k']} layers": f"{top['shared']} shared{which} (by chance {top['expected']:.1f})"}
-    for swap in pair["swaps"]:
-        lost = swap["lost"]
-        rows[f"{swap['source']} → {swap['target']}"] = (
-            f"layers {' '.join(map(str, swap['layers']))} keep {swap['kept']:.1f} % of all layers' performance, "
-            f"its own {' '.join(map(str, swap['own']))} {swap['kept_own']:.1f} %: "
-            f"{signed(lost['value'], 1)} points lost ({signed(lost['low'], 1)} to {signed(lost['high'], 1)})"
+    for key, agreement in pair.measures.items():
+        between = f"{signed(agreement.low)} to {signed(agreement.high)}"
+        plain = f"{agreement.p_plain:.3f}" if agreement.p_plain >= 0.001 else short(agreement.p_plain)
+        table.add_row(title_of(key), _correlation(agreement.value), between, f"{agreement.p:.3f}", plain)
+    top = pair.top
+    which = f": {' '.join(map(str, top.layers))}" if top.layers else ""
+    rows = {f"Best {top.k} layers": f"{top.shared} shared{which} (by chance {top.expected:.1f})"}
+    for swap in pair.swaps:
+        lost = swap.lost
+        rows[f"{swap.source} → {swap.target}"] = (
+            f"layers {' '.join(map(str, swap.layers))} keep {swap.kept:.1f} % of all layers' performance, "
+            f"its own {' '.join(map(str, swap.own))} {swap.kept_own:.1f} %: "
+            f"{signed(lost.value, 1)} points lost ({signed(lost.low, 1)} to {signed(lost.high, 1)})"
         )
     return [table, Text(""), pairs(rows)]
 

@@ -18,6 +18,7 @@ from layercard.report.words import counted
 from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES
 from layercard.statistics.ratios import TAILS, resampled_sums
+from layercard.training.records import Run
 
 LEVEL = 0.95
 NORMAL_95 = 1.959964
@@ -45,6 +46,7 @@ class Trial:
     machine: str  # where it ran, in words
     memory_of_all: float | None = None  # `memory` of the run of all layers that it compares with
     nats: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # loss of each held-out record before and after
+    losses: tuple[float, ...] = ()  # training loss of each step
 
     @property
     def all_layers(self) -> bool:
@@ -52,25 +54,26 @@ class Trial:
         return len(self.layers) == self.depth
 
 
-def of_run(record: Json) -> Trial:
+def of_run(run: Run) -> Trial:
     """The run of a record of `layercard train`."""
-    by_record = (record.get("valid") or {}).get("per_record") or {}
+    by_record = (run.valid or {}).get("per_record") or {}
     before, after = by_record.get("nats_before"), by_record.get("nats_after")
-    reduction, ends = Estimate.read(record.get("loss_reduction")), record.get("loss_reduction_interval")
-    if reduction is not None and isinstance(ends, Sequence) and len(ends) == 2:
-        reduction = Estimate(value=reduction.value, low=_number(ends[0]), high=_number(ends[1]))
-    task, device = task_word(str((record.get("data") or {}).get("source", "data"))), str(record["model"].get("device", ""))
-    placement, nats = record["placement"], (tuple(before), tuple(after)) if before and after and len(before) == len(after) else None
-    run = _run({**record, "layers": placement["layers"]}, task, placement["model"], record.get("settings"), device)
-    return replace(run, reduction=reduction, nats=nats)
+    row = {**run.model_dump(), "layers": run.placement["layers"], "loss_reduction": None}
+    if run.loss_reduction is not None:
+        low, high = run.loss_reduction_interval or (None, None)
+        row["loss_reduction"] = Estimate(value=run.loss_reduction, low=low, high=high)
+    task, device = task_word(str(run.data.get("source", "data"))), str(run.model.get("device", ""))
+    trial = _run(row, task, run.placement["model"], run.settings, device)
+    nats = (tuple(before), tuple(after)) if before and after and len(before) == len(after) else None
+    return replace(trial, nats=nats, losses=tuple(run.losses))
 
 
-def of_bench(record: Json) -> Trial | None:
-    """The run of a record of `layercard bench`; `None` for a run on validation records, which chose a learning rate."""
+def of_bench(record: Json) -> list[Trial]:
+    """The run of a record of `layercard bench`; none for a run on validation records, which chose a learning rate."""
     run, trained, meta = record["run_info"], record["train_info"], record["meta_info"]
     metrics, system = trained.get("metrics") or {}, meta.get("system_info") or {}
     if metrics.get("split", "test") != "test":
-        return None
+        return []
     reduction, error = Estimate.read(metrics.get("loss_reduction")), _number(metrics.get("reduction_standard_error"))
     if reduction is not None and error is not None:
         middle, half = reduction.value, NORMAL_95 * error
@@ -84,7 +87,7 @@ def of_bench(record: Json) -> Trial | None:
     }
     threads = [counted(int(system["threads"]), "thread")] if system.get("threads") else []
     machine = ", ".join([str(system.get("machine", "")), *threads])
-    return _run(row, str(run["task"]), meta["model_info"], run["train_config"], machine)
+    return [_run(row, str(run["task"]), meta["model_info"], run["train_config"], machine)]
 
 
 def of_comparison(comparison: Json) -> list[Trial]:

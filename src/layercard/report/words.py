@@ -1,16 +1,14 @@
-"""What reports call things: the measures of a layer (`measures.toml`), and times, sizes and amounts in words.
-
-Everything here takes the JSON value of a card, never a live model. A quantity that was not measured is `None`, not zero.
-"""
+"""What reports call things: the measures of a layer (`measures.toml`), and times, sizes and amounts in words."""
 
 import math
 import tomllib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from layercard.card.numbers import Json, interval, profile_of, short
+from layercard.card.card import LayerCard
 from layercard.cost.model import CostModel
+from layercard.errors import visible
 from layercard.records import Estimate
 
 if TYPE_CHECKING:
@@ -36,14 +34,9 @@ def title_of(key: str) -> str:
     return MEASURES[key].title if key in MEASURES else key
 
 
-def measured(card: Json) -> list[Measure]:
+def measured(card: LayerCard) -> list[Measure]:
     """The measures that at least one layer of the card has."""
-    return [measure for measure in MEASURES.values() if any(profile_of(card, measure.key))]
-
-
-def unit_of(card: Json, key: str) -> str:
-    """The unit of a measure as the card itself gives it."""
-    return str((card.get("units") or {}).get(key, ""))
+    return [measure for measure in MEASURES.values() if any(card.profile(measure.key))]
 
 
 def bar_fractions(values: Sequence[Estimate | None], *, wide: bool = False) -> list[float | None]:
@@ -53,35 +46,34 @@ def bar_fractions(values: Sequence[Estimate | None], *, wide: bool = False) -> l
     """
     positive = [value.value for value in values if value is not None and value.value > 0]
     top, bottom = max(positive, default=1.0), min(positive, default=1.0)
-    fractions: list[float | None] = []
-    for value in values:
-        if value is None:
-            fractions.append(None)
-        elif value.value <= 0:
-            fractions.append(0.0)
-        elif wide and top > bottom:
-            fractions.append(0.1 + 0.9 * (math.log(value.value) - math.log(bottom)) / (math.log(top) - math.log(bottom)))
-        else:
-            fractions.append(value.value / top)
-    return fractions
+
+    def fraction(value: float) -> float:
+        if value <= 0:
+            return 0.0
+        if wide and top > bottom:
+            return 0.1 + 0.9 * (math.log(value) - math.log(bottom)) / (math.log(top) - math.log(bottom))
+        return value / top
+
+    return [None if value is None else fraction(value.value) for value in values]
 
 
 def template(name: str, *, html: bool = True, **filters: Callable[..., str]) -> "Template":
-    """A file of `templates/`; with `html`, whatever is put into it is escaped."""
+    """A file of `templates/`; with `html`, whatever is put into it is escaped, and what cannot be seen is shown as an escape."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    def finalize(value: Any) -> Any:
+        return visible(value) if type(value) is str else value  # text of the templates themselves is a class of its own
+
     environment = Environment(
-        loader=PackageLoader("layercard.report"), autoescape=html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("layercard.report"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=finalize if html else None,
     )
     environment.filters |= filters
     return environment.get_template(name)
-
-
-def with_interval(estimate: Estimate | None) -> str:
-    """A number with its interval in brackets, a dash where there is none."""
-    if estimate is None:
-        return "–"
-    return f"{short(estimate.value)} ({interval(estimate)})" if interval(estimate) else short(estimate.value)
 
 
 def seconds(value: float, cost: CostModel) -> str:

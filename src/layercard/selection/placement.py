@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, SupportsIndex
 
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
-from layercard.card.notebook import placement_html
+from layercard.card.numbers import framed, listed, predicted_rows
 from layercard.errors import PlacementError
 from layercard.files import shown
 from layercard.records import Record
@@ -100,7 +100,19 @@ class Placement(Record):
 
     def _repr_html_(self) -> str:
         """What a notebook shows: layers, objective, predictions and the reason for each layer, all escaped."""
-        return placement_html(self.to_json())
+        facts = {
+            "Model": f"{self.model.get('name', 'not named')}, {self.model['layers']} layers",
+            "Layers": f"{listed(self.layers)} ({len(self.layers)} of {self.model['layers']})",
+            "Modules": f"{len(self.targets)}: {', '.join(sorted({path.rpartition('.')[2] for path in self.targets}))}",
+            "Objective": self.objective,
+        }
+        if self.asked:
+            facts["Asked for"] = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.asked.items())
+        if self.rank_pattern:
+            facts["Ranks"] = ", ".join(map(str, sorted(set(self.rank_pattern.values()))))
+        facts |= predicted_rows(self.predicted)
+        rows = [[str(layer), self.reasons[str(layer)]] for layer in self.layers if str(layer) in self.reasons]
+        return framed("Placement", facts, "Why each layer", ["Layer", "Reason"], rows)
 
 
 def check_layers(layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:

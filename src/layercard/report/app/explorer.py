@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json
 from layercard.errors import CardError, LayercardError, OutputError
 from layercard.report.app import library as files, views
 from layercard.report.app.jobs import Jobs
 from layercard.report.app.library import Choice, Entry, Library
 from layercard.report.words import measured
-from layercard.selection.pareto import pareto
+from layercard.selection.pareto import Front, pareto
 from layercard.selection.solver import SECONDS as PATIENT
 from layercard.selection.strategies import strategy_layers
 from layercard.selection.transfer import transfer
@@ -40,7 +39,7 @@ class Explorer:
 
     def __init__(self, library: Library, folder: Path | None = None) -> None:
         self.library, self.folder, self.jobs = library, folder, Jobs(library.folders[0], folder)
-        self._fronts: dict[str, Json] = {}  # by the digest of the card
+        self._fronts: dict[str, Front] = {}  # by the digest of the card
         self._making = threading.Lock()
         self._drawn: dict[tuple[str, ...], views.Figure] = {}
 
@@ -118,18 +117,18 @@ class Explorer:
         names = [key for _, key in self.measures(entry)]
         shown = measure if measure in names else names[0]
         of_front = _once(self._drawn, (entry.digest, name, str(value is not None)), MOST_DRAWN, lambda: views.front(value, name))
-        over_depth = _once(self._drawn, (entry.digest, "depth", shown), MOST_DRAWN, lambda: views.depth(entry.value, shown))
+        over_depth = _once(self._drawn, (entry.digest, "depth", shown), MOST_DRAWN, lambda: views.depth(card_of(entry), shown))
         layers = (hand or choice).layers
         return views.with_choice(of_front, name, choice, hand, files.wishes(*sliders)), views.with_layers(over_depth, layers)
 
-    def front(self, entry: Entry, progress: Callable[[str, int, int], None] | None = None) -> Json:
+    def front(self, entry: Entry, progress: Callable[[str, int, int], None] | None = None) -> Front:
         """The front of a card, made once; two who ask at once wait for one search."""
         with self._making:
-            return _once(self._fronts, entry.digest, MOST_FRONTS, lambda: pareto(card_of(entry), progress=progress).to_json())
+            return _once(self._fronts, entry.digest, MOST_FRONTS, lambda: pareto(card_of(entry), progress=progress))
 
     def measures(self, entry: Entry) -> list[tuple[str, str]]:
         """The measures that a card has: title and name."""
-        return [(measure.title, measure.key) for measure in measured(entry.value)]
+        return [(measure.title, measure.key) for measure in measured(card_of(entry))]
 
     def start_from(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, button: str) -> list[str]:
         """The layers to start picking from: those chosen, none, or a plain placement of as many, as the last word of a button says."""

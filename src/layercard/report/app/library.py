@@ -371,7 +371,7 @@ def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence
     covered = {PurePath(entry.place).parent for entry in ours if entry.kind == "comparison"}
     counted = [entry for entry in ours if entry.kind == "comparison" or covered.isdisjoint(PurePath(entry.place).parent.parents)]
     trials = [trial for entry in counted for trial in entry.trials]
-    return roi(inputs, ratios_of(layers, card.value, grouped(compared(trials))))
+    return roi(inputs, ratios_of(layers, card.card, grouped(compared(trials))))
 
 
 def with_labels(text: str) -> str:

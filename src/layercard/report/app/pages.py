@@ -10,7 +10,7 @@ from plotly.utils import PlotlyJSONEncoder
 from layercard.report.app import views
 from layercard.report.app.explorer import PLAIN, SYNTHETIC, Explorer, card_of
 from layercard.report.app.library import COSTS, EXAMPLES, FIGURES, Choice, Entry
-from layercard.report.figures import COSTS as AXES
+from layercard.report.plots import COSTS as AXES
 
 OBJECTIVES = [
     ("Cheapest that keeps the performance", "balanced"),

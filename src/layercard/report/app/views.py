@@ -11,15 +11,18 @@ from typing import Any
 import plotly.graph_objects as go
 
 from layercard.adapters.lora_config import lora_arguments
-from layercard.card.numbers import Json, listed, short
+from layercard.card.card import LayerCard
+from layercard.card.numbers import listed, short
 from layercard.errors import visible
 from layercard.files import json_text
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
 from layercard.report.app.library import COSTS, Choice, Entry, Wishes, rows, with_labels
-from layercard.report.figures import COSTS as AXES, depth_figure, front_figure
+from layercard.report import plots
+from layercard.report.plots import COSTS as AXES
 from layercard.report.roadmap import ModelFile, roadmap as make_roadmap
 from layercard.report.roi import SHOWN, Range, Roi
 from layercard.report.words import MEASURES, template, title_of
+from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import AGAIN, REUSE, Transfer
 from layercard.settings import TrainSettings
@@ -224,9 +227,9 @@ CHOSEN, HAND, LINE = "#c2410c", "#7c3aed", "#6b7280"
 Figure = dict[str, Any]
 
 
-def front(value: Json | None, name: str) -> Figure:
+def front(value: Front | None, name: str) -> Figure:
     """A front without any choice on it; without a value (it is being made) an empty one with the same axes."""
-    figure = front_figure({"fronts": {name: []}, "baselines": []} if value is None else value, name)
+    figure = plots.front(value or Front(model={}, cost_source="", fronts={name: ()}, baselines=()), name)  # type: ignore[arg-type]
     if value is None:
         figure.update_xaxes(range=[0, 105])
         figure.update_yaxes(range=[0, 105])
@@ -234,9 +237,9 @@ def front(value: Json | None, name: str) -> Figure:
     return _without_theme(figure, 420)
 
 
-def depth(card: Json, measure: str) -> Figure:
+def depth(card: LayerCard, measure: str) -> Figure:
     """A measure over depth, without any choice on it."""
-    figure = depth_figure(card, MEASURES[measure])
+    figure = plots.depth_profile(card, measure)
     figure.update_yaxes(title=MEASURES[measure].title.lower())
     return _without_theme(figure, 320)
 
