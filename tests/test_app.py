@@ -387,7 +387,7 @@ class TestHtml:
         assert drawn["data"][-2]["x"] == [100 * found.placement.predicted["step_time"]["share"]]
         assert [(shape["x0"], shape["y0"]) for shape in drawn["layout"]["shapes"]] == [(90, 0), (0, 80)]
         assert "shapes" not in base["layout"], "what is kept is not changed"
-        depth = views.with_layers(views.depth(card.to_json(), "gain_estimate"), [2, 5])
+        depth = views.with_layers(views.depth(card, "gain_estimate"), [2, 5])
         assert list(depth["data"][-1]["x"]) == [2, 5]
 
 

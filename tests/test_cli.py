@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 
 from cards import fake_card, fake_comparison, fake_placement
+from layercard.card.card import LayerCard
 from layercard.commands.main import app, run
 from layercard.commands.options import expanded
 from layercard.commands.profile import profile
 from layercard.commands.reproduce import command_lines
 from layercard.commands.train import train
+from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, ProfileSettings, TrainSettings
 
 COMPARED = ("compare/compare.json", "again/compare/compare.json")
@@ -206,7 +208,7 @@ def test_a_placement_says_how_it_was_asked_for(layercard: Layercard, card: Path,
     assert (status, err) == (0, "")
     assert "of the performance of all layers" in out and "Costs" in out
     value = json.loads(Path("placement.json").read_text(encoding="utf-8"))
-    line = shlex.split(command_lines(fake_card(), value, None)[1])
+    line = shlex.split(command_lines(LayerCard.from_json(fake_card()), Placement.from_json(value), None)[1])
     assert line[:3] == ["layercard", "select", "card.json"]
     assert layercard(*line[1:-1], "again.json")[0] == 0
     assert json.loads(Path("again.json").read_text(encoding="utf-8")) == value

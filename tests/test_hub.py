@@ -198,7 +198,7 @@ def test_a_card_without_end_is_not_read_to_its_end(hub: Hub) -> None:
 def test_texts_of_a_card_are_no_markup() -> None:
     value = fake_card(depth=4, warnings=[NASTY])
     value["model"]["name"] = value["data"]["source"] = value["versions"]["layercard"] = value["settings"]["probe"] = NASTY
-    page = readme(LayerCard.from_json(value).to_json(), "ann/one")
+    page = readme(LayerCard.from_json(value), "ann/one")
     header, body = page.removeprefix("---\n").split("\n---\n", 1)
     yaml = pytest.importorskip("yaml").safe_load(header)
     assert set(yaml) == {"pretty_name", "viewer", "tags"}
@@ -212,19 +212,21 @@ def test_texts_of_a_card_are_no_markup() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_stays_a_line_of_text(text: str) -> None:
-    value = fake_card(depth=3, warnings=[text])
-    value["model"]["name"] = text
-    yaml = pytest.importorskip("yaml")
-    header, body = readme(value, "ann/one").removeprefix("---\n").split("\n---\n", 1)
-    assert yaml.safe_load(header)["tags"][0] == "layercard"
-    assert len(body.splitlines()) == len(readme(fake_card(depth=3, warnings=["plain"]), "ann/one").split("\n---\n", 1)[1].splitlines())
-    assert "<" not in body
+    def lines(text: str) -> tuple[str, list[str]]:
+        value = fake_card(depth=3, warnings=[text])
+        value["model"]["name"] = text
+        header, body = readme(LayerCard.from_json(value), "ann/one").removeprefix("---\n").split("\n---\n", 1)
+        return header, body.splitlines()
+
+    header, body = lines(text)
+    assert pytest.importorskip("yaml").safe_load(header)["tags"][0] == "layercard"
+    assert len(body) == len(lines("plain")[1])
+    assert "<" not in "".join(body)
 
 
 @pytest.mark.parametrize("depth", [1, 3, 30, 130])
 def test_the_page_draws_every_layer(depth: int) -> None:
-    card = fake_card(depth=depth)
-    page = readme(card, "ann/one")
+    page = readme(LayerCard.from_json(fake_card(depth=depth)), "ann/one")
     gains, coupling = (block.splitlines()[1:] for block in page.split("```")[1:4:2])
     assert [int(line.strip("★ ").split()[0]) for line in gains] == list(range(depth)) == [int(line[:5]) for line in coupling]
     assert max(gains, key=lambda line: line.count("█")).startswith("★")

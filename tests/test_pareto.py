@@ -13,7 +13,7 @@ from rich.console import Console
 from cards import fake_card
 from layercard.card.card import LayerCard, cost_of
 from layercard.errors import SelectionError
-from layercard.report.figures import front_figure
+from layercard.report import plots
 from layercard.report.page import front_page
 from layercard.report.terminal import front_view
 from layercard.selection.pareto import LADDER, Front, pareto
@@ -78,7 +78,7 @@ def test_a_front_survives_the_disk(card: LayerCard, front: dict[str, Any], tmp_p
 def test_the_table_fits_and_names_every_placement(front: dict[str, Any], width: int) -> None:
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     with console.capture() as capture:
-        console.print(front_view(front))
+        console.print(front_view(Front.from_json(front)))
     lines = capture.get().splitlines()
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
@@ -88,7 +88,7 @@ def test_the_table_fits_and_names_every_placement(front: dict[str, Any], width: 
 
 def test_the_figure_has_the_front_and_every_kind_of_plain_placement(front: dict[str, Any]) -> None:
     for name in ("time", "memory"):
-        traces = front_figure(front, name).to_plotly_json()["data"]
+        traces = plots.front(front, name).to_plotly_json()["data"]
         assert [trace["name"] for trace in traces] == ["least cost", "last", "middle", "uniform", "first", "all"]
         assert len(traces[0]["x"]) == len(front["fronts"][name])
         assert sum(len(trace["x"]) for trace in traces[1:]) == len(front["baselines"])
@@ -116,7 +116,7 @@ class _Scripts(HTMLParser):
 def test_the_page_is_whole_and_text_stays_text(front: dict[str, Any]) -> None:
     name = "</script><img src=x onerror=alert(1)>"
     evil = {**front, "model": {**front["model"], "name": name}, "baselines": [{**front["baselines"][0], "name": f"last-{name}"}]}
-    page = front_page(evil)
+    page = front_page(Front.from_json(evil))
     parser = _Scripts()
     parser.feed(page)
     assert "img" not in parser.tags and len(parser.figures) == 2

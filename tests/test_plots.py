@@ -12,16 +12,14 @@ from plotly.graph_objects import Figure
 
 from cards import fake_card, fake_placement
 from layercard.card.card import LayerCard, cost_of
-from layercard.card.notebook import LONGEST, MOST_ROWS
-from layercard.card.numbers import best_layers
+from layercard.card.numbers import LONGEST, MOST_ROWS
 from layercard.errors import CardError, LayercardError, PlacementError, ReportError, SelectionError
 from layercard.report import plots
 from layercard.report.page import report_page
 from layercard.report.sources import Sources
-from layercard.selection.pareto import Front
+from layercard.report.words import measured
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
-from layercard.selection.transfer import transfer
 from test_report_page import Reader, full
 
 OTHER_MODEL = fake_placement({"model": {"name": "other", "fingerprint": "x", "layers": 8}}, [1])
@@ -45,45 +43,25 @@ def as_json(figure: Figure) -> Any:
     return json.loads(json.dumps(value))
 
 
-FIGURES: dict[str, Callable[[Sources, LayerCard, Placement], Figure]] = {
-    "gain_estimate": lambda s, card, mine: plots.depth_profile(card, chosen=mine),
-    "activation_energy": lambda s, card, mine: plots.depth_profile(card, "activation_energy", mine.layers),
-    "card": lambda s, card, mine: plots.heat_map(card, mine),
-    "coupling": lambda s, card, mine: plots.coupling(card, mine),
-    "cost-time": lambda s, card, mine: plots.cost_by_depth(card, chosen=mine),
-    "cost-memory": lambda s, card, mine: plots.cost_by_depth(card, "memory", mine),
-    "cost-reach": lambda s, card, mine: plots.cost_by_depth(card, "reach"),
-    "front-time": lambda s, card, mine: plots.front(s.front or {}, placements=s.placements),
-    "front-memory": lambda s, card, mine: plots.front(s.front or {}, "memory", s.placements),
-    "transfer-plot": lambda s, card, mine: plots.transfer_matrix(s.transfer or {}),
-    "trade-off": lambda s, card, mine: plots.trade_off(s.comparisons[0], s.placements),
-}
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_figures_equal_those_of_the_report(name: str, sources: Sources, drawn: dict[str, Any]) -> None:
-    card, mine = LayerCard.from_json(dict(sources.card)), Placement.from_json(dict(sources.placement or {}))
-    assert as_json(FIGURES[name](sources, card, mine)) == drawn[name]
-
-
-def test_every_figure_of_the_report_can_be_had(sources: Sources, drawn: dict[str, Any]) -> None:
-    measures = [name for name in drawn if name not in FIGURES]
-    for measure in measures:
-        assert as_json(plots.depth_profile(sources.card, measure, sources.placement or ())) == drawn[measure]
-    assert len(measures) + len(FIGURES) == len(drawn)
-
-
-def test_files_and_objects_give_the_same(sources: Sources) -> None:
-    card, value = LayerCard.from_json(dict(sources.card)), sources.card
-    mine = sources.placement or {}
-    assert as_json(plots.heat_map(card, Placement.from_json(dict(mine)))) == as_json(plots.heat_map(value, mine))
-    front = sources.front or {}
-    made = Front.from_json(front)
-    assert as_json(plots.front(made)) == as_json(plots.front(front))
-    named = {name: LayerCard.from_json(dict(one)) for name, one in sources.cards.items()}
-    result = transfer(list(named.items()))
-    assert as_json(plots.transfer_matrix(sources.cards)) == as_json(plots.transfer_matrix(result))
-    assert as_json(plots.transfer_matrix(named)) == as_json(plots.transfer_matrix(result.to_json()))
+def test_files_and_objects_give_the_figures_of_the_report(sources: Sources, drawn: dict[str, Any]) -> None:
+    card, mine, front, comparison = sources.card, sources.placement, sources.front, sources.comparisons[0]
+    named = {name: each.to_json() for name, each in sources.placements.items()}
+    assert mine is not None and front is not None and sources.transfer is not None
+    for shown, chosen, fronts in ((card, mine, front), (card.to_json(), mine.to_json(), front.to_json())):
+        figures = {
+            "card": plots.heat_map(shown, chosen),
+            "coupling": plots.coupling(shown, chosen),
+            "cost-time": plots.cost_by_depth(shown, chosen=chosen),
+            "cost-memory": plots.cost_by_depth(shown, "memory", chosen),
+            "cost-reach": plots.cost_by_depth(shown, "reach"),
+            "front-time": plots.front(fronts, placements=named),
+            "front-memory": plots.front(fronts, "memory", sources.placements),
+            "transfer-plot": plots.transfer_matrix(sources.cards),
+            "trade-off": plots.trade_off(comparison, named),
+        }
+        figures |= {measure.key: plots.depth_profile(shown, measure.key, chosen) for measure in measured(card) if measure.key in drawn}
+        assert {name: as_json(figure) for name, figure in figures.items()} == {key: drawn[key] for key in drawn if key != "loss"}
+    assert as_json(plots.transfer_matrix(sources.transfer.to_json())) == drawn["transfer-plot"]
 
 
 def test_the_chosen_layers_are_marked() -> None:
@@ -127,24 +105,24 @@ def test_bad_input_is_named(call: Callable[[], Any], error: type[LayercardError]
 
 
 def test_a_front_takes_placements_of_its_own_model_only(sources: Sources) -> None:
-    other = {**(sources.placement or {}), "model": {"name": "other", "fingerprint": "x", "layers": 12}}
+    other = {**sources.placement.to_json(), "model": {"name": "other", "fingerprint": "x", "layers": 12}}
     with pytest.raises(PlacementError, match="placement p is of other"):
-        plots.front(sources.front or {}, placements={"p": other})
+        plots.front(sources.front, placements={"p": other})
 
 
 def test_names_from_files_are_no_markup_in_figures(sources: Sources) -> None:
     cards = {HOSTILE: sources.card, "b": list(sources.cards.values())[1]}
     assert "<" not in json.dumps(as_json(plots.transfer_matrix(cards))["data"][0]["x"])
-    assert "<script" not in json.dumps(as_json(plots.front(sources.front or {}, placements={HOSTILE: sources.placement or {}})))
+    assert "<script" not in json.dumps(as_json(plots.front(sources.front, placements={HOSTILE: sources.placement})))
 
 
 def test_nothing_is_drawn_before_it_is_asked_for() -> None:
     script = (
         "import sys, layercard; layercard.plots; from layercard import LayerCard, Placement; "
-        "print(*[m for m in sys.modules if m in ('plotly', 'torch', 'pandas') or m.startswith('layercard.report.')])"
+        "print(*[m for m in sys.modules if m in ('plotly', 'torch', 'pandas')])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "layercard.report.plots"
+    assert done.stdout.strip() == ""
 
 
 class Shown(HTMLParser):
@@ -189,7 +167,7 @@ def test_a_card_shows_its_best_layers_with_intervals() -> None:
     assert facts["Model"].startswith("smollm2-135m, 30 layers")
     assert "64 records" in facts["Data"] and facts["Ranking"].startswith("very stable")
     assert facts["Warning"] == card.warnings[0]
-    best = best_layers(card.to_json())
+    best = card.best_layers()
     assert facts["Best layers"] == ", ".join(map(str, best))
     table = [row for row in shown.rows if len(row) > 2]
     assert table[0] == ["Layer", "Gain estimate", "Step probe", "Resnorm"]

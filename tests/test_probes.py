@@ -359,5 +359,5 @@ def test_killed_and_started_again_gives_the_same_card(tiny_folder: Path, tiny_fi
 def test_a_card_says_with_which_probe_it_is_made_again(made_with: dict[str, Any], options: str) -> None:
     card = fake_card()
     card["settings"].update(made_with)
-    line = command_lines(card, None, None)[0]
+    line = command_lines(LayerCard.from_json(card), None, None)[0]
     assert " ".join(re.findall(r"--probe(?:-steps)? \S+", line)) == options

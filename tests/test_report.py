@@ -13,16 +13,18 @@ from rich.console import Console
 
 from cards import fake_card, fake_placement
 from layercard.card import numbers as readings
+from layercard.card.card import LayerCard
 from layercard.records import Estimate
 from layercard.report.terminal import card_view, placement_view, strip
 from layercard.report.words import bar_fractions
+from layercard.selection.placement import Placement
 
 
 def printed(card: dict[str, Any], width: int, **options: Any) -> list[str]:
     """The card as a terminal of `width` columns shows it, line by line."""
     console = Console(width=width, markup=False, emoji=False, highlight=False, **options)
     with console.capture() as capture:
-        console.print(card_view(card, console))
+        console.print(card_view(LayerCard.from_json(card), console))
     return capture.get().splitlines()
 
 
@@ -40,7 +42,7 @@ def test_table_has_one_row_a_layer_and_fits(width: int) -> None:
     assert all(readings.short(card["layers"][at]["gain_estimate"]["value"]) in row for at, row in enumerate(rows))
     assert all(readings.short(card["layers"][at]["resnorm"]["value"]) in row for at, row in enumerate(rows))
     marked = {at for at, row in enumerate(rows) if "★" in row}
-    assert marked == set(readings.best_layers(card))
+    assert marked == set(LayerCard.from_json(card).best_layers())
 
 
 def test_wider_terminals_show_more() -> None:
@@ -59,7 +61,7 @@ def test_warnings_and_stability_in_words() -> None:
 def test_terminal_without_unicode_gets_ascii(tmp_path: Path) -> None:
     with (tmp_path / "out.txt").open("w", encoding="ascii", errors="replace") as file:
         console = Console(file=file, width=80, markup=False)
-        console.print(card_view({**fake_card(), "model": {"name": "m", "fingerprint": "f", "layers": 30}}, console))
+        console.print(card_view(LayerCard.from_json(fake_card()), console))
     rows = table_rows((tmp_path / "out.txt").read_text(encoding="ascii").splitlines())
     assert len(rows) == 30
 
@@ -87,7 +89,7 @@ def test_the_training_probe_is_shown_where_it_was_run() -> None:
 def test_placement_view_says_why() -> None:
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(placement_view(fake_placement(fake_card(), [2, 9])))
+        console.print(placement_view(Placement.from_json(fake_placement(fake_card(), [2, 9]))))
     text = capture.get()
     assert "2 of 30 layers" in text
     assert "··■······■" in text

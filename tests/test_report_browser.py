@@ -52,6 +52,8 @@ def test_everything_is_drawn_without_a_word(browser: Any, report: Path, width: i
     page.on("request", lambda request: asked.append(request.url))
     page.goto(report.as_uri())
     page.wait_for_selector("html[data-drawn]", timeout=60_000)
+    page.evaluate("document.querySelectorAll('details').forEach((fold) => (fold.open = true))")
+    page.wait_for_function("document.querySelectorAll('.plot').length == document.querySelectorAll('.plot[data-drawn]').length")
     plots = page.locator(".plot").count()
     assert page.locator(".plot[data-drawn] .main-svg").count() >= plots > 15
     assert said == []
@@ -69,7 +71,7 @@ def test_the_calculator_follows_what_is_typed(browser: Any, report: Path) -> Non
     page.goto(report.as_uri())
     page.fill("#roi-gpu_price_per_hour", "7")
     page.fill("#roi-gpu_watts", "400")
-    ratios = ratios_of(sources.placement["layers"], sources.card, grouped(sources.trials))
+    ratios = ratios_of(sources.placement.layers, sources.card, grouped(sources.trials))
     expected = roi(RoiInputs(gpu_price_per_hour=7, gpu_watts=400), ratios).results
     for name in ("saved_month", "energy_saved", "payback_months"):
         cell = page.locator(f'td[data-result="{name}"][data-end="mid"]')

@@ -89,7 +89,7 @@ def _text(value: Any) -> bytes:
 def _card(path: Path) -> object:
     card = LayerCard.load(path)
     select(card, k=1, objective="performance")
-    return card_view(card.to_json(), Console(width=100)), card._repr_html_()
+    return card_view(card, Console(width=100)), card._repr_html_()
 
 
 def _placements() -> list[bytes]:

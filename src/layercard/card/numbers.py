@@ -1,7 +1,7 @@
 """Numbers of cards and placements in words, the same in terminal, report and notebook, and both as small pieces of HTML for the latter.
 
-What was not measured is `None`, not zero. HTML has no scripts, links or colours of its own: its text takes the colour of the notebook around
-it, what files say is escaped, and long texts are cut.
+What was not measured is `None`, not zero. HTML has no scripts, links or colours of its own: its text takes the colour of the notebook
+around it, what files say is escaped, and long texts are cut.
 """
 
 import html
@@ -15,8 +15,8 @@ from layercard.records import Estimate
 Json = Mapping[str, Any]
 _STABILITY = ((0.9, "very stable"), (0.75, "stable"), (0.5, "shaky, profile more records before relying on single layers"))
 PREDICTED = (
-    "predicted: a curve fitted to trained placements of one model (SmolLM2-135M, three tasks) reads it off the card; the interval is how far "
-    "these lie from the curve, and says nothing of your own records"
+    "predicted: read off the card by a curve fitted to trained placements of one model (SmolLM2-135M, three tasks); the interval is how "
+    "far these lie from the curve, and says nothing of your own records"
 )
 """What a predicted performance is, and what its interval is of (`selection/calibration.json`)."""
 _COSTS = {"step_time": ("step time", "seconds"), "peak_memory": ("peak memory", "bytes"), "latency": ("added latency", "seconds")}

@@ -67,7 +67,10 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
     ratios = ratios_of(chosen, card, groups) if chosen else None
     saved = roi(inputs or RoiInputs(), ratios) if ratios else None
     drawn: dict[str, Figure] = {}
-    shown: dict[str, Any] = dict.fromkeys(("coupling", "trained", "trade_off")) | {"card": tables.card_table(card, chosen), "placements": []}
+    shown: dict[str, Any] = dict.fromkeys(("coupling", "trained", "trade_off")) | {
+        "card": tables.card_table(card, chosen),
+        "placements": [],
+    }
 
     # The first screen: what was gained, in a sentence, in four numbers and as a picture where runs say the loss of each step.
     tiles = tiles_of(sources, groups, ratios, saved)
@@ -196,12 +199,14 @@ def tiles_of(sources: Sources, groups: Sequence[TrialGroup], ratios: Ratios | No
 
     performance = Tile("Performance kept", "unknown", "", "select from the card, or train it beside all layers")
     kept = [run.performance_kept for run in runs if run.performance_kept is not None]
-    predicted = Estimate.read((placement.predicted.get("performance_kept")))
+    predicted = Estimate.read(placement.predicted.get("performance_kept"))
     if kept:
         average = mean(kept)
         where = ", ".join(dict.fromkeys(run.task for run in runs if run.performance_kept is not None))
         of = "over runs" if len(kept) > 1 else "over its held-out records"
-        note = f"of all layers' loss reduction; {counted(len(kept), 'run')} on {where}{f', interval {of}' if average.low is not None else ''}"
+        note = (
+            f"of all layers' loss reduction; {counted(len(kept), 'run')} on {where}{f', interval {of}' if average.low is not None else ''}"
+        )
         performance = Tile("Performance kept", f"{average.value:.0f} %", ends(average.low, average.high), note, "measured")
     elif predicted is not None:
         between = ends(predicted.low, predicted.high, 100)

@@ -171,9 +171,9 @@ def placement_tables(placements: Mapping[str, Placement], front: Front | None) -
     """The placements given with plain ones of as many layers, and why each layer of the first was taken."""
     first = next(iter(placements.values()))
     rows = [Line(called(name, each), point_cells(each.predicted, each.layers), "◆") for name, each in placements.items()]
-    for point in front.baselines if front else ():
-        if len(point["layers"]) == len(first.layers) or point["name"] == "all":
-            rows.append(Line(str(point["name"]), point_cells(point, point["layers"])))
+    plain = front.baselines if front else ()
+    alike = [point for point in plain if len(point["layers"]) == len(first.layers) or point["name"] == "all"]
+    rows += [Line(str(point["name"]), point_cells(point, point["layers"])) for point in alike]
     tables = [Table("Placements given, and plain ones of as many layers: predicted", ("Placement", *POINT_COLUMNS), rows)]
     why = [Line(str(layer), [Cell(first.reasons[str(layer)], words=True)]) for layer in first.layers if str(layer) in first.reasons]
     return [*tables, Table("Why each layer", ("Layer", "Reason"), why)] if why else tables

@@ -15,9 +15,9 @@ from layercard.card.card import LayerCard
 from layercard.card.numbers import listed, short
 from layercard.errors import visible
 from layercard.files import json_text
+from layercard.report import plots
 from layercard.report.app.jobs import CANCELLED, DONE, FAILED, Progress
 from layercard.report.app.library import COSTS, Choice, Entry, Wishes, rows, with_labels
-from layercard.report import plots
 from layercard.report.plots import COSTS as AXES
 from layercard.report.roadmap import ModelFile, roadmap as make_roadmap
 from layercard.report.roi import SHOWN, Range, Roi
