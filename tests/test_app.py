@@ -273,12 +273,11 @@ class TestChoice:
     def test_a_front_is_made_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = []
 
-        class Made:
-            def to_json(self) -> dict[str, Any]:
-                made.append(1)
-                return {"fronts": {}, "at": len(made)}
+        def make(card: LayerCard, progress: Any) -> object:
+            made.append(card)
+            return object()
 
-        monkeypatch.setattr("layercard.report.app.explorer.pareto", lambda card, progress: Made())
+        monkeypatch.setattr("layercard.report.app.explorer.pareto", make)
         explorer = Explorer(Library([tmp_path]))
         entries = [entry_of(fake_card(4, seed=seed)) for seed in range(MOST_FRONTS + 1)]
         assert explorer.front(entries[0]) is explorer.front(entries[0])

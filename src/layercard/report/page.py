@@ -307,6 +307,7 @@ def calculator(saved: Roi) -> dict[str, Any]:
         "shown": SHOWN,
         "leading": [formula for name in LEADING for formula in SHOWN if formula.name == name],
         "saved": saved,
+        "has_interval": any(getattr(saved.ratios, name).low < getattr(saved.ratios, name).high for name in RATIOS),
         "script": Markup(javascript()),
     }
 

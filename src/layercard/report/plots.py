@@ -247,34 +247,18 @@ def front(front: Front | Mapping[str, Any], cost: FrontCost = "time", placements
         if placement.model.get("fingerprint") != front.model.get("fingerprint"):
             raise PlacementError(f"placement {name} is of {placement.model.get('name')}, the front of {front.model.get('name')}")
     key, title = COSTS[cost]
-    figure = _performance(f"{title}, % of all layers")
-    plain = [(str(point["name"]), point) for point in front.baselines]
-    groups = [
-        (strategy, [(_escaped(label), point) for label, point in plain if label.partition("-")[0] == strategy], *style, 9)
-        for strategy, style in PLAIN.items()
-    ]
-    given = [(_escaped(label), placement.predicted) for label, placement in named.items()]
     least = [(f"layers {listed(point['layers'], ' ')}", point) for point in front.fronts[cost]]
-    for name, points, symbol, colour, size in [
-        ("least cost", least, "circle", BLUE, 7),
-        *groups,
-        ("given", given, "diamond", GREEN, 14),
-    ]:
+    plain = {name: [(str(each["name"]), each) for each in front.baselines if _kind(str(each["name"])) == name] for name in PLAIN}
+    given = [(name, placement.predicted) for name, placement in named.items()]
+    figure = _figure({"title": f"{title}, % of all layers"}, {"title": "performance kept, %"}, legend=True, hovermode="closest")
+    for name, points in {"least cost": least, **plain, "given": given}.items():
         estimates = [(label, point, Estimate.read(point.get("performance_kept"))) for label, point in points]
-        drawn = [(label, point[key]["share"], kept) for label, point, kept in estimates if kept is not None and point.get(key)]
-        style: dict[str, Any] = {"mode": "markers", "marker": {"size": size, "color": colour, "symbol": symbol, "line": EDGE}}
-        if points is least:
-            style = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2}, "marker": {"size": size, "color": colour}}
-            style["error_y"] = _error([kept for _, _, kept in drawn], 100)
-        if drawn or points is least:
-            figure.add_scatter(
-                x=[100 * share for _, share, _ in drawn],
-                y=[100 * kept.value for _, _, kept in drawn],
-                name=name,
-                hovertext=[f"{label}: {percent(kept)}" for label, _, kept in drawn],
-                hoverinfo="text",
-                **style,
-            )
+        drawn = [(label, 100 * point[key]["share"], kept.divided_by(0.01)) for label, point, kept in estimates if kept and point.get(key)]
+        if name == "least cost":
+            _add_points(figure, name, drawn, "circle", BLUE, 7, mode="lines+markers", line={"color": BLUE, "width": 2})
+        elif drawn:
+            symbol, colour = PLAIN.get(name, ("diamond", GREEN))
+            _add_points(figure, name, drawn, symbol, colour, 9 if name in PLAIN else 14, error_y=None)
     return figure
 
 
@@ -295,28 +279,17 @@ def trade_off(comparison: Mapping[str, Any], placements: Placements | None = Non
 
 def trade_off_of(groups: Sequence[TrialGroup], named: Collection[str]) -> "Figure":
     """The figure of `trade_off` from trained placements; those of `named` are marked."""
-    drawn = [(group.name, group.time_share, group.performance_kept) for group in groups if group.time_share and group.performance_kept]
-
-    def kind(name: str) -> str:
-        plain = name.partition(" ")[0].partition("-")[0].partition(":")[0]
-        return plain if plain in PLAIN else "given" if name in named else "others"
-
-    figure = _performance("training time, % of all layers")
+    figure = _figure({"title": "training time, % of all layers"}, {"title": "performance kept, %"}, legend=True, hovermode="closest")
     styles = {"given": ("diamond", GREEN, 14), **{name: (*style, 11) for name, style in PLAIN.items()}, "others": ("circle-open", BLUE, 8)}
-    for name, (symbol, colour, size) in styles.items():
-        members = [(label, time, kept) for label, time, kept in drawn if kind(label) == name and time is not None and kept is not None]
-        if members:
-            figure.add_scatter(
-                x=[time.value for _, time, _ in members],
-                y=[kept.value for _, _, kept in members],
-                error_y=_error([kept for _, _, kept in members]) | {"color": colour},
-                name=name,
-                mode="markers",
-                marker={"size": size, "color": colour, "symbol": symbol, "line": EDGE},
-                text=[label for label, _, _ in members],
-                hovertext=[f"{_escaped(label)}: {short(kept.value)} % kept" for label, _, kept in members],
-                hoverinfo="text",
-            )
+    drawn: dict[str, list[tuple[str, float, Estimate]]] = {name: [] for name in styles}
+    for group in groups:
+        if group.time_share and group.performance_kept:
+            kind = _kind(group.name)
+            kind = kind if kind in PLAIN else "given" if group.name in named else "others"
+            drawn[kind].append((group.name, group.time_share.value, group.performance_kept))
+    for name, points in drawn.items():
+        if points:
+            _add_points(figure, name, points, *styles[name])
     figure.add_hline(y=100, line={"dash": "dot", "color": GREY, "width": 1})
     return figure
 
@@ -356,19 +329,37 @@ def _square(title: str, left: int, bottom: int) -> "Figure":
     return _figure(axis, axis | {"scaleanchor": "x", "autorange": "reversed"}, margin=margin)
 
 
-def _performance(cost: str) -> "Figure":
-    return _figure({"title": cost}, {"title": "performance kept, %"}, legend=True, hovermode="closest")
+def _kind(name: str) -> str:
+    """The strategy in the name of a placement: `last` of `last-5`, `last 5` and `last: …`."""
+    return name.partition(" ")[0].partition("-")[0].partition(":")[0]
+
+
+def _add_points(
+    figure: "Figure", name: str, points: Sequence[tuple[str, float, Estimate]], symbol: str, colour: str, size: int, **style: Any
+) -> None:
+    """Placements as points of one colour, each with its label, its cost and what it keeps, both in %."""
+    kept = [estimate for _, _, estimate in points]
+    above = [estimate.high - estimate.value if estimate.high is not None else 0 for estimate in kept]
+    below = [estimate.value - estimate.low if estimate.low is not None else 0 for estimate in kept]
+    options = {
+        "mode": "markers",
+        "marker": {"size": size, "color": colour, "symbol": symbol, "line": EDGE},
+        "error_y": {"array": above, "arrayminus": below, "thickness": 1, "width": 3, "color": colour},
+    }
+    figure.add_scatter(
+        x=[cost for _, cost, _ in points],
+        y=[estimate.value for estimate in kept],
+        name=name,
+        text=[_escaped(label) for label, _, _ in points],
+        hovertext=[f"{_escaped(label)}: {percent(estimate.divided_by(100))} kept" for label, _, estimate in points],
+        hoverinfo="text",
+        **options | style,
+    )
 
 
 def _diamonds(size: int) -> dict[str, Any]:
     """The mark of chosen layers."""
     return {"size": size, "color": ORANGE, "symbol": "diamond", "line": EDGE}
-
-
-def _error(estimates: Sequence[Estimate], scale: float = 1.0) -> dict[str, Any]:
-    above = [scale * (estimate.high - estimate.value) if estimate.high is not None else 0 for estimate in estimates]
-    below = [scale * (estimate.value - estimate.low) if estimate.low is not None else 0 for estimate in estimates]
-    return {"array": above, "arrayminus": below, "thickness": 1, "width": 3}
 
 
 def _escaped(text: object) -> str:

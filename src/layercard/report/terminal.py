@@ -17,10 +17,8 @@ from layercard.cost.model import CostModel
 from layercard.records import Estimate
 from layercard.report.roi import RATIOS, SHOWN, Roi
 from layercard.report.words import MEASURES, amount, bar_fractions, counted, seconds, signed, size, title_of
-from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.strategies import strategy_layers
-from layercard.selection.transfer import Pair, Transfer
 
 MIB = 2**20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -177,8 +175,8 @@ def placement_view(placement: Placement) -> RenderableType:
     return Group(pairs(rows | predicted_rows(placement.predicted)), table)
 
 
-def front_view(front: Front) -> RenderableType:
-    """Each front and the plain placements, one row a placement."""
+def front_view(front: Any) -> RenderableType:
+    """A `Front`: each front and the plain placements, one row a placement."""
     titles = {"time": "step time", "memory": "peak memory"}
     named = {f"Least {titles[name]} for each performance kept": points for name, points in front.fronts.items()}
     tables = []
@@ -221,8 +219,8 @@ def comparison_table(comparison: Json) -> Table:
     return table
 
 
-def transfer_view(result: Transfer) -> RenderableType:
-    """A comparison of cards: what was compared, one pair in detail or several as matrices, and the verdicts."""
+def transfer_view(result: Any) -> RenderableType:
+    """A `Transfer`: what was compared, one pair in detail or several as matrices, and the verdicts."""
     header = {"Model": f"{result.model['name']} · {result.model['layers']} layers"}
     for card in result.cards:
         stable = card["stability"].get("gain_estimate")
@@ -246,7 +244,7 @@ def transfer_view(result: Transfer) -> RenderableType:
     return Group(pairs(header), Text(""), *body, *verdicts)
 
 
-def _pair_view(pair: Pair) -> list[RenderableType]:
+def _pair_view(pair: Any) -> list[RenderableType]:
     # Layers next to each other are alike, so the p value for independent layers is there to be distrusted.
     table = _table("Measure", "Spearman", "95 % interval", "p", "p if layers\nwere independent", dense=True)
     for key, agreement in pair.measures.items():
