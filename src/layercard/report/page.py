@@ -14,6 +14,7 @@ from markupsafe import Markup
 from layercard.card.numbers import PREDICTED, Json, interval, listed, predicted_rows, stability_words
 from layercard.records import Estimate
 from layercard.report import plots, tables
+from layercard.report.roadmap import ModelFile, Roadmap, roadmap
 from layercard.report.roi import GROUPS, RATIOS, SHOWN, Ratios, Roi, RoiInputs, bound, javascript, ratios_of, roi
 from layercard.report.sources import Sources, called
 from layercard.report.trials import TrialGroup, grouped, mean, plain_name, task_word
@@ -29,16 +30,6 @@ SIGNALS += ("condition", "noise_amplification", "predicted_gain")
 PERFORMANCE = ("gain_estimate", "step_probe", "training_probe", "centrality")
 LEADING = ("saved_month", "saved_year", "hours_saved", "payback_months")
 """Results of the calculator that are shown large."""
-
-
-class Step(NamedTuple):
-    """A step of the way from the frozen base to the adapter: `done`, or `next` or `later` with the command that does it."""
-
-    phase: str
-    title: str
-    state: str
-    detail: str
-    command: str = ""
 
 
 class Tile(NamedTuple):
@@ -128,7 +119,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
         predicted=list(predicted_rows(placement.predicted).items()) if placement else [],
         cost=cost,
         device=device_of(cost) if cost else "",
-        steps=steps_of(sources),
+        roadmap=roadmap_of(sources),
         tiles=tiles,
         warnings=[*card.warnings, *sources.notes],
         calculator=calculator(saved) if saved else "missing",
@@ -140,8 +131,8 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
 def front_page(front: Front) -> str:
     """A page with nothing but a front."""
     lead = f"What placements of adapters in its {front.model['layers']} layers are predicted to keep, and what they cost."
-    parts: dict[str, Any] = dict.fromkeys(("card", "calculator", "provenance", "verdict"))
-    parts |= dict.fromkeys(("steps", "tiles", "warnings", "commands"), ())
+    parts: dict[str, Any] = dict.fromkeys(("card", "calculator", "provenance", "verdict", "roadmap"))
+    parts |= dict.fromkeys(("tiles", "warnings", "commands"), ())
     return _render(front, {}, {}, {}, title=str(front.model["name"]), lead=lead, **parts)
 
 
@@ -269,28 +260,18 @@ def curves_of(sources: Sources, names: Mapping[tuple[int, ...], str]) -> dict[st
     return {name: curves[name] for name in dict.fromkeys([*leading, *curves])}
 
 
-def steps_of(sources: Sources) -> list[Step]:
-    """The five steps of the method, each with what is known of it, or with the command that does it."""
-    model, data, settings, placement = sources.card.model, sources.card.data, sources.card.settings, sources.placement
-    fit = f"{data.fit_records} of {data.records}" if data.fit_records else f"{data.records}"
-    ranking = stability_words(sources.card.stability).partition(" (")[0]
-    samples = f"steps from {fit} records, curvature from {settings.get('label_samples', '–')} label samples"
-    selection, tuning = "Phase 2: objective-driven selection", "Phase 3: targeted fine-tuning"
-    steps = [
-        Step("Phase 1: diagnostic profiling", "Frozen base", "done", f"{model.name}, {model.layers} layers, {settings.get('dtype')}"),
-        Step("", "Local quadratic model", "done", samples),
-        Step("", "Layer Card", "done", f"{data.tokens:,} tokens; its ranking is {ranking}"),
+def roadmap_of(sources: Sources) -> Roadmap:
+    """Where the model stands, as far as these files say: what was done, and what is next with its command."""
+    model = sources.card.model.model_dump()
+    cards = [
+        ModelFile(f"{name}.json", "card", each.model_dump(include={"model", "data", "stability"})) for name, each in sources.cards.items()
     ]
-    if placement is None:
-        select = Step(selection, "Placement", "next", "choose layers", "layercard select card.json -o placement.json")
-        return [*steps, select, Step(tuning, "Adapter", "later", "train it")]
-    which = f"{len(placement.layers)} of {model.layers} layers, chosen for {placement.objective}: {listed(placement.layers, ' ')}"
-    steps.append(Step(selection, "Placement", "done", which))
-    if count := sum(run.layers == placement.layers for run in sources.trials):
-        trained = f"trained {'once' if count == 1 else f'in {count} runs'}, {len(sources.trials)} runs in all"
-        return [*steps, Step(tuning, "Adapter", "done", trained)]
-    command = f"layercard train {model.name} --placement placement.json --data train.jsonl -o adapter"
-    return [*steps, Step(tuning, "Adapter", "next", "train it", command)]
+    files = [*cards, *(ModelFile(f"{name}.json", "placement", each.to_json()) for name, each in sources.placements.items())]
+    files += [ModelFile("compare/compare.json", "comparison", comparison) for comparison in sources.comparisons]
+    for run in sorted(sources.trials, key=lambda run: sources.placement is None or run.layers != sources.placement.layers)[:1]:
+        value = {"model": model, "placement": {"model": model, "layers": list(run.layers)}, "loss_reduction": run.reduction}
+        files.append(ModelFile("adapter/run.json", "run record", value))
+    return roadmap(files, cards[0])
 
 
 # ---- the end of the page
