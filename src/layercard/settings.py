@@ -130,8 +130,12 @@ class DataSettings(Settings):
     """How records are read."""
 
     max_length: int = setting(1024, "Cut longer records to N tokens.", low=2)
-    on_long: str = setting("cut", "What is done with longer records: cut, skip or refuse.", choices=("cut", "skip", "refuse"))
-    on_bad: str = setting("refuse", "What is done with records that cannot be used: refuse or skip.", choices=("refuse", "skip"))
+    on_long: str = setting("cut", "What is done with longer records: cut, skip or fail.", choices=("cut", "skip", "fail"))
+    on_bad: str = setting("skip", "What is done with records that cannot be used: skip or fail.", choices=("skip", "fail"))
+    columns: str | None = setting(
+        None, "Which columns hold the fields, if not the usual ones: prompt=instruction,completion=output.", metavar="LIST"
+    )
+    separator: str = setting(r"\n", "Put between prompt and completion.", metavar="TEXT")
 
 
 @dataclass(frozen=True)

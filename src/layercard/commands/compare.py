@@ -19,8 +19,8 @@ LAYERS = 5
 
 def compare(
     model: str = opt.MODEL,
-    data: str = opt.DATA,
-    valid: str = setting(..., "Held-out records, given as --data is.", metavar="FILE"),
+    data: list[str] = opt.DATA,
+    valid: list[str] = setting(..., opt.VALID, metavar="FILE"),
     placements: str = setting(
         ...,
         "What to compare, separated by commas: placement files, rules with a number of layers (middle:5, uniform:3, bottom:5), "
@@ -55,6 +55,7 @@ def compare(
     from layercard.card.card import LayerCard
     from layercard.models.load import describe
     from layercard.report.terminal import comparison_table
+    from layercard.training.train import PLAN, first_day
     from layercard.trials.compare import compare as run
 
     with Display() as display:
@@ -64,8 +65,9 @@ def compare(
             source.check_model(describe(base))
         chosen = [_placement(base, entry, source, settings.seed) for entry in entries]
         named = [(name, each if experts else without_experts(each)) for name, each in zip(names, chosen, strict=True)]
-        dataset = opt.read(data, base, records, reading)
-        held_out = opt.read(valid, base, valid_records, reading)
+        day = first_day(*output.glob(f"*/{PLAN}")) if resume else None
+        dataset = opt.read(data, base, records, reading, day)
+        held_out = opt.read(valid, base, valid_records, reading, day)
         how: dict[str, Any] = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
         result = run(base, named, dataset, held_out, settings, **how).to_json()
     show_result(result, as_json, comparison_table(result), wrote=output)

@@ -24,7 +24,7 @@ RECORDS = 64
 def cost(
     model: str = opt.MODEL,
     output: Path | None = setting(None, "Where to write the cost model."),
-    data: str | None = setting(None, "Take the batch from these records; random tokens when not given.", metavar="FILE"),
+    data: list[str] | None = setting(None, "Take the batch from these records; random tokens when not given.", metavar="FILE"),
     batch_size: int = opt.batch_size(4),
     length: int | None = setting(None, f"Tokens of a row; {LENGTH} when not given, and with --data the longest allowed.", low=2),
     rank: int = opt.RANK,

@@ -8,7 +8,7 @@ from layercard.settings import DataSettings, setting
 
 
 def data(
-    data: str = setting(..., "Records, as --data of the other commands takes them.", argument=True, metavar="DATA"),
+    data: list[str] = setting(..., "Records, as --data of the other commands takes them.", argument=True, metavar="DATA"),
     model: str = setting(..., "The model whose tokenizer and chat template read them: an id, a folder, or smollm2-135m."),
     records: int | None = opt.RECORDS,
     show: int = setting(3, "Show the first N records.", low=0),
@@ -47,7 +47,7 @@ def data(
         "notes": list(dataset.notes),
         "shown": shown,
     }
-    show_result(value, as_json, _view(value), then=f"layercard profile {model} --data {data} -o card.json")
+    show_result(value, as_json, _view(value), then=f"layercard profile {model} {opt.data_options(data)} -o card.json")
 
 
 def _view(value: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import logging
 import math
+import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -21,6 +22,8 @@ from layercard.files import refuse_existing
 from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, setting
 
 if TYPE_CHECKING:
+    import datetime
+
     from layercard.data.load import Dataset
     from layercard.models.load import BaseModel, Progress
 
@@ -97,9 +100,11 @@ MODEL = setting(..., "A hub id, a local folder, a .gguf file, or smollm2-135m (e
 CARD = setting(..., "A card that `layercard profile` wrote.", argument=True)
 DATA = setting(
     ...,
-    "Records: .jsonl, .csv or .parquet with prompt + completion, messages or text; hub:NAME[:split]; or synthetic.",
+    "Records: .jsonl, .csv or .parquet with prompt + completion, messages or text; hub:NAME[:split]; or synthetic. May be given several "
+    "times: all are read, in this order.",
     metavar="FILE",
 )
+VALID = "Held-out records, given as --data is."
 RECORDS = setting(None, "Use the first N records; all when not given.", low=1)
 VALID_RECORDS = setting(None, "Use the first N held-out records.", low=1)
 RANK = _field(TrainSettings, "rank")
@@ -136,13 +141,18 @@ def check_output(path: Path | None, force: bool, *suffixes: str) -> None:
     refuse_existing(path, force)
 
 
-def check_data(*sources: str | None) -> None:
+def check_data(*sources: list[str] | None) -> None:
     """Refuse data files that are not there, before a model is loaded; data sets on the hub are looked up when they are read."""
-    from layercard.data.formats import read_records
+    from layercard.data.formats import HUB, find_records
 
-    for source in sources:
-        if source is not None and not source.startswith("hub:"):
-            read_records(source)
+    for name in (name for names in sources for name in names or []):
+        if not name.startswith(HUB):
+            find_records(name)
+
+
+def data_options(names: list[str], option: str = "--data") -> str:
+    """The options that name these data again."""
+    return " ".join(f"{option} {shlex.quote(name)}" for name in names)
 
 
 def fast_or_stock(fast: FastSettings, stock: bool) -> FastSettings:
@@ -159,11 +169,19 @@ def load(model: str, loading: LoadSettings, progress: "Progress") -> "BaseModel"
     return load_model(model, progress=progress, **loading.to_json())
 
 
-def read(source: str, base: "BaseModel", records: int | None, reading: DataSettings) -> "Dataset":
+def read(
+    sources: list[str], base: "BaseModel", records: int | None, reading: DataSettings, day: "datetime.date | None" = None
+) -> "Dataset":
     """Records of a command, as the model reads them; the log says what a user should know about how they were read."""
+    from layercard.data.checks import positions
     from layercard.data.load import load_data
 
-    dataset = load_data(source, base.tokenizer, records=records, classes=base.classes, **reading.to_json())
-    for note in dataset.notes:
-        logging.getLogger(__name__).warning("%s: %s", source, note)
+    limit, is_hard = positions(base.model)
+    if limit is not None and is_hard and limit < reading.max_length:
+        reading = dataclasses.replace(reading, max_length=limit)
+    dataset = load_data(sources, base.tokenizer, records=records, classes=base.classes, day=day, **reading.to_json())
+    longest = max(len(example.input_ids) for example in dataset.examples)
+    if limit is not None and not is_hard and longest > limit:
+        message = "%s: the longest record has %s tokens, but %s was made for up to %s; what lies beyond may be learnt badly"
+        logging.getLogger(__name__).warning(message, dataset.source, f"{longest:,}", base.name, f"{limit:,}")
     return dataset

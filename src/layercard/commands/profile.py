@@ -15,7 +15,7 @@ from layercard.settings import DataSettings, LoadSettings, ProfileSettings, sett
 
 def profile(
     model: str = opt.MODEL,
-    data: str = opt.DATA,
+    data: list[str] = opt.DATA,
     output: Path = setting(..., "Where to write the card.", metavar="CARD"),
     records: int = setting(64, "Profile the first N records.", low=1),
     reading: DataSettings = DataSettings(),

@@ -33,16 +33,16 @@ def _options(values: Json, *names: str) -> list[str]:
     return [part for name in names if values.get(name) is not None for part in (f"--{name.replace('_', '-')}", str(values[name]))]
 
 
-def _source(source: object) -> str:
-    """A data source as `--data` takes it; the built-in set also says how it was generated."""
-    return str(source).partition(" (")[0]
+def _sources(option: str, source: object) -> list[str]:
+    """Data sources as `--data` takes them; the built-in set also says how it was generated."""
+    return [part for name in str(source).split(" + ") for part in (option, name.partition(" (")[0])]
 
 
 def _profile(card: "LayerCard") -> list[str]:
     settings, data = card.settings, card.data
     probe = ["--probe", kind] if (kind := settings.get("probe", "step")) != "step" else []
     probe += _options(settings, "probe_steps") if kind == "train" else []
-    line = ["profile", card.model.name, "--data", _source(data.source), "--records", str(data.records)]
+    line = ["profile", card.model.name, *_sources("--data", data.source), "--records", str(data.records)]
     options = _options(settings, "rank", "ridge", "batch_size", "label_samples", "device", "dtype", "seed")
     return [*line, *options, *probe, "-o", "card.json"]
 
@@ -63,7 +63,7 @@ def _compare(comparison: Json, placement: "Placement | None") -> list[str]:
     line = ["compare", str(comparison["model"].get("name"))]
     for part, source, records in (("data", "--data", "--records"), ("valid", "--valid", "--valid-records")):
         data = comparison.get(part) or {}
-        line += [source, _source(data["source"]), records, str(data.get("records"))] if "source" in data else []
+        line += [*_sources(source, data["source"]), records, str(data.get("records"))] if "source" in data else []
     settings = comparison.get("settings") or {}
     given = ("rank", "alpha", "dropout", "learning_rate", "steps", "epochs", "batch_size", "accumulation", "seed")
     bf16 = ["--bf16"] if settings.get("bf16") else []

@@ -11,9 +11,9 @@ from layercard.settings import DataSettings, FastSettings, LoadSettings, RunSett
 
 def run(
     model: str = opt.MODEL,
-    data: str = opt.DATA,
+    data: list[str] = opt.DATA,
     output: Path = setting(..., "Folder for everything: card, race, placement, adapter, report and result.", metavar="DIR"),
-    valid: str | None = setting(None, "Held-out records, given as --data is; a tenth of the data when not given.", metavar="FILE"),
+    valid: list[str] | None = setting(None, f"{opt.VALID[:-1]}; a tenth of the data when not given.", metavar="FILE"),
     records: int | None = opt.RECORDS,
     valid_records: int | None = opt.VALID_RECORDS,
     choice: RunSettings = RunSettings(),
@@ -60,4 +60,4 @@ def run(
         "Files": f"{output / ADAPTER} · {output / REPORT_FILE} · {output / 'result.json'}",
         "Result": result.line(),
     }
-    show_result(result.to_json(), as_json, pairs(rows), then=f"layercard eval {model} --data {valid or '…'} --adapter {output / ADAPTER}")
+    show_result(result.to_json(), as_json, pairs(rows), then=f"layercard eval {model} {opt.data_options(valid or ['…'])} --adapter {output / ADAPTER}")

@@ -15,10 +15,10 @@ SCORES = {"bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L", "exact_match": "
 
 def train(
     model: str = opt.MODEL,
-    data: str = opt.DATA,
+    data: list[str] = opt.DATA,
     placement: Path = setting(..., "A placement that `layercard select` wrote."),
     output: Path = setting(..., "Folder for the adapter, the placement and the run record.", metavar="DIR"),
-    valid: str | None = setting(None, "Held-out records, given as --data is: the loss before and after.", metavar="FILE"),
+    valid: list[str] | None = setting(None, f"{opt.VALID[:-1]}: the loss before and after.", metavar="FILE"),
     records: int | None = opt.RECORDS,
     valid_records: int | None = opt.VALID_RECORDS,
     reading: DataSettings = DataSettings(),
@@ -46,15 +46,16 @@ def train(
     from layercard.adapters.apply import without_experts
     from layercard.measure import Phases
     from layercard.report.terminal import pairs
-    from layercard.training.train import train as run
+    from layercard.training.train import PLAN, first_day, train as run
 
     phases = Phases()
     with Display() as display:
         with phases.phase("load"):
             base = opt.load(model, loading, display)
         with phases.phase("data"):
-            dataset = opt.read(data, base, records, reading)
-            held_out = opt.read(valid, base, valid_records, reading) if valid else None
+            day = first_day(output / PLAN) if resume else None
+            dataset = opt.read(data, base, records, reading, day)
+            held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
         chosen = chosen if experts else without_experts(chosen)
         how: dict[str, Any] = {"valid": held_out, "fast": fast, "resume": resume, "force": force, "progress": display, "phases": phases}
         record = run(base, chosen, dataset, output, settings, **how)
@@ -70,13 +71,13 @@ def train(
         rows["Left out"] = "\n".join(record.fast["did"].values())
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
     rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
-    then = f"layercard eval {model} --data {valid or '…'} --adapter {output}"
+    then = f"layercard eval {model} {opt.data_options(valid or ['…'])} --adapter {output}"
     show_result(record.to_json(), as_json, pairs(rows), then=then)
 
 
 def evaluate(
     model: str = opt.MODEL,
-    data: str = opt.DATA,
+    data: list[str] = opt.DATA,
     adapter: Path | None = setting(None, "An adapter that `layercard train` wrote; else the base model.", metavar="DIR"),
     generate: int = setting(128, "Write up to N new tokens for records with references or an answer; 0 for none.", low=0),
     records: int | None = opt.RECORDS,

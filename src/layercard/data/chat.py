@@ -27,10 +27,14 @@ Tokens = tuple[list[int], list[int]]
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
-"""Names that ShareGPT and its relatives give to roles."""
+ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "chatbot": "assistant"}
+ROLES |= {"model": "assistant", "observation": "tool", "function": "tool", "tool_response": "tool", "function_response": "tool"}
+ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
+"""Names that ShareGPT and its relatives give to roles, in small letters."""
+CHARACTERS = 32
+"""A text of more than so many characters for each token that is taken is not tokenised whole."""
 _REMEDY = "use a template that marks the assistant's words with {% generation %}"
-_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+_DATE = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 _MARKS = re.compile(r"\{%-?\s*generation\b")
 _USER, _PROBE = "\ue002u\ue003", "\ue000{}\ue001"
 """Stand for a user's and an assistant's words: private-use characters, so that no real text begins or ends like them."""
@@ -42,15 +46,18 @@ class ChatEncoder:
     Args:
         tokenizer: The model's tokenizer, with a chat template.
         day: The day that templates print which show a date; today unless given. A run that is resumed must pass the first call's.
+        max_length: Of longer conversations so many tokens are certain to be there, and the rest need not be.
 
     Attributes:
         notes: What a user should know about how the conversations were encoded.
+        shows_day: Whether a template printed the day.
     """
 
-    def __init__(self, tokenizer: Any, day: datetime.date | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, day: datetime.date | None = None, max_length: int | None = None) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
         self.day = day or datetime.datetime.now(tz=datetime.UTC).date()
         self.notes: list[str] = []
+        self.shows_day = False
         self._marked: dict[str, str | None] = {}
         self._turn_shapes: dict[str, tuple[str, str, str]] = {}
         added = tokenizer.added_tokens_decoder.items()
@@ -58,18 +65,20 @@ class ChatEncoder:
         if tokenizer.eos_token:
             self._special.add(str(tokenizer.eos_token))
 
-    def encode(self, messages: Any, tools: list[Any] | None = None, template_options: Mapping[str, Any] | None = None) -> Tokens:
+    def encode(self, messages: Any, tools: Any = None, template_options: Mapping[str, Any] | None = None) -> Tokens:
         """Ids and labels of a conversation.
 
         Args:
             messages: The turns, as in a record; `plain_messages` says what is understood.
-            tools: Schemas of the tools that the assistant may call.
+            tools: Schemas of the tools that the assistant may call, a list or its JSON text.
             template_options: Variables for the template (`chat_template_kwargs` of a record), such as `enable_thinking`.
 
         Raises:
             DataError: The messages are malformed, nothing is to be learnt, or the template refuses them.
         """
-        turns = plain_messages(messages)
+        turns, tools = plain_messages(messages), _without_nulls(_from_json(tools)) or None
+        if tools is not None and not isinstance(tools, list):
+            raise DataError(f"tools must be a list of schemas, or its JSON text, found {type(tools).__name__}")
         learnt = [_is_learnt(turn) for turn in turns if turn["role"] == "assistant"]
         if not any(learnt):
             why = "no assistant turn" if not learnt else "no assistant turn that is to be learnt (weight 0 or train false)"
@@ -83,7 +92,7 @@ class ChatEncoder:
         for name in (*sorted(inside), *(["tools"] if tools else []), *(template_options or {})):
             if not re.search(rf"\b{re.escape(name)}\b", template):
                 self._note(f"the chat template does not show {name}, which some records have")
-        options = {**dict(template_options or {}), "tools": tools or None}
+        options = {**dict(template_options or {}), "tools": tools}
         marked = self._marked_template(template)
         if marked is not None:
             text, spans = self._render(marked, turns, options, marks=True)
@@ -96,7 +105,8 @@ class ChatEncoder:
                 text = text[: spans[-1][1]]
         if not all(learnt):
             spans = self._without_unlearnt(text, spans, learnt, turns, lambda first: self._render(marked or template, first, options)[0])
-        ids, labels = labelled_tokens(self.tokenizer, text, spans)
+        check_text(text, "the conversation")
+        ids, labels = labelled_tokens(self.tokenizer, text, spans, self.max_length)
         if ends_by_itself:
             ids, labels = [*ids, end_token(self.tokenizer)], [*labels, end_token(self.tokenizer)]
         return ids, labels
@@ -123,7 +133,7 @@ class ChatEncoder:
         if not self.tokenizer.chat_template:
             raise DataError("holds chat messages, but the tokenizer has no chat template; use a chat model, or prompt and completion")
         try:
-            return str(self.tokenizer.get_chat_template(tools=tools or None))
+            return str(self.tokenizer.get_chat_template(tools=tools))
         except ValueError:
             names = ", ".join(self.tokenizer.chat_template)
             raise DataError(
@@ -156,7 +166,9 @@ class ChatEncoder:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         variables = {**self.tokenizer.special_tokens_map, **options}
-        template = _DATE.sub(lambda match: "'" + self.day.strftime(match[2]) + "'", template)
+        template = _DATE.sub(self._print_day, template)
+        if "strftime_now" in template:
+            self._note("the chat template prints the date in a way that cannot be kept: resumed on another day, a run sees other tokens")
         failure: Exception | None = None
         for arguments_as_text in (False, True):  # some templates join arguments to text, others go through them as a mapping
             try:
@@ -168,6 +180,11 @@ class ChatEncoder:
                 failure = failure or error
         detail = one_line(failure, 120) if failure else ""
         raise DataError(f"the chat template refuses these messages ({detail}); mend their roles or order") from failure
+
+    def _print_day(self, call: re.Match[str]) -> str:
+        """The run's day where a template asks for today's, as a string of the template."""
+        self.shows_day = True
+        return repr(self.day.strftime(call[2]))
 
     def _probed(self, template: str, turns: list[Message], options: Mapping[str, Any]) -> tuple[str, list[Span]]:
         """The text, and where each assistant turn lies in it, for a template without marks."""
@@ -249,11 +266,17 @@ def plain_messages(messages: Any) -> list[Message]:
     """Turns in the form that chat templates expect.
 
     Understood are `role` and `content`, or `from` and `value` (ShareGPT); content as a list of text parts; missing content beside tool
-    calls; arguments of calls as JSON text. Keys that are null, which Arrow puts in for turns of other shapes, count as absent.
+    calls; arguments of calls as JSON text; texts alone, of user and assistant in turn (LIMA); pairs of `input` and `output` (Capybara);
+    all as JSON text. Keys that are null, which Arrow puts in for turns of other shapes, count as absent.
 
     Raises:
         DataError: Something else was found.
     """
+    messages = _from_json(messages)
+    if isinstance(messages, list) and all(isinstance(turn, dict) and turn.keys() >= {"input", "output"} for turn in messages):
+        messages = [turn[name] for turn in messages for name in ("input", "output")]
+    if isinstance(messages, list) and len(messages) > 1 and all(isinstance(turn, str) for turn in messages):
+        messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(messages)]
     if not isinstance(messages, list) or not messages:
         raise DataError(f"messages must be a list of turns, found {'an empty list' if messages == [] else type(messages).__name__}")
     turns = []
@@ -264,11 +287,12 @@ def plain_messages(messages: Any) -> list[Message]:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             found = ", ".join(f"{key}: {type(value).__name__}" for key, value in turn.items()) if isinstance(turn, dict) else turn
             raise DataError(f"message {number} must have a role and a content, both strings; found {found!s:.80}")
-        turn["role"] = ROLES.get(turn["role"], turn["role"])
-        if turn["role"] == "function_call":  # ShareGPT's way to write a call: the content is its JSON
-            call = {"type": "function", "function": _call(turn.get("content"), number)}
-            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-        content = turn.get("content")
+        turn["role"] = ROLES.get(turn["role"].lower(), turn["role"])
+        is_call = turn["role"] in ("function_call", "tool_call")  # ShareGPT's way to write a call: the content is its JSON
+        if is_call or isinstance(turn.get("function_call"), dict):  # OpenAI's way before there were several calls in a turn
+            call = {"type": "function", "function": _call(turn.pop("content" if is_call else "function_call", None), number)}
+            turn = {**turn, "role": "assistant", "content": turn.get("content"), "tool_calls": [call]}
+        content = turn.get("content", turn.pop("parts", None))  # Gemini has parts
         if isinstance(content, list):
             texts = [part.get("text") if isinstance(part, dict) else part for part in content]
             if any(not isinstance(text, str) for text in texts):
@@ -296,17 +320,31 @@ def check_text(text: Any, name: str) -> None:
         raise DataError(f"{name} holds half a character (a lone surrogate) at position {error.start}; mend the text") from None
 
 
-def labelled_tokens(tokenizer: Any, text: str, spans: Sequence[Span]) -> Tokens:
+def shortened(tokenizer: Any, text: str, tokens: int | None) -> str:
+    """The beginning of a text, with more than twice `tokens` tokens; the text where that is not clearly longer.
+
+    To tokenise 60 MB takes 10 GB of memory. The tokens at the cut may differ from those of the whole text; the first half does not.
+    """
+    size = len(text) if tokens is None else CHARACTERS * tokens
+    while tokens is not None and size < len(text):
+        if len(tokenizer(text[:size], add_special_tokens=False, verbose=False).input_ids) > 2 * tokens:
+            return text[:size]
+        size *= 4
+    return text
+
+
+def labelled_tokens(tokenizer: Any, text: str, spans: Sequence[Span], max_length: int | None = None) -> Tokens:
     """Ids of a text, and labels of the tokens that overlap with one of the ascending spans of characters."""
+    text = shortened(tokenizer, text, max_length)
     if not tokenizer.is_fast:
         # A tokenizer written in Python does not say where its tokens lie: cut the text at the borders, as generation does, too.
-        borders = sorted({0, len(text), *(border for span in spans for border in span)})
+        borders = sorted({0, len(text), *(border for span in spans for border in span if border < len(text))})
         ids: list[int] = []
         labels: list[int] = []
         for start, stop in pairwise(borders):
             part = list(tokenizer(text[start:stop], add_special_tokens=False, verbose=False).input_ids)
             ids += part
-            labels += part if any(low <= start and stop <= high for low, high in spans) else [IGNORED] * len(part)
+            labels += part if any(low <= start < high for low, high in spans) else [IGNORED] * len(part)
         return ids, labels
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, labels, number = list(encoded.input_ids), [], 0
@@ -335,12 +373,19 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _call(content: Any, number: int) -> Any:
+def _from_json(value: Any) -> Any:
+    """What JSON text of a list or object says, as tables and some sets hold it; anything else as it is."""
     try:
-        call = json.loads(content)
-        return {"name": call["name"], "arguments": call.get("arguments", {})}
-    except (TypeError, ValueError, KeyError):
-        raise DataError(f"message {number} is a function_call, but its value is not the JSON of one (name, arguments)") from None
+        return json.loads(value) if isinstance(value, str) and value.lstrip().startswith(("[", "{")) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _call(content: Any, number: int) -> Any:
+    call = _from_json(content)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise DataError(f"message {number} is a function_call, but its value is not the JSON of one (name, arguments)")
+    return {"name": call["name"], "arguments": call.get("arguments", {})}
 
 
 def _with_arguments(turns: Sequence[Message], as_text: bool) -> list[Message]:
@@ -355,12 +400,8 @@ def _with_arguments(turns: Sequence[Message], as_text: bool) -> list[Message]:
                 arguments = function.get("arguments")
                 if as_text and isinstance(arguments, Mapping):
                     function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-                elif not as_text and isinstance(arguments, str):
-                    try:
-                        mapping = json.loads(arguments)
-                    except ValueError:
-                        continue
-                    function["arguments"] = _without_nulls(mapping) if isinstance(mapping, dict) else arguments
+                elif not as_text and isinstance(mapping := _from_json(arguments), dict):
+                    function["arguments"] = _without_nulls(mapping)
             turn = {**turn, "tool_calls": calls}
         changed.append(turn)
     return changed
@@ -368,5 +409,8 @@ def _with_arguments(turns: Sequence[Message], as_text: bool) -> list[Message]:
 
 def _agreement(first: str, second: str) -> int:
     """How many characters two texts have in common from their start."""
-    shorter = min(len(first), len(second))
-    return next((place for place in range(shorter) if first[place] != second[place]), shorter)
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # halved each time: a loop over characters takes seconds for megabytes
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low

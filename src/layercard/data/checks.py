@@ -1,6 +1,7 @@
 """Numbers that mean nothing, refused before they are averaged with others."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,16 +13,33 @@ from layercard.errors import DataError, ModelError
 from layercard.statistics.moments import GradientMoments, InputMoments
 
 
+def positions(model: nn.Module) -> tuple[int | None, bool]:
+    """How many tokens a model was made for, and whether it can take no more: it has learned a vector for each position (GPT-2, OPT).
+
+    `None` where nothing says so. Beyond that length rotary embeddings go on, to distances that the model has never seen.
+    """
+    config = model.config.get_text_config(decoder=True) if isinstance(model, PreTrainedModel) else getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 2:
+        return None, False
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and re.search(r"wpe|pos\w*_emb|embed_pos", name)
+        if is_table and limit <= module.num_embeddings <= limit + 2:  # OPT has two more rows than positions
+            return limit - (0 if module.padding_idx is None else module.padding_idx + 1), True  # RoBERTa counts from behind its padding
+    return (limit, False) if getattr(config, "rope_parameters", None) else (None, False)
+
+
 def check_ids(model: nn.Module, dataset: Dataset) -> None:
-    """Make sure that the model has an embedding for every token id.
+    """Make sure that the model has an embedding for every token id, and a position for every token.
 
     Raises:
-        DataError: It has not: the records were made with another model's tokenizer.
+        DataError: It has not: the records were made with another model's tokenizer, or are too long.
     """
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     embedding = inner.get_input_embeddings() if inner is not None else None
-    if not isinstance(embedding, nn.Embedding):
+    if inner is None or not isinstance(embedding, nn.Embedding):
         return
+    limit, is_hard = positions(inner)
     for number, example in enumerate(dataset.examples, 1):
         strange = next((token for token in example.input_ids if not 0 <= token < embedding.num_embeddings), None)
         if strange is not None:
@@ -29,6 +47,9 @@ def check_ids(model: nn.Module, dataset: Dataset) -> None:
                 f"{dataset.source} record {number}: token id {strange} is not among the {embedding.num_embeddings} of the model; "
                 "use the model's own tokenizer"
             )
+        if limit is not None and is_hard and len(example.input_ids) > limit:
+            length = len(example.input_ids)
+            raise DataError(f"{dataset.source} record {number}: {length} tokens, but the model has {limit} positions; lower max_length")
 
 
 def check_labels(dataset: Dataset) -> None:

@@ -7,70 +7,60 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from layercard.data.synthetic import SPLITS, synthetic_records
 from layercard.errors import DataError, one_line
 from layercard.hub import hub_answers
 
-Located = Iterator[tuple[str, dict[str, Any]]]
-"""Pairs of a place ("line 12") and a record."""
+Located = Iterator[tuple[str, dict[str, Any] | DataError]]
+"""Pairs of a place ("line 12") and a record, or what is wrong with it."""
 
-Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-"""The name of a file or set (`read_records`), or records in memory: a list of dictionaries, a `datasets.Dataset`."""
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Sequence[str | os.PathLike[str]]
+"""The name of a file or set (`find_records`), several in this order, or records in memory: a list of dictionaries, a `datasets.Dataset`."""
 
 HUB = "hub:"
 SYNTHETIC = "synthetic"
 MEMORY = "records in memory"
-LARGEST_ARRAY = 2**30
-"""Bytes of a JSON array that is read; unlike JSON Lines it must be held in memory whole."""
+LARGEST = 2**30
+"""Bytes of a line, or of a JSON array, that is read: each must be held in memory."""
 _BOM = b"\xef\xbb\xbf"
 _CHOICES = f"name a JSON Lines, CSV or Parquet file, {HUB}NAME[:split] or {SYNTHETIC}"
 
 
-def find_records(source: Source) -> tuple[str, Located]:
-    """What to call a source, and its records one by one, whether it is a name or records in memory.
-
-    Raises:
-        DataError: As `read_records`; while reading, a record in memory that is not a mapping.
-    """
-    if isinstance(source, str | os.PathLike):
-        return read_records(os.fspath(source))
-
-    rows: Iterable[Any] = source
-
-    def records() -> Located:
-        for number, record in enumerate(rows, 1):
-            if not isinstance(record, Mapping):
-                kind = type(record).__name__
-                raise DataError(f"record {number}: expected a dictionary, found {kind}; give a list of records, or one split")
-            yield f"record {number}", dict(record)
-
-    return MEMORY, records()
-
-
-def read_records(source: str) -> tuple[str, Located]:
+def find_records(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> tuple[str, Located]:
     """What to call a source, and its records, read one by one as they are asked for.
 
     Args:
-        source: A `.csv`, `.tsv` or `.parquet` file, any other file as JSON Lines or a JSON array, each also compressed (`.gz`),
-            `hub:NAME[:split]`, or `synthetic[:split]`.
+        source: A `.csv`, `.tsv` or `.parquet` file, any other file as JSON Lines or a JSON array, each also compressed (`.gz`);
+            `hub:NAME[:split]`; `synthetic[:split]`; or records in memory.
 
     Raises:
-        DataError: There is no such source; while reading, something that is not a record, with its line number.
+        DataError: There is no such source; while reading, a file that cannot be read on.
     """
-    kind, _, split = source.partition(":")
+    if not isinstance(source, str | os.PathLike):
+        return MEMORY, ((f"record {number}", _mapping(record)) for number, record in enumerate(source, 1))
+    name = os.fspath(source)
+    kind, _, split = name.partition(":")
     if kind == SYNTHETIC:
         return _read_synthetic(split or "train")
-    if source.startswith(HUB):
-        return source, _read_hub(source)
-    path = Path(source).expanduser()
-    _check_file(path, source)
+    if name.startswith(HUB):
+        return name, _read_hub(name)
+    path = Path(name).expanduser()
+    _check_file(path, name)
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
-    return source, readers.get(suffix, _read_json)(path)
+    return name, readers.get(suffix, _read_json)(path)
+
+
+def _mapping(record: Any) -> dict[str, Any] | DataError:
+    if isinstance(record, Mapping):
+        return dict(record)
+    return DataError(f"expected a dictionary, found {type(record).__name__}; give a list of records, or one split")
 
 
 def _read_synthetic(split: str) -> tuple[str, Located]:
@@ -81,87 +71,119 @@ def _read_synthetic(split: str) -> tuple[str, Located]:
 
 
 def _check_file(path: Path, source: str) -> None:
+    """Refuse what is not there and what is not a regular file: opening a FIFO would wait for ever."""
     try:
-        neighbours = sorted(item.name for item in path.parent.iterdir()) if not path.exists() else []
-        inside = sorted(item.name for item in path.iterdir() if item.suffix in (".jsonl", ".csv", ".parquet")) if path.is_dir() else []
-    except OSError:
-        neighbours, inside = [], []
-    if path.is_dir():
-        raise DataError(f"{source} is a folder; name a file in it" + (f", such as {path / inside[0]}" if inside else ""))
-    if not path.exists():
-        names = {name.lower(): str(path.with_name(name)) for name in neighbours} | {SYNTHETIC: SYNTHETIC}
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # a ValueError: a name with a null character
+        reason = "no such file" if isinstance(error, FileNotFoundError) else (getattr(error, "strerror", None) or str(error)).lower()
+        names = {name.lower(): str(path.with_name(name)) for name in _names(path.parent)} | {SYNTHETIC: SYNTHETIC}
         close = difflib.get_close_matches(path.name.lower(), list(names), n=1, cutoff=0.6)
-        raise DataError(f"{source}: no such file" + (f", did you mean {names[close[0]]}?" if close else "") + f"; {_CHOICES}")
-    if not path.is_file():
+        raise DataError(f"{source}: {reason}" + (f", did you mean {names[close[0]]}?" if close else "") + f"; {_CHOICES}") from None
+    if stat.S_ISDIR(mode):
+        inside = [name for name in _names(path) if name.endswith((".jsonl", ".csv", ".parquet"))]
+        raise DataError(f"{source} is a folder; name a file in it" + (f", such as {path / inside[0]}" if inside else ""))
+    if not stat.S_ISREG(mode):
         raise DataError(f"{source} is not a regular file; {_CHOICES}")
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except (OSError, ValueError):
+        return []
 
 
 def _open(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
     """Numbered lines, split at line feeds only (a JSON string may hold U+2028), with a leading byte-order mark dropped."""
     try:
         with _open(path) as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(lambda: file.readline(LARGEST), b""), 1):
                 if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
                     raise DataError(f"{path} line 1: no UTF-8 at byte 1 (it looks like UTF-16); save the file as UTF-8")
-                line = raw.removeprefix(_BOM) if number == 1 else raw
+                if len(raw) == LARGEST:
+                    raise DataError(f"{path} line {number}: longer than {LARGEST / 2**30:g} GiB; write one record on each line")
                 try:
-                    yield number, line.decode("utf-8")
+                    line: str | DataError = (raw.removeprefix(_BOM) if number == 1 else raw).decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{path} line {number}: no UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
-    except (OSError, EOFError) as error:  # an EOFError: a compressed file that was cut short
+                    line = DataError(f"no UTF-8 at byte {error.start + 1}; save the file as UTF-8")
+                yield number, line
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a compressed file that was cut short or damaged
         raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); name a readable file") from error
 
 
 def _read_json(path: Path) -> Located:
     """JSON Lines; or one JSON array of records, or an object with the array as its `data`."""
+    is_first = True
     for number, line in _lines(path):
-        if not line.strip():
+        if isinstance(line, str) and not line.strip():
             continue
-        place = f"{path} line {number}"
-        try:
-            record = json.loads(line, object_pairs_hook=_once_each)
-        except (ValueError, RecursionError) as error:
-            if number == 1 and line.lstrip()[:1] in ("[", "{") and (array := _read_array(path)) is not None:
-                yield from array
+        value = line if isinstance(line, DataError) else _json_value(line)
+        if is_first and isinstance(line, str):
+            is_first = False
+            is_open = isinstance(value, DataError) and line.lstrip().startswith(("[", "{"))
+            if (is_open or _rows_in(value) is not None) and (rows := _read_array(path)) is not None:
+                yield from ((f"record {place}", _record(row)) for place, row in enumerate(rows, 1))
                 return
-            if number == 1 and line.lstrip().startswith("["):
-                raise DataError(f"{place}: a JSON array that is cut short or broken; write one object on each line") from None
-            raise DataError(f"{place}: {_json_problem(error, line)}") from None
-        if number == 1 and (isinstance(record, list) or (isinstance(record, dict) and isinstance(record.get("data"), list))):
-            yield from _read_array(path) or ()
-            return
-        if not isinstance(record, dict):
-            raise DataError(f"{place}: expected a JSON object, found {type(record).__name__}; write one object on each line")
-        columns = list(record.values())
-        if len(columns) > 1 and all(isinstance(column, list) and column and isinstance(column[0], str) for column in columns):
-            raise DataError(f"{place}: a table by columns; write one object on each line, with one value for each column")
-        yield f"line {number}", record
+        yield f"line {number}", _record(value)
 
 
-def _read_array(path: Path) -> Located | None:
-    """The records of a file that is one JSON value; `None` where it is not one."""
-    if path.stat().st_size > LARGEST_ARRAY:
-        raise DataError(f"{path} line 1: a JSON array of more than {LARGEST_ARRAY / 2**30:g} GiB; write one object on each line instead")
-    try:
-        with _open(path) as file:
-            value = json.loads(file.read().removeprefix(_BOM).decode("utf-8"), object_pairs_hook=_once_each)
-    except (ValueError, RecursionError, OSError, EOFError):
-        return None
+def _record(value: Any) -> dict[str, Any] | DataError:
+    """A JSON value as a record, or why it is none."""
+    if isinstance(value, DataError):
+        return value
+    if not isinstance(value, dict):
+        return DataError(f"expected a JSON object, found {type(value).__name__}; write one object on each line")
+    columns = list(value.values())
+    if len(columns) > 1 and all(isinstance(column, list) and column and isinstance(column[0], str) for column in columns):
+        return DataError("a table by columns; write one object on each line, with one value for each column")
+    return value
+
+
+def _rows_in(value: Any) -> list[Any] | None:
+    """The records of a JSON value that holds all of a file: an array, or the `data` of an object (in UltraChat that is a conversation)."""
     rows = value.get("data") if isinstance(value, dict) else value
-    if not isinstance(rows, list):
+    return rows if isinstance(rows, list) and (rows is value or all(isinstance(row, dict) for row in rows)) else None
+
+
+def _read_array(path: Path) -> list[Any] | None:
+    """The records of a file that is one JSON value; `None` where it is JSON Lines."""
+    with _open(path) as file:
+        raw = file.read(LARGEST + 1).removeprefix(_BOM)
+    if len(raw) > LARGEST:
+        raise DataError(f"{path} line 1: a JSON array of more than {LARGEST / 2**30:g} GiB; write one object on each line instead")
+    text = raw.decode("utf-8", errors="replace")
+    value = _json_value(text)
+    if isinstance(value, DataError):
+        if text.lstrip().startswith("["):
+            reason = str(value).partition(";")[0]
+            raise DataError(f"{path} line 1: a JSON array that is cut short or broken ({reason}); write one object on each line")
+        return None
+    rows = _rows_in(value)
+    if rows is None:
         raise DataError(f"{path} line 1: one JSON object over many lines; write each record on one line, or all as an array")
+    return rows
 
-    def records() -> Located:
-        for number, record in enumerate(rows, 1):
-            if not isinstance(record, dict):
-                raise DataError(f"{path} record {number}: expected a JSON object, found {type(record).__name__}; mend or remove it")
-            yield f"record {number}", record
 
-    return records()
+def _json_value(text: str) -> Any:
+    """What JSON text says, or a `DataError` with the reason why it is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_once_each)
+    except RecursionError:
+        return DataError("no JSON (nested too deeply); mend or remove the line")
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :].strip() if error.msg == "Extra data" else ""
+        if rest == ",":
+            return DataError("a comma behind the object; remove it, or write the whole file as an array")
+        if rest.startswith("{"):
+            return DataError("several objects on one line; write one object on each line")
+        return DataError(f"no JSON ({error.msg} at column {error.colno}); mend or remove the line")
+    except ValueError as error:
+        reason = "a number of thousands of digits" if "digits" in str(error) else one_line(error, 80)
+        return DataError(f"no JSON ({reason}); mend or remove the line")
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -173,48 +195,32 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _json_problem(error: Exception, line: str) -> str:
-    """Why a line is not JSON, and how to mend it."""
-    if isinstance(error, RecursionError):
-        return "no JSON (nested too deeply); mend or remove the line"
-    if not isinstance(error, json.JSONDecodeError):
-        return f"no JSON ({one_line(error, 80)}); mend or remove the line"
-    if error.msg == "Extra data":
-        rest = line[error.pos :].strip()
-        if rest == ",":
-            return "a comma behind the object; remove it, or write the whole file as an array"
-        if rest.startswith("{"):
-            return "several objects on one line; write one object on each line"
-    return f"no JSON ({error.msg} at column {error.colno}); mend or remove the line"
-
-
 def _read_csv(path: Path) -> Located:
-    lines = _lines(path)
-    first = next(lines, (1, ""))[1]
+    def texts() -> Iterator[str]:
+        for number, line in _lines(path):
+            if isinstance(line, DataError):  # the rows behind it cannot be told apart with certainty
+                raise DataError(f"{path} line {number}: {line}")
+            yield line
+
+    lines = texts()
+    first = next(lines, "")
     delimiter = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
     if delimiter == "," and "," not in first and ";" in first:  # as spreadsheets write it where a comma is the decimal mark
         delimiter = ";"
-    reader = csv.DictReader(itertools.chain([first], (line for _, line in lines)), delimiter=delimiter, strict=True)
+    csv.field_size_limit(LARGEST)  # else a cell of 131,072 characters is an error; long records are cut later
+    reader = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     try:
+        columns = reader.fieldnames or ()
+        if twice := next((name for name in columns if columns.count(name) > 1), None):
+            raise DataError(f"{path} line 1: the column {twice!r} is there twice; rename or remove one")
         for record in reader:
+            place, row = f"line {reader.line_num}", cast(dict[str, Any] | DataError, record)
             if None in record or None in record.values():
-                cells = f"more cells than the {len(reader.fieldnames or ())} columns" if None in record else "too few cells"
-                raise DataError(f"{path} line {reader.line_num}: {cells}; quote cells that hold commas or line ends")
-            yield f"line {reader.line_num}", _with_json_cells(record)
+                cells = f"more cells than the {len(columns)} columns" if None in record else "too few cells"
+                row = DataError(f"{cells}; quote cells that hold commas or line ends")
+            yield place, row
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num}: no CSV ({error}); mend or remove the line") from None
-
-
-def _with_json_cells(record: dict[str, str]) -> dict[str, Any]:
-    """A row whose columns of messages, which a table can only hold as JSON text, are read."""
-    row: dict[str, Any] = dict(record)
-    for name in ("messages", "conversations", "conversation"):
-        if row.get(name, "").lstrip().startswith("["):
-            try:
-                row[name] = json.loads(row[name])
-            except ValueError:
-                continue
-    return row
 
 
 def _read_parquet(path: Path) -> Located:

@@ -1,7 +1,9 @@
 """Records and token batches: what a model is profiled, trained and measured on."""
 
+import datetime
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,11 +12,15 @@ from typing import Any
 import torch
 
 from layercard.data.chat import IGNORED
-from layercard.data.encoding import RecordReader, renamed
+from layercard.data.encoding import RecordReader, column_names
 from layercard.data.formats import Source, find_records
 from layercard.errors import DataError
+from layercard.settings import DataSettings
 
 __all__ = ["IGNORED", "Batch", "Dataset", "Example", "batches", "collate", "load_data"]
+
+MOST_BAD = 100
+"""So many records that cannot be used are enough to refuse a set, where fewer could be used."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Dataset:
         truncated: How many records were cut to the longest allowed length.
         format: `pair` (prompt and completion), `chat`, `text`, or `class` (text and label, for a classifier).
         notes: What a user should know about how the records were read, such as columns of other names.
+        left_out: How many records were left out, since they were too long or could not be used.
+        day: The day that the chat template printed, as an ISO date; `None` where it prints none.
     """
 
     examples: tuple[Example, ...]
@@ -57,6 +65,8 @@ class Dataset:
     truncated: int = 0
     format: str = ""
     notes: tuple[str, ...] = ()
+    left_out: int = 0
+    day: str | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -154,74 +164,94 @@ def load_data(
     records: int | None = None,
     max_length: int = 1024,
     separator: str = "\n",
+    columns: str | Mapping[str, str] | None = None,
     classes: Mapping[str, int] | None = None,
     on_long: str = "cut",
-    on_bad: str = "refuse",
+    on_bad: str = "skip",
+    day: datetime.date | None = None,
 ) -> Dataset:
     """Read and tokenise records.
 
     A record has `prompt` and `completion` (loss on the completion and its end token), chat `messages` (the tokenizer's template, loss
-    on all that the assistant says, see `data.chat`) or `text` (loss on every token but the first, and on an end token); all records have
-    what the first has. Well-known columns of other names are understood (`data.encoding.COLUMNS`). For a classifier a record has `text`
-    and `label`, the name or number of its class.
+    on all that the assistant says, see `data.chat`) or `text` (loss on every token but the first, and on an end token); all records of a
+    file have what its first has. Well-known columns of other names are understood, and `Dataset.notes` says which were read. For a
+    classifier a record has `text` and `label`, the name or number of its class.
 
     Args:
-        source: A JSON Lines, CSV or Parquet file, `hub:NAME[:split]`, or `synthetic[:split]`; or the records themselves: a list of
-            dictionaries, a `datasets.Dataset`.
+        source: A JSON Lines, CSV or Parquet file, `hub:NAME[:split]`, or `synthetic[:split]`; several of them as a list, read in this
+            order; or the records themselves: a list of dictionaries, a `datasets.Dataset`.
         tokenizer: The model's tokenizer.
         records: Take only the first so many; no more are read.
         max_length: Tokens of a record.
-        on_long: What is done with a longer record: `cut` (it is cut and counted in `Dataset.truncated`), `skip` or `refuse`.
-        on_bad: What is done with a record that cannot be used: `refuse`, or `skip`. `Dataset.notes` says how many were skipped, and why
-            the first was. A file that cannot be read is always refused.
-        separator: Put between prompt and completion.
+        separator: Put between prompt and completion; `\\n` and `\\t` in it are a line feed and a tab.
+        columns: Which columns hold the fields: `prompt=instruction,completion=output`, or a mapping.
         classes: The classes of a classifier (`BaseModel.classes`); `None` for a language model.
+        on_long: What is done with a longer record: `cut` (it is counted in `Dataset.truncated`), `skip` or `fail`.
+        on_bad: What is done with a record that cannot be used: `skip` (it is counted in `Dataset.left_out`), or `fail`. Where at least half
+            of the records cannot be used, or the file cannot be read on, this fails all the same.
+        day: The day for chat templates that print one; today when not given. `Dataset.day` of an earlier run gives the same tokens again.
 
     Raises:
         DataError: No such source, no records, or a record that cannot be used, with its line number.
+        TrainingError: `max_length`, `on_long` or `on_bad` is none of the values above.
     """
+    DataSettings(max_length=max_length, on_long=on_long, on_bad=on_bad)
     if records is not None and records < 1:
         raise DataError(f"records must be at least 1, found {records}; leave it out to take all")
-    if max_length < 2:
-        raise DataError(f"max_length must be at least 2 tokens, found {max_length}; 1024 is the default")
-    label, located = find_records(source)
-    name = os.fspath(source) if isinstance(source, str | os.PathLike) else label
-    reader = RecordReader(tokenizer, separator, classes, max_length)
+    names = column_names(columns)
+    separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+    several = isinstance(source, list | tuple) and bool(source) and all(isinstance(name, str | os.PathLike) for name in source)
+    sources: list[Any] = list(source) if several else [source]
+    files = [(find_records(name), RecordReader(tokenizer, separator, classes, max_length, names, day)) for name in sources]
+
+    # Step 1: encode record by record, and count what is cut or left out.
     examples: list[Example] = []
-    truncated, skipped = 0, {"long": 0, "bad": 0}
-    first_bad = ""
-    for place, record in located:
+    truncated, left_out, bad, first_problem = 0, 0, 0, ""
+    for label, place, record, reader in ((label, *row, reader) for (label, located), reader in files for row in located):
         try:
-            (ids, labels), is_long = reader.encode(record)
+            if isinstance(record, DataError):
+                raise record
+            fields, (ids, labels), is_long = reader.encode(record)
             is_long = is_long or len(ids) > max_length
-            if is_long and on_long == "skip":
-                skipped["long"] += 1
-                continue
-            if is_long and on_long == "refuse":
-                raise DataError(f"longer than {max_length} tokens; raise max_length, or cut or skip long records")
-            example = Example(tuple(ids[:max_length]), tuple(labels[:max_length]), renamed(record, reader.columns))
-            _check(example, is_long, reader.format)
+            example = Example(tuple(ids[:max_length]), tuple(labels[:max_length]), fields)
+            if on_long == "cut" or not is_long:
+                _check(example, is_long, reader.format)
         except DataError as error:
-            if on_bad != "skip":
-                raise DataError(f"{name} {place}: {error}") from error.__cause__
-            skipped["bad"] += 1
-            first_bad = first_bad or f"{place}: {error}"
+            bad += 1
+            first_problem = first_problem or f"{label} {place}: {error}"
+            if on_bad == "fail" or (bad >= MOST_BAD and bad >= len(examples)):
+                break
+            continue
+        if is_long and on_long == "fail":
+            raise DataError(f"{label} {place}: longer than {max_length} tokens; raise max_length, or cut or skip long records")
+        if is_long and on_long == "skip":
+            left_out += 1
             continue
         truncated += is_long
         examples.append(example)
         if len(examples) == records:
             break
-    notes = list(reader.notes)
+
+    # Step 2: refuse a file of another kind than it seems: one record may be broken, but not half of them.
+    if bad and (on_bad == "fail" or bad >= len(examples)):
+        count = f" ({bad:,} of the first {bad + left_out + len(examples):,} records cannot be used)" if bad > 1 else ""
+        raise DataError(first_problem + count)
+    notes = [f"{label}: {note}" if len(files) > 1 else note for (label, _), reader in files for note in reader.notes]
     if truncated:
         notes.append(f"{truncated:,} of {len(examples):,} records are cut to {max_length:,} tokens")
-    if skipped["long"]:
-        notes.append(f"{skipped['long']:,} records of more than {max_length:,} tokens are left out")
-    if skipped["bad"]:
-        notes.append(f"{skipped['bad']:,} records that cannot be used are left out, the first at {first_bad}")
+    if left_out:
+        notes.append(f"{left_out:,} records of more than {max_length:,} tokens are left out")
+    if bad:
+        notes.append(f"{bad:,} records that cannot be used are left out, the first at {first_problem}")
+    label = " + ".join(label for (label, _), _ in files)
     if not examples:
-        reason = f": {notes[-1]}" if any(skipped.values()) else "; it needs at least one with prompt and completion, messages or text"
-        raise DataError(f"{name} holds no records{reason}")
-    return Dataset(tuple(examples), label, fingerprint(examples), truncated, reader.format, tuple(notes))
+        reason = f": {notes[-1]}" if left_out else "; it needs at least one with prompt and completion, messages or text"
+        raise DataError(f"{label} holds no records{reason}")
+    for note in notes:
+        logging.getLogger(__name__).warning("%s: %s", label, note)
+    shown_day = next((str(reader.chat.day) for _, reader in files if reader.chat.shows_day), None)
+    kinds = " and ".join(dict.fromkeys(reader.format for _, reader in files if reader.format))
+    return Dataset(tuple(examples), label, fingerprint(examples), truncated, kinds, tuple(notes), left_out + bad, shown_day)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -67,13 +67,14 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        """Id to pad with: the tokenizer's own, else its end token, else 0; padding is masked, so any id will do.
+        """Id to pad with: the tokenizer's own, else its end token, else 0; padding is masked, so any id that has an embedding will do.
 
         A classifier on top of a decoder finds the last token by the id that its configuration names, so there it is that one.
         """
         configured = self.model.config.get_text_config().pad_token_id if self.classes is not None else None
         ids = (configured, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((int(id_) for id_ in ids if id_ is not None), 0)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        return next((int(id_) for id_ in ids if id_ is not None and 0 <= id_ < rows), 0)
 
     @property
     def classes(self) -> dict[str, int] | None:
@@ -131,8 +132,10 @@ def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str = "in-memory
         if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
             problem = config.problem_type or f"{config.num_labels} class"
             raise ModelError(f"{kind} is not a classifier into one of several classes (found {problem}); use one with single labels")
-        if config.get_text_config().pad_token_id is None:
-            raise ModelError(f"{kind} does not know its padding, so it cannot find the last token of a text; set model.config.pad_token_id")
+        pad_id, rows = config.get_text_config().pad_token_id, model.get_input_embeddings().weight.shape[0]
+        if pad_id is None or not 0 <= pad_id < rows:
+            state = "does not know its padding" if pad_id is None else f"pads with {pad_id}, which is not among its {rows} tokens"
+            raise ModelError(f"{kind} {state}, so it cannot find the last token of a text; set model.config.pad_token_id")
     elif model.get_output_embeddings() is None and not model.can_generate():
         raise ModelError(f"{kind} has no head: it predicts no next token and no class; use a causal model or a classifier")
     elif sees_ahead(blocks):

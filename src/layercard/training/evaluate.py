@@ -84,7 +84,7 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "tokens": dataset.tokens,
         "labelled_tokens": dataset.labelled_tokens,
         "truncated": dataset.truncated,
-    }
+    } | ({"left_out": dataset.left_out} if dataset.left_out else {})
 
 
 # Losses

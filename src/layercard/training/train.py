@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from layercard.training.records import Run
 from layercard.training.trainer import fit, last_checkpoint
 
 RUN_FILE = "run.json"
-PLAN_FILE = "plan.json"
 CHECKPOINTS = "checkpoints"
-EARLIER: dict[str, Any] = {"processes": 1, "method": "lora", "parameters": [], "ranks": {}, "alphas": {}}
+PLAN = f"{CHECKPOINTS}/plan.json"
+"""In the folder of a run: what decides about its result."""
+EARLIER: dict[str, Any] = {"day": None, "processes": 1, "method": "lora", "parameters": [], "ranks": {}, "alphas": {}}
 """What a plan means that was written before it had these keys."""
 PACKAGES = ("layercard", "torch", "transformers", "peft", "accelerate")
 
@@ -187,11 +188,18 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
         "parameters": sorted(placement.parameters),
         "ranks": dict(placement.rank_pattern),
         "alphas": dict(placement.alpha_pattern),
+        "day": data.day or (valid.day if valid is not None else None),
         "data": data.fingerprint,
         "valid": None if valid is None else valid.fingerprint,
         **settings.deciding(),
         "processes": processes.count() if settings.dropout else 1,  # without dropout their number decides nothing
     }
+
+
+def first_day(*plans: Path) -> date | None:
+    """The day that the chat template printed when the run of one of these plans began, so that it is resumed with the same tokens."""
+    days = [read_json(path, TrainingError, "plan").get("day") for path in plans if path.exists()]
+    return next((date.fromisoformat(day) for day in days if day), None)
 
 
 def _open_folder(output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool, lock: ExitStack) -> Run | None:
@@ -211,14 +219,14 @@ def _open_folder(output: Path, placement: Placement, plan: dict[str, Any], resum
         (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write the folder {output}: {error.strerror or error}; choose another output") from error
-    write_json(output / CHECKPOINTS / PLAN_FILE, plan, force=True)
+    write_json(output / PLAN, plan, force=True)
     placement.save(output / PLACEMENT_FILE, force=True)
     return None
 
 
 def _check_plan(output: Path, plan: dict[str, Any]) -> None:
     """Refuse to resume a run in `output` that has another plan."""
-    path = output / CHECKPOINTS / PLAN_FILE
+    path = output / PLAN
     if not path.exists():
         raise OutputError(f"{output} holds no run to resume; name the folder of an unfinished run, or pass --force to start one there")
     earlier = EARLIER | read_json(path, TrainingError, "plan")
