@@ -1,7 +1,9 @@
 """Reading records, encoding them with labels where they belong, and one-line refusals with the line's number."""
 
+import datetime
+import gzip
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +12,75 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from layercard.data import formats as records_module
+from layercard.commands.main import app
+from layercard.data import formats
+from layercard.data.checks import check_ids, positions
 from layercard.data.encoding import encode_pair
 from layercard.data.load import IGNORED, Dataset, Example, batches, collate, load_data
-from layercard.errors import DataError
-from tiny import tiny_records, tiny_tokenizer, write_records
+from layercard.errors import DataError, ModelError, TrainingError
+from layercard.models.load import wrap_model
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 PAIR = {"prompt": "a name", "completion": "the man"}
+GOOD = json.dumps(PAIR)
+PAIRS = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(8)]
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the answer"}]
+SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "the answer"}]
+DATED = "{{ strftime_now('%d %b %Y') }}" + str(tiny_tokenizer().chat_template)
 
 
-def load(path: Path | str, **how: Any) -> Dataset:
-    return load_data(path, tiny_tokenizer(), **how)
+def load(source: Any, template: str | None = None, **how: Any) -> Dataset:
+    tokenizer = tiny_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
+    return load_data(source, tokenizer, **how)
 
 
-def shown(example: Example, tokenizer: PreTrainedTokenizerFast | None = None) -> tuple[str, str]:
+def shown(example: Example) -> tuple[str, str]:
     """The whole text and the labelled part of it."""
-    tokenizer = tokenizer or tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     return tokenizer.decode(example.input_ids), tokenizer.decode([label for label in example.labels if label != IGNORED])
 
 
-class TestPairs:
-    def test_loss_is_on_the_completion_and_its_end_token(self, tmp_path: Path) -> None:
-        data = load(write_records(tmp_path / "a.jsonl", [PAIR]))
-        assert shown(data.examples[0]) == ("a name\nthe man<eos>", "the man<eos>")
-        assert data.examples[0].record == PAIR
-        assert data.format == "pair"
+def learnt(data: Dataset) -> list[str]:
+    return [shown(example)[1] for example in data.examples]
 
-    def test_the_separator(self, tmp_path: Path) -> None:
-        path = write_records(tmp_path / "a.jsonl", [PAIR])
-        assert shown(load(path, separator=" -> ").examples[0])[0] == "a name -> the man<eos>"
+
+def turns(*contents: str) -> dict[str, Any]:
+    """A chat record whose turns alternate between user and assistant."""
+    return {"messages": [{"role": ("user", "assistant")[place % 2], "content": content} for place, content in enumerate(contents)]}
+
+
+class TestPairsAndText:
+    def test_loss_is_on_the_completion_and_its_end_token(self, tmp_path: Path) -> None:
+        record = {**PAIR, "references": ["the man", "a man"], "answer": "42", "id": 7}
+        data = load(write_records(tmp_path / "a.jsonl", [record]))
+        (example,) = data.examples
+        assert shown(example) == ("a name\nthe man<eos>", "the man<eos>")
+        assert (example.record, data.format, data.notes) == (record, "pair", ())
+        assert shown(load([PAIR], separator=r"\t->").examples[0])[0] == "a name\t->the man<eos>"
 
     def test_labels_are_ids_and_counts_add_up(self, tiny_file: Path) -> None:
         data = load(tiny_file)
         for example in data.examples:
-            assert len(example.input_ids) == len(example.labels)
             assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels, strict=True))
             assert example.labels[-1] == 2
         assert len(data) == 16
         assert data.tokens == sum(len(example.input_ids) for example in data.examples)
         assert data.labelled_tokens == sum(example.labelled for example in data.examples)
 
-    def test_the_same_tokenizer_for_padding_and_end_keeps_the_end_label(self, tmp_path: Path) -> None:
+    def test_an_end_token_that_also_pads_keeps_its_label(self) -> None:
         tokenizer = tiny_tokenizer()
         tokenizer.pad_token = tokenizer.eos_token
-        data = load_data(write_records(tmp_path / "a.jsonl", [PAIR, {**PAIR, "completion": "an other man"}]), tokenizer)
+        data = load_data([PAIR, {**PAIR, "completion": "an other man"}], tokenizer)
         batch = collate(data.examples, [0, 1], tokenizer.pad_token_id)
         assert batch.labels[0].tolist().count(2) == batch.labels[1].tolist().count(2) == 1
         assert batch.attention_mask.sum(1).tolist() == [len(example.input_ids) for example in data.examples]
 
-    def test_an_empty_prompt_without_separator_loses_only_the_first_label(self, tmp_path: Path) -> None:
-        example = load(write_records(tmp_path / "a.jsonl", [{"prompt": "", "completion": "man"}]), separator="").examples[0]
+    def test_an_empty_prompt_without_separator_loses_only_the_first_label(self) -> None:
+        example = load([{"prompt": "", "completion": "man"}], separator="").examples[0]
         assert shown(example)[0] == "man<eos>"
         assert example.labels[0] == IGNORED and example.labelled == len(example.input_ids) - 1
 
@@ -76,129 +96,163 @@ class TestPairs:
         ids, labels = encode_pair(Closing(), PAIR["prompt"], PAIR["completion"])
         assert shown(Example(tuple(ids), tuple(labels), PAIR)) == ("a name\nthe man<eos>", "the man<eos>")
 
-    def test_a_tokenizer_without_an_end_token(self, tmp_path: Path) -> None:
-        bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
-        with pytest.raises(DataError, match="the tokenizer has no end token"):
-            load_data(write_records(tmp_path / "a.jsonl", [PAIR]), bare)
+    @pytest.mark.parametrize(
+        ("record", "text"),
+        [
+            ({"text": "man of an inn"}, "an of an inn<eos>"),
+            ({"text": "already ends<eos>"}, "lready ends<eos>"),
+            ({"prompt": "p", "completion": "already ends<eos><eos>"}, "already ends<eos>"),
+        ],
+    )
+    def test_text_has_one_end_token(self, record: dict[str, Any], text: str) -> None:
+        assert learnt(load([record])) == [text]
 
-    def test_other_fields_are_kept(self, tmp_path: Path) -> None:
-        record = {**PAIR, "references": ["the man", "a man"], "answer": "42", "id": 7}
-        assert load(write_records(tmp_path / "a.jsonl", [record])).examples[0].record == record
-
-
-class TestText:
-    def test_loss_is_on_all_tokens_but_the_first_and_on_one_end_token(self, tmp_path: Path) -> None:
-        data = load(write_records(tmp_path / "a.jsonl", [{"text": "man of an inn"}]))
-        example = data.examples[0]
-        assert example.labels == (IGNORED, *example.input_ids[1:])
-        assert shown(example)[0] == "man of an inn<eos>"
-        assert data.format == "text" and example.labelled == len(example.input_ids) - 1
-
-
-def turns(*contents: str, first: str = "user") -> dict[str, Any]:
-    """A chat record whose turns alternate between user and assistant."""
-    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
-    return {"messages": [{"role": roles[at % 2], "content": content} for at, content in enumerate(contents)]}
+    def test_what_belongs_to_a_prompt_is_joined(self) -> None:
+        record = {"system": "be nice", "instruction": "do", "input": "it", "output": "done"}
+        data = load([record, record | {"input": "", "system": ""}])
+        assert [shown(example)[0] for example in data.examples] == ["be nice\n\ndo\n\nit\ndone<eos>", "do\ndone<eos>"]
+        assert data.notes == ("columns read: system and instruction and input as prompt, output as completion",)
 
 
-GENERATION = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
-    "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{{ '<eos>\n' }}{% endfor %}"
-)
-MARKED_END = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<eos>' }}"
-    "{% endgeneration %}{% else %}{{ m['content'] + '<eos>' }}{% endif %}{{ '\n' }}{% endfor %}"
-)
-TRIMMING = "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] | trim) + ' <eos>' }}{% endfor %}"
 LAST_IS_SPECIAL = (  # the last answer gets an empty thought, as with reasoning models: no shorter rendering is a prefix of a longer
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if loop.last and m['role'] == 'assistant' %}{{ '[think][/think]' }}{% endif %}"
     "{{ m['content'] + '<eos>\n' }}{% endfor %}"
 )
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<eos>' }}"
+    "{% endgeneration %}{% else %}{{ m['content'] + '<eos>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+GENERATION = MARKED.replace("m['content'] + '<eos>' }}{% endgeneration %}", "m['content'] }}{% endgeneration %}{{ '<eos>' }}")
+TRIMMING = "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] | trim) + ' <eos>' }}{% endfor %}"
 WITHOUT_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-TWICE = "{% for m in messages %}{{ m['content'] + '|' + m['content'] + '<eos>' }}{% endfor %}"
-STRICT = "{{ raise_exception('roles must alternate') }}"
+THOUGHTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% generation %}{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
+    "{{ m.content }}<eos>{% endgeneration %}{% endfor %}"
+)
 
 
 class TestChat:
-    def labelled(self, record: dict[str, Any], template: str | None = None) -> tuple[str, str]:
-        tokenizer = tiny_tokenizer()
-        if template is not None:
-            tokenizer.chat_template = template
-        return shown(load_data([record], tokenizer).examples[0], tokenizer)
-
-    def test_loss_is_on_assistant_turns_and_their_end_tokens(self) -> None:
-        whole, loss = self.labelled(turns("hi", "the man", "and", "an inn"))
-        assert whole == "<|user|>hi<eos>\n<|assistant|>the man<eos>\n<|user|>and<eos>\n<|assistant|>an inn<eos>\n"
-        assert loss == "the man<eos>an inn<eos>"
-
-    def test_a_system_turn_and_a_last_user_turn_carry_none(self) -> None:
-        record = turns("hi", "yes", "and?")
-        record["messages"].insert(0, {"role": "system", "content": "be nice"})
-        assert self.labelled(record)[1] == "yes<eos>"
-
-    def test_words_that_occur_elsewhere_are_not_confused(self) -> None:
-        whole, loss = self.labelled(turns("yes", "yes", "yes", "yes<eos>", "yes"))
-        assert whole.count("yes") == 5 and loss == "yes<eos>yes<eos>"
-
-    def test_a_template_with_marks_is_believed(self) -> None:
-        assert self.labelled(turns("hi", "the man", "and", "an inn"), GENERATION)[1] == "the manan inn"  # exactly what it marks
+    @pytest.mark.parametrize(
+        ("contents", "template", "text", "loss"),
+        [
+            (("hi", "man", "and", "inn"), None, "<|user|>hi<eos>\n<|assistant|>man<eos>\n<|user|>and<eos>\n<|assistant|>inn<eos>\n", None),
+            (("yes", "yes", "yes", "yes<eos>", "yes"), None, None, "yes<eos>yes<eos>"),
+            (("hi", "", "and", "no"), None, None, "<eos>no<eos>"),
+            (("hi", "man", "and", "inn"), GENERATION, None, "maninn"),  # exactly what the template marks
+            (("hi", "  the man \n"), TRIMMING, "user: hi <eos>assistant: the man <eos>", "the man <eos>"),
+            (("hi", "man", "and", "inn"), LAST_IS_SPECIAL, None, "man<eos>inn<eos>"),
+            (("hi", "the man"), WITHOUT_END, "user: hi\nassistant: the man<eos>", "the man<eos>"),
+            (("hi", "yes", "and", "no"), WITHOUT_END, None, "yesno<eos>"),
+        ],
+    )
+    def test_loss_is_on_what_the_assistant_says(
+        self, contents: tuple[str, ...], template: str | None, text: str | None, loss: str | None
+    ) -> None:
+        example = load([turns(*contents)], template).examples[0]
+        assert shown(example)[0] == (text or shown(example)[0])
+        assert shown(example)[1].strip() == (loss or "man<eos>inn<eos>")
 
     @given(st.lists(st.text("abn \n:<>|", min_size=1, max_size=8).filter(str.strip), min_size=2, max_size=5))
     @settings(max_examples=40, deadline=None)
     def test_marks_and_rendering_agree(self, contents: list[str]) -> None:
-        record = turns(*contents)
-        plain = MARKED_END.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-        assert self.labelled(record, plain) == self.labelled(record, MARKED_END)
+        plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        assert load([turns(*contents)], plain).fingerprint == load([turns(*contents)], MARKED).fingerprint
 
-    def test_a_template_that_trims(self) -> None:
-        whole, loss = self.labelled(turns("hi", "  the man \n"), TRIMMING)
-        assert whole == "user: hi <eos>assistant: the man <eos>"
-        assert loss.strip() == "the man <eos>"
+    @pytest.mark.parametrize("said", [{"content": "<think>why</think>four"}, {"content": "four", "reasoning_content": "why"}])
+    def test_thoughts_are_learnt_beside_and_inside_the_content(self, said: dict[str, str]) -> None:
+        inside = "<think>why</think>" if "reasoning_content" not in said else "[why]"
+        data = load([{"messages": [TURNS[0], {"role": "assistant", **said}]}], THOUGHTS)  # a template that marks all turns
+        assert learnt(data) == [f"hi<eos>{inside}four<eos>"]
 
-    def test_a_template_that_treats_the_last_turn_differently(self) -> None:
-        whole, loss = self.labelled(turns("hi", "the man", "and", "an inn"), LAST_IS_SPECIAL)
-        assert whole.endswith("<|assistant|>[think][/think]an inn<eos>\n")
-        assert loss == "the man<eos>an inn<eos>"
+    @pytest.mark.parametrize(
+        ("record", "note"),
+        [
+            ({"conversations": SHAREGPT}, "columns read: conversations as messages"),
+            ({"messages": [{"role": "system", "content": "be nice"}, *TURNS, TURNS[0]]}, ""),
+            ({"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS]}, ""),
+            ({"messages": [{"role": turn["role"].title(), "content": turn["content"]} for turn in TURNS]}, ""),
+            ({"messages": json.dumps(TURNS)}, ""),
+            ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "columns read: prompt and completion as messages"),
+            ({"messages": TURNS, "system": "be nice"}, "columns read: system and messages as messages"),
+            ({"messages": TURNS, "chosen": "x", "rejected": "y"}, "columns read: messages; not read: chosen, rejected"),
+        ],
+    )
+    def test_conversations_in_other_forms(self, record: dict[str, Any], note: str) -> None:
+        data = load([record] * 4)
+        assert learnt(data) == ["the answer<eos>"] * 4 and "; ".join(data.notes) == note
+        assert ("be nice" in shown(data.examples[0])[0]) == ("be nice" in str(record))
 
-    def test_a_template_without_end_tokens_still_ends(self) -> None:
-        assert self.labelled(turns("hi", "the man"), WITHOUT_END) == ("user: hi\nassistant: the man<eos>", "the man<eos>")
-        assert self.labelled(turns("hi", "yes", "and", "no"), WITHOUT_END)[1] == "yesno<eos>"
-
-    def test_an_empty_answer_among_others(self) -> None:
-        assert self.labelled(turns("hi", "", "and", "no"))[1] == "<eos>no<eos>"
+    def test_a_day_is_kept_and_said(self) -> None:
+        first = load([turns("hi", "man")], DATED, day=datetime.date(2024, 7, 26))
+        assert shown(first.examples[0])[0].startswith("26 Jul 2024") and first.day == "2024-07-26"
+        assert first.notes == ("the chat template prints the date, which is 2024-07-26 in this run",)
+        assert load([turns("hi", "man")], DATED).day == str(datetime.datetime.now(tz=datetime.UTC).date())
+        assert load([turns("hi", "man")]).day is None
 
     @pytest.mark.parametrize(
         ("record", "template", "expected"),
         [
-            (turns("hi", "man"), STRICT, r"the chat template refuses these messages \(roles must alternate\)"),
-            (turns("hi", "man"), TWICE, "does not show message 2 exactly once"),
+            (turns("hi", "man"), "{{ raise_exception('roles') }}", r"the chat template refuses these messages \(roles\)"),
+            (turns("hi", "man"), "{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "does not show message 2 exactly once"),
             (turns("hi"), None, "no assistant turn"),
             ({"messages": []}, None, "found an empty list"),
             ({"messages": "hi"}, None, "must be a list of turns, found str"),
             ({"messages": ["hi"]}, None, "message 1 must have a role and a content"),
             ({"messages": [{"role": "user"}]}, None, r"message 1 \(user\) must have a string as its content, found nothing"),
             ({"messages": [{"content": "hi"}]}, None, "message 1 must have a role and a content, both strings; found content: str"),
-            (
-                {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
-                None,
-                "message 2 .* found nothing",
-            ),
-            ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "half a character"),
+            ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, None, "message 2 .* found nothing"),
+            ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "has parts other than text"),
+            ({"messages": [{"role": "user", "content": "\ud800"}, TURNS[1]]}, None, "half a character"),
+            ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, "{{ tools[0].name }}" + TRIMMING, "half a character"),
+            ({"messages": TURNS, "tools": "search"}, None, "tools must be a list of schemas, or its JSON text, found str"),
         ],
     )
-    def test_refusals(self, record: dict[str, Any], template: str | None, expected: str, tmp_path: Path) -> None:
-        tokenizer = tiny_tokenizer()
-        if template is not None:
-            tokenizer.chat_template = template
-        path = tmp_path / "chat.jsonl"
-        path.write_text(json.dumps(turns("hi", "ok") if template is None else record) + "\n" + json.dumps(record) + "\n")
+    def test_refusals(self, record: dict[str, Any], template: str | None, expected: str) -> None:
         with pytest.raises(DataError, match=expected) as caught:
-            load_data(path, tokenizer)
-        assert f"{path} line {2 if template is None else 1}: " in str(caught.value) and "\n" not in str(caught.value)
+            load([record], template)
+        assert str(caught.value).startswith("records in memory record 1: ") and "\n" not in str(caught.value)
 
-    def test_a_tokenizer_without_a_template(self, tmp_path: Path) -> None:
+
+class TestTokenizers:
+    """Tokenizers that lack something: each works, or is refused in one line."""
+
+    def test_no_end_token_and_no_template(self) -> None:
+        bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+        with pytest.raises(DataError, match="the tokenizer has no end token"):
+            load_data([PAIR], bare)
         with pytest.raises(DataError, match="the tokenizer has no chat template"):
-            load_data(write_records(tmp_path / "a.jsonl", [turns("hi", "ok")]), tiny_tokenizer(chat=False))
+            load_data([turns("hi", "ok")], tiny_tokenizer(chat=False))
+
+    @pytest.mark.parametrize("pad_id", [None, 5000, -1])
+    def test_a_pad_id_that_the_model_does_not_have(self, pad_id: int | None) -> None:
+        tokenizer = tiny_tokenizer(pad=False)
+        if pad_id is not None:
+            tokenizer.__class__ = type("Odd", (PreTrainedTokenizerFast,), {"pad_token_id": pad_id})
+        base = wrap_model(build_tiny("llama"), tokenizer)
+        assert base.pad_id == tokenizer.eos_token_id
+        batch = collate(load_data(tiny_records(4), tokenizer).examples, range(4), base.pad_id)
+        assert base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.isfinite().all()
+
+    def test_a_classifier_that_pads_beyond_its_tokens(self) -> None:
+        from transformers import LlamaForSequenceClassification
+
+        config = build_tiny("llama").config
+        config.num_labels, config.pad_token_id = 3, None
+        model = LlamaForSequenceClassification(config)
+        model.config.pad_token_id = 5000
+        with pytest.raises(ModelError, match="pads with 5000, which is not among its 128 tokens"):
+            wrap_model(model, tiny_tokenizer())
+
+    def test_ids_and_positions_that_the_model_does_not_have(self) -> None:
+        gpt2, llama = build_tiny("gpt2", n_positions=32), build_tiny("llama", max_position_embeddings=32)
+        opt = build_tiny("opt", max_position_embeddings=32)
+        assert [positions(model) for model in (gpt2, opt, llama)] == [(32, True), (32, True), (32, False)]
+        data = load([{"text": "x" * 40}])
+        with pytest.raises(DataError, match="record 1: 41 tokens, and the model has 32 positions; lower max_length"):
+            check_ids(gpt2, data)
+        check_ids(llama, data)
+        with pytest.raises(DataError, match="token id 999 is not among the 128"):
+            check_ids(llama, Dataset((Example((1, 999), (1, 999), {}),), "x", ""))
 
 
 class TestFiles:
@@ -207,91 +261,145 @@ class TestFiles:
     RECORDS = (
         {"prompt": "a, \"quoted\" name", "completion": "two\nlines"},
         {"prompt": "line\u2028separator", "completion": "next\u0085line, \u2029 é £"},
-        {"prompt": "tab\there", "completion": "end"},
+        {"prompt": "tab\there\x07", "completion": "x" * 200_000},
     )  # fmt: skip
 
-    def tables(self, tmp_path: Path) -> dict[str, Path]:
-        frame = pd.DataFrame(list(self.RECORDS))
+    def test_all_kinds_agree(self, tmp_path: Path) -> None:
+        frame, lines = pd.DataFrame(list(self.RECORDS)), [json.dumps(record) for record in self.RECORDS]
         frame.to_csv(tmp_path / "a.csv", index=False)
         frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
-        frame.to_csv(tmp_path / "bom.csv", index=False, encoding="utf-8-sig")
+        frame.to_csv(tmp_path / "semicolon.csv", index=False, sep=";", columns=["completion", "prompt"])
+        frame.to_csv(tmp_path / "bom.csv.gz", index=False, encoding="utf-8-sig")
         frame.to_parquet(tmp_path / "a.parquet")
-        write_records(tmp_path / "a.jsonl", list(self.RECORDS))
-        lines = [json.dumps(record) for record in self.RECORDS]
         (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
-        return {path.name: path for path in tmp_path.iterdir()}
+        (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+        (tmp_path / "array.json").write_text(json.dumps(self.RECORDS))
+        (tmp_path / "pretty.json").write_text(json.dumps(self.RECORDS, indent=2))
+        (tmp_path / "object.json").write_text(json.dumps({"data": self.RECORDS}, indent=1))
+        expected = load(write_records(tmp_path / "a.jsonl", list(self.RECORDS)))
+        for path in tmp_path.iterdir():
+            data = load(path)
+            assert [example.record for example in data.examples] == list(self.RECORDS), path.name
+            assert data.fingerprint == expected.fingerprint and data.source == str(path)
 
-    @pytest.mark.parametrize("name", ["a.jsonl", "windows.jsonl", "a.csv", "a.tsv", "bom.csv", "a.parquet"])
-    def test_all_kinds_agree(self, name: str, tmp_path: Path) -> None:
-        paths = self.tables(tmp_path)
-        expected = load(paths["a.jsonl"])
-        data = load(paths[name])
-        assert [example.record for example in data.examples] == list(self.RECORDS)
-        assert data.fingerprint == expected.fingerprint and data.source == str(paths[name])
-
-    def test_only_as_many_records_are_read_as_wanted(self, tmp_path: Path) -> None:
+    def test_only_as_many_records_are_read_as_asked_for(self, tmp_path: Path) -> None:
         path = write_records(tmp_path / "a.jsonl", tiny_records(3))
         with path.open("a") as file:
             file.write("{broken\n")
-        assert len(load(path, records=3)) == 3
+        assert len(load(path, records=3, on_bad="fail")) == 3
         with pytest.raises(DataError, match=r"a\.jsonl line 4: no JSON"):
-            load(path, records=4)
-
-    @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-    def test_a_limit_on_tables_and_more_than_there_are(self, suffix: str, tmp_path: Path) -> None:
+            load(path, records=4, on_bad="fail")
         frame = pd.DataFrame(tiny_records(600))
-        path = tmp_path / f"a.{suffix}"
-        frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
-        assert [example.record for example in load(path, records=300).examples] == tiny_records(300)
-        assert len(load(path, records=5000)) == 600
+        frame.to_parquet(tmp_path / "a.parquet")
+        assert [example.record for example in load(tmp_path / "a.parquet", records=300).examples] == tiny_records(300)
 
-    def test_parquet_with_nested_fields(self, tmp_path: Path) -> None:
-        records = [turns("hi", "the man"), turns("and", "an inn")]
+    def test_tables_hold_conversations(self, tmp_path: Path) -> None:
+        records = [turns("hi", "the man"), {"messages": [TURNS[0], {**TURNS[1], "tool_calls": None, "weight": 1}]}]
         pd.DataFrame(records).to_parquet(tmp_path / "chat.parquet")
+        pd.DataFrame([{"messages": json.dumps(record["messages"])} for record in records]).to_csv(tmp_path / "chat.csv", index=False)
         pd.DataFrame([{**PAIR, "references": ["a", "b"]}]).to_parquet(tmp_path / "pair.parquet")
-        assert [shown(example)[1] for example in load(tmp_path / "chat.parquet").examples] == ["the man<eos>", "an inn<eos>"]
+        for name in ("chat.parquet", "chat.csv"):
+            assert learnt(load(tmp_path / name)) == ["the man<eos>", "the answer<eos>"]
         assert load(tmp_path / "pair.parquet").examples[0].record["references"] == ["a", "b"]
 
-    def test_the_fingerprint_tells_the_tokens_apart(self, tmp_path: Path) -> None:
-        path = write_records(tmp_path / "a.jsonl", tiny_records(5))
-        prints = {load(path).fingerprint, load(path, records=4).fingerprint, load(path, max_length=40).fingerprint}
-        prints.add(load(path, separator=" ").fingerprint)
-        assert len(prints) == 4
-        assert load(path).fingerprint == load(write_records(tmp_path / "copy.jsonl", tiny_records(5))).fingerprint
+    def test_several_files_in_their_order(self, tmp_path: Path) -> None:
+        paths = [write_records(tmp_path / "a.jsonl", tiny_records(3)), write_records(tmp_path / "b.jsonl", [turns("hi", "man")] * 2)]
+        data = load(paths)
+        assert [example.record for example in data.examples] == [*tiny_records(3), *[turns("hi", "man")] * 2]
+        assert (data.source, data.format) == (f"{paths[0]} + {paths[1]}", "pair and chat")
+        assert data.fingerprint != load(paths[::-1]).fingerprint
+        assert len(load([*paths, "synthetic"], records=4)) == 4
+        with pytest.raises(DataError, match=r"c\.jsonl: no such file"):
+            load([*paths, tmp_path / "c.jsonl"])
+
+    def test_the_fingerprint_tells_the_tokens_apart(self) -> None:
+        records = tiny_records(5)
+        changes: list[dict[str, Any]] = [{}, {"records": 4}, {"max_length": 40}, {"separator": " "}]
+        assert len({load(records, **change).fingerprint for change in changes}) == 4
+        assert load(records).fingerprint == load(tiny_records(5)).fingerprint
+
+    def test_columns_are_named(self) -> None:
+        record = {"q": "who?", "a": "the man", "completion": "no", "chosen": "good", "rejected": "bad"}
+        data = load([record], columns="prompt=q, completion=a")
+        assert shown(data.examples[0]) == ("who?\nthe man<eos>", "the man<eos>")
+        assert data.notes == ("columns read: q as prompt, a as completion; not read: completion, chosen, rejected",)
+        assert learnt(load([record], columns={"text": "chosen"})) == ["ood<eos>"]
+        for columns, says in (
+            ("prompt=qq,completion=a", "record 1: has no column 'qq'; did you mean q"),
+            ("promt=q", "'promt' is no field of a record; did you mean prompt"),
+            ("prompt", "'prompt' names no column; write FIELD=COLUMN"),
+        ):
+            with pytest.raises(DataError, match=says):
+                load([record], columns=columns)
 
 
 class TestCutting:
-    def test_long_records_are_cut_and_counted(self, tmp_path: Path) -> None:
-        path = write_records(tmp_path / "a.jsonl", [PAIR, {**PAIR, "completion": "of the sea " * 50}])
-        data = load(path, max_length=30)
-        assert data.truncated == 1
-        assert [len(example.input_ids) for example in data.examples][1] == 30
-        assert data.examples[1].labels[-1] != 2
-        assert load(path).truncated == 0
+    RECORDS = (PAIR, {**PAIR, "completion": "of the sea " * 50}, PAIR)
 
-    @pytest.mark.parametrize("kind", ["text", "chat"])
-    def test_other_formats_are_cut_too(self, kind: str, tmp_path: Path) -> None:
-        record = {"text": "x" * 99} if kind == "text" else turns("hi", "x" * 99)
-        data = load(write_records(tmp_path / "a.jsonl", [record]), max_length=20)
-        assert data.truncated == 1 and len(data.examples[0].input_ids) == 20
+    def test_long_records_are_cut_left_out_or_refused_and_counted(self) -> None:
+        data = load(self.RECORDS, max_length=30)
+        assert (data.truncated, data.notes) == (1, ("1 of 3 records are cut to 30 tokens",))
+        assert len(data.examples[1].input_ids) == 30 and data.examples[1].labels[-1] != 2
+        data = load(self.RECORDS, max_length=30, on_long="skip")
+        assert (len(data), data.left_out, data.notes) == (2, 1, ("1 records of more than 30 tokens are left out",))
+        with pytest.raises(DataError, match="record 2: longer than 30 tokens"):
+            load(self.RECORDS, max_length=30, on_long="fail")
+        length = len(load([PAIR]).examples[0].input_ids)
+        assert [load([PAIR], max_length=most).truncated for most in (length, length - 1)] == [0, 1]
 
-    def test_exactly_as_long_is_not_cut(self, tmp_path: Path) -> None:
-        path = write_records(tmp_path / "a.jsonl", [PAIR])
-        length = len(load(path).examples[0].input_ids)
-        assert load(path, max_length=length).truncated == 0
-        assert load(path, max_length=length - 1).truncated == 1
+    def test_bad_records_are_left_out_unless_asked_or_half_of_all(self, tmp_path: Path) -> None:
+        lines = [GOOD, '{"prompt": "x", "completion": null}', GOOD, "{broken", GOOD]
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(lines))
+        data = load(path)
+        assert (learnt(data), data.left_out) == (["the man<eos>"] * 3, 2)
+        assert data.notes == (
+            f"2 records that cannot be used are left out, the first at {path} line 2: completion is null; fill it in, or remove the record",
+        )
+        with pytest.raises(DataError, match="line 2: completion is null"):
+            load(path, on_bad="fail")
+        path.write_text("\n".join(lines[:4]))
+        with pytest.raises(DataError, match=r"line 2: completion is null.*\(2 of the first 4 records cannot be used\)"):
+            load(path)
 
-    def test_a_record_whose_completion_is_cut_away_is_refused(self, tmp_path: Path) -> None:
-        path = write_records(tmp_path / "a.jsonl", [PAIR, {**PAIR, "prompt": "of the sea " * 50}])
-        with pytest.raises(DataError, match=r"line 2: the first 30 tokens carry no label and the rest is cut; raise max_length"):
-            load(path, max_length=30)
+    def test_a_prompt_that_leaves_no_room_is_left_out(self) -> None:
+        long = {**PAIR, "prompt": "of the sea " * 50}
+        with pytest.raises(DataError, match="the first 30 tokens carry no label and the rest is cut; raise max_length"):
+            load([long], max_length=30)
+        assert load([PAIR, PAIR, long], max_length=30).left_out == 1
 
+    @pytest.mark.parametrize("kind", ["completion", "prompt", "text", "chat"])
+    def test_a_text_of_megabytes_is_not_tokenised_whole(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def record(size: int) -> dict[str, Any]:
+            text = "of the sea " * (size // 11)
+            return {"text": text} if kind == "text" else turns("hi", text) if kind == "chat" else {**PAIR, kind: text}
 
-def write_lines(*lines: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8") and None
+        most, encode = [0], PreTrainedTokenizerFast._encode_plus
 
+        def watched(self: Any, text: str, *arguments: Any, **options: Any) -> Any:
+            most[0] = max(most[0], len(text))
+            return encode(self, text, *arguments, **options)
 
-GOOD = json.dumps(PAIR)
+        monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", watched)
+        data = load([PAIR, PAIR, record(20_000_000)] if kind == "prompt" else [record(20_000_000)], max_length=100)
+        assert data.left_out == 1 if kind == "prompt" else data.truncated == 1
+        assert most[0] < 30_000
+        if kind != "prompt":  # the tokens are those of a text that is tokenised whole
+            monkeypatch.setattr("layercard.data.chat.CHARACTERS", 10**9)
+            assert data.fingerprint == load([record(20_000)], max_length=100).fingerprint
+
+    @pytest.mark.parametrize(
+        ("how", "expected"),
+        [
+            ({"records": 0}, "records must be at least 1"),
+            ({"max_length": 1}, "give a whole number from 2"),
+            ({"on_long": "refuse"}, "Choose one of cut, skip, fail"),
+            ({"on_bad": "cut"}, "Choose one of skip, fail"),
+        ],
+    )
+    def test_settings(self, how: dict[str, Any], expected: str) -> None:
+        with pytest.raises((DataError, TrainingError), match=expected):
+            load([PAIR], **how)
 
 
 class TestRefusals:
@@ -303,6 +411,13 @@ class TestRefusals:
             ([GOOD, "", '{"prompt": "a", '], "line 3: no JSON (Expecting property name"),
             ([GOOD, "[1, 2]"], "line 2: expected a JSON object, found list"),
             (["["], "line 1: a JSON array that is cut short or broken"),
+            ([f'[{{"a": {"9" * 5000}}}]'], "line 1: a JSON array that is cut short or broken (no JSON (a number of thousands of digits))"),
+            ([f'{{"a": {"9" * 5000}}}'], "line 1: no JSON (a number of thousands of digits); mend or remove the line"),
+            ([json.dumps(PAIR, indent=1)], "line 1: one JSON object over many lines"),
+            ([json.dumps({"prompt": ["a"], "completion": ["c"]})], "line 1: a table by columns"),
+            ([GOOD * 2], "line 1: several objects on one line"),
+            ([GOOD + ","], "line 1: a comma behind the object"),
+            (['{"prompt": "p", "prompt": "a"}'], "line 1: no JSON ('prompt' is there twice)"),
             ([GOOD, '"text"'], "line 2: expected a JSON object, found str"),
             (["[" * 100_000], "line 1: "),
             ([GOOD, '{"prompt": "a"}'], "line 2: has no completion, which the first record has; found fields: prompt"),
@@ -316,77 +431,81 @@ class TestRefusals:
             (['{"prompt": "a", "completion": "b\\ud800"}'], "completion holds half a character (a lone surrogate) at position 1"),
             ([GOOD, '{"prompt": "a", "completion": ""}'], "line 2: completion is empty"),
             (['{"text": ""}'], "line 1: no token carries a label"),
+            (['{"segments": ["a"]}'], "segments must be a list of objects with label and text"),
             (['{"prompt": "a", "completion": "b", "references": "c"}'], "references must be a list of strings, found str"),
             (['{"prompt": "a", "completion": "b", "references": []}'], "references must be a list of strings"),
-            ([], "holds no records"),
             (["", "  "], "holds no records"),
         ],
     )
     def test_json_lines(self, lines: list[str], expected: str, tmp_path: Path) -> None:
-        path = tmp_path / "bad.jsonl"
-        write_lines(*lines)(path)
-        self.refused(path, expected)
+        (tmp_path / "bad.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.refused(tmp_path / "bad.jsonl", expected)
 
     @pytest.mark.parametrize(
-        ("content", "expected"),
+        ("name", "content", "expected"),
         [
-            (b"", "holds no records"),
-            (b"prompt,completion\n", "holds no records"),
-            (b"prompt,completion\na,b\nc\n", "line 3: too few cells"),
-            (b"prompt,completion\na,b,c\n", "line 2: more cells than the 2 columns"),
-            (b"prompt,answer\na,b\n", "found fields: prompt, answer"),
-            (b'prompt,completion\n"a,b\n', "no CSV"),
-            (b"prompt,completion\na,b\nc,\xff\n", "line 3: no UTF-8 at byte 3; save the file as UTF-8"),
-            (b"prompt,completion\na,\n", "line 2: completion is empty"),
+            ("a.csv", b"", "holds no records"),
+            ("a.csv", b"prompt,completion\n", "holds no records"),
+            ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: too few cells"),
+            ("a.csv", b"prompt,completion\na,b,c\n", "line 2: more cells than the 2 columns"),
+            ("a.csv", b"prompt,prompt\na,b\n", "line 1: the column 'prompt' is there twice"),
+            ("a.csv", b'prompt,completion\n"a,b\n', "no CSV"),
+            ("a.csv", b"prompt,completion\na,b\nc,\xff\n", "line 3: no UTF-8 at byte 3; save the file as UTF-8"),
+            ("a.csv", b"prompt,completion\na,\n", "line 2: completion is empty"),
+            ("a.jsonl", GOOD.encode() + b'\n{"prompt": "caf\xe9"}', "line 2: no UTF-8 at byte 16"),
+            ("a.jsonl", GOOD.encode("utf-16"), "it looks like UTF-16); save the file as UTF-8"),
+            ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:40], "cannot be read"),
+            ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:20] + b"x" * 40, "cannot be read"),
+            ("a.parquet", b"PAR1", "cannot be read as Parquet"),
         ],
     )
-    def test_csv(self, content: bytes, expected: str, tmp_path: Path) -> None:
-        path = tmp_path / "bad.csv"
-        path.write_bytes(content)
-        self.refused(path, expected)
+    def test_other_files(self, name: str, content: bytes, expected: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        self.refused(tmp_path / name, expected)
 
-    def test_parquet(self, tmp_path: Path) -> None:
-        path = tmp_path / "bad.parquet"
-        pd.DataFrame([PAIR]).to_parquet(path)
-        path.write_bytes(path.read_bytes()[:-10])
-        self.refused(path, "cannot be read as Parquet")
-        pd.DataFrame([PAIR, {**PAIR, "completion": None}]).to_parquet(path)
-        self.refused(path, "row 2: completion is null")
+    def test_lines_and_arrays_beyond_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(formats, "LARGEST", 100)
+        (tmp_path / "a.json").write_text(json.dumps([PAIR] * 3, indent=1))
+        self.refused(tmp_path / "a.json", "a JSON array of more than")
+        self.refused(write_records(tmp_path / "a.jsonl", [{"text": "x" * 99}]), "line 1: longer than")
 
-    def test_what_is_no_utf8(self, tmp_path: Path) -> None:
-        path = tmp_path / "latin.jsonl"
-        path.write_bytes(GOOD.encode() + b"\n" + '{"prompt": "caf\xe9"}'.encode("latin-1"))
-        self.refused(path, "line 2: no UTF-8 at byte 16")
-        path.write_bytes(GOOD.encode("utf-16"))
-        self.refused(path, "line 1: no UTF-8 at byte 1")
-
-    def test_missing_files_and_folders(self, tmp_path: Path) -> None:
+    def test_missing_files_folders_and_devices(self, tmp_path: Path) -> None:
         write_records(tmp_path / "train.jsonl", [PAIR])
+        os.mkfifo(tmp_path / "x-fifo.jsonl")
+        (tmp_path / "x-null.jsonl").symlink_to("/dev/null")
         self.refused(tmp_path / "trian.jsonl", f"no such file, did you mean {tmp_path / 'train.jsonl'}?")
         self.refused(tmp_path / "zzz" / "qqq.jsonl", "no such file; name a JSON Lines, CSV or Parquet file")
         self.refused(tmp_path, f"is a folder; name a file in it, such as {tmp_path / 'train.jsonl'}")
+        self.refused(tmp_path / "x-fifo.jsonl", "is not a regular file")
+        self.refused(tmp_path / "x-null.jsonl", "is not a regular file")
+        self.refused("x" * 300, "file name too long")
         self.refused("sinthetic", "did you mean synthetic?")
         self.refused("synthetic:dev", "no such split; choose synthetic:train, synthetic:valid, synthetic:test")
-
-    @pytest.mark.parametrize(
-        ("how", "expected"), [({"records": 0}, "records must be at least 1"), ({"max_length": 1}, "at least 2 tokens")]
-    )
-    def test_settings(self, how: dict[str, int], expected: str, tiny_file: Path) -> None:
-        with pytest.raises(DataError, match=expected):
-            load(tiny_file, **how)
 
     def refused(self, source: Path | str, expected: str) -> None:
         with pytest.raises(DataError) as caught:
             load(source)
         message = str(caught.value)
-        assert expected in message and str(source) in message and "\n" not in message and len(message) < 500
+        assert expected in message and str(source) in message and "\n" not in message and len(message) < 800
+
+    @pytest.mark.parametrize(
+        "path", sorted((Path(__file__).parents[2] / "shared" / "cases" / "data").glob("*")), ids=lambda path: path.name
+    )
+    def test_the_collected_cases(self, path: Path) -> None:
+        refused = {"columns.json", "concat.jsonl", "cp1252.csv", "dupkeys.jsonl", "int.parquet", "mixed.jsonl", "nulls.jsonl"}
+        refused |= {"number.jsonl", "trailing_comma.jsonl", "utf16.jsonl"}
+        try:
+            texts = learnt(load(path, on_bad="fail"))
+        except DataError as error:
+            assert path.name in refused and "\n" not in str(error)
+        else:
+            assert path.name not in refused and all(text.endswith("<eos>") for text in texts)
 
 
 class TestHub:
     """`hub:` sources, with a stand-in for the `datasets` package's loader."""
 
-    @pytest.fixture
-    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, bool]]:
+    def test_name_split_and_failures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
 
         asked: list[tuple[str, str, bool]] = []
@@ -398,21 +517,16 @@ class TestHub:
             return iter(tiny_records(10))
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        monkeypatch.setattr(records_module, "hub_answers", lambda: True)
-        return asked
-
-    def test_name_and_split(self, asked: list[tuple[str, str, bool]]) -> None:
+        monkeypatch.setattr(formats, "hub_answers", lambda: True)
         data = load("hub:someone/set:validation", records=4)
         assert len(data) == 4 and data.source == "hub:someone/set:validation"
         load("hub:squad", records=1)
         assert asked == [("someone/set", "validation", True), ("squad", "train", True)]
-
-    def test_failures(self, asked: list[tuple[str, str, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DataError, match=r"hub:someone/broken cannot be read \(no such data set\)"):
             load("hub:someone/broken")
         with pytest.raises(DataError, match="no data set is named"):
             load("hub:")
-        monkeypatch.setattr(records_module, "hub_answers", lambda: False)
+        monkeypatch.setattr(formats, "hub_answers", lambda: False)
         with pytest.raises(DataError, match="hub:squad: the hub cannot be reached"):
             load("hub:squad")
 
@@ -422,35 +536,63 @@ class TestBatches:
         data = load(tiny_file)
         batch = collate(data.examples, [3, 0, 5], pad_id=1)
         assert batch.rows == (3, 0, 5)
-        for at, row in enumerate(batch.rows):
+        for place, row in enumerate(batch.rows):
             n = len(data.examples[row].input_ids)
-            assert tuple(batch.input_ids[at, :n].tolist()) == data.examples[row].input_ids
-            assert batch.attention_mask[at].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
-            assert (batch.input_ids[at, n:] == 1).all() and (batch.labels[at, n:] == IGNORED).all()
+            assert tuple(batch.input_ids[place, :n].tolist()) == data.examples[row].input_ids
+            assert batch.attention_mask[place].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
+            assert (batch.input_ids[place, n:] == 1).all() and (batch.labels[place, n:] == IGNORED).all()
+        moved = batch.to("meta")
+        assert {tensor.device.type for tensor in (moved.input_ids, moved.attention_mask, moved.labels)} == {"meta"}
+        assert moved.input_ids.dtype == torch.long
 
     @pytest.mark.parametrize("by_length", [False, True])
     def test_every_example_once(self, by_length: bool, tiny_file: Path) -> None:
         data = load(tiny_file)
-        found = [row for batch in batches(data.examples, 5, 1, by_length=by_length) for row in batch.rows]
-        assert sorted(found) == list(range(16))
-        assert (found == sorted(found)) != by_length
-        lengths = [len(data.examples[row].input_ids) for row in found]
+        rows = [row for batch in batches(data.examples, 5, 1, by_length=by_length) for row in batch.rows]
+        lengths = [len(data.examples[row].input_ids) for row in rows]
+        assert sorted(rows) == list(range(16)) and (rows == sorted(rows)) != by_length
         assert (lengths == sorted(lengths)) == by_length
 
-    def test_to_a_device(self, tiny_file: Path) -> None:
-        batch = collate(load(tiny_file).examples, [0], 1).to("meta")
-        assert {tensor.device.type for tensor in (batch.input_ids, batch.attention_mask, batch.labels)} == {"meta"}
-        assert batch.input_ids.dtype == torch.long
 
-
-class TestRealData:
-    """The samples of public sets beside the repository, with all their oddities."""
-
-    @pytest.mark.parametrize("name", ["e2e", "webnlg", "gsm8k"])
-    @pytest.mark.parametrize("split", ["train", "valid", "test"])
-    def test_every_record_can_be_used(self, name: str, split: str, shared_data: Path) -> None:
+@pytest.mark.parametrize("name", ["e2e", "webnlg", "gsm8k"])
+def test_the_samples_of_public_sets_can_be_used(name: str, shared_data: Path) -> None:
+    for split in ("train", "valid", "test"):
         path = shared_data / name / f"{split}.jsonl"
-        data = load(path, records=300, max_length=4096)
-        assert len(data) == 300 and data.truncated == 0
-        expected = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:300]]
-        assert [example.record for example in data.examples] == expected
+        data = load(path, records=150, max_length=4096, on_bad="fail")
+        assert (len(data), data.truncated, data.notes) == (150, 0, ())
+        assert [example.record for example in data.examples] == [json.loads(line) for line in path.read_text("utf-8").split("\n")[:150]]
+
+
+class TestCommands:
+    def test_data_marks_what_is_learnt(self, tiny_folder: Path, tmp_path: Path) -> None:
+        path = write_records(tmp_path / "a b.jsonl", [{"question": "who?", "answer": "the man"}] * 4)
+        done = CliRunner().invoke(app, ["data", str(path), str(path), "--model", str(tiny_folder), "--json"])
+        assert done.exit_code == 0
+        value = json.loads(done.stdout)
+        assert (value["records"], value["format"], len(value["shown"])) == (8, "pair", 3)
+        assert "".join(token["text"] for token in value["shown"][0] if token["learnt"]) == "the man<eos>"
+        assert value["notes"] == ["columns read: question as prompt, answer as completion"]
+        text = CliRunner().invoke(app, ["data", str(path), "--model", str(tiny_folder), "--show", "1", "--separator", "->"]).stdout
+        assert r"who?->«the man<eos>»" in text and f"next: layercard profile {tiny_folder} --data '{path}'" in text
+
+    def test_commands_take_several_files_and_say_what_is_cut(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = tmp_path / "gpt2"
+        build_tiny("gpt2", n_positions=60).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        paths = [write_records(tmp_path / f"{place}.jsonl", [*PAIRS, {"prompt": "p", "completion": "y" * 200}]) for place in range(2)]
+        data = [part for path in paths for part in ("--data", str(path))]
+        arguments = ["profile", str(folder), *data, "--no-cost", "--rank", "2", "--device", "cpu", "--probe", "none"]
+        done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "card.json")])
+        assert done.exit_code == 0, done.output
+        assert "2 of 18 records are cut to 60 tokens" in caplog.text  # GPT-2 has no more positions
+        card = json.loads((tmp_path / "card.json").read_text())
+        assert (card["data"]["records"], card["data"]["source"]) == (18, f"{paths[0]} + {paths[1]}")
+
+    def test_rotary_models_beyond_their_length(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        from layercard.commands import options
+        from layercard.settings import DataSettings
+
+        base = wrap_model(build_tiny("llama", max_position_embeddings=64), tiny_tokenizer(), name="tiny")
+        path = write_records(tmp_path / "a.jsonl", [{"text": "x" * 100}])
+        options.read([str(path)], base, None, DataSettings())
+        assert "the longest record has 101 tokens, but tiny was made for up to 64" in caplog.text

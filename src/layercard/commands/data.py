@@ -50,6 +50,15 @@ def data(
     show_result(value, as_json, _view(value), then=f"layercard profile {model} {opt.data_options(data)} -o card.json")
 
 
+def printable(text: str) -> str:
+    r"""A text with the characters escaped that would steer a terminal; line feeds and tabs stay.
+
+    >>> print(printable("the \x1b[31mman"))
+    the \x1b[31mman
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
+
+
 def _view(value: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
@@ -62,8 +71,6 @@ def _view(value: dict[str, Any]) -> Any:
         "Tokens": f"{value['tokens']:,}, of these {value['learnt_tokens']:,} learnt ({share:.0f} %)",
         "Length": f"median {value['median_length']:,}, longest {value['longest']:,}, {value['cut']:,} cut",
     }
-    if value["notes"]:
-        rows["Notes"] = "\n".join(value["notes"])
     parts: list[Any] = [pairs(rows)]
     for number, tokens in enumerate(value["shown"], 1):
         # Where there are no colours, brackets show what is learnt.
@@ -72,6 +79,6 @@ def _view(value: dict[str, Any]) -> Any:
             if token["learnt"] != inside:
                 text.append("«" if token["learnt"] else "»", style="bold")
                 inside = token["learnt"]
-            text.append(token["text"], style="bold green" if token["learnt"] else "")
+            text.append(printable(token["text"]), style="bold green" if token["learnt"] else "")
         parts.append(text)
     return Group(*parts)

@@ -52,7 +52,7 @@ def profile(
     """
     # What cannot work is refused before anything heavy is imported.
     state = output.with_name(f"{output.name}.state")
-    from layercard.checkpoint import check_folder, discard
+    from layercard.checkpoint import PLAN_FILE, check_folder, discard
 
     if output.exists() and state.exists() and not force:  # a run that was killed when its card was written
         discard(state)
@@ -72,12 +72,13 @@ def profile(
     from layercard.commands.reuse import card_folder, keep, reusable
     from layercard.models.streamed import open_model
     from layercard.profiling.profile import profile_records
+    from layercard.training.train import first_day
 
     started, folder = time.perf_counter(), card_folder(cache_dir)
     with Display() as display:
         streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
         base = streamed.base if streamed is not None else opt.load(model, loading, display)
-        dataset = opt.read(data, base, records, reading)
+        dataset = opt.read(data, base, records, reading, first_day(state / PLAN_FILE))
         card = None
         if reuse:
             card, source, reasons = reusable(base, dataset, settings, folder, display)

@@ -35,14 +35,16 @@ def run(
 
         raise OutputError(f"{output} is a file; name a folder for the run")
     from layercard.report.terminal import pairs
-    from layercard.workflow.run import ADAPTER, REPORT_FILE, clear, plan_only, run as go, write_report
+    from layercard.training.train import first_day
+    from layercard.workflow.run import ADAPTER, PLAN_FILE, REPORT_FILE, clear, plan_only, run as go, write_report
 
     if force:
         clear(output)
     with Display() as display:
         base = opt.load(model, loading, display)
-        dataset = opt.read(data, base, records, reading)
-        held_out = opt.read(valid, base, valid_records, reading) if valid else None
+        day = first_day(output / PLAN_FILE)
+        dataset = opt.read(data, base, records, reading, day)
+        held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
 
         how: dict[str, Any] = {"valid": held_out, "settings": choice, "training": settings, "fast": fast, "progress": display}
         if only_plan:
@@ -60,4 +62,9 @@ def run(
         "Files": f"{output / ADAPTER} · {output / REPORT_FILE} · {output / 'result.json'}",
         "Result": result.line(),
     }
-    show_result(result.to_json(), as_json, pairs(rows), then=f"layercard eval {model} {opt.data_options(valid or ['…'])} --adapter {output / ADAPTER}")
+    show_result(
+        result.to_json(),
+        as_json,
+        pairs(rows),
+        then=f"layercard eval {model} {opt.data_options(valid or ['…'])} --adapter {output / ADAPTER}",
+    )

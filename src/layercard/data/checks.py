@@ -49,7 +49,7 @@ def check_ids(model: nn.Module, dataset: Dataset) -> None:
             )
         if limit is not None and is_hard and len(example.input_ids) > limit:
             length = len(example.input_ids)
-            raise DataError(f"{dataset.source} record {number}: {length} tokens, but the model has {limit} positions; lower max_length")
+            raise DataError(f"{dataset.source} record {number}: {length} tokens, and the model has {limit} positions; lower max_length")
 
 
 def check_labels(dataset: Dataset) -> None:

@@ -208,9 +208,8 @@ def record_format(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     for chosen, rejected in PREFERENCES:
         if chosen in record and rejected in record:
             field = "messages" if isinstance(record[chosen], list) else "completion" if prompt else "text"
-            raise DataError(
-                f"is a preference ({chosen} and {rejected}); layercard learns one answer: --columns {field}={chosen} takes the first"
-            )
+            mend = f"--columns {field}={chosen} takes the first" if chosen != "preferred_output" else "write messages that end in it"
+            raise DataError(f"is a preference ({chosen} and {rejected}), and one answer can be learnt; {mend}")
     if "text" in record:
         return "text", {}
     wanted = [field for name in ("pair", "chat", "text") for field in FORMATS[name]]
@@ -221,9 +220,7 @@ def record_format(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     ]
     fields = ", ".join(map(str, record)) or "none"
     hint = f" ({hints[0]})" if hints else ""
-    raise DataError(
-        f"needs prompt and completion, messages, or text; found fields: {fields}{hint}; or name columns: --columns prompt=…,completion=…"
-    )
+    raise DataError(f"needs prompt and completion, messages, or text; found fields: {fields}{hint}; --columns names others")
 
 
 def encode_pair(tokenizer: Any, prompt: str, completion: str, separator: str = "\n", max_length: int | None = None) -> Tokens:

@@ -236,7 +236,7 @@ def load_data(
     if bad and (on_bad == "fail" or bad >= len(examples)):
         count = f" ({bad:,} of the first {bad + left_out + len(examples):,} records cannot be used)" if bad > 1 else ""
         raise DataError(first_problem + count)
-    notes = [f"{label}: {note}" if len(files) > 1 else note for (label, _), reader in files for note in reader.notes]
+    notes = [note for _, reader in files for note in reader.notes]
     if truncated:
         notes.append(f"{truncated:,} of {len(examples):,} records are cut to {max_length:,} tokens")
     if left_out:
@@ -247,6 +247,7 @@ def load_data(
     if not examples:
         reason = f": {notes[-1]}" if left_out else "; it needs at least one with prompt and completion, messages or text"
         raise DataError(f"{label} holds no records{reason}")
+    notes = list(dict.fromkeys(notes))
     for note in notes:
         logging.getLogger(__name__).warning("%s: %s", label, note)
     shown_day = next((str(reader.chat.day) for _, reader in files if reader.chat.shows_day), None)

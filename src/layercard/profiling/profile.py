@@ -280,6 +280,7 @@ def plan_of(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dic
     return {
         "schema": SCHEMA,
         "model": base.fingerprint,
+        **({"day": dataset.day} if dataset.day else {}),
         "data": dataset.fingerprint,
         "records": len(dataset),
         **asdict(settings),

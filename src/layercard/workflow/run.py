@@ -378,6 +378,7 @@ def _same_run(output: Path, base: BaseModel, data: Dataset, valid: Dataset, sett
     plan = {
         "schema": "layercard-plan/1",
         "model": base.fingerprint,
+        "day": data.day or valid.day,
         "data": data.fingerprint,
         "valid": valid.fingerprint,
         **training.deciding(),
