@@ -41,7 +41,7 @@ from layercard.settings import FastSettings, ProfileSettings, RunSettings, Train
 from layercard.statistics.ratios import ratio_interval
 from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
-from layercard.training.train import CHECKPOINTS, PLAN_FILE as TRAIN_PLAN, RUN_FILE, train
+from layercard.training.train import PLAN as TRAIN_PLAN, RUN_FILE, train
 from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Race, Shape, race, race_shape, usual_rate
 from layercard.workflow.result import AllLayers, Chosen, Measured, Result, Seconds
 
@@ -247,7 +247,7 @@ def run(
             return Result.load(output / RESULT_FILE)
         full = replace(training, steps=choice.plan.steps, epochs=None, learning_rate=choice.chosen.learning_rate)
         how: dict[str, Any] = {"valid": choice.valid, "fast": fast, "before": choice.before, "progress": progress}
-        begun = (output / ADAPTER / CHECKPOINTS / TRAIN_PLAN).exists() or (output / ADAPTER / RUN_FILE).exists()
+        begun = (output / ADAPTER / TRAIN_PLAN).exists() or (output / ADAPTER / RUN_FILE).exists()
         trained = train(base, choice.placement, choice.data, output / ADAPTER, full, **how, resume=begun, force=not begun)
         result = _result(base, choice, trained, {**training.to_json(), **settings.to_json()})
         result.save(output / RESULT_FILE, force=True)
