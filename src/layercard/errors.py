@@ -46,8 +46,8 @@ class LayercardError(Exception):
     """Base of every error that a user can mend."""
 
     def __str__(self) -> str:
-        """The message, on one line, at most `LONGEST` characters."""
-        text = " ".join(super().__str__().split())
+        """The message, on one line, at most `LONGEST` characters, what a terminal would obey escaped."""
+        text = visible(" ".join(super().__str__().split()))
         return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
@@ -101,8 +101,31 @@ class ReportError(LayercardError):
 
 def one_line(error: Exception, longest: int = 160) -> str:
     """The message of another package's exception on one line, cut at `longest` characters; the name of its class where it is empty."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = visible(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of control and format characters, halves of surrogate pairs, and separators of lines and paragraphs."""
+
+
+def visible(text: str) -> str:
+    r"""A text with what a terminal may obey escaped as JSON does it, in every message and print; line breaks and tabs stay.
+
+    >>> visible("a\x1b[2J\u202eb")
+    'a\\u001b[2J\\u202eb'
+    """
+
+    def escaped(character: str) -> str:
+        units = character.encode("utf-16-be", "surrogatepass").hex()
+        return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))
+
+    def line(text: str) -> str:
+        if text.isprintable():
+            return text
+        return "".join(escaped(each) if each != "\t" and unicodedata.category(each) in HIDDEN else each for each in text)
+
+    return "\n".join(map(line, text.split("\n")))
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:

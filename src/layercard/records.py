@@ -4,6 +4,7 @@ A record is a pydantic model with a schema, such as `layercard/1`. It is checked
 one line; it is written whole or not at all.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -102,6 +103,9 @@ class Record(Part):
         source = source or cls.noun
         schema = value.get("schema") if isinstance(value, Mapping) else None
         if schema != cls.schema_name():
+            kind = re.fullmatch(r"layercard(?:-([a-z-]+))?/\d+", schema) if isinstance(schema, str) else None
+            if kind and not cls.schema_name().startswith(f"{kind[0].partition('/')[0]}/"):
+                raise cls.error(f"{source} is a {kind[1] or 'card'} ({schema}); a {cls.noun} is needed: make one with `{cls.made_by}`")
             raise cls.error(f"{source}: schema {shown(schema)} is not {cls.schema_name()!r}; make the {cls.noun} with `{cls.made_by}`")
         try:
             return cls.model_validate(value)
