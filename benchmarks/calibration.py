@@ -22,6 +22,7 @@ from layercard.card.card import LayerCard
 from layercard.files import write_json
 from layercard.selection.select import CEILING, coverage_of
 from layercard.statistics.ranks import spearman
+from layercard.trials.trial import read_trials
 
 FOLDER = RESULTS / "placements"
 CURVE = Path(__file__).parents[1] / "src" / "layercard" / "selection" / "calibration.json"
@@ -44,24 +45,19 @@ def searched(task: str) -> dict[int, float]:
     return {len(one["layers"]): one["learning_rate"] for one in found}
 
 
-def _at_searched_rate(path: Path, rates: dict[int, float]) -> bool:
-    """Whether a run has the rate of its own number of layers: of two runs of one set and seed that one counts, and is read last."""
-    run = json.loads(path.read_text())["run_info"]
-    return bool(run["train_config"]["learning_rate"] == rates.get(len(run["layers"])))
-
-
 def points_of(task: str) -> Points:
-    """The points of a task, from its card and the runs that have all layers of the same seed to compare with."""
+    """The points of a task, from its card and the runs that have all layers of the same seed to compare with.
+
+    Of two runs of one set and seed the one counts that has the learning rate of its own number of layers.
+    """
     card = LayerCard.load(FOLDER / "cards" / f"{task}.json")
     coverage, depth = coverage_of(card), card.model.layers
     gains: dict[tuple[int, ...], dict[int, float]] = {}
     rates = searched(task)
-    for path in sorted((FOLDER / "runs").glob(f"{task}-test-*.json"), key=lambda path: _at_searched_rate(path, rates)):
-        record = json.loads(path.read_text())
-        config = record["run_info"]["train_config"]
-        if config["rank"] == RANK:
-            reduction = record["train_info"]["metrics"]["loss_reduction"]
-            gains.setdefault(tuple(record["run_info"]["layers"]), {})[config["seed"]] = reduction
+    trials = [trial for trial in read_trials(FOLDER).values() if (trial.task, trial.split, trial.settings["rank"]) == (task, "test", RANK)]
+    for trial in sorted(trials, key=lambda trial: trial.settings["learning_rate"] == rates.get(len(trial.layers))):
+        assert trial.loss_reduction is not None
+        gains.setdefault(trial.layers, {})[trial.settings["seed"]] = trial.loss_reduction.value
     whole = gains.pop(tuple(range(depth)), {})
     total = coverage(range(depth))
     pairs = [

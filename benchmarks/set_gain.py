@@ -22,9 +22,10 @@ from layercard.selection.select import coverage_of, layer_weights, probe_measure
 from layercard.settings import BenchSettings
 from layercard.statistics.coverage import coverage, similarity
 from layercard.statistics.intervals import spearman
-from layercard.trials.bench import Bench
+from layercard.trials.bench import Bench, Cell
 from layercard.trials.storage import Storage
-from layercard.trials.trial import Trial, run_trials
+from layercard.trials.tasks import load_task
+from layercard.trials.trial import Trial, read_trial, run_trials
 
 STORAGE = Storage.at(RESULTS / "placements")
 SIZES = range(1, 11)
@@ -95,14 +96,17 @@ def random_sets(depth: int) -> list[tuple[int, ...]]:
 
 def trials_of(bench: Bench, task: str, seed: int, depth: int) -> list[Trial]:
     """The trials of a task and seed; the learning rate of each number of layers is searched where it is not known yet."""
-    rank = bench.settings.rank
-    return [Trial(bench.settings, task, layers, seed, rank, bench.find_rate(task, len(layers), rank)) for layers in random_sets(depth)]
+    trials = []
+    for layers in random_sets(depth):
+        bench.find_rate(task, len(layers), bench.settings.rank)
+        trials.append(bench.trial(Cell(task, "all", len(layers), None, seed, layers, bench.settings.rank)))
+    return trials
 
 
 def reductions(trials: list[Trial]) -> np.ndarray:
     """Measured loss reduction of each trial, nats per labelled token."""
-    records = [STORAGE.read(trial.file, "run") for trial in trials]
-    return np.array([record["train_info"]["metrics"]["loss_reduction"] for record in records])
+    records = [read_trial(STORAGE, trial.file) for trial in trials]
+    return np.array([record.loss_reduction.value for record in records if record.loss_reduction])
 
 
 def complete(bench: Bench, task: str, depth: int, seeds: Iterable[int]) -> dict[int, list[Trial]]:
@@ -150,7 +154,7 @@ def main() -> None:
         card = bench.card(task)
         depth = card.model.layers
         for seed in options.seeds:
-            run_trials(trials_of(bench, task, seed, depth), STORAGE)
+            run_trials(trials_of(bench, task, seed, depth), load_task(bench.settings, task), STORAGE)
         trained = complete(bench, task, depth, range(SEEDS))
         measured = np.array([reductions(group) for group in trained.values()])
         heads[task], best[task] = f"{task}, {len(trained)} seed(s)", attainable(measured)

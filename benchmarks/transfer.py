@@ -30,7 +30,9 @@ def swapped(task: str, layers: tuple[int, ...], seed: int, rank: int) -> Cell:
 
 def reduction(bench: Bench, cell: Cell) -> float:
     """Measured loss reduction, nats per labelled token."""
-    return float(bench.record(cell)["train_info"]["metrics"]["loss_reduction"])
+    measured = bench.record(cell).loss_reduction
+    assert measured is not None, f"{cell} diverged"
+    return measured.value
 
 
 def trained_loss(bench: Bench, swap: Swap, seeds: list[int], depth: int) -> tuple[Mean, Mean]:

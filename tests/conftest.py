@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny models (`tiny.py`), tiny data files, and the data sets beside the repository."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)  # results are compared bit for bit, and with those of child processes
 collect_ignore = ["golden", "faults/warm.py", "fuzzing/coverage.py"]  # files for others to read; programs of their own
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_modules() -> None:
+    """transformers collects garbage after each training, half a second where it has to walk over all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,24 +5,26 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from layercard.adapters.apply import place
 from layercard.commands.main import run
 from layercard.data.load import load_data
 from layercard.errors import BenchmarkError
 from layercard.models.load import BaseModel, fingerprint
-from layercard.settings import BenchSettings
-from layercard.trials import bench as bench_module
+from layercard.settings import BenchSettings, TrainSettings
+from layercard.trials import bench as bench_module, trial as trial_module
 from layercard.trials.bench import STRATEGIES, Bench, Cell, Chooser, Grid, bench_placements, benches, check_strategies, climb
 from layercard.trials.peers import linear_cka, peer_scores, weight_snr
 from layercard.trials.storage import Storage
 from layercard.trials.tables import measured, regrets, side_by_side, summarise
-from layercard.trials.tasks import general_examples, known_tasks, load_task, training_order, up_to
-from layercard.trials.trial import Group, Trial, base_model, compact, read_trials, run_trial, run_trials
+from layercard.trials.tasks import general_text, known_tasks, load_task
+from layercard.trials.trial import Trial, compact, read_trials, run_trials
 from layercard.trials.workers import Workers
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
@@ -30,8 +32,9 @@ STRATEGIES_HERE = ("random", "uniform", "last", "performance", "balanced", "snr"
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> BenchSettings:
-    """A benchmark of a tiny model of 6 layers on one tiny task, two steps a run."""
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchSettings:
+    """A benchmark of a tiny model of 6 layers on one tiny task, two steps a run and two learning rates a search."""
+    monkeypatch.setattr(bench_module, "MOST_RATES", 2)
     model = tmp_path / "model"
     build_tiny("llama", num_hidden_layers=6).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
@@ -60,11 +63,12 @@ def no_aletheia(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 GRID = Grid(("tiny",), STRATEGIES_HERE, ks=(2,), seeds=(0, 1))
+SMALL = Grid(("tiny",), ("last", "performance"), ks=(2,), seeds=(0,))
 
 
 def whole(settings: BenchSettings, folder: Path, **more: Any) -> dict[str, Any]:
     """The summary of a finished grid."""
-    return finished(settings, folder, GRID, times=False, **more)
+    return finished(settings, folder, SMALL, times=False, **more)
 
 
 def finished(settings: BenchSettings, place: str | Path, grid: Grid, **more: Any) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def finished(settings: BenchSettings, place: str | Path, grid: Grid, **more: Any
 
 def share_cards(tmp_path: Path) -> None:
     """Cards hold step times that were measured, and other processes do not see the patch of the peer's package."""
-    for part in ("cards", "scores"):
+    for part in ("cards", "scores", "rates"):
         shutil.copytree(tmp_path / "a" / part, tmp_path / "b" / part)
 
 
@@ -93,22 +97,22 @@ class Killed(BaseException):
 def test_killed_twice_and_resumed_gives_the_same_table(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = whole(settings, tmp_path / "a")
     share_cards(tmp_path)
-    real, calls = Group.run, 0
+    real, calls = trial_module.measure, 0
 
-    def run_until(limit: int) -> Any:
-        def run(self: Group, trial: Trial, progress: Any = None) -> dict[str, Any]:
+    def until(limit: int) -> Any:
+        def measure(*arguments: Any, **how: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == limit:
                 raise Killed
-            return real(self, trial, progress)
+            return real(*arguments, **how)
 
-        return run
+        return measure
 
-    for limit in (2, 6):
+    for _ in range(2):
         calls = 0
         with monkeypatch.context() as patch:
-            patch.setattr(Group, "run", run_until(limit))
+            patch.setattr(trial_module, "measure", until(2))
             with pytest.raises(Killed):
                 whole(settings, tmp_path / "b")
     assert outcome(whole(settings, tmp_path / "b")) == outcome(undisturbed)
@@ -116,7 +120,7 @@ def test_killed_twice_and_resumed_gives_the_same_table(settings: BenchSettings, 
 
 def test_a_run_is_never_made_twice(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = whole(settings, tmp_path)
-    monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trial_module, "measure", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(bench_module, "profile_records", lambda *_: pytest.fail("profiled again"))
     assert outcome(whole(settings, tmp_path)) == outcome(before)
 
@@ -136,7 +140,8 @@ def test_results_at_an_address_are_the_same(settings: BenchSettings, tmp_path: P
     in_folder = whole(settings, tmp_path / "a")
     share_cards(tmp_path)
     assert outcome(whole(settings, shared_address(tmp_path / "b"), workers=Workers(2))) == outcome(in_folder)
-    names = [sorted(str(path.relative_to(tmp_path / place)) for path in (tmp_path / place).rglob("*.json")) for place in "ab"]
+    paths = [[path.relative_to(tmp_path / place) for path in (tmp_path / place).rglob("*.json")] for place in "ab"]
+    names = [sorted(str(path) for path in part if "-valid-" not in path.name) for part in paths]  # what was searched before is shared
     assert names[0] == names[1]
     assert not list((tmp_path / "b").rglob("*.part"))
 
@@ -162,7 +167,7 @@ def test_several_models_make_one_table(settings: BenchSettings, tmp_path: Path, 
     assert {run["model"] for run in summary["runs"]} == {part.title for part in parts}
     by_itself = finished(settings, tmp_path / "alone", grid, times=False)
     assert [run["layers"] for run in summary["runs"]][:3] == [run["layers"] for run in by_itself["runs"]]
-    monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trial_module, "measure", lambda *_, **__: pytest.fail("trained again"))
     assert bench_placements(parts, grid, times=False) == found
     with pytest.raises(BenchmarkError, match="name each model once"):
         benches([settings, settings], tmp_path)
@@ -246,95 +251,58 @@ def test_a_folder_belongs_to_one_benchmark(settings: BenchSettings, tmp_path: Pa
 # --- runs -----------------------------------------------------------------------------------------------------------------
 
 
-def stock_reduction(trial: Trial) -> tuple[float, float]:
-    """The same training by stock PEFT on the whole model, no kept prefix: held-out loss before and after."""
-    from peft import LoraConfig, get_peft_model
-
-    from layercard.data.load import batches
-    from layercard.models.losses import labelled_losses
-    from layercard.profiling.training_probe import ProbeTraining
-
-    settings = trial.settings
-    base = base_model(settings)
-    data = load_task(base, settings, trial.task)
-    how = ProbeTraining(steps=settings.steps, rank=trial.rank, alpha=2.0 * trial.rank, learning_rate=trial.learning_rate, seed=trial.seed)
-
-    def held_out(model: Any) -> float:
-        total = count = 0.0
-        for batch in batches(data.held_out["test"], 4, base.pad_id):
-            losses, _ = labelled_losses(model, batch)
-            total, count = total + losses.double().sum().item(), count + len(losses)
-        return total / count
-
-    for weight in base.model.parameters():
-        weight.requires_grad_(False)
-    with torch.no_grad():
-        before = held_out(base.model)
-    torch.manual_seed(trial.seed)
-    paths = [p.path for layer in trial.layers for p in base.blocks[layer].linear_modules]
-    model = get_peft_model(base.model, LoraConfig(r=trial.rank, lora_alpha=2 * trial.rank, target_modules=paths))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=trial.learning_rate, weight_decay=0.0)
-    order = training_order(data.train.examples, data.batch_size, settings.steps, trial.seed)
-    for step, batch in enumerate(batches(order, data.batch_size, base.pad_id)):
-        for group in optimizer.param_groups:
-            group["lr"] = trial.learning_rate * how.schedule(step)
-        labelled_losses(model, batch)[0].mean().backward()
-        torch.nn.utils.clip_grad_norm_(weights, how.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        after = held_out(model)
-    model.unload()
-    return before, after
+SETTINGS = TrainSettings(steps=4, batch_size=2, rank=2, learning_rate=0.02, save_steps=0)
 
 
-@pytest.mark.parametrize("layers", [(1, 4), (0, 1, 2, 3, 4, 5), (5,)])
-def test_a_run_equals_stock_training(settings: BenchSettings, tmp_path: Path, layers: tuple[int, ...]) -> None:
-    trial = Trial(settings, "tiny", layers, 3, 2, 0.02)
-    found = run_trial(trial, tmp_path)["train_info"]["metrics"]
-    before, after = stock_reduction(trial)
-    assert found["loss_before"] == pytest.approx(before, abs=1e-5)
-    assert found["loss_after"] == pytest.approx(after, abs=1e-5)
-    assert abs(found["loss_reduction"]) > 1e-3
-
-
-def test_a_run_leaves_the_model_alone_and_has_the_shape_of_method_comparison(settings: BenchSettings, tmp_path: Path) -> None:
-    base = base_model(settings)
-    before, modules = fingerprint(base.model), [name for name, _ in base.model.named_modules()]
-    trial = Trial(settings, "tiny", (2, 5), 0, 2, 0.02)
-    record = run_trial(trial, tmp_path)
-    assert fingerprint(base.model) == before
-    assert [name for name, _ in base.model.named_modules()] == modules
-    assert json.loads((tmp_path / "runs" / f"{trial.key}.json").read_text()) == record
-    assert {"run_info", "train_info", "meta_info"} <= set(record)
-    assert {"train_time", "num_trainable_params", "file_size", "forgetting", "peak_memory_bytes"} <= set(record["train_info"])
-    assert record["run_info"]["layers"] == [2, 5]
-    assert [phase["name"] for phase in record["train_info"]["phases"]] == ["train", "evaluate", "forgetting", "memory", "generate"]
-    assert record["train_info"]["train_time"] == record["train_info"]["phases"][0]["seconds"] > 0
-    expected = 2 * sum(p.in_features + p.out_features for layer in (2, 5) for p in base.blocks[layer].linear_modules)
-    assert record["train_info"]["num_trainable_params"] == expected
-
-
-def test_trials_are_made_once_and_read_back(settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = [Trial(settings, "tiny", layers, seed, 2, rate) for layers in ((5,), (2, 3)) for seed in (0, 1) for rate in (0.01, 0.02)]
-    first = run_trials(trials[:3], tmp_path)
-    records = run_trials(trials, tmp_path)
-    assert records[:3] == first and [record["run_info"]["experiment_name"] for record in records] == [trial.key for trial in trials]
+def test_trials_of_several_lengths_and_modules_lie_in_one_folder(
+    settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(load_task(settings, "tiny"), moments=1)
+    before, modules = fingerprint(task.base.model), [name for name, _ in task.base.model.named_modules()]
+    lengths = [replace(SETTINGS, steps=steps) for steps in (2, 4)]
+    trials = [Trial("tiny", layers, how, which) for layers in ((5,), (2, 3)) for how in lengths for which in ("all", "mlp")]
+    first = run_trials(trials[:2], task, tmp_path)
+    records = run_trials([*trials, trials[0]], task, tmp_path)
+    assert records[:2] == first and records.pop() == first[0]
+    assert fingerprint(task.base.model) == before and [name for name, _ in task.base.model.named_modules()] == modules
     assert read_trials(tmp_path) == {trial.key: record for trial, record in zip(trials, records, strict=True)}
-    assert len({trial.key for trial in trials}) == len(trials)
-    monkeypatch.setattr(Group, "run", lambda *_: pytest.fail("trained again"))
-    assert run_trials(trials[::-1], tmp_path, Workers(2)) == records[::-1]
-    assert read_trials(tmp_path / "none") == {}
+    assert (read_trials(tmp_path / "none") == {} and not (tmp_path / "unfinished").exists()) or not any((tmp_path / "unfinished").iterdir())
+    for trial, record in zip(trials, records, strict=True):
+        assert (record.layers, record.modules, record.settings["steps"]) == (trial.layers, trial.modules, trial.settings.steps)
+        assert [moment.step for moment in record.curve] == [0, trial.settings.steps // 2, trial.settings.steps]
+        assert (record.curve[0].loss, record.curve[-1].loss) == (record.loss_before, record.loss_after)
+        assert record.forgetting is not None and record.accuracy is not None and record.loss_reduction is not None
+    # The held-out loss on the way has no effect on what is learnt.
+    assert records[0].loss_after == run_trials(trials[:1], replace(task, moments=0), tmp_path / "without")[0].loss_after
+    assert records[1].trainable_parameters < records[0].trainable_parameters
+    monkeypatch.setattr(trial_module, "measure", lambda *_, **__: pytest.fail("trained again"))
+    assert run_trials(trials[::-1], partial(load_task, settings, "tiny"), tmp_path, Workers(2)) == records[::-1]
+    with pytest.raises(BenchmarkError, match="name another folder"):
+        run_trials(trials[:1], replace(task, train=task.train.part([0, 1], "few")), tmp_path)
 
 
-def test_placements_see_the_same_batches_and_seeds_do_not(settings: BenchSettings, tmp_path: Path) -> None:
-    examples = load_data(Path(str(settings.data)) / "tiny" / "train.jsonl", base_model(settings).tokenizer).examples
-    first = training_order(examples, 2, 5, seed=0)
-    assert len(first) == 10
-    assert training_order(examples, 2, 5, seed=0) == first
-    assert training_order(examples, 2, 5, seed=1) != first
-    assert sorted(e.input_ids for e in training_order(examples, 2, 6, seed=4)) == sorted(e.input_ids for e in examples)
+def test_a_key_names_all_that_changes_the_result(settings: BenchSettings) -> None:
+    usual = Trial("tiny", (1, 2), SETTINGS)
+    placement = place(load_task(settings, "tiny").base, (1, 2))
+    changes: dict[str, Any] = {"steps": 5, "batch_size": 4, "rank": 4, "alpha": 8.0, "learning_rate": 0.01, "seed": 1, "method": "dora"}
+    changes |= {"accumulation": 2, "warmup_ratio": 0.1, "scheduler": "cosine", "weight_decay": 0.1, "max_grad_norm": 0.0}
+    changes |= {"dropout": 0.1, "bf16": True}
+    others = [replace(usual, settings=replace(SETTINGS, **{name: value})) for name, value in changes.items()]
+    others += [replace(usual, settings=replace(SETTINGS, steps=None, epochs=epochs)) for epochs in (None, 2.0)]
+    others += [replace(usual, task="other"), replace(usual, layers=(1,)), replace(usual, modules="mlp"), replace(usual, split="valid")]
+    others += [replace(usual, placement=place) for place in (placement, placement.changed(paths=placement.paths[:-1]))]
+    assert set(changes) | {"epochs"} == set(SETTINGS.deciding())
+    assert len({trial.key for trial in (usual, *others)}) == 1 + len(others)
+    for key in ("save_steps", "report_to"):
+        assert replace(usual, settings=replace(SETTINGS, **{key: {"save_steps": 7}.get(key, "all")})).key == usual.key
+    assert len(Trial("hub:a/b", tuple(range(0, 512, 2)), SETTINGS).file) < 200
+
+
+def test_a_trial_that_diverges_is_recorded_and_is_the_worst(settings: BenchSettings, tmp_path: Path) -> None:
+    trial = Trial("tiny", (0, 5), replace(SETTINGS, learning_rate=1e30, max_grad_norm=0.0), split="valid")
+    (record,) = run_trials([trial], load_task(settings, "tiny"), tmp_path)
+    assert (record.status, record.loss_after, record.loss) == ("diverged", None, math.inf)
+    assert read_trials(tmp_path)[trial.key] == record
 
 
 def test_learning_rate_is_the_best_on_validation(settings: BenchSettings, tmp_path: Path) -> None:
@@ -346,7 +314,6 @@ def test_learning_rate_is_the_best_on_validation(settings: BenchSettings, tmp_pa
 
 
 def test_climb_stops_and_tokens_may_be_none() -> None:
-    assert up_to([], 5) == ()
     assert (compact([7]), compact(range(30))) == ("7", "0-29")
     assert climb(lambda rate: -rate, 1.0) == 2.0**5
     assert climb(lambda rate: math.inf if rate > 1 else 1 / rate, 4.0) == 1.0
@@ -498,7 +465,7 @@ def test_command_prints_tables_and_json(
 
 
 def test_general_text_has_labels_on_all_but_the_first_token(tiny_base: BaseModel) -> None:
-    examples = general_examples(tiny_base, 64)
+    examples = general_text(tiny_base, 64).examples
     assert len(examples) == 8
     assert all(example.labelled == len(example.input_ids) - 1 for example in examples)
 

@@ -16,7 +16,7 @@ from layercard.models.load import BaseModel
 from layercard.selection.placement import Placement
 from layercard.settings import TrainSettings
 from layercard.training.train import train
-from layercard.trials import compare as compare_module
+from layercard.trials import trial as trial_module
 from layercard.trials.compare import compare
 from test_adapters import assert_same, base_of, state_of
 from tiny import tiny_records, write_records
@@ -51,7 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             trained.append(Path(output).name)
         return record
 
-    monkeypatch.setattr(compare_module, "train", counting)
+    monkeypatch.setattr(trial_module, "train", counting)
     return trained
 
 

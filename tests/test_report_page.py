@@ -25,12 +25,13 @@ from layercard.report import page as report
 from layercard.report.page import front_page, report_page
 from layercard.report.roi import SHARE_ERROR, RoiInputs, ratios_of, roi
 from layercard.report.sources import Sources, read_sources
-from layercard.report.trials import Trial, compared, grouped, of_bench, of_comparison, of_run, plain_name
+from layercard.report.trials import Trial, compared, grouped, of_comparison, of_run, of_trial, plain_name
 from layercard.report.words import amount, measured
 from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import transfer
 from layercard.training.records import Run
+from layercard.trials.records import TrialRecord
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -268,20 +269,10 @@ def trial_of(record: dict[str, Any]) -> Trial:
     return of_run(Run.from_json(record))
 
 
-def bench_record(card: dict[str, Any], layers: list[int], split: str = "test") -> dict[str, Any]:
-    return {
-        "schema": "layercard-bench-run/1",
-        "run_info": {"task": "e2e", "layers": layers, "train_config": {"seed": 1, "rank": 8}},
-        "train_info": {
-            "train_time": 9.0,
-            "frozen_prefix_kept": True,
-            "num_trainable_params": 5,
-            "file_size": 7,
-            "metrics": {"split": split, "loss_reduction": 1.0, "reduction_standard_error": 0.1},
-            "peak_memory_bytes": 100,
-        },
-        "meta_info": {"model_info": card["model"], "system_info": {"machine": "x86", "threads": 1}},
-    }
+def bench_record(card: dict[str, Any], layers: list[int], split: str = "test") -> TrialRecord:
+    reduction = Estimate(value=1.0, low=0.8, high=1.2)
+    settings = {"seed": 1, "rank": 8}
+    return TrialRecord(task="e2e", split=split, layers=tuple(layers), model=card["model"], settings=settings, loss_reduction=reduction)
 
 
 def test_runs_compare_with_all_layers_of_their_seed() -> None:
@@ -298,8 +289,8 @@ def test_runs_compare_with_all_layers_of_their_seed() -> None:
 
 def test_timings_that_runs_share_count_once() -> None:
     card = fake_card(4)
-    runs = [*of_bench(bench_record(card, [2])), *of_bench(bench_record(card, [0, 1, 2, 3]))]
-    assert of_bench(bench_record(card, [1], split="valid")) == []
+    runs = [*of_trial(bench_record(card, [2])), *of_trial(bench_record(card, [0, 1, 2, 3]))]
+    assert of_trial(bench_record(card, [1], split="valid")) == []
     assert runs[0].seconds is None  # part of its forward pass was stored
     again = [trial for trial in compared([*runs, *runs], {("e2e", (2,), 8): 40.0}) if trial.layers == (2,)]
     row = grouped(again)[0]

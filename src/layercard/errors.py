@@ -9,6 +9,7 @@ LayercardError
 ├── SelectionError   an objective or budget that no placement meets
 ├── OutputError      an output that exists or cannot be written
 ├── TrainingError    a training run that cannot start, resume or be trusted
+│   ├── DivergedError a loss or a trained weight is not finite any more
 │   └── ProcessError one process of several failed by itself
 ├── ExportError      a placement that a trainer cannot express, or a configuration that contradicts it
 ├── HubError         the hub cannot be reached, or a repository there cannot be used
@@ -77,6 +78,10 @@ class OutputError(LayercardError):
 
 class TrainingError(LayercardError):
     """A training run cannot start, resume or be trusted."""
+
+
+class DivergedError(TrainingError):
+    """A loss or a trained weight is not finite any more."""
 
 
 class ProcessError(TrainingError):

@@ -10,18 +10,19 @@ from layercard.card.numbers import Json
 from layercard.errors import PlacementError, ReportError
 from layercard.files import json_text, read_json, shown
 from layercard.records import Record
-from layercard.report.trials import Trial, compared, of_bench, of_comparison, of_run
+from layercard.report.trials import Trial, compared, of_comparison, of_run, of_trial
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import Transfer
 from layercard.training.records import Run
+from layercard.trials.records import TrialRecord
 
 MOST_FILES = 5_000
 """JSON files that a folder may hold; more is taken for a mistake."""
 RECORDS: dict[str, type[Record]] = {"card": LayerCard, "placement": Placement, "front": Front, "transfer": Transfer}
 RUNS: dict[str, tuple[str, str, Callable[[Json, str], list[Trial]]]] = {
     "run": ("layercard-run/1", "layercard train", lambda value, source: [of_run(Run.from_json(value, source))]),
-    "benchmark run": ("layercard-bench-run/1", "layercard bench", lambda value, _: of_bench(value)),
+    "benchmark run": ("layercard-trial/1", "layercard bench", lambda value, source: of_trial(TrialRecord.from_json(value, source))),
     "comparison": ("layercard-compare/1", "layercard compare", lambda value, _: of_comparison(value)),
 }
 """Files with training runs: their schema, the command that writes them, and how their runs are read."""
@@ -84,7 +85,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
                 continue
             useful += 1
             sources.used[kind] = sources.used.get(kind, 0) + 1
-            model = value.get("model") or (value.get("meta_info") or {}).get("model_info") or (value.get("placement") or {}).get("model")
+            model = value.get("model") or (value.get("placement") or {}).get("model")
             if isinstance(model, Mapping) and "fingerprint" in model:
                 models[str(file)] = str(model["fingerprint"]), str(model.get("name"))
         if not useful:

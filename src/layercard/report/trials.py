@@ -14,14 +14,13 @@ import numpy as np
 from layercard.card.numbers import Json, listed
 from layercard.files import shown
 from layercard.records import Estimate
-from layercard.report.words import counted
 from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES
 from layercard.statistics.ratios import TAILS, resampled_sums
 from layercard.training.records import Run
+from layercard.trials.records import TrialRecord
 
 LEVEL = 0.95
-NORMAL_95 = 1.959964
 
 Shares = Mapping[tuple[str, tuple[int, ...], int | None], float]
 """Step times that were measured apart, in % of all layers, by task, layers and rank."""
@@ -68,26 +67,11 @@ def of_run(run: Run) -> Trial:
     return replace(trial, nats=nats, losses=tuple(run.losses))
 
 
-def of_bench(record: Json) -> list[Trial]:
-    """The run of a record of `layercard bench`; none for a run on validation records, which chose a learning rate."""
-    run, trained, meta = record["run_info"], record["train_info"], record["meta_info"]
-    metrics, system = trained.get("metrics") or {}, meta.get("system_info") or {}
-    if metrics.get("split", "test") != "test":
+def of_trial(record: TrialRecord) -> list[Trial]:
+    """The run of a trial of `layercard bench`; none for one on validation records, which chose a learning rate."""
+    if record.split == "valid":
         return []
-    reduction, error = Estimate.read(metrics.get("loss_reduction")), _number(metrics.get("reduction_standard_error"))
-    if reduction is not None and error is not None:
-        middle, half = reduction.value, NORMAL_95 * error
-        reduction = Estimate(value=middle, low=middle - half, high=middle + half)
-    row = {
-        "layers": run["layers"],
-        "loss_reduction": reduction,
-        "train_seconds": None if trained.get("frozen_prefix_kept") else trained.get("train_time"),
-        "peak_memory_bytes": trained.get("peak_memory_bytes"),
-        "adapter_bytes": trained.get("file_size"),
-    }
-    threads = [counted(int(system["threads"]), "thread")] if system.get("threads") else []
-    machine = ", ".join([str(system.get("machine", "")), *threads])
-    return [_run(row, str(run["task"]), meta["model_info"], run["train_config"], machine)]
+    return [_run(record.model_dump(), record.task, record.model, record.settings, record.machine, record.name)]
 
 
 def of_comparison(comparison: Json) -> list[Trial]:

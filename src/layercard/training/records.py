@@ -8,9 +8,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from layercard.errors import TrainingError
-from layercard.records import Record
+from layercard.records import Part, Record
 
 Interval = tuple[float, float]
+
+
+class Moment(Part):
+    """A point of a loss curve: after `step` steps, `seconds` of which were spent within steps, the held-out loss was `loss`."""
+
+    step: int
+    seconds: float
+    loss: float
 
 
 class Run(Record):
@@ -36,6 +44,7 @@ class Run(Record):
     steps: int
     tokens_seen: int
     losses: list[float]  # training loss of each step
+    curve: list[Moment] = Field(default_factory=list)  # held-out loss before training, at the moments asked for, and at the end
     train_seconds: float  # time within steps
     peak_memory_bytes: int  # above the frozen model: adapters, optimiser, gradients and activations
     layers_in_backward: str  # blocks from the lowest adapted one up, of all blocks: "5/30"

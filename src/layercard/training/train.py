@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -32,7 +32,7 @@ from layercard.models.losses import RecordLosses
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
-from layercard.training.records import Run
+from layercard.training.records import Moment, Run
 from layercard.training.trainer import fit, last_checkpoint
 
 RUN_FILE = "run.json"
@@ -54,6 +54,7 @@ def train(
     valid: Dataset | None = None,
     fast: FastSettings | None = None,
     before: RecordLosses | None = None,
+    moments: Sequence[int] = (),
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -79,6 +80,7 @@ def train(
         fast: Which work to leave out (`layercard.fast`); all that is exact when not given. It decides about time and memory, not about
             the result, so a run may be resumed with other ones.
         before: Losses of `base` on `valid` where they are known already, so that several runs need not measure them again.
+        moments: Steps after which the held-out loss is measured too, for `Run.curve`; the result is the same without.
         resume: Go on with an unfinished run of the same settings in `output`, from its last whole checkpoint, to the same adapter that
             an undisturbed run gives. A finished one is returned as it is; where there is none, a new one starts.
         force: Replace a run in `output`.
@@ -127,8 +129,10 @@ def train(
                 begin(model, placement, data, base.pad_id, settings, checkpoints, resumed=resumed)
             passes = steps * settings.batch_size * settings.accumulation / len(data)
             with phases.phase("train"), fast_training(model, fast, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
-                labels_only = speed.labels_only
-                log = fit(model, data, base.pad_id, settings, checkpoints, labels_only=labels_only, resume=resume, progress=progress)
+                how: dict[str, Any] = {"labels_only": speed.labels_only, "resume": resume, "progress": progress}
+                if valid is not None:
+                    how |= {"moments": moments, "measure": lambda: held_out_losses(model, base.pad_id, valid).loss}
+                log = fit(model, data, base.pad_id, settings, checkpoints, **how)
             if valid is not None:
                 with phases.phase("loss after"):
                     after = held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
@@ -140,8 +144,10 @@ def train(
         held_out: dict[str, Any] = {}
         if valid is not None and before is not None and after is not None:
             records = {"labelled": before.tokens.int().tolist(), "nats_before": before.nats.tolist(), "nats_after": after.nats.tolist()}
+            curve = [(0, 0.0, before.loss), *log.curve, (len(log.losses), log.seconds, after.loss)]
             held_out = {
-                "valid": describe_data(valid) | {"per_record": records},
+                "valid": describe_data(valid) | {"per_record": records, "accuracy": after.accuracy},
+                "curve": [Moment(step=step, seconds=seconds, loss=loss) for step, seconds, loss in curve],
                 "loss_before": before.loss,
                 "loss_after": after.loss,
                 "loss_reduction": before.loss - after.loss,

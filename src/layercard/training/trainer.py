@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from layercard import processes
 from layercard.adapters.methods import RankAllocation
 from layercard.data.load import IGNORED, Batch, Dataset, Example, collate, shuffled
-from layercard.errors import OutputError, ProcessError, TrainingError
+from layercard.errors import DivergedError, OutputError, ProcessError, TrainingError
 from layercard.files import read_json, write_json
 from layercard.measure import PeakMemory
 from layercard.models.load import Progress
@@ -39,6 +39,7 @@ class TrainLog:
     losses: list[float] = field(default_factory=list)  # nats per labelled token in each step, before that step's update
     seconds: float = 0.0  # within steps; the one step whose memory is counted takes about a tenth longer
     tokens: int = 0  # padding not counted
+    curve: list[tuple[int, float, float]] = field(default_factory=list)  # `Run.curve` as far as it was measured
     peak_bytes: int = 0  # see `Run.peak_memory_bytes`; the first process's
 
 
@@ -52,10 +53,13 @@ def fit(
     labels_only: bool = False,
     resume: bool,
     progress: Progress | None,
+    moments: Sequence[int] = (),
+    measure: Callable[[], float] | None = None,
 ) -> TrainLog:
     """Train the adapters of `model`, with checkpoints in `folder`; with `resume` go on from the last whole one there.
 
-    `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`).
+    `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`). After the steps in
+    `moments` the log's `curve` gets what `measure` gives; that takes no part in the time of steps.
 
     Raises:
         OutputError: A checkpoint cannot be written.
@@ -64,7 +68,7 @@ def fit(
     steps = settings.total_steps(len(data))
     order = shuffled(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
     trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder, labels_only)
-    watch = _Watch(trainer, progress, len(order) / len(data))
+    watch = _Watch(trainer, progress, len(order) / len(data), moments, measure)
     trainer.add_callback(watch)
     checkpoint = last_checkpoint(folder) if resume else None
     if checkpoint is not None:
@@ -81,7 +85,7 @@ def fit(
         watch.peak.stop()
     broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
     if broken:
-        raise TrainingError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.rate:g})")
+        raise DivergedError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.rate:g})")
     return trainer.log_so_far
 
 
@@ -187,9 +191,9 @@ class AdapterTrainer(Trainer):
         return loss * processes.count()
 
     def check_loss(self, loss: float, step: int) -> None:
-        """Raise `TrainingError` if the loss is not finite."""
+        """Raise `DivergedError` if the loss is not finite."""
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step}; lower the learning rate ({self.learning_rate:g}) or use float32")
+            raise DivergedError(f"the loss is {loss} at step {step}; lower the learning rate ({self.learning_rate:g}) or use float32")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the walk over all parameters that it needs would be timed with every step."""
@@ -214,8 +218,15 @@ class AdapterTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Keeps the log, reports progress and marks checkpoints as whole."""
 
-    def __init__(self, trainer: AdapterTrainer, progress: Progress | None, epochs: float) -> None:
-        self.trainer, self.progress, self.epochs = trainer, progress, epochs
+    def __init__(
+        self,
+        trainer: AdapterTrainer,
+        progress: Progress | None,
+        epochs: float,
+        moments: Sequence[int],
+        measure: Callable[[], float] | None,
+    ) -> None:
+        self.trainer, self.progress, self.epochs, self.moments, self.measure = trainer, progress, epochs, set(moments), measure
         batches = trainer.args.gradient_accumulation_steps * processes.count()
         self.heaviest = heaviest_step(trainer.train_dataset, trainer.args.per_device_train_batch_size, batches)
         self.peak = PeakMemory(trainer.args.device)
@@ -245,6 +256,8 @@ class _Watch(TrainerCallback):
             weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
             states = [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]
             log.peak_bytes = self.peak.bytes + sum(value.nbytes for value in (*weights, *states) if isinstance(value, torch.Tensor))
+        if self.measure is not None and state.global_step in self.moments:
+            log.curve.append((state.global_step, log.seconds, self.measure()))
         state.epoch = self.epochs * state.global_step / state.max_steps
         if self.progress is not None:
             self.progress("train", state.global_step, state.max_steps)

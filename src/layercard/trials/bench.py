@@ -7,7 +7,7 @@ models has a part of it (`Bench`); their jobs share the workers.
 | --- | --- |
 | `settings.json` | what all trials share |
 | `cards/TASK.json`, `scores/TASK.json` | card, and the peers' scores, from the same records |
-| `rates/TASK-rR-nN.json` | the learning rate for N layers |
+| `rates/TASK-rR-kN-nSTEPS.json` | the learning rate for N layers, and the records in a step |
 | `runs/KEY.json` | a trial |
 | `times/TASK-rR-lLAYERS.json` | a step time of stock training |
 """
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ from layercard.profiling.profile import profile_records
 from layercard.selection.budgets import Budgets
 from layercard.selection.select import predict, select
 from layercard.selection.strategies import ALIASES, strategy_layers, top_layers
-from layercard.settings import BenchSettings, ProfileSettings
+from layercard.settings import BenchSettings, ProfileSettings, TrainSettings
 from layercard.trials.peers import PEERS, peer_scores
+from layercard.trials.records import TrialRecord
 from layercard.trials.storage import Storage
-from layercard.trials.tasks import check_tasks, load_task, split_source
-from layercard.trials.trial import Trial, base_model, compact, run_trials, trial_jobs
+from layercard.trials.tasks import base_model, batch_size, check_tasks, load_task, split_source
+from layercard.trials.trial import Trial, compact, read_trial, run_trials, trial_jobs
 from layercard.trials.workers import Job, Workers
 
 SETTINGS = "settings.json"
@@ -127,7 +129,7 @@ class Bench:
             return
         usual = {field.name: field.default for field in fields(self.settings) if field.default is not MISSING}
         there = usual | self.storage.read(SETTINGS, "benchmark settings")
-        for name in sorted(now):
+        for name in sorted(now.keys() - {"steps"}):  # trials of several lengths may lie side by side
             if there.get(name) != now[name]:
                 raise BenchmarkError(
                     f"{self.storage.place} holds a benchmark with {name} = {there.get(name)!r}, now it is {now[name]!r}; "
@@ -189,7 +191,7 @@ class Bench:
 
     def rate_file(self, task: str, count: int, rank: int) -> str:
         """Where the result of a search for a learning rate lies."""
-        return f"rates/{task}-r{rank}-n{count:02d}.json"
+        return f"rates/{task}-r{rank}-k{count:02d}-n{self.settings.steps}.json"
 
     def find_rate(self, task: str, count: int, rank: int, progress: Progress | None = None) -> float:
         """The best learning rate for the `count` middle layers, seed 0: doubled from the start while that helps, else halved.
@@ -200,33 +202,37 @@ class Bench:
         name = self.rate_file(task, count, rank)
         if self.storage.exists(name):
             return float(self.storage.read(name, "learning rate")["learning_rate"])
-        layers = tuple(strategy_layers("middle", len(base_model(self.settings).blocks), count))
+        opened = load_task(self.settings, task)
+        size, layers = batch_size(self.settings, opened.train), tuple(strategy_layers("middle", len(opened.base.blocks), count))
         tried: dict[float, float] = {}
 
         def loss(rate: float) -> float:
             if rate not in tried:
-                trial = Trial(self.settings, task, layers, 0, rank, rate, "valid")
-                (record,) = run_trials([trial], self.storage, progress=progress)
-                value = record["train_info"]["metrics"]["loss_after"]
-                tried[rate] = value if value == value else float("inf")
+                trial = Trial(task, layers, self.training(0, rank, rate, size), split="valid")
+                tried[rate] = run_trials([trial], opened, self.storage, progress=progress)[0].loss
             return tried[rate]
 
         best = climb(loss, self.settings.learning_rate)
-        rows = [{"learning_rate": rate, "loss": value} for rate, value in sorted(tried.items())]
-        result = {"task": task, "layers": list(layers), "rank": rank, "learning_rate": best, "split": "valid", "tried": rows}
-        self.storage.write(name, result)
+        rows = [{"learning_rate": rate, "loss": None if math.isinf(value) else value} for rate, value in sorted(tried.items())]
+        found = {"task": task, "layers": list(layers), "rank": rank, "learning_rate": best, "batch_size": size}
+        self.storage.write(name, found | {"split": "valid", "tried": rows})
         return best
 
     # ---- trials
 
+    def training(self, seed: int, rank: int, learning_rate: float, batch_size: int) -> TrainSettings:
+        """How a trial trains; the scale alpha is twice the rank."""
+        how = {"seed": seed, "rank": rank, "alpha": 2.0 * rank, "learning_rate": learning_rate, "batch_size": batch_size}
+        return TrainSettings(steps=self.settings.steps, save_steps=0, **how)
+
     def trial(self, cell: Cell) -> Trial:
         """The trial that measures a cell, at the learning rate that was found for its number of layers."""
-        rate = self.storage.read(self.rate_file(cell.task, cell.rate_count, cell.rank), "learning rate")["learning_rate"]
-        return Trial(self.settings, cell.task, cell.layers, cell.seed, cell.rank, float(rate))
+        rate = self.storage.read(self.rate_file(cell.task, cell.rate_count, cell.rank), "learning rate")
+        return Trial(cell.task, cell.layers, self.training(cell.seed, cell.rank, rate["learning_rate"], rate["batch_size"]))
 
-    def record(self, cell: Cell) -> dict[str, Any]:
+    def record(self, cell: Cell) -> TrialRecord:
         """The record of a finished cell."""
-        return self.storage.read(self.trial(cell).file, "run")
+        return read_trial(self.storage, self.trial(cell).file)
 
     # ---- step times
 
@@ -243,9 +249,9 @@ class Bench:
         missing = [placement for placement in placements if not self.storage.exists(self.time_file(task, *placement))]
         if not missing:
             return
-        base = base_model(self.settings)
-        data = load_task(base, self.settings, task)
-        batch = usual_batch(data.train.examples[: 16 * data.batch_size], data.batch_size, base.pad_id).to(base.device)
+        opened = load_task(self.settings, task)
+        base, size = opened.base, batch_size(self.settings, opened.train)
+        batch = usual_batch(opened.train.examples[: 16 * size], size, base.pad_id).to(base.device)
         every = (tuple(range(len(base.blocks))), self.settings.rank)
         step_seconds(base, batch, *every)
         rounds: list[tuple[float, list[float]]] = []
@@ -404,8 +410,10 @@ def run_cells(every: Sequence[tuple[Bench, Sequence[Cell]]], workers: Workers, t
     _finish(workers, searches, "learning rates", tell)
     jobs = []
     for part, cells in every:
-        trials = [part.trial(cell) for cell in cells]
-        jobs += [part.job(function, *arguments) for function, arguments in trial_jobs(trials, part.storage, workers.count)]
+        for task in dict.fromkeys(cell.task for cell in cells):
+            trials = [part.trial(cell) for cell in cells if cell.task == task]
+            opener = partial(load_task, part.settings, task)
+            jobs += [part.job(function, *arguments) for function, arguments in trial_jobs(trials, opener, part.storage, workers.count)]
     _finish(workers, jobs, "runs", tell)
 
 

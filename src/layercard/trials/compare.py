@@ -6,61 +6,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from layercard.adapters.apply import check_model
 from layercard.data.load import Dataset
-from layercard.errors import OutputError, PlacementError, TrainingError
+from layercard.errors import OutputError, PlacementError
 from layercard.files import refuse_existing
 from layercard.models.load import BaseModel, Progress, describe
-from layercard.models.losses import RecordLosses
-from layercard.records import Estimate, Part, Record
+from layercard.records import Estimate
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.statistics.ratios import ratio_interval
-from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
-from layercard.training.records import Run
+from layercard.training.evaluate import describe_data
 from layercard.training.train import RUN_FILE, train, versions
+from layercard.trials.records import Comparison, TrialRecord
+from layercard.trials.trial import Task, Trial, measure
 
 COMPARE_FILE = "compare.json"
-
-
-class Compared(Part):
-    """One placement's result.
-
-    `loss_reduction` is in nats per labelled token, against the frozen base. `performance_kept` and `time_share` are in per cent of all
-    layers, `None` where all layers were not trained. The rest is as in the run's record (`Run`).
-    """
-
-    name: str
-    layers: tuple[int, ...]
-    loss_reduction: Estimate
-    performance_kept: Estimate | None
-    train_seconds: float
-    peak_memory_bytes: int
-    trainable_parameters: int
-    adapter_bytes: int
-    layers_in_backward: str
-    time_share: float | None
-
-
-class Comparison(Record):
-    """Results of several placements on one model and data set, a row each in the order given; `loss_before` is that of the frozen base."""
-
-    error: ClassVar = TrainingError
-    noun: ClassVar = "comparison"
-    made_by: ClassVar = "layercard compare"
-    schema_: Literal["layercard-compare/1"] = Field(default="layercard-compare/1", alias="schema")
-    model: dict[str, Any]
-    data: dict[str, Any]
-    valid: dict[str, Any]
-    settings: dict[str, Any]
-    loss_before: float
-    rows: tuple[Compared, ...]
-    versions: dict[str, str]
 
 
 def compare(
@@ -100,7 +64,7 @@ def compare(
         DataError: Nothing held out has a labelled token.
     """
     settings = settings or TrainSettings()
-    # Every placement fits the model and has a folder of its own.
+    # Step 1: every placement fits the model and has a folder of its own, and nothing that is there would be lost without need.
     if not placements:
         raise PlacementError("there is no placement to compare; name at least one")
     names: dict[str, str] = {}
@@ -111,44 +75,41 @@ def compare(
                 f"placements {names[folder_name]!r} and {name!r} would share the folder {folder_name!r}; rename one of them"
             )
         names[folder_name] = name
+    if output is not None and resume and force:
+        raise OutputError("resume goes on with a comparison and force replaces it; give one of them")
+    if output is not None:
+        refuse_existing(Path(output) / COMPARE_FILE, force or resume)
+
+    task = Task("", base, data, {"valid": valid}, fast or FastSettings(), moments=0)
     with ExitStack() as stack:
-        if output is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layercard-compare-")))
-        else:
-            if resume and force:
-                raise OutputError("resume goes on with a comparison and force replaces it; give one of them")
-            folder = Path(output)
-            refuse_existing(folder / COMPARE_FILE, force or resume)
-            (folder / COMPARE_FILE).unlink(missing_ok=True)
-        before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
+        folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="layercard-compare-")))
+
+        # Step 2: measure the base, and run one step that counts nowhere: libraries are loaded and kernels chosen before a clock runs.
+        before = task.before("valid", progress)
         if not all((folder / name / RUN_FILE).exists() for name in names):
-            _warm_up(base, placements[0][1], data, settings)
-        runs = []
-        for done, (folder_name, (name, placement)) in enumerate(zip(names, placements, strict=True)):
-            runs.append(
-                train(
-                    base,
-                    placement,
-                    data,
-                    folder / folder_name,
-                    settings,
-                    valid=valid,
-                    fast=fast,
-                    before=before,
-                    resume=resume,
-                    force=force,
-                    progress=_prefixed(progress, name),
-                )
-            )
+            few = Dataset(data.examples[: settings.batch_size], data.source, data.fingerprint)
+            method = "lora" if settings.method in ("eva", "adalora") else settings.method  # these need more data, or more steps
+            once = replace(settings, method=method, steps=1, epochs=None, accumulation=1, save_steps=0, report_to="none")
+            with tempfile.TemporaryDirectory(prefix="layercard-warm-up-") as aside:
+                train(base, placements[0][1], few, Path(aside) / "run", once)
+
+        # Step 3: one trial a placement.
+        rows: list[TrialRecord] = []
+        for folder_name, (name, placement) in zip(names, placements, strict=True):
+            trial = Trial("", placement.layers, settings, split="valid", placement=placement)
+            how = {"name": name, "resume": resume, "force": force, "progress": _prefixed(progress, name)}
+            rows.append(measure(task, trial, folder / folder_name, **how))
             if progress is not None:
-                progress("compare", done + 1, len(placements))
+                progress("compare", len(rows), len(placements))
+
+        # Step 4: what each keeps of all layers. Only now is an earlier comparison replaced.
         result = Comparison(
             model=describe(base),
             data=describe_data(data),
             valid=describe_data(valid),
             settings=settings.to_json(),
             loss_before=before.loss,
-            rows=_rows([name for name, _ in placements], runs, before),
+            rows=_compared(rows, len(base.blocks)),
             versions=versions(),
         )
         if output is not None:
@@ -156,44 +117,24 @@ def compare(
     return result
 
 
-def _warm_up(base: BaseModel, placement: Placement, data: Dataset, settings: TrainSettings) -> None:
-    """One step that counts nowhere: libraries are loaded and kernels chosen before a clock runs."""
-    few = Dataset(data.examples[: settings.batch_size], data.source, data.fingerprint)
-    method = "lora" if settings.method in ("eva", "adalora") else settings.method  # these need more data, or more steps
-    once = replace(settings, method=method, steps=1, epochs=None, accumulation=1, save_steps=0, report_to="none")
-    with tempfile.TemporaryDirectory(prefix="layercard-warm-up-") as folder:
-        train(base, placement, few, Path(folder) / "run", once)
+def _compared(rows: Sequence[TrialRecord], num_layers: int) -> tuple[TrialRecord, ...]:
+    """The rows with what each kept of the run of all layers and took of its time, if there is one."""
+    every = next((row for row in rows if len(row.layers) == num_layers), None)
+    if every is None:
+        return tuple(rows)
 
+    def reached(row: TrialRecord) -> torch.Tensor:
+        nats = row.valid["per_record"]
+        return torch.tensor(nats["nats_before"], dtype=torch.float64) - torch.tensor(nats["nats_after"], dtype=torch.float64)
 
-def _rows(names: Sequence[str], runs: Sequence[Run], before: RecordLosses) -> tuple[Compared, ...]:
-    """The runs with what each reached, and what it kept of the run of all layers if there is one."""
-    nats = [torch.tensor((run.valid or {})["per_record"]["nats_after"], dtype=torch.float64) for run in runs]
-    everything = next((row for row, run in enumerate(runs) if len(run.placement["layers"]) == run.model["layers"]), None)
-    possible = None if everything is None else before.nats - nats[everything]
-    rows = []
-    for name, run, left in zip(names, runs, nats, strict=True):
-        after = RecordLosses(left, before.tokens)
-        low, high = reduction_interval(before, after)
-        performance = None
-        if possible is not None and float(possible.sum()) > 0:  # else all layers did not reduce the loss
-            reached = 100 * (before.nats - left)
-            kept_low, kept_high = ratio_interval(reached, possible)
-            performance = Estimate(value=float(reached.sum() / possible.sum()), low=kept_low, high=kept_high)
-        rows.append(
-            Compared(
-                name=name,
-                layers=tuple(run.placement["layers"]),
-                loss_reduction=Estimate(value=before.loss - after.loss, low=low, high=high),
-                performance_kept=performance,
-                time_share=None if everything is None else 100 * run.train_seconds / runs[everything].train_seconds,
-                train_seconds=run.train_seconds,
-                peak_memory_bytes=run.peak_memory_bytes,
-                trainable_parameters=run.trainable_parameters,
-                adapter_bytes=run.adapter_bytes,
-                layers_in_backward=run.layers_in_backward,
-            )
-        )
-    return tuple(rows)
+    possible, compared = reached(every), []
+    for row in rows:
+        parts: dict[str, Any] = {"time_share": 100 * (row.train_seconds or 0.0) / (every.train_seconds or 1.0)}
+        if float(possible.sum()) > 0:  # else all layers did not reduce the loss
+            low, high = ratio_interval(100 * reached(row), possible)
+            parts["performance_kept"] = Estimate(value=100 * float(reached(row).sum() / possible.sum()), low=low, high=high)
+        compared.append(row.model_copy(update=parts))
+    return tuple(compared)
 
 
 def _folder_name(name: str) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from layercard.errors import BenchmarkError
 from layercard.statistics.intervals import LEVEL
 from layercard.trials.bench import EQUAL_PARAMETERS, UNIFORM_ABOVE, Bench, Cell
+from layercard.trials.records import TrialRecord
 
 LABELS = {
     "last": "last (bottom)",
@@ -65,13 +67,16 @@ Result = dict[str, Any]
 
 
 def measured(bench: Bench, cells: Iterable[Cell]) -> list[Result]:
-    """Read the records of finished cells."""
+    """Read the records of finished cells.
+
+    Raises:
+        BenchmarkError: A trial of one of them diverged.
+    """
     records = [(cell, bench.record(cell)) for cell in cells]
-    of_all = {(c.task, c.seed): record["train_info"]["metrics"]["loss_reduction"] for c, record in records if c.strategy == "all"}
+    of_all = {(cell.task, cell.seed): _reduction(cell, record) for cell, record in records if cell.strategy == "all"}
     results = []
     for cell, record in records:
-        info, timed = record["train_info"], bench.time_file(cell.task, cell.layers, cell.rank)
-        reduction = info["metrics"]["loss_reduction"]
+        timed, reduction = bench.time_file(cell.task, cell.layers, cell.rank), _reduction(cell, record)
         share = 100 * bench.storage.read(timed, "step time")["share_of_all"] if bench.storage.exists(timed) else None
         results.append(
             {
@@ -82,19 +87,25 @@ def measured(bench: Bench, cells: Iterable[Cell]) -> list[Result]:
                 "seed": cell.seed,
                 "layers": list(cell.layers),
                 "rank": cell.rank,
-                "learning_rate": record["run_info"]["train_config"]["learning_rate"],
+                "learning_rate": record.settings["learning_rate"],
                 "loss_reduction": reduction,
                 "performance_kept": 100 * reduction / of_all[cell.task, cell.seed],
                 "predicted_kept": cell.predicted,
                 # A second timing of the reference differs by noise alone.
                 "step_time_share": 100.0 if cell.strategy == "all" and share is not None else share,
-                "forgetting": info["forgetting"],
-                "generated": info.get("generated"),
-                "accuracy": 100 * info["metrics"]["accuracy_after"],
-                "memory": info["peak_memory_bytes"],
+                "forgetting": record.forgetting,
+                "generated": record.generated,
+                "accuracy": None if record.accuracy is None else 100 * record.accuracy,
+                "memory": record.peak_memory_bytes,
             }
         )
     return results
+
+
+def _reduction(cell: Cell, record: TrialRecord) -> float:
+    if record.loss_reduction is None:
+        raise BenchmarkError(f"training {cell.strategy} on {cell.task} with seed {cell.seed} diverged; lower the learning rate")
+    return record.loss_reduction.value
 
 
 Row = tuple[str, int, float | None]

@@ -1,15 +1,14 @@
-"""Tasks: folders with train, valid and test records, and how much of each is used."""
+"""Tasks of a benchmark: folders with train, valid and test records, and how much of each is used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-import torch
-
-from layercard.data.load import Dataset, Example, drawn, load_data
+from layercard.data.load import Dataset, Example, fingerprint, load_data
 from layercard.errors import BenchmarkError, suggestion
-from layercard.models.load import BaseModel
+from layercard.models.load import BaseModel, load_model
 from layercard.settings import BenchSettings
+from layercard.trials.trial import Task
 
 SYNTHETIC = "synthetic"
 GENERAL = Path(__file__).with_name("general.txt")
@@ -37,64 +36,51 @@ def split_source(task: str, split: str, folder: str | None) -> str:
     return str(Path(folder or ".") / task / f"{split}.jsonl")
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """The records of one task.
+def base_model(settings: BenchSettings) -> BaseModel:
+    """The base model of a benchmark, loaded once in each process."""
+    return _loaded(settings.model, settings.device, settings.dtype)
 
-    Attributes:
-        train: The pool to train on.
-        held_out: Records by split, up to a number of tokens, so that tasks cost alike: learning rates are chosen on `valid`, placements
-            compared on `test`.
-        batch_size: Records in a step, such that a step has about the wanted number of tokens.
+
+@lru_cache(maxsize=1)
+def _loaded(model: str, device: str, dtype: str) -> BaseModel:
+    return load_model(model, device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=1)
+def load_task(settings: BenchSettings, task: str) -> Task:
+    """A task with as much of its three splits as the settings say: held-out records up to a number of tokens, so that tasks cost alike.
+
+    Learning rates are chosen on `valid`, placements compared on `test`.
     """
-
-    train: Dataset
-    held_out: dict[str, tuple[Example, ...]]
-    batch_size: int
-
-
-def load_task(base: BaseModel, settings: BenchSettings, task: str) -> TaskData:
-    """Read the three splits of a task, as much of each as the settings want."""
+    base = base_model(settings)
     train, valid, test = (
         load_data(split_source(task, split, settings.data), base.tokenizer, records=settings.train_records, max_length=settings.max_length)
         for split in ("train", "valid", "test")
     )
-    size = max(1, round(settings.batch_tokens * len(train) / train.tokens))
-    chosen = up_to(valid.examples, settings.valid_tokens)
-    tested = (test.examples[len(chosen) :] or test.examples) if task == SYNTHETIC else test.examples
-    return TaskData(train, {"valid": chosen, "test": up_to(tested, settings.test_tokens)}, size)
+    chosen = up_to(valid, settings.valid_tokens)
+    if task == SYNTHETIC:
+        test = test.part(range(len(chosen), len(test)), test.source) if len(test) > len(chosen) else test
+    held_out = {"valid": chosen, "test": up_to(test, settings.test_tokens)}
+    return Task(task, base, train, held_out, general=general_text(base, settings.max_length), answers=settings.generate)
 
 
-def up_to(examples: Sequence[Example], tokens: int) -> tuple[Example, ...]:
-    """The first examples, until they have at least `tokens` tokens together."""
-    taken, total = [], 0
-    for example in examples:
-        if total >= tokens:
-            break
-        taken.append(example)
-        total += len(example.input_ids)
-    return tuple(taken)
+def batch_size(settings: BenchSettings, train: Dataset) -> int:
+    """Records in a step, such that it has about `batch_tokens` tokens."""
+    return max(1, round(settings.batch_tokens * len(train) / train.tokens))
 
 
-def general_examples(base: BaseModel, max_length: int) -> tuple[Example, ...]:
+def up_to(data: Dataset, tokens: int) -> Dataset:
+    """The first records, until they have at least `tokens` tokens together."""
+    count = total = 0
+    while count < len(data) and total < tokens:
+        total += len(data.examples[count].input_ids)
+        count += 1
+    return data.part(range(count), data.source)
+
+
+def general_text(base: BaseModel, max_length: int) -> Dataset:
     """The paragraphs of `GENERAL`, a label on every token but the first."""
     texts = [text for text in GENERAL.read_text(encoding="utf-8").split("\n") if text]
     tokens = [tuple(base.tokenizer(text)["input_ids"][:max_length]) for text in texts]
-    return tuple(Example(ids, ids, {"text": text}) for ids, text in zip(tokens, texts, strict=True) if len(ids) > 1)
-
-
-def training_order(examples: Sequence[Example], batch_size: int, steps: int, seed: int, group: int = 8) -> list[Example]:
-    """Examples in the order of training, `steps · batch_size` of them; a batch is `batch_size` consecutive ones.
-
-    Within each `group` batches the examples are put in batches by length, which wastes less on padding, and the batches shuffled.
-    The order depends on the seed alone, so every placement sees the same batches.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows = drawn(len(examples), steps * batch_size, generator)
-    ordered: list[Example] = []
-    for start in range(0, len(rows), group * batch_size):
-        chunk = sorted(rows[start : start + group * batch_size], key=lambda row: len(examples[row].input_ids))
-        cuts = [chunk[cut : cut + batch_size] for cut in range(0, len(chunk), batch_size)]
-        for cut in torch.randperm(len(cuts), generator=generator).tolist():
-            ordered += [examples[row] for row in cuts[cut]]
-    return ordered
+    examples = tuple(Example(ids, ids, {"text": text}) for ids, text in zip(tokens, texts, strict=True) if len(ids) > 1)
+    return Dataset(examples, "plain English", fingerprint(examples))

@@ -1,61 +1,94 @@
-"""One trial: a set of layers of one model, trained on one task from one seed at one learning rate. It ends in one JSON file.
+"""One trial: a placement, trained with some settings from one seed on one task. It ends in one JSON file (`TrialRecord`).
 
 ```python
-trials = [Trial(settings, "e2e", layers, seed, rank=8, learning_rate=4e-3) for layers in placements for seed in range(3)]
-records = run_trials(trials, "results", Workers(4))  # makes what is missing in results/runs/, and reads the rest
+task = Task("mine", base, train, {"valid": valid})
+trials = [
+    Trial("mine", layers, TrainSettings(steps=steps, batch_size=8, learning_rate=rate, seed=seed), modules="mlp", split="valid")
+    for layers in ((20, 21, 22), tuple(range(30)))
+    for steps in (24, 96)
+    for rate in (1e-3, 2e-3)
+    for seed in (0, 1)
+]
+records = run_trials(trials, task, "results")  # makes what is missing in results/runs/, and reads the rest
+records[0].loss_after, records[0].train_seconds, records[0].peak_memory_bytes
+[(moment.step, moment.seconds, moment.loss) for moment in records[0].curve]  # held-out loss at an eighth, a quarter, half, the end
+read_trials("results")[trials[0].key] == records[0]  # without a model
 ```
 
-Trials of one task and seed share the frozen part below their layers: the hidden states that enter each placement's lowest layer are
-computed once (`ReplayedSet`). Records have the shape of PEFT's method comparison: `run_info`, `train_info`, `meta_info`.
+`run_trials(trials, partial(load_task, settings, "e2e"), place, Workers(4))` runs them in processes, and `Workers(4, "local")` on Ray: each
+worker makes the task by that call. A folder may hold any trials of one model and data set, of all lengths; killed, the same call goes on.
+A trial is what `layercard train` does, so it has its checkpoints, its fast parts and its numbers.
 """
 
-import os
+import hashlib
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layercard.adapters.apply import loaded, place
 from layercard.card.numbers import stretches
-from layercard.measure import PeakMemory, Phases
-from layercard.models.load import BaseModel, Progress, describe, load_model
-from layercard.profiling.step_probe import ReplayedSet
-from layercard.profiling.training_probe import ProbeTraining, trained
-from layercard.settings import BenchSettings
-from layercard.training.evaluate import generate, score_texts
+from layercard.data.load import Dataset
+from layercard.errors import BenchmarkError, DivergedError, ModelError
+from layercard.files import json_text
+from layercard.models.load import BaseModel, Progress, describe
+from layercard.models.losses import RecordLosses
+from layercard.records import Estimate
+from layercard.selection.placement import Placement
+from layercard.settings import FastSettings, TrainSettings
+from layercard.training.evaluate import describe_data, generate, held_out_losses, score_texts
+from layercard.training.records import Run
+from layercard.training.train import CHECKPOINTS, PLAN_FILE, train, versions
+from layercard.trials.records import TrialRecord
 from layercard.trials.storage import Storage
-from layercard.trials.tasks import general_examples, load_task, training_order
 from layercard.trials.workers import Job, Workers
 
-SCHEMA = "layercard-bench-run/1"
-EVAL_BATCH = 8
+LONGEST_NAME = 80
+"""Characters of a list of layers in a file name; a longer one is named by its hash."""
+_IN_KEY = {"seed": "s", "rank": "r", "learning_rate": "lr", "batch_size": "b", "steps": "n", "epochs": "e"}
+"""How the settings are called that stand in every key; others stand there under their own name where they are not the default."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What to train. A folder holds trials of one `settings` alone, so the key names only the rest.
+    """What to train, and on which split of the task's held-out records to measure it.
 
-    Rank and learning rate are those given here, not those of the settings; the scale alpha is twice the rank. The seed is of the data order
-    and the adapters' start. The `split` is measured on: `test`, or `valid` where a learning rate is chosen.
+    `placement` is the placement itself, where layers and a set of modules (`MODULE_SETS`) do not say it.
     """
 
-    settings: BenchSettings
     task: str
     layers: tuple[int, ...]
-    seed: int
-    rank: int
-    learning_rate: float
+    settings: TrainSettings
+    modules: str = "all"
     split: str = "test"
+    placement: Placement | None = None
 
     @property
     def key(self) -> str:
-        """The name of the trial, which is the stem of its file."""
-        return f"{self.task}-{self.split}-s{self.seed}-r{self.rank}-lr{self.learning_rate:g}-l{compact(self.layers)}"
+        """The name of the trial and of its file: all that changes its result, but for model and records.
+
+        >>> Trial("e2e", (0, 1, 2, 9), TrainSettings(steps=32, learning_rate=4e-3), modules="mlp").key
+        'e2e-test-s0-r8-lr0.004-b4-n32-l0-2.9-mlp'
+        """
+        settings, usual = self.settings.deciding(), TrainSettings().deciding()
+        if settings["steps"] is None and settings["epochs"] is None:
+            settings["epochs"] = 1.0
+        if settings["learning_rate"] is None:
+            settings["learning_rate"] = (self.placement and self.placement.learning_rate) or self.settings.rate
+        words = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in settings.items()}
+        parts = [re.sub(r"[^\w.+]+", "-", self.task).strip("-."), self.split]
+        parts += [f"{short}{words[name]}" for name, short in _IN_KEY.items() if settings[name] is not None]
+        parts += [f"l{compact(self.layers)}", *([] if self.modules == "all" else [self.modules])]
+        parts += [f"{name}-{words[name]}" for name, value in settings.items() if name not in _IN_KEY and value != usual[name]]
+        if self.placement is not None:
+            changing = ("paths", "parameters", "rank_pattern", "alpha_pattern")
+            parts.append(_digest({name: getattr(self.placement, name) for name in changing}))
+        return "-".join(parts)
 
     @property
     def file(self) -> str:
@@ -66,184 +99,199 @@ class Trial:
 def compact(layers: Sequence[int]) -> str:
     """Layers as short text for a file name.
 
-    >>> compact((0, 1, 2, 9, 14, 15))
-    '0-2.9.14.15'
+    >>> compact((0, 1, 2, 9, 14, 15)), compact(range(0, 128, 2))
+    ('0-2.9.14.15', '64of0-126-...')
     """
-    parts = stretches(sorted(layers))
-    words = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ".".join(map(str, part)) for part in parts]
-    return ".".join(words)
+    ordered = sorted(layers)
+    words = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ".".join(map(str, part)) for part in stretches(ordered)]
+    text = ".".join(words)
+    return text if len(text) <= LONGEST_NAME else f"{len(ordered)}of{ordered[0]}-{ordered[-1]}-{_digest(ordered)}"
 
 
-def run_trial(trial: Trial, folder: str | Path | Storage, progress: Progress | None = None) -> dict[str, Any]:
-    """The record of one trial: read from the folder, or made and kept there."""
-    return run_trials([trial], folder, progress=progress)[0]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json_text(value).encode()).hexdigest()[:10]
+
+
+@dataclass
+class Task:
+    """What trials share: model and records.
+
+    Attributes:
+        name: As the trials call it.
+        base: The frozen base model.
+        train: Records to train on.
+        held_out: Records to measure on, by split.
+        fast: Which work training leaves out; a `cache_folder` lets trials share what enters their lowest layer.
+        general: Records on which forgetting is measured, of trials on the split `test`.
+        answers: How many records of the split `test` are answered in writing and scored.
+        moments: How often the held-out loss is measured before the end: at half of the steps, a quarter, …
+        losses: Losses of the base by split, as far as they are known.
+    """
+
+    name: str
+    base: BaseModel
+    train: Dataset
+    held_out: Mapping[str, Dataset]
+    fast: FastSettings = field(default_factory=FastSettings)
+    general: Dataset | None = None
+    answers: int = 0
+    moments: int = 3
+    losses: dict[str, RecordLosses] = field(default_factory=dict)
+
+    def before(self, split: str, progress: Progress | None = None) -> RecordLosses:
+        """Losses of the base on a split, measured once."""
+        if split not in self.losses:
+            data = self.general if split == "general" else self.held_out[split]
+            assert data is not None
+            self.losses[split] = held_out_losses(self.base.model, self.base.pad_id, data, progress=progress, phase="loss before")
+        return self.losses[split]
+
+
+Opener = Task | Callable[[], Task]
+"""A task, or for workers in other processes a function that can be pickled and gives one."""
 
 
 def run_trials(
-    trials: Sequence[Trial], folder: str | Path | Storage, workers: Workers | None = None, progress: Progress | None = None
-) -> list[dict[str, Any]]:
-    """The records of trials, in their order; what is missing in the folder is made first, so a killed call is simply made again.
+    trials: Sequence[Trial],
+    task: Opener,
+    folder: str | Path | Storage,
+    workers: Workers | None = None,
+    progress: Progress | None = None,
+) -> list[TrialRecord]:
+    """The records of trials of one task, in their order; what is missing in the folder is made first.
 
     Args:
-        trials: What to train.
+        trials: What to train. One that diverges has the status `diverged` and no loss.
+        task: Model and records, or how workers get them.
         folder: A folder, or an address of fsspec that all workers reach.
         workers: Where to run; in this process when not given.
-        progress: Told of batches, steps and finished trials.
+        progress: Told of steps and finished trials.
+
+    Raises:
+        BenchmarkError: The folder holds one of these trials with another model or other records.
+        TrainingError: As `train`.
     """
     storage, workers = Storage.at(folder), workers or Workers()
-    for _ in workers.run(trial_jobs(trials, storage, workers.count), progress or (lambda phase, done, total: None)):
+    for _ in workers.run(trial_jobs(trials, task, storage, workers.count), progress or (lambda phase, done, total: None)):
         pass
-    return [storage.read(trial.file, "run") for trial in trials]
+    records = [read_trial(storage, trial.file) for trial in trials]
+    for trial, record in zip(trials, records, strict=True) if isinstance(task, Task) else ():
+        for there, here in ((record.model, describe(task.base)), (record.data, describe_data(task.train))):
+            if there.get("fingerprint") != here["fingerprint"]:
+                raise BenchmarkError(
+                    f"{storage.named(trial.file)} was made with {there.get('name') or there.get('source')} "
+                    f"({there.get('fingerprint')}), now it is {here.get('name') or here.get('source')} ({here['fingerprint']}); "
+                    "name another folder"
+                )
+    return records
 
 
-def read_trials(folder: str | Path | Storage) -> dict[str, dict[str, Any]]:
+def read_trials(folder: str | Path | Storage) -> dict[str, TrialRecord]:
     """The records in a folder, by the keys of their trials."""
     storage = Storage.at(folder)
-    return {Path(name).stem: storage.read(name, "run") for name in storage.names("runs")}
+    return {Path(name).stem: read_trial(storage, name) for name in storage.names("runs")}
 
 
-def trial_jobs(trials: Sequence[Trial], storage: Storage, workers: int = 1) -> list[Job]:
-    """Jobs for the trials that are missing, those that share the frozen part together; enough of them for each worker to have one."""
-    groups: dict[tuple[Any, ...], list[Trial]] = {}
-    for trial in dict.fromkeys(trials):
-        if not storage.exists(trial.file):
-            groups.setdefault((trial.settings, trial.task, trial.seed, trial.split), []).append(trial)
-    parts = workers if len(groups) < 2 * workers else 1
-    jobs: list[Job] = []
-    for group in groups.values():
-        group.sort(key=lambda trial: min(trial.layers))
-        jobs += [(run_group, (storage, tuple(group[part::parts]))) for part in range(min(parts, len(group)))]
-    return jobs
+def read_trial(storage: Storage, file: str) -> TrialRecord:
+    """The record in a file of a storage."""
+    return TrialRecord.from_json(storage.read(file, "trial"), storage.named(file))
 
 
-def run_group(storage: Storage, trials: Sequence[Trial], progress: Progress | None = None) -> None:
-    """Make the trials of one task, seed and split, and keep each record as it is made."""
-    first = trials[0]
-    # A search for a learning rate comes again with the same layers: the group of the call before then serves it too.
-    key = (first.settings, first.task, first.seed, first.split, frozenset(min(trial.layers) for trial in trials))
-    if key not in _groups:
-        _groups.clear()
-        _groups[key] = Group(trials, progress)
+def trial_jobs(trials: Sequence[Trial], task: Opener, storage: Storage, workers: int = 1) -> list[Job]:
+    """Jobs for the trials of one task that are missing, at most one for each worker; those of one lowest layer follow each other."""
+    missing = [trial for trial in {trial.key: trial for trial in trials}.values() if not storage.exists(trial.file)]
+    missing.sort(key=lambda trial: (trial.split, min(trial.layers)))
+    return [(make_trials, (storage, task, tuple(missing[part::workers]))) for part in range(min(workers, len(missing)))]
+
+
+def make_trials(storage: Storage, task: Opener, trials: Sequence[Trial], progress: Progress | None = None) -> None:
+    """Make trials of one task one after another, and write each record as it is made."""
+    opened = task if isinstance(task, Task) else task()
     for done, trial in enumerate(trials):
         if not storage.exists(trial.file):  # a worker that was taken for lost may have written it
-            storage.write(trial.file, _groups[key].run(trial, progress))
+            folder = storage.working(f"unfinished/{trial.key}")
+            try:
+                started = (folder / CHECKPOINTS / PLAN_FILE).exists()
+                record = measure(opened, trial, folder, resume=started, force=not started, progress=progress)
+            except (DivergedError, ModelError) as error:
+                if isinstance(error, ModelError) and "finite" not in str(error):
+                    raise
+                record = _diverged(opened, trial)
+            storage.write(trial.file, record.to_json())
+            shutil.rmtree(folder, ignore_errors=True)
         if progress:
-            progress(f"{trial.task} seed {trial.seed}", done + 1, len(trials))
+            progress(f"{trial.task} trials", done + 1, len(trials))
 
 
-_groups: dict[tuple[Any, ...], "Group"] = {}
-_models: dict[tuple[str, str, str], BaseModel] = {}
+def measure(
+    task: Task,
+    trial: Trial,
+    folder: Path,
+    *,
+    name: str = "",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TrialRecord:
+    """Train in a folder, which then holds the adapter, and measure; `resume` and `force` are as in `train`."""
+    placement = trial.placement or place(task.base, trial.layers, modules=trial.modules)
+    steps = trial.settings.total_steps(len(task.train))
+    run = train(
+        task.base,
+        placement,
+        task.train,
+        folder,
+        trial.settings,
+        valid=task.held_out[trial.split],
+        fast=task.fast,
+        before=task.before(trial.split, progress),
+        moments=sorted({steps // 2**halvings for halvings in range(1, task.moments + 1)} - {0}),
+        resume=resume,
+        force=force,
+        progress=progress,
+    )
+    extras: dict[str, Any] = {}
+    if trial.split == "test" and (task.general is not None or task.answers):
+        general_before = None if task.general is None else task.before("general").loss
+        with loaded(task.base, folder) as adapted:
+            if task.general is not None and general_before is not None:
+                extras["forgetting"] = held_out_losses(adapted, task.base.pad_id, task.general).loss - general_before
+            if task.answers:
+                examples = list(task.held_out["test"].examples[: task.answers])
+                texts = generate(task.base, examples, model=adapted)
+                extras["generated"] = score_texts([example.record for example in examples], texts)
+    return record_of(run, trial.task, trial.split, name=name, modules=trial.modules, **extras)
 
 
-def base_model(settings: BenchSettings) -> BaseModel:
-    """The base model, loaded once in each process."""
-    key = (settings.model, settings.device, settings.dtype)
-    if key not in _models:
-        _models.clear()
-        _models[key] = load_model(settings.model, device=settings.device, dtype=settings.dtype)
-    return _models[key]
+def record_of(run: Run, task: str, split: str, **more: Any) -> TrialRecord:
+    """The record of a trial from that of its run, which was measured on held-out records."""
+    assert run.valid is not None and run.loss_reduction is not None and run.loss_reduction_interval is not None
+    low, high = run.loss_reduction_interval
+    same = ("model", "data", "valid", "settings", "loss_before", "loss_after", "train_seconds", "peak_memory_bytes", "trainable_parameters",
+            "adapter_bytes", "layers_in_backward", "fast", "phases", "versions", "curve", "started")  # fmt: skip
+    return TrialRecord(
+        task=task,
+        split=split,
+        layers=run.placement["layers"],
+        loss_reduction=Estimate(value=run.loss_reduction, low=low, high=high),
+        accuracy=run.valid.get("accuracy"),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}",
+        **{name: getattr(run, name) for name in same},
+        **more,
+    )
 
 
-class Group:
-    """Trials of one task, seed and split: their batches and held-out records, with the hidden states that enter their lowest layers."""
-
-    def __init__(self, trials: Sequence[Trial], progress: Progress | None = None) -> None:
-        first = trials[0]
-        self.base, settings = base_model(first.settings), first.settings
-        self.data = load_task(self.base, settings, first.task)
-        self.held_out = self.data.held_out[first.split]
-        starts = sorted({min(trial.layers) for trial in trials})
-        ends = sorted({*starts, len(self.base.blocks) - 1})
-        order = training_order(self.data.train.examples, self.data.batch_size, settings.steps, first.seed)
-        self.train = ReplayedSet(self.base, order, starts, self.data.batch_size, by_length=False, progress=progress)
-        self.test = ReplayedSet(self.base, self.held_out, ends, EVAL_BATCH, progress=progress)
-        self.before = self.test.losses(ends[-1])
-        if first.split == "test":
-            self.general = ReplayedSet(self.base, general_examples(self.base, settings.max_length), ends, EVAL_BATCH)
-            self.general_before = self.general.losses(ends[-1])
-
-    def run(self, trial: Trial, progress: Progress | None = None) -> dict[str, Any]:
-        """Train and measure; gives the record."""
-        settings, before, lowest = trial.settings, self.before, min(trial.layers)
-        how = ProbeTraining(
-            steps=settings.steps,
-            batch_size=self.data.batch_size,
-            rank=trial.rank,
-            alpha=2.0 * trial.rank,
-            learning_rate=trial.learning_rate,
-            seed=trial.seed,
-        )
-        phases = Phases()
-        with ExitStack() as stack:
-            with phases.phase("train"):
-                adapted = stack.enter_context(trained(self.base, trial.layers, self.train, how, progress))
-            with phases.phase("evaluate"):
-                after = self.test.losses(lowest)
-            # Standard error of the reduction over held-out records: that of a ratio of sums.
-            saved, tokens = before.nats - after.nats, after.tokens.sum()
-            error = (saved - saved.sum() / tokens * after.tokens).square().sum().sqrt() / tokens
-            parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-            info: dict[str, Any] = {
-                "status": "success" if bool(torch.isfinite(after.nats).all()) else "diverged",
-                "train_time": phases.to_json()[0]["seconds"],
-                "frozen_prefix_kept": True,
-                "num_trainable_params": parameters,
-                "num_total_params": sum(p.numel() for p in adapted.parameters()),
-                "file_size": 4 * parameters,
-                "metrics": {
-                    "split": trial.split,
-                    "loss_before": before.loss,
-                    "loss_after": after.loss,
-                    "loss_reduction": before.loss - after.loss,
-                    "accuracy_before": before.accuracy,
-                    "accuracy_after": after.accuracy,
-                    "reduction_standard_error": float(error),
-                    "records": len(after.tokens),
-                },
-            }
-            if trial.split == "test":
-                with phases.phase("forgetting"):
-                    info["forgetting"] = self.general.losses(lowest).loss - self.general_before.loss
-                with phases.phase("memory"):  # of adapters and optimiser, and what the largest step adds to them
-                    info["peak_memory_bytes"] = self._step_bytes(lowest) + 12 * parameters
-                with phases.phase("generate"):
-                    info["generated"] = None
-                    if settings.generate:
-                        examples = list(self.held_out[: settings.generate])
-                        texts = generate(self.base, examples, model=adapted, max_new_tokens=128)
-                        info["generated"] = score_texts([example.record for example in examples], texts)
-            info["phases"] = phases.to_json()
-        return {
-            "schema": SCHEMA,
-            "run_info": {
-                "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "experiment_name": trial.key,
-                "task": trial.task,
-                "layers": list(trial.layers),
-                "train_config": asdict(how),
-                "peft_config": {"peft_type": "LORA", "r": how.rank, "lora_alpha": how.alpha, "layers_to_transform": list(trial.layers)},
-            },
-            "train_info": info,
-            "meta_info": {
-                "model_info": describe(self.base),
-                "dataset_info": {
-                    "train": {"fingerprint": self.data.train.fingerprint, "records": len(self.data.train)},
-                    "held_out": {"split": trial.split, "records": len(self.held_out)},
-                },
-                "settings": asdict(settings),
-                "package_info": {name: version(name) for name in ("layercard", "torch", "transformers", "peft", "numpy")},
-                "system_info": {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()},
-            },
-        }
-
-    def _step_bytes(self, lowest: int) -> int:
-        """Bytes of live tensors that the largest step adds."""
-        largest = max(range(len(self.train.batches)), key=lambda number: self.train.batches[number].input_ids.numel())
-        peak = PeakMemory(self.base.device)
-        peak.start()
-        try:
-            with torch.enable_grad():
-                self.train.forward(largest, lowest)[0].mean().backward()
-        finally:
-            peak.stop()
-        return peak.bytes
+def _diverged(task: Task, trial: Trial) -> TrialRecord:
+    return TrialRecord(
+        task=trial.task,
+        split=trial.split,
+        layers=trial.layers,
+        modules=trial.modules,
+        model=describe(task.base),
+        data=describe_data(task.train),
+        valid=describe_data(task.held_out[trial.split]),
+        settings=trial.settings.to_json(),
+        status="diverged",
+        loss_before=task.before(trial.split).loss,
+        versions=versions(),
+    )

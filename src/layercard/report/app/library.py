@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[str, type[Record] | None]] = {
     "layercard-front/1": ("front", Front),
     "layercard-eval/1": ("evaluation", Evaluation),
     "layercard-cost/1": ("cost", CostModel),
-    "layercard-bench-run/1": ("benchmark run", None),
+    "layercard-trial/1": ("benchmark run", None),
 }
 """What a file's schema says that it is, and the class that checks it where that is quick to import."""
 RUN_KINDS = {"run record": "run", "comparison": "comparison"}
