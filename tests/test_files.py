@@ -144,7 +144,5 @@ def test_another_kind_of_file_is_named(tmp_path: Path) -> None:
     from layercard.selection.placement import Placement
 
     write_json(tmp_path / "card.json", fake_card())
-    with pytest.raises(
-        LayercardError, match=r"card\.json is a card \(layercard/1\); a placement is needed: make one with `"
-    ):
+    with pytest.raises(LayercardError, match=r"card\.json is a card \(layercard/1\); a placement is needed: make one with `"):
         Placement.load(tmp_path / "card.json")

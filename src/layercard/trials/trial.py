@@ -43,7 +43,7 @@ from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, generate, held_out_losses, score_texts
 from layercard.training.records import Run
-from layercard.training.train import CHECKPOINTS, PLAN_FILE, train, versions
+from layercard.training.train import PLAN, train, versions
 from layercard.trials.records import TrialRecord
 from layercard.trials.storage import Storage
 from layercard.trials.workers import Job, Workers
@@ -211,7 +211,7 @@ def make_trials(storage: Storage, task: Opener, trials: Sequence[Trial], progres
         if not storage.exists(trial.file):  # a worker that was taken for lost may have written it
             folder = storage.working(f"unfinished/{trial.key}")
             try:
-                started = (folder / CHECKPOINTS / PLAN_FILE).exists()
+                started = (folder / PLAN).exists()
                 record = measure(opened, trial, folder, resume=started, force=not started, progress=progress)
             except (DivergedError, ModelError) as error:
                 if isinstance(error, ModelError) and "finite" not in str(error):
