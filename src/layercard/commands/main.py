@@ -23,6 +23,7 @@ from layercard.commands.demo import demo
 from layercard.commands.export import export
 from layercard.commands.hub import pull, push
 from layercard.commands.latency import latency
+from layercard.commands.merge import merge
 from layercard.commands.options import expanded
 from layercard.commands.pareto import pareto, transfer
 from layercard.commands.profile import profile
@@ -44,7 +45,7 @@ TERMINATED = 143
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(run_all, data, profile, show, select, pareto, train, evaluate, compare, cost, latency, transfer, verify),
-    *(export, push, pull, report, roi, explore, demo),
+    *(export, merge, push, pull, report, roi, explore, demo),
 )
 """In the order in which the help names them."""
 for command in COMMANDS:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layercard.errors import OutputError, TrainingError
+from layercard.errors import ModelError, OutputError, TrainingError
 from layercard.files import refuse_existing
 from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, setting
 
@@ -162,10 +162,20 @@ def fast_or_stock(fast: FastSettings, stock: bool) -> FastSettings:
     return FastSettings.baseline() if stock else fast
 
 
-def load(model: str, loading: LoadSettings, progress: "Progress") -> "BaseModel":
-    """The model of a command."""
-    from layercard.models.load import load_model
+def load(model: str, loading: LoadSettings, progress: "Progress", *, streams: bool = False) -> "BaseModel":
+    """The model of a command; `streams` says that the command has `--stream` for one that does not fit.
 
+    Raises:
+        ModelError: Its weights are larger than the free memory, or as `load_model`.
+    """
+    from layercard.cost.estimate import free_bytes
+    from layercard.models.load import find_device, load_model
+    from layercard.models.streamed import stored_bytes
+
+    needed, free = stored_bytes(model, loading.dtype), free_bytes(find_device(loading.device))
+    if needed > free:
+        mend = "pass --stream, which leaves it on disk" if streams else "free memory, or take a type of fewer bytes (--dtype bfloat16)"
+        raise ModelError(f"{model} takes {needed / 1e9:.1f} GB as {loading.dtype}, and {free / 1e9:.1f} GB of memory are free; {mend}")
     return load_model(model, progress=progress, **loading.to_json())
 
 

@@ -77,7 +77,7 @@ def profile(
     started, folder = time.perf_counter(), card_folder(cache_dir)
     with Display() as display:
         streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
-        base = streamed.base if streamed is not None else opt.load(model, loading, display)
+        base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True)
         dataset = opt.read(data, base, records, reading, first_day(state / PLAN_FILE))
         card = None
         if reuse:

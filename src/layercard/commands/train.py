@@ -26,6 +26,9 @@ def train(
     settings: TrainSettings = opt.TRAINING,
     fast: FastSettings = FastSettings(),
     stock: bool = opt.STOCK,
+    stream: bool = setting(
+        False, "Leave the blocks below the lowest adapted one on disk: for models larger than the memory (docs/larger-than-memory.md)."
+    ),
     loading: LoadSettings = LoadSettings(),
     resume: bool = opt.RESUME,
     force: bool = opt.FORCE,
@@ -45,20 +48,26 @@ def train(
     chosen = Placement.load(placement)
     from layercard.adapters.apply import without_experts
     from layercard.measure import Phases
+    from layercard.models.streamed import open_model
     from layercard.report.terminal import pairs
+    from layercard.training.streamed import train_streamed
     from layercard.training.train import PLAN, first_day, train as run
 
     phases = Phases()
     with Display() as display:
         with phases.phase("load"):
-            base = opt.load(model, loading, display)
+            streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
+            base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True)
         with phases.phase("data"):
             day = first_day(output / PLAN) if resume else None
             dataset = opt.read(data, base, records, reading, day)
             held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
         chosen = chosen if experts else without_experts(chosen)
         how: dict[str, Any] = {"valid": held_out, "fast": fast, "resume": resume, "force": force, "progress": display, "phases": phases}
-        record = run(base, chosen, dataset, output, settings, **how)
+        if streamed is not None:
+            record = train_streamed(streamed, chosen, dataset, output, settings, **how)
+        else:
+            record = run(base, chosen, dataset, output, settings, **how)
     if not is_first():
         return
     layers, method = " ".join(map(str, record.placement["layers"])), record.settings["method"]
@@ -83,6 +92,7 @@ def evaluate(
     records: int | None = opt.RECORDS,
     batch_size: int = opt.batch_size(16),
     reading: DataSettings = DataSettings(),
+    stream: bool = setting(False, "Leave the model on disk: one block in memory at a time, for all records at once."),
     loading: LoadSettings = LoadSettings(),
     as_json: bool = opt.AS_JSON,
 ) -> None:
@@ -93,15 +103,21 @@ def evaluate(
     """
     opt.check_data(data)
     from layercard.adapters.apply import loaded
+    from layercard.models.streamed import open_model
     from layercard.report.terminal import pairs
     from layercard.training.evaluate import evaluate as measure
+    from layercard.training.streamed import evaluate_streamed
 
     with Display() as display:
-        base = opt.load(model, loading, display)
+        streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
+        base = streamed.base if streamed else opt.load(model, loading, display, streams=True)
         dataset = opt.read(data, base, records, reading)
-        with loaded(base, adapter) if adapter else nullcontext(base.model) as measured:
+        with loaded(base, adapter) if adapter and not streamed else nullcontext(base.model) as measured:
             how: dict[str, Any] = {"max_new_tokens": max(generate, 1), "with_generation": generate > 0, "progress": display}
-            result = measure(base, dataset, model=measured, adapter=adapter, batch_size=batch_size, **how)
+            if streamed:
+                result = evaluate_streamed(streamed, dataset, adapter=adapter, batch_size=batch_size, **how)
+            else:
+                result = measure(base, dataset, model=measured, adapter=adapter, batch_size=batch_size, **how)
     (low, high), (p_low, p_high) = result.loss_interval, result.perplexity_interval
     records_info = result.data
     rows = {

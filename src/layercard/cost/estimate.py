@@ -1,6 +1,7 @@
 """Costs of models without their weights, from shapes and a device's rates, and whether a model fits the memory that is free."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,26 @@ def fits(cost: CostModel, device: torch.device) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on the CPU, that of the machine."""
+    """Memory that is free on a device; on the CPU, that of the machine, less where the process or its group may have only a part."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+        free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        return UNKNOWN_BYTES
+        free = UNKNOWN_BYTES
+    with suppress(ImportError, OSError, ValueError, IndexError):  # no limits of address space on this system
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+            free = min(free, max(0, limit - taken))
+    with suppress(OSError, ValueError):  # a container without a limit says "max"
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, limit - taken))
+    return free
 
 
 def device_rates(device: torch.device, dtype: torch.dtype, rows: int = 256) -> tuple[float, float]:

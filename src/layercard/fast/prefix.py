@@ -8,7 +8,8 @@ ever.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from layercard.fast.anatomy import anatomy, named_arguments
 from layercard.fast.packing import needed
 from layercard.fast.prefix_blocks import adapter_states, obstacle, randomness
 from layercard.fast.prefix_cache import PASSES, Pass, PrefixCache, evaluating
-from layercard.fast.prefix_store import room
+from layercard.fast.prefix_store import Store, room
 from layercard.models.hooks import replaced
 
 __all__ = ["PrefixCache", "frozen_prefix"]
@@ -121,15 +122,50 @@ def frozen_prefix(
         prefix.limit = room(folder) if max_bytes is None else max_bytes
         prefix.begin()
 
-    with ExitStack() as stack:
-        if prefix.active:
-            forwards = _Forwards(prefix)
-            stack.enter_context(replaced(parts.causal, _like(forwards.model, parts.causal)))
-            stack.enter_context(replaced(parts.decoder, _like(forwards.decoder, parts.decoder)))
-            for block in parts.blocks[: parts.lowest]:
-                stack.enter_context(replaced(block.module, partial(forwards.block, block.index, block.module.forward)))
-            stack.callback(prefix.flush)
+    with _at_work(prefix) if prefix.active else nullcontext():
         yield prefix
+
+
+@contextmanager
+def known_prefix(model: nn.Module, store: Store, lowest: int) -> Iterator[PrefixCache]:
+    """Let block `lowest` go on from hidden states that are all in `store`; the blocks below it need no weights.
+
+    Enter it before adapters are put on, and before `unpadded`.
+
+    Raises:
+        TrainingError: The blocks hand each other more than hidden states; at a forward pass inside: a record is not in the store, or the
+            call needs the blocks themselves.
+    """
+    parts = replace(anatomy(model), lowest=lowest, below=())
+    check_known_prefix(model, lowest)
+    prefix = PrefixCache(parts, given=store)
+    prefix.begin()
+    with _at_work(prefix):
+        yield prefix
+
+
+def check_known_prefix(model: nn.Module, lowest: int) -> None:
+    """Raise `TrainingError` where what enters block `lowest` is not a function of the record alone."""
+    parts = replace(anatomy(model), lowest=lowest, below=())
+    reason = obstacle(model, parts)
+    drawing = [] if reason else randomness(parts, lowest)
+    if drawing:
+        reason = f"random numbers are drawn there in training ({drawing[0]}); set them to 0 in the model's config.json"
+    if reason:
+        raise TrainingError(f"the blocks below {lowest} cannot stay on disk: {reason}")
+
+
+@contextmanager
+def _at_work(prefix: PrefixCache) -> Iterator[None]:
+    """The forwards of model, decoder and frozen blocks replaced by those that use the cache."""
+    parts, forwards = prefix.parts, _Forwards(prefix)
+    with ExitStack() as stack:
+        stack.enter_context(replaced(parts.causal, _like(forwards.model, parts.causal)))
+        stack.enter_context(replaced(parts.decoder, _like(forwards.decoder, parts.decoder)))
+        for block in parts.blocks[: parts.lowest]:
+            stack.enter_context(replaced(block.module, partial(forwards.block, block.index, block.module.forward)))
+        stack.callback(prefix.flush)
+        yield
 
 
 def _like(forward: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
@@ -165,7 +201,7 @@ class _Forwards:
             cache.check_weights()
             reason = "labels on padding" if self.labels_on_padding else self._unlike_training(kwargs)
             if reason and cache.active:
-                cache.untouched[reason] += 1
+                cache.leave_alone(reason)
             if reason or not cache.active:
                 return run(**kwargs)
             self.passing = Pass(cache, kwargs)

@@ -117,6 +117,7 @@ class PrefixCache:
     seconds_used: float = 0.0  # on looking up, keeping and putting together
     forecast: Forecast | None = None  # the last one
     notes: list[str] = field(default_factory=list)  # what a user should know, such as that dropout is off in the frozen blocks
+    given: Store | None = field(default=None, repr=False)  # holds every record that will come; the frozen blocks have no weights then
     # What passes through the frozen blocks tell each other; stores by device, dtypes and attention in use.
     stores: dict[tuple[str, ...], Store] = field(default_factory=dict, repr=False)
     lower_stores: dict[tuple[str, ...], tuple[int, Store]] = field(default_factory=dict, repr=False)
@@ -159,6 +160,16 @@ class PrefixCache:
         for store in self.stores.values():
             store.flush()
 
+    def leave_alone(self, reason: str) -> None:
+        """Count a batch that runs as without the cache.
+
+        Raises:
+            TrainingError: It cannot, as the weights of the frozen blocks are not in memory.
+        """
+        if self.given is not None:
+            raise TrainingError(f"the blocks below {self.depth} are not in memory, and this call needs them: {reason}")
+        self.untouched[reason] += 1
+
     def turn_off(self, reason: str) -> None:
         """Compute the frozen blocks in every pass from here on, and let go of what is kept in memory."""
         self.active, self.reason = False, reason
@@ -170,11 +181,15 @@ class PrefixCache:
         self.groups = module_groups(self.parts, self.depth)
         self.modules = [module for group in self.groups for module in group]
         self.weights = [weight for module in self.modules for weight in module._parameters.values() if weight is not None]
+        if self.given is not None:
+            self.weights, self.compared = [], True
         self.versions, self.sums = [weight._version for weight in self.weights], weight_sums(self.weights)
         self.tuners = [module for module in self.modules if isinstance(module, BaseTunerLayer)]
         self.adapters = adapter_states(self.tuners)
         self.relative = relative_positions(self.parts, self.groups)
         self.longest = longest_batch(self.parts)
+        if self.given is not None:
+            return
         if self.folder is not None:
             with suppress(OSError):  # where it cannot be written, the store says so when it comes to that
                 self.disk_seconds = disk_rates(self.folder)
@@ -196,6 +211,8 @@ class PrefixCache:
 
     def stores_for(self, hidden: torch.Tensor) -> tuple[Store, tuple[int, Store] | None]:
         """The store for hidden states as they are computed now, and where there is one, that of a lower block with its index."""
+        if self.given is not None:
+            return self.given, None
         device, config = hidden.device.type, self.parts.config
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
         implementation = "sdpa" if config._attn_implementation == NAME else config._attn_implementation
@@ -241,7 +258,7 @@ class Pass:
             try:
                 self._begin(args, kwargs)
             except Uncacheable as error:
-                self.cache.untouched[str(error)] += 1
+                self.cache.leave_alone(str(error))
                 self.given_up = True
         if self.given_up:
             return run(*args, **kwargs)
@@ -283,6 +300,11 @@ class Pass:
         else:
             self.store.settle()
         missing = [record for record in self.records if record.key not in self.rows]
+        if missing and cache.given is not None:
+            raise TrainingError(
+                f"a record of {missing[0].tokens} tokens did not go through the blocks below {cache.depth}, which are not in memory; "
+                "train and evaluate on the records of the pass"
+            )
         self.runs, self.start, self.lower_rows = bool(missing), 0, {}
         self.selection: Selection | None = None
         # What another run left on disk is compared once with what is computed, for which the whole batch runs from block 0 on.

@@ -29,6 +29,7 @@ from layercard.files import read_json
 from layercard.hub import hub_answers
 from layercard.models.layers import Block, find_blocks
 from layercard.models.load import (
+    DTYPES,
     BaseModel,
     Progress,
     auto_class,
@@ -145,6 +146,20 @@ def _read_header(path: Path) -> dict[str, Stored]:
             raise ModelError(f"{path} places {name} where the file is not; copy it again, or save the model again")
         tensors[name] = Stored(path, data + low, high - low, dtype, shape)
     return tensors
+
+
+def stored_bytes(name: str, dtype: str) -> int:
+    """Bytes that the weights of a model in a local folder take in a dtype (`auto`: as stored); 0 where that is not known before loading."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or dtype not in DTYPES:
+        return 0
+    try:
+        tensors = Weights(weight_files(folder)).tensors.values()
+    except ModelError:  # quantised, or broken, which loading says better
+        return 0
+    kind = DTYPES[dtype]
+    sizes = (math.prod(each.shape) * (kind.itemsize if isinstance(kind, torch.dtype) else each.dtype.itemsize) for each in tensors)
+    return sum(sizes)
 
 
 # Which stored tensors make each tensor of a model
@@ -271,7 +286,7 @@ class StreamedModel:
             for module in (inner for outer in modules for inner in outer.modules()):
                 for tensors in (module._parameters, module._buffers):
                     for name, tensor in list(tensors.items()):
-                        source = self.sources.get(".".join(filter(None, (self._paths[module], name))))
+                        source = self.sources.get(".".join(filter(None, (self._paths.get(module, "?"), name))))
                         if tensor is None or source is None:
                             continue
                         if source.path not in read:
@@ -286,6 +301,53 @@ class StreamedModel:
             self.resident_bytes = before
             for tensors, name, tensor in reversed(replaced):
                 tensors[name] = tensor
+
+    def load_from(self, lowest: int) -> None:
+        """Read for good what runs from block `lowest` on: these blocks, what is outside of blocks, and the head.
+
+        What lies below stays on disk. In its place stand weights of the same shape, type and device that are all zero and take no memory,
+        so that libraries find what they expect.
+        """
+        upper = [*(block.module for block in self.blocks[lowest:]), *self.outside(), self.head()]
+        self._hold({self.sources[path].path for outer in upper for path in self._stored_in(outer)})
+
+    def hold_places(self) -> None:
+        """Put weights that take no memory where none are loaded, as `load_from` does, so that adapters can be put on."""
+        self._hold(set())
+
+    def _hold(self, wanted: set[str]) -> None:
+        held: dict[str, torch.Tensor] = {}
+        self._stored_in(self.base.model)  # remembers which module stands where before adapters come between
+        for path, source in self.sources.items():
+            module = self.base.model.get_submodule(path.rpartition(".")[0])
+            tensors: dict[str, Any] = module._parameters if path.rpartition(".")[2] in module._parameters else module._buffers
+            if source.path not in held:
+                if source.path in wanted:
+                    held[source.path] = source.read(self.weights, self.dtype, self.device)
+                    self.resident_bytes += held[source.path].nbytes
+                else:
+                    held[source.path] = torch.zeros(1, dtype=self.dtype, device=self.device).expand(source.shape)
+                if tensors is module._parameters:
+                    held[source.path] = nn.Parameter(held[source.path], requires_grad=False)
+            tensors[path.rpartition(".")[2]] = held[source.path]
+        self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
+
+    def bytes_from(self, lowest: int) -> int:
+        """Bytes of what `load_from` reads."""
+        upper = [*(block.module for block in self.blocks[lowest:]), *self.outside(), self.head()]
+        sources = {self.sources[path].path: self.sources[path] for outer in upper for path in self._stored_in(outer)}
+        return sum(math.prod(source.shape) * self.dtype.itemsize for source in sources.values())
+
+    def _stored_in(self, outer: nn.Module) -> list[str]:
+        """Names in the model of what is stored of a module and of those inside it."""
+        if not self._paths:
+            self._paths.update({module: path for path, module in self.base.model.named_modules()})
+        names = [
+            ".".join(filter(None, (self._paths[module], name)))
+            for module in outer.modules()
+            for name in (*module._parameters, *module._buffers)
+        ]
+        return [name for name in names if name in self.sources]
 
     def head(self) -> nn.Module:
         """The output head."""

@@ -65,6 +65,11 @@ class Boundaries:
             tensor = load_file(self.folder / f"{kind}-{batch}-{block}.safetensors")["tensor"]
         return tensor.to(device)
 
+    def adopt(self, kind: str, batch: int, block: int) -> None:
+        """Take over a tensor that an earlier process left in the folder."""
+        assert self.folder is not None
+        self._tensors[kind, batch, block] = None
+
     def drop(self, kind: str, batch: int, block: int) -> None:
         """Forget a tensor, if it was kept."""
         self._tensors.pop((kind, batch, block), None)

@@ -33,6 +33,8 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 128,
     with_generation: bool = True,
+    losses: RecordLosses | None = None,
+    texts: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Held-out loss and perplexity, and for records with `references` or an `answer` the quality of what the model writes.
@@ -45,17 +47,21 @@ def evaluate(
         batch_size: Records that go through the model at once.
         max_new_tokens: Longest continuation.
         with_generation: Whether to generate at all: it costs one forward pass for each new token.
+        losses: Those of every record, where they are known already.
+        texts: Continuations of the records that have `references` or an `answer`, where they are known already.
         progress: Told of the phases `evaluate` and `generate`, in records.
     """
     phases = Phases()
-    with phases.phase("evaluate"):
-        losses = held_out_losses(base.model if model is None else model, base.pad_id, dataset, batch_size=batch_size, progress=progress)
+    if losses is None:
+        with phases.phase("evaluate"):
+            losses = held_out_losses(base.model if model is None else model, base.pad_id, dataset, batch_size=batch_size, progress=progress)
     low, high = ratio_interval(losses.nats, losses.tokens)
     answerable = [example for example in dataset.examples if "references" in example.record or "answer" in example.record]
     generation = None
     if answerable and with_generation and base.classes is None:
-        with phases.phase("generate"):
-            texts = generate(base, answerable, model=model, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        if texts is None:
+            with phases.phase("generate"):
+                texts = generate(base, answerable, model=model, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
         generation = score_texts([example.record for example in answerable], texts) | {"max_new_tokens": max_new_tokens}
     accuracy, accuracy_interval = None, None
     if base.classes is not None and losses.right is not None:
@@ -153,9 +159,7 @@ def generate(
         progress: Told of the phase `generate`, in records.
     """
     model = base.model if model is None else model
-    # End tokens of the tokenizer and of the model's own generation settings, which may have more (end of a chat turn).
-    ends = base.model.generation_config.eos_token_id
-    end_ids = {base.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ends = end_ids(base)
     positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     prompts = [prompt_of(example) for example in examples]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # prompts of similar length share a batch
@@ -179,7 +183,7 @@ def generate(
                     no_repeat_ngram_size=0,
                     use_cache=True,
                     pad_token_id=base.pad_id,
-                    eos_token_id=sorted(end_ids) or None,
+                    eos_token_id=sorted(ends) or None,
                 )
                 for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
                     texts[row] = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -188,6 +192,12 @@ def generate(
     finally:
         model.train(training)
     return texts
+
+
+def end_ids(base: BaseModel) -> set[int]:
+    """End tokens of the tokenizer and of the model's own generation settings, which may have more (end of a chat turn)."""
+    ends = base.model.generation_config.eos_token_id
+    return {base.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def prompt_of(example: Example) -> tuple[int, ...]:

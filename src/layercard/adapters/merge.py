@@ -1,0 +1,138 @@
+"""A plain LoRA adapter added to the weights of its base model, shard by shard: at most one file of the model is in memory at a time."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE
+from layercard.errors import OutputError, PlacementError
+from layercard.files import read_json
+from layercard.models.streamed import StreamedModel, weight_files
+from layercard.selection.placement import Placement
+
+PREFIX = "base_model.model."
+
+
+class Update(NamedTuple):
+    """What an adapter adds to one stored weight: `scaling · B A`, turned where the model stores `[in, out]`."""
+
+    a: torch.Tensor  # [r, in]
+    b: torch.Tensor  # [out, r]
+    scaling: float
+    transposed: bool
+
+    def delta(self) -> torch.Tensor:
+        """In float32, as the weight is stored."""
+        product = self.scaling * (self.b.float() @ self.a.float())
+        return product.T if self.transposed else product
+
+
+def read_updates(streamed: StreamedModel, adapter: Path) -> dict[str, Update]:
+    """The updates of an adapter, by the names of the stored weights that they belong to.
+
+    Raises:
+        PlacementError: It is not a plain LoRA adapter of linear modules, or not of this model.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (adapter / name).is_file():
+            raise PlacementError(f"{adapter} is not an adapter: it lacks {name}; name the folder that `layercard train` wrote")
+    if (adapter / PLACEMENT_FILE).exists():
+        placement = Placement.load(adapter / PLACEMENT_FILE)
+        if placement.model.get("layers") != len(streamed.blocks):
+            raise PlacementError(f"{adapter} is for a model of {placement.model.get('layers')} blocks, not {len(streamed.blocks)}")
+    values = read_json(adapter / CONFIG_FILE, PlacementError, "adapter configuration")
+    unlike = [name for name in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices") if values.get(name)]
+    if values.get("peft_type") != "LORA" or unlike or values.get("bias", "none") != "none":
+        kind = ", ".join(unlike) or f"bias={values.get('bias')}" if values.get("peft_type") == "LORA" else values.get("peft_type")
+        raise PlacementError(f"{adapter} is not plain LoRA ({kind}); merge it in memory with PEFT's merge_and_unload")
+    try:
+        known = LoraConfig.__dataclass_fields__
+        config = LoraConfig(
+            **{name: value for name, value in values.items() if name in known and name not in ("peft_type", "auto_mapping")}
+        )
+        tensors = load_file(adapter / WEIGHTS_FILE)
+    except (TypeError, ValueError, OSError, SafetensorError) as error:
+        raise PlacementError(f"{adapter} cannot be read ({' '.join(str(error).split())}); make the adapter again") from error
+    modules = {module.path: module for block in streamed.blocks for module in block.linear_modules}
+    updates: dict[str, Update] = {}
+    for key, a in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        b = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if path not in modules or b is None or b.shape[0] != modules[path].out_features or a.shape[1] != modules[path].in_features:
+            raise PlacementError(f"{key} of {adapter} does not fit {streamed.base.name!r}; name the base model that it was trained on")
+        if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+            raise PlacementError(f"{key} of {adapter} holds numbers that are not finite; train again")
+        source = streamed.sources[f"{path}.weight"]
+        if source.converter is not None:
+            raise PlacementError(f"{path} is stored in several pieces, so it cannot be merged file by file; use PEFT's merge_and_unload")
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
+        scaling = alpha / (math.sqrt(a.shape[0]) if config.use_rslora else a.shape[0])
+        updates[source.stored[0][0]] = Update(a, b, scaling, modules[path].transposed)
+    others = [key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if others or not updates or 2 * len(updates) != len(tensors):
+        raise PlacementError(f"{adapter} holds {others[0] if others else 'no pairs of lora_A and lora_B'}; only plain LoRA is merged")
+    return updates
+
+
+def merge_streamed(
+    streamed: StreamedModel, adapter: str | Path, output: str | Path, progress: Callable[[str, int, int], None] | None = None
+) -> list[str]:
+    """Write the model with the adapter added to its weights into a new folder, one file after another.
+
+    Weights keep the type they are stored in; the sum is made in float32. Configuration, tokenizer and index are copied.
+
+    Args:
+        streamed: The base model on disk (`open_model`).
+        adapter: Folder of a plain LoRA adapter.
+        output: A folder that is not there yet, or is empty.
+        progress: Told of the phase `merge`, in files.
+
+    Returns:
+        The stored weights that were changed.
+
+    Raises:
+        PlacementError: As `read_updates`.
+        OutputError: The folder holds something, or cannot be written.
+    """
+    adapter, output = Path(adapter), Path(output)
+    updates = read_updates(streamed, adapter)
+    folder = next(iter(streamed.weights.tensors.values())).path.parent
+    files = weight_files(folder)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} exists already; name another output")
+    part = output.with_name(f".{output.name[:200]}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for number, path in enumerate(files, 1):
+            stored = [name for name, tensor in streamed.weights.tensors.items() if tensor.path == path]
+            merged: dict[str, Any] = {}
+            for name in stored:
+                merged[name] = streamed.weights.read(name)
+                if name in updates:
+                    merged[name] = (merged[name].float() + updates[name].delta()).to(merged[name].dtype).contiguous()
+            save_file(merged, part / path.name, {"format": "pt"})
+            del merged
+            if progress:
+                progress("merge", number, len(files))
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in (CONFIG_FILE, PLACEMENT_FILE):
+                shutil.copyfile(path, part / path.name)
+        if output.exists():
+            output.rmdir()
+        part.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {output}: {' '.join(str(error).split())}; make room, or name another output") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return sorted(updates)
