@@ -189,15 +189,13 @@ def tiles_of(sources: Sources, groups: Sequence[TrialGroup], ratios: Ratios | No
         return "" if low is None or high is None else f"{scale * low:.0f}–{scale * high:.0f} %"
 
     performance = Tile("Performance kept", "unknown", "", "select from the card, or train it beside all layers")
-    kept = [run.performance_kept for run in runs if run.performance_kept is not None]
+    shares = [run.performance_kept for run in runs if run.performance_kept is not None]
     predicted = Estimate.read(placement.predicted.get("performance_kept"))
-    if kept:
-        average = mean(kept)
+    if shares:
+        average = mean(shares)
         where = ", ".join(dict.fromkeys(run.task for run in runs if run.performance_kept is not None))
-        of = "over runs" if len(kept) > 1 else "over its held-out records"
-        note = (
-            f"of all layers' loss reduction; {counted(len(kept), 'run')} on {where}{f', interval {of}' if average.low is not None else ''}"
-        )
+        of = ", interval over runs" if len(shares) > 1 else ", interval over its held-out records" if average.low is not None else ""
+        note = f"of all layers' loss reduction; {counted(len(shares), 'run')} on {where}{of}"
         performance = Tile("Performance kept", f"{average.value:.0f} %", ends(average.low, average.high), note, "measured")
     elif predicted is not None:
         between = ends(predicted.low, predicted.high, 100)

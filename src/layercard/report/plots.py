@@ -253,7 +253,11 @@ def front(front: Front | Mapping[str, Any], cost: FrontCost = "time", placements
     figure = _figure({"title": f"{title}, % of all layers"}, {"title": "performance kept, %"}, legend=True, hovermode="closest")
     for name, points in {"least cost": least, **plain, "given": given}.items():
         estimates = [(label, point, Estimate.read(point.get("performance_kept"))) for label, point in points]
-        drawn = [(label, 100 * point[key]["share"], kept.divided_by(0.01)) for label, point, kept in estimates if kept and point.get(key)]
+        drawn = [
+            (label, 100 * point[key]["share"], performance.divided_by(0.01))
+            for label, point, performance in estimates
+            if performance and point.get(key)
+        ]
         if name == "least cost":
             _add_points(figure, name, drawn, "circle", BLUE, 7, mode="lines+markers", line={"color": BLUE, "width": 2})
         elif drawn:
@@ -338,9 +342,9 @@ def _add_points(
     figure: "Figure", name: str, points: Sequence[tuple[str, float, Estimate]], symbol: str, colour: str, size: int, **style: Any
 ) -> None:
     """Placements as points of one colour, each with its label, its cost and what it keeps, both in %."""
-    kept = [estimate for _, _, estimate in points]
-    above = [estimate.high - estimate.value if estimate.high is not None else 0 for estimate in kept]
-    below = [estimate.value - estimate.low if estimate.low is not None else 0 for estimate in kept]
+    performance = [estimate for _, _, estimate in points]
+    above = [estimate.high - estimate.value if estimate.high is not None else 0 for estimate in performance]
+    below = [estimate.value - estimate.low if estimate.low is not None else 0 for estimate in performance]
     options = {
         "mode": "markers",
         "marker": {"size": size, "color": colour, "symbol": symbol, "line": EDGE},
@@ -348,7 +352,7 @@ def _add_points(
     }
     figure.add_scatter(
         x=[cost for _, cost, _ in points],
-        y=[estimate.value for estimate in kept],
+        y=[estimate.value for estimate in performance],
         name=name,
         text=[_escaped(label) for label, _, _ in points],
         hovertext=[f"{_escaped(label)}: {percent(estimate.divided_by(100))} kept" for label, _, estimate in points],

@@ -188,9 +188,9 @@ def front_view(front: Any) -> RenderableType:
         for column in ("Keeps", "Time", "Memory", "Layers", "Which"):
             table.add_column(column, justify="left" if column == "Which" else "right", overflow="fold")
         for point in points:
-            kept = Estimate.read(point["performance_kept"])
+            performance = Estimate.read(point["performance_kept"])
             shares = [f"{100 * point[key]['share']:.0f}%" for key in ("step_time", "peak_memory")]
-            cells = ["–" if kept is None else percent(kept), *shares, str(len(point["layers"])), listed(point["layers"], " ")]
+            cells = ["–" if performance is None else percent(performance), *shares, str(len(point["layers"])), listed(point["layers"], " ")]
             table.add_row(*(Text(cell) for cell in ([str(point["name"])] if names else []) + cells))
         tables.append(table)
     source = {"shapes": "estimated from shapes alone", "measured": "modelled from what was measured"}.get(front.cost_source, "modelled")
