@@ -221,10 +221,9 @@ def tiles_of(sources: Sources, groups: Sequence[TrialGroup], ratios: Ratios | No
         share = f"{100 * peak_of(placement.layers) / peak_of(range(card.model.layers)):.0f} % of all layers'"
         memory = Tile("Peak memory", size(peak_of(placement.layers)), "", f"{share}, above the frozen model", ratios.memory.basis)
 
-    year = saved.results["saved_year"]
-    between = "" if year.low is None or year.high is None or year.low == year.high else f"{amount(year.low)}–{amount(year.high)}"
+    year = amount(saved.results["saved_year"].mid)
     note = f"{saved.inputs.currency} at the prices below, which are yours to change"
-    return [performance, speed, memory, Tile("Saved a year", amount(year.mid), between, note, result="saved_year")]
+    return [performance, speed, memory, Tile("Saved a year", year, "", note, result="saved_year")]
 
 
 def verdict(sources: Sources, tiles: Sequence[Tile]) -> str:
@@ -286,7 +285,6 @@ def calculator(saved: Roi) -> dict[str, Any]:
         "shown": SHOWN,
         "leading": [formula for name in LEADING for formula in SHOWN if formula.name == name],
         "saved": saved,
-        "has_interval": any(getattr(saved.ratios, name).low < getattr(saved.ratios, name).high for name in RATIOS),
         "script": Markup(javascript()),
     }
 
