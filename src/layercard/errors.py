@@ -27,20 +27,6 @@ from collections.abc import Iterable
 
 LONGEST = 1000
 """Characters of a message. The middle of a longer one, which quotes a broken file, is left out."""
-UNSEEN = ("Cc", "Cf", "Cs")
-"""Unicode's categories of control and format characters and of halves of surrogate pairs."""
-
-
-def visible(text: str) -> str:
-    """A text with its characters of `UNSEEN` as escapes, since terminals obey some of them; line ends and tabs stay.
-
-    >>> visible("a\x1b[2J\n")
-    'a\\x1b[2J\n'
-    """
-    if text.isprintable():
-        return text
-    unseen = {letter for letter in text if unicodedata.category(letter) in UNSEEN and letter not in "\n\t"}
-    return "".join(letter.encode("unicode_escape").decode() if letter in unseen else letter for letter in text)
 
 
 class LayercardError(Exception):

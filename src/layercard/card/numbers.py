@@ -108,7 +108,7 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
     rows: dict[str, str] = {}
     performance = Estimate.read(predicted.get("performance_kept"))
     if performance is not None:
-        rows["Keeps"] = f"{percent(performance)} of the performance of all layers, {PREDICTED}"
+        rows["Keeps"] = f"{percent(performance)} of the performance of all layers, predicted"
     costs = []
     for key, (name, unit) in _COSTS.items():
         part = predicted.get(key)
@@ -133,6 +133,8 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
         rows["Solver"] = f"{solver.get('status')}" + (f", at most {100 * gap.value:.2g}% from the best" if gap is not None else "")
     baseline = predicted.get("baseline")
     notes = [predicted.get("remark"), baseline.get("note") if isinstance(baseline, Mapping) else None]
+    if performance is not None:
+        notes.append(f"the performance is {PREDICTED}")
     if predicted.get("cost_source") == "shapes":
         notes.append("costs are estimated from shapes alone; profile with --cost to measure them")
     return rows | numbered("Note", [note for note in notes if note])

@@ -21,7 +21,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from layercard.card.card import LayerCard
 from layercard.card.numbers import stability_words, with_interval
-from layercard.errors import UNSEEN, CardError, HubError, one_line
+from layercard.errors import HIDDEN, CardError, HubError, one_line
 from layercard.files import json_text, parse_json
 from layercard.hub import hub_answers
 from layercard.report.terminal import bar
@@ -220,7 +220,7 @@ def _check_texts(value: dict[str, Any], source: str) -> None:
             waiting += [*part, *part.values()]
         elif isinstance(part, list):
             waiting += part
-        elif isinstance(part, str) and any(unicodedata.category(character) in UNSEEN for character in part):
+        elif isinstance(part, str) and any(unicodedata.category(character) in HIDDEN for character in part):
             raise CardError(f"{source} holds control characters in {ascii(part)[:60]}, which no card does; name another card")
 
 
