@@ -131,4 +131,5 @@ def fake_comparison(card: dict[str, Any], placements: dict[str, list[int]]) -> d
                 "time_share": 100 * time,
             }
         )
-    return {"schema": "layercard-compare/1", "model": card["model"], "loss_before": 2.9, "rows": rows}
+    about = {"model": card["model"], "data": {}, "valid": {}, "settings": {}, "versions": {}}
+    return {"schema": "layercard-compare/1", **about, "loss_before": 2.9, "rows": rows}

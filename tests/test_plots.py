@@ -13,7 +13,7 @@ from plotly.graph_objects import Figure
 from cards import fake_card, fake_placement
 from layercard.card.card import LayerCard, cost_of
 from layercard.card.numbers import LONGEST, MOST_ROWS
-from layercard.errors import CardError, LayercardError, PlacementError, ReportError, SelectionError
+from layercard.errors import CardError, LayercardError, PlacementError, ReportError, SelectionError, TrainingError
 from layercard.report import plots
 from layercard.report.page import report_page
 from layercard.report.sources import Sources
@@ -95,8 +95,8 @@ def _costed() -> LayerCard:
         (lambda: plots.front({"schema": "layercard-front/1"}), SelectionError, "model: Field required"),
         (lambda: plots.transfer_matrix({"schema": "layercard-transfer/1"}), CardError, "model: Field required"),
         (lambda: plots.transfer_matrix({"one": fake_card(8)}), LayercardError, "card"),
-        (lambda: plots.trade_off({"schema": "layercard-compare/1", "rows": []}), ReportError, "not a whole"),
-        (lambda: plots.trade_off({}), ReportError, "layercard compare"),
+        (lambda: plots.trade_off({"schema": "layercard-compare/1", "rows": []}), TrainingError, "model: Field required"),
+        (lambda: plots.trade_off({}), TrainingError, "layercard compare"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], Any], error: type[LayercardError], says: str) -> None:

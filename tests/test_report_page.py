@@ -31,7 +31,7 @@ from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import transfer
 from layercard.training.records import Run
-from layercard.trials.records import TrialRecord
+from layercard.trials.records import Comparison, TrialRecord
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -93,7 +93,7 @@ def full(depth: int = 12, cards: int = 2, **changes: Any) -> Sources:
     every = list(range(depth))
     loaded = {f"card{seed}": LayerCard.from_json(value) for seed, value in enumerate(values)}
     placements = {"mine": [1, depth // 2], **{f"p{first}": every[first : first + 3] for first in range(2, min(12, depth))}, "all": every}
-    comparison = fake_comparison(values[0], placements)
+    comparison = Comparison.from_json(fake_comparison(values[0], placements))
     return Sources(
         cards=loaded,
         placements={
@@ -130,7 +130,7 @@ def test_every_part_is_there_and_nothing_is_missing(whole: tuple[Sources, str]) 
 
 def test_numbers_are_those_of_the_files(whole: tuple[Sources, str]) -> None:
     sources, text = whole
-    page, rows = Reader(text), sources.comparisons[0]["rows"]
+    page, rows = Reader(text), sources.comparisons[0].to_json()["rows"]
     card, columns = sources.card.to_json(), [measure.key for measure in measured(sources.card)]
     table = next(values for caption, values in page.values.items() if caption.startswith("Every layer"))
     assert table == [layer[key]["value"] if isinstance(layer[key], dict) else layer[key] for layer in card["layers"] for key in columns]
@@ -214,7 +214,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     sources = full(6, model=value["model"], data=value["data"], settings=value["settings"], units=value["units"], warnings=[text])
     sources.cards["card0"] = sources.card.model_copy(update={"cost": sources.card.cost.model_copy(update={"device": text})})
     named = Placement.from_json({**fake_placement(value, [1]), "objective": text, "reasons": {"1": text}})
-    comparison = fake_comparison(value, {text: [2], "all": list(range(6))})
+    comparison = Comparison.from_json(fake_comparison(value, {text: [2], "all": list(range(6))}))
     sources.placements, sources.comparisons, sources.trials = {text: named}, [comparison], compared(of_comparison(comparison))
     sources.front.baselines[0]["name"] = f"last-{text}"
     sources.transfer.cards[0]["name"] = text
@@ -312,7 +312,7 @@ def test_ratios_say_what_they_come_from() -> None:
     nothing = ratios_of([3, 4])
     assert not nothing.adapter_size.measured and nothing.time.mid == 1
     comparison = fake_comparison(value, {"mine": [3, 4], "all": list(range(6))})
-    trained = ratios_of([3, 4], card, grouped(compared(of_comparison(comparison))))
+    trained = ratios_of([3, 4], card, grouped(compared(of_comparison(Comparison.from_json(comparison)))))
     assert trained.time.mid == pytest.approx(comparison["rows"][0]["time_share"] / 100)
     assert trained.time.source == "timed against all layers, 1 timing, without an interval"
     assert (trained.time.basis, trained.time.low) == ("measured", trained.time.high)
@@ -394,7 +394,7 @@ CARD, OTHER = fake_card(4), {**fake_card(4), "model": {"name": "other", "fingerp
         ({"b.json": OTHER}, ["card.json", "b.json"], "a report is of one model", ReportError),
         ({"r/run.json": run_record(OTHER, [1], 1, 1)}, ["card.json", "r"], "a report is of one model", ReportError),
         ({"old.json": {**CARD, "schema": "layercard/0"}}, ["old.json"], "layercard/0", CardError),
-        ({"r/run.json": {"schema": "layercard-run/0"}}, ["card.json", "r"], "layercard-run/0", ReportError),
+        ({"r/run.json": {"schema": "layercard-run/0"}}, ["card.json", "r"], "layercard-run/0", TrainingError),
         ({"r/run.json": {"schema": "layercard-run/1"}}, ["card.json", "r"], "started: Field required", TrainingError),
         ({"x.json": {"schema": "else/1"}}, ["card.json", "x.json"], "not one of a report's", ReportError),
         ({"r/run.json": '{"schema": "layerc'}, ["card.json", "r"], "truncated", ReportError),

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from layercard.card.card import LayerCard
     from layercard.report.sources import Sources
     from layercard.selection.placement import Placement
+    from layercard.trials.records import Comparison
 
 Json = Mapping[str, Any]
 
@@ -18,7 +19,7 @@ def commands_of(sources: "Sources") -> list[str]:
     return [*lines, *dict.fromkeys(str(table["command"]) for table in sources.tables if table.get("command"))]
 
 
-def command_lines(card: "LayerCard", placement: "Placement | None", comparison: Json | None) -> list[str]:
+def command_lines(card: "LayerCard", placement: "Placement | None", comparison: "Comparison | None") -> list[str]:
     """One command line for each file that is given, in the order in which they are run."""
     lines = [_profile(card)]
     if placement is not None and placement.objective != "given":  # what was named by hand has no rule behind it
@@ -57,14 +58,13 @@ def _select(placement: "Placement") -> list[str]:
     return ["select", "card.json", *_options({"k": count}, "k"), how, objective, *budgets, *ranks, "-o", "placement.json"]
 
 
-def _compare(comparison: Json, placement: "Placement | None") -> list[str]:
-    layers = list(placement.layers) if placement is not None else None
-    names = ["placement.json" if list(row["layers"]) == layers else str(row["name"]) for row in comparison["rows"]]
-    line = ["compare", str(comparison["model"].get("name"))]
-    for part, source, records in (("data", "--data", "--records"), ("valid", "--valid", "--valid-records")):
-        data = comparison.get(part) or {}
+def _compare(comparison: "Comparison", placement: "Placement | None") -> list[str]:
+    layers = placement.layers if placement is not None else None
+    names = ["placement.json" if row.layers == layers else row.name for row in comparison.rows]
+    line = ["compare", str(comparison.model.get("name"))]
+    for data, source, records in ((comparison.data, "--data", "--records"), (comparison.valid, "--valid", "--valid-records")):
         line += [*_sources(source, data["source"]), records, str(data.get("records"))] if "source" in data else []
-    settings = comparison.get("settings") or {}
+    settings = comparison.settings
     given = ("rank", "alpha", "dropout", "learning_rate", "steps", "epochs", "batch_size", "accumulation", "seed")
     bf16 = ["--bf16"] if settings.get("bf16") else []
     return [*line, "--placements", ",".join(names), *_options(settings, *given), *bf16, "-o", "compare"]

@@ -121,6 +121,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
         device=device_of(cost) if cost else "",
         roadmap=roadmap_of(sources),
         tiles=tiles,
+        held_out=any(len(run.curve) > 2 for run in sources.curves),
         warnings=[*card.warnings, *sources.notes],
         calculator=calculator(saved) if saved else "missing",
         provenance=_provenance(sources),
@@ -209,10 +210,13 @@ def tiles_of(sources: Sources, groups: Sequence[TrialGroup], ratios: Ratios | No
         speed = Tile("Training time", f"{100 * abs(1 - time.mid):.0f} % {less}", between, f"{times}{time.source}", time.basis)
 
     # Memory above the frozen model, as runs count it; the calculator's ratio counts the model too.
-    memory, peaks = Tile("Peak memory", "unknown", "", "profile with --cost"), [run.memory for run in runs if run.memory]
+    memory, peaks = (
+        Tile("Peak memory", "unknown", "", "profile with --cost"),
+        [run.peak_memory_bytes for run in runs if run.peak_memory_bytes],
+    )
     if peaks:
         peak = mean([Estimate(value=value) for value in peaks]).divided_by(2**20)
-        of_all = [run.memory_of_all for run in runs if run.memory and run.memory_of_all]
+        of_all = [run.memory_of_all for run in runs if run.peak_memory_bytes and run.memory_of_all]
         share = f"{100 * peak.value * 2**20 * len(of_all) / sum(of_all):.0f} % of all layers'; " if of_all else ""
         note = f"{share}above the frozen model, {counted(len(peaks), 'run')}"
         memory = Tile("Peak memory", f"{peak.value:,.0f} MiB", interval(peak), note, "measured")
@@ -246,13 +250,17 @@ def verdict(sources: Sources, tiles: Sequence[Tile]) -> str:
     return f"{len(placement.layers)} of {depth} layers ({listed(placement.layers)}) {said}."
 
 
-def curves_of(sources: Sources, names: Mapping[tuple[int, ...], str]) -> dict[str, tuple[float, Sequence[float]]]:
-    """Seconds and losses of the first run of each placement on the card's own data, all layers and the placements given first."""
-    task, curves = task_word(sources.card.data.source), {}
-    for run in sources.curves:
+def curves_of(sources: Sources, names: Mapping[tuple[int, ...], str]) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+    """Seconds and losses of the first run of each placement on the card's own data, the placements given and all layers first.
+
+    Losses on held-out records and on those of training are not mixed: where any run has the former, the others are left out.
+    """
+    runs, curves = [run for run in sources.curves if run.task == task_word(sources.card.data.source)], {}
+    held_out = any(len(run.curve) > 2 for run in runs)
+    for run in runs:
         name = names.get(run.layers) or plain_name(run.layers, run.depth) or f"layers {listed(run.layers, ' ')}"
-        if run.task == task and run.seconds and name not in curves:
-            curves[name] = run.seconds, run.losses
+        if name not in curves and (len(run.curve) > 2) == held_out:
+            curves[name] = run.curve_points
     leading = [name for name in (*names.values(), "all") if name in curves]
     return {name: curves[name] for name in dict.fromkeys([*leading, *curves])}
 
@@ -264,9 +272,9 @@ def roadmap_of(sources: Sources) -> Roadmap:
         ModelFile(f"{name}.json", "card", each.model_dump(include={"model", "data", "stability"})) for name, each in sources.cards.items()
     ]
     files = [*cards, *(ModelFile(f"{name}.json", "placement", each.to_json()) for name, each in sources.placements.items())]
-    files += [ModelFile("compare/compare.json", "comparison", comparison) for comparison in sources.comparisons]
+    files += [ModelFile("compare/compare.json", "comparison", comparison.to_json()) for comparison in sources.comparisons]
     for run in sorted(sources.trials, key=lambda run: sources.placement is None or run.layers != sources.placement.layers)[:1]:
-        value = {"model": model, "placement": {"model": model, "layers": list(run.layers)}, "loss_reduction": run.reduction}
+        value = {"model": model, "placement": {"model": model, "layers": list(run.layers)}, "loss_reduction": run.loss_reduction}
         files.append(ModelFile("adapter/run.json", "run record", value))
     return roadmap(files, cards[0])
 

@@ -26,12 +26,13 @@ from layercard.card.card import LayerCard
 from layercard.card.numbers import listed, percent, short, with_interval
 from layercard.errors import CardError, PlacementError, ReportError, suggestion, visible
 from layercard.records import Estimate, Record
-from layercard.report.sources import called, read_runs
-from layercard.report.trials import TrialGroup, compared, grouped
+from layercard.report.sources import called
+from layercard.report.trials import TrialGroup, compared, grouped, of_comparison
 from layercard.report.words import bar_fractions, measured
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement, check_layers
 from layercard.selection.transfer import Transfer, transfer
+from layercard.trials.records import Comparison
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -71,8 +72,6 @@ STACKED = {
 """The parts of a layer's cost that are stacked: key in the cost of a layer, colour and pattern."""
 FLAT = 0.05
 """Part of the highest value below which a spread is shown as flat: a measure that is alike in all layers shall not look rugged."""
-MOST_CURVES = 6
-"""Runs whose losses are drawn."""
 
 
 def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = ()) -> "Figure":
@@ -266,19 +265,19 @@ def front(front: Front | Mapping[str, Any], cost: FrontCost = "time", placements
     return figure
 
 
-def trade_off(comparison: Mapping[str, Any], placements: Placements | None = None) -> "Figure":
+def trade_off(comparison: Comparison | Mapping[str, Any], placements: Placements | None = None) -> "Figure":
     """Performance kept against training time, both measured and in % of all layers: one point a placement that was trained.
 
     Args:
-        comparison: JSON value of `layercard compare` (`compare.json`) with a run of all layers.
+        comparison: What `layercard compare` gives, or the JSON value of its `compare.json`, with a run of all layers.
         placements: Placements to mark and to name beside their points.
 
     Raises:
-        ReportError: The value is not a whole comparison.
+        TrainingError: The value is not a whole comparison.
     """
     given = {name: _record(Placement, placement) for name, placement in (placements or {}).items()}
     names = {placement.layers: called(name, placement) for name, placement in given.items()}
-    return trade_off_of(grouped(compared(read_runs("comparison", comparison, "comparison")), names), list(names.values()))
+    return trade_off_of(grouped(compared(of_comparison(_record(Comparison, comparison))), names), list(names.values()))
 
 
 def trade_off_of(groups: Sequence[TrialGroup], named: Collection[str]) -> "Figure":
@@ -298,19 +297,13 @@ def trade_off_of(groups: Sequence[TrialGroup], named: Collection[str]) -> "Figur
     return figure
 
 
-def loss_curves(curves: Mapping[str, tuple[float, Sequence[float]]]) -> "Figure":
-    """Training loss against training time, for each name the seconds of the whole run and the loss of each step, nats per labelled token.
-
-    Each point is the mean of a twentieth of the steps up to it.
-    """
-    figure = _figure({"title": "training time, s"}, {"title": "training loss, nats per labelled token"}, legend=True, hovermode="closest")
+def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> "Figure":
+    """Loss against training time: for each name seconds within steps, and losses in nats per labelled token."""
+    figure = _figure({"title": "training time, s"}, {"title": "loss, nats per token"}, legend=True, hovermode="closest")
     styles = zip((GREEN, GREY, ORANGE, BLUE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash", "solid"), strict=True)
-    for (name, (seconds, losses)), (colour, dash) in zip(list(curves.items())[:MOST_CURVES], styles, strict=False):
-        width = max(1, len(losses) // 20)
-        ends = range(width, len(losses) + 1)
-        means = [sum(losses[end - width : end]) / width for end in ends]
-        times = [seconds * end / len(losses) for end in ends]
-        figure.add_scatter(x=times, y=means, name=_escaped(name), mode="lines", line={"color": colour, "dash": dash, "width": 2})
+    for (name, (seconds, losses)), (colour, dash) in zip(curves.items(), styles, strict=False):
+        line = {"color": colour, "dash": dash, "width": 2}
+        figure.add_scatter(x=list(seconds), y=list(losses), name=_escaped(name), mode="lines", line=line)
     return figure
 
 

@@ -374,7 +374,7 @@ def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequ
         if cost.source == "measured":
             places.append(f"{device_of(cost)}, {cost.batch_size} records of {cost.tokens} tokens")
         # Peak memory with the frozen model in it, whose size only the cost knows.
-        peaks = [(run.memory, run.memory_of_all) for run in runs if run.memory and run.memory_of_all]
+        peaks = [(run.peak_memory_bytes, run.memory_of_all) for run in runs if run.peak_memory_bytes and run.memory_of_all]
         if peaks:
             frozen = cost.weights_bytes
             share = mean([Estimate(value=(frozen + memory) / (frozen + of_all)) for memory, of_all in peaks])

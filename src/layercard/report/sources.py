@@ -15,19 +15,19 @@ from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import Transfer
 from layercard.training.records import Run
-from layercard.trials.records import TrialRecord
+from layercard.trials.records import Comparison, TrialRecord
 
 MOST_FILES = 5_000
 """JSON files that a folder may hold; more is taken for a mistake."""
 RECORDS: dict[str, type[Record]] = {"card": LayerCard, "placement": Placement, "front": Front, "transfer": Transfer}
-RUNS: dict[str, tuple[str, str, Callable[[Json, str], list[Trial]]]] = {
-    "run": ("layercard-run/1", "layercard train", lambda value, source: [of_run(Run.from_json(value, source))]),
-    "benchmark run": ("layercard-trial/1", "layercard bench", lambda value, source: of_trial(TrialRecord.from_json(value, source))),
-    "comparison": ("layercard-compare/1", "layercard compare", lambda value, _: of_comparison(value)),
+RUNS: dict[str, tuple[type[Record], Callable[[Any], list[Trial]]]] = {
+    "run": (Run, lambda run: [of_run(run)]),
+    "benchmark run": (TrialRecord, of_trial),
+    "comparison": (Comparison, of_comparison),
 }
-"""Files with training runs: their schema, the command that writes them, and how their runs are read."""
-_KINDS = {record.schema_name().partition("/")[0]: kind for kind, record in RECORDS.items()}
-_KINDS |= {schema.partition("/")[0]: kind for kind, (schema, _, _) in RUNS.items()}
+"""Files with training runs: their class, and how their runs are read."""
+_CLASSES = RECORDS | {kind: record for kind, (record, _) in RUNS.items()}
+_KINDS = {record.schema_name().partition("/")[0]: kind for kind, record in _CLASSES.items()}
 _OF_OTHERS = ("layercard-plan/1", "layercard-cost/1", "layercard-roi/1", "layercard-set/1")
 """Schemas that belong to other files and are passed over."""
 
@@ -42,7 +42,7 @@ class Sources:
     curves: list[Trial] = field(default_factory=list)  # runs that say the loss of each step, those of a comparison too
     front: Front | None = None
     transfer: Transfer | None = None
-    comparisons: list[Json] = field(default_factory=list)  # files of `layercard compare`, as they are
+    comparisons: list[Comparison] = field(default_factory=list)
     tables: list[Json] = field(default_factory=list)  # result tables, as they are
     used: dict[str, int] = field(default_factory=dict)  # how many files of each kind were read
     passed: int = 0  # JSON files in folders that were of no use
@@ -107,12 +107,12 @@ def read_runs(kind: str, value: Json, source: str) -> list[Trial]:
     """The runs of a file whose kind is in `RUNS`; `source` names it in messages.
 
     Raises:
-        ReportError, TrainingError: It has another schema, or a part is missing or of the wrong kind.
+        TrainingError, BenchmarkError: It has another schema, or a part is missing or of the wrong kind.
+        ReportError: Its parts do not fit together.
     """
-    schema, command, read = RUNS[kind]
-    if value.get("schema") != schema:
-        raise ReportError(f"{source}: schema {shown(value.get('schema'))} is not {schema!r}; make the file again with `{command}`")
-    return _checked(source, schema, lambda: read(value, source))
+    record, runs_of = RUNS[kind]
+    checked = record.from_json(value, source)
+    return _checked(source, record.noun, lambda: runs_of(checked))
 
 
 def called(name: str, placement: Placement) -> str:
@@ -163,7 +163,7 @@ def _take(
         shares[timing] = 100 * _checked(source, "step time", lambda: float(value["share_of_all"]))
         return "timing"
     runs = read_runs(kind, value, source) if kind in RUNS and (kind == "run" or not counted_elsewhere) else []
-    sources.curves += [run for run in runs if run.losses]
+    sources.curves += [run for run in runs if run.curve_points[0]]
     if counted_elsewhere:
         return None
     if schema == "layercard-bench/1":
@@ -182,7 +182,7 @@ def _take(
     if kind in RUNS:
         sources.trials += runs
         if kind == "comparison":
-            sources.comparisons.append(value)
+            sources.comparisons.append(Comparison.from_json(value, source))
         return {"benchmark run": "run" if runs else None}.get(kind, kind)
     if named and schema not in _OF_OTHERS:
         raise ReportError(f"{file}: schema {shown(schema)} is not one of a report's; name cards, placements, runs, fronts or tables")

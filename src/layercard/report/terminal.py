@@ -19,6 +19,7 @@ from layercard.report.roi import RATIOS, SHOWN, Roi
 from layercard.report.words import MEASURES, amount, bar_fractions, counted, seconds, signed, size, title_of
 from layercard.selection.placement import Placement
 from layercard.selection.strategies import strategy_layers
+from layercard.trials.records import Comparison
 
 MIB = 2**20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -198,7 +199,7 @@ def front_view(front: Any) -> RenderableType:
     return Group(*tables, Text(note, style="dim"))
 
 
-def comparison_table(comparison: Json) -> Table:
+def comparison_table(comparison: Comparison) -> Table:
     """One row a placement: what it keeps of the performance of all layers, and what it costs."""
     columns = {
         "Loss reduction": ("loss_reduction", 1),
@@ -210,10 +211,10 @@ def comparison_table(comparison: Json) -> Table:
         "File MiB": ("adapter_bytes", MIB),
     }
     table = _table("Placement", "Layers", *(name.replace(" ", "\n") for name in columns), dense=True)
-    for row in comparison["rows"]:
-        cells = [str(row["name"]), str(len(row["layers"]))]
+    for row in comparison.rows:
+        cells = [row.name, str(len(row.layers))]
         for key, scale in columns.values():
-            value = Estimate.read(row.get(key))
+            value = Estimate.read(getattr(row, key))
             cells.append("–" if value is None else short(value.value / scale) if scale else f"{int(value.value):,}")
         table.add_row(*map(Text, cells))
     return table

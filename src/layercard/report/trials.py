@@ -6,19 +6,20 @@ loss reduction and what it takes of the time. Runs without such a partner keep t
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
+from pydantic import model_validator
 
-from layercard.card.numbers import Json, listed
+from layercard.card.numbers import listed
 from layercard.files import shown
 from layercard.records import Estimate
 from layercard.selection.placement import check_layers
 from layercard.selection.strategies import STRATEGIES
 from layercard.statistics.ratios import TAILS, resampled_sums
 from layercard.training.records import Run
-from layercard.trials.records import TrialRecord
+from layercard.trials.records import Comparison, TrialRecord
 
 LEVEL = 0.95
 
@@ -26,87 +27,65 @@ Shares = Mapping[tuple[str, tuple[int, ...], int | None], float]
 """Step times that were measured apart, in % of all layers, by task, layers and rank."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training run."""
+class Trial(TrialRecord):
+    """One training run, whatever command wrote it; `train_seconds` is `None` where a part of the forward pass was stored."""
 
-    name: str  # what the placement is called; empty where the record does not say
-    task: str  # the data, in a word
-    layers: tuple[int, ...]
-    depth: int  # layers of the model
-    seed: int
-    rank: int | None
-    reduction: Estimate | None  # of the loss on held-out records, nats per labelled token
-    performance_kept: Estimate | None  # the same in % of all layers
-    seconds: float | None  # within training steps; `None` where part of the forward pass was stored, so that it does not compare
-    time_share: float | None  # % of all layers
-    memory: float | None  # peak bytes above the frozen model
-    adapter_bytes: float | None  # of the saved adapter
-    machine: str  # where it ran, in words
-    memory_of_all: float | None = None  # `memory` of the run of all layers that it compares with
-    nats: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # loss of each held-out record before and after
     losses: tuple[float, ...] = ()  # training loss of each step
+    memory_of_all: int | None = None  # `peak_memory_bytes` of the run of all layers that it compares with
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_layers(self.layers, int(self.model["layers"]))
+        if not isinstance(self.rank, int | None) or isinstance(self.rank, bool):
+            raise ValueError(f"rank is {shown(self.rank)}")
+        return self
 
     @property
-    def all_layers(self) -> bool:
-        """Whether all layers are adapted."""
-        return len(self.layers) == self.depth
+    def depth(self) -> int:
+        """Layers of the model."""
+        return int(self.model["layers"])
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of its adapters, where the settings say."""
+        return self.settings.get("rank")
+
+    @property
+    def partner(self) -> tuple[str, Any, int | None]:
+        """What a run shares with the run of all layers that it compares with: task, seed and rank."""
+        return self.task, self.settings.get("seed") or 0, self.rank
+
+    @property
+    def curve_points(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Seconds and losses: on held-out records where measured on the way, else of training, averaged over 5 % of the steps."""
+        if len(self.curve) > 2:
+            return [moment.seconds for moment in self.curve], [moment.loss for moment in self.curve]
+        width, steps = max(1, len(self.losses) // 20), len(self.losses)
+        ends = range(width, steps + 1) if self.losses else ()
+        means = [sum(self.losses[end - width : end]) / width for end in ends]
+        return [(self.train_seconds or 0.0) * end / steps for end in ends], means
 
 
 def of_run(run: Run) -> Trial:
     """The run of a record of `layercard train`."""
-    by_record = (run.valid or {}).get("per_record") or {}
-    before, after = by_record.get("nats_before"), by_record.get("nats_after")
-    row = {**run.model_dump(), "layers": run.placement["layers"], "loss_reduction": None}
+    row = run.model_dump(exclude={"schema_", "loss_reduction", "valid"})
     if run.loss_reduction is not None:
         low, high = run.loss_reduction_interval or (None, None)
         row["loss_reduction"] = Estimate(value=run.loss_reduction, low=low, high=high)
-    task, device = task_word(str(run.data.get("source", "data"))), str(run.model.get("device", ""))
-    trial = _run(row, task, run.placement["model"], run.settings, device)
-    nats = (tuple(before), tuple(after)) if before and after and len(before) == len(after) else None
-    return replace(trial, nats=nats, losses=tuple(run.losses))
+    about = {"layers": run.placement["layers"], "model": run.placement["model"], "valid": run.valid or {}}
+    return Trial(**row | about, task=task_word(str(run.data.get("source", "data"))), machine=str(run.model.get("device", "")))
 
 
 def of_trial(record: TrialRecord) -> list[Trial]:
     """The run of a trial of `layercard bench`; none for one on validation records, which chose a learning rate."""
-    if record.split == "valid":
-        return []
-    return [_run(record.model_dump(), record.task, record.model, record.settings, record.machine, record.name)]
+    return [] if record.split == "valid" else [Trial(**record.model_dump(exclude={"schema_"}))]
 
 
-def of_comparison(comparison: Json) -> list[Trial]:
+def of_comparison(comparison: Comparison) -> list[Trial]:
     """The runs of `layercard compare`, which have names, shares and paired intervals."""
-    model, task = comparison["model"], task_word(str((comparison.get("data") or {}).get("source", "data")))
-    rows = [(str(row["name"]), row) for row in comparison["rows"]]
-    return [_run(row, task, model, comparison.get("settings"), str(model.get("device", "")), name) for name, row in rows]
-
-
-def _run(row: Json, task: str, model: Json, settings: Json | None, machine: str, name: str = "") -> Trial:
-    """A run from what `layercard train` and `compare` say of it under the same keys."""
-    settings, depth = settings or {}, int(model["layers"])
-    rank = settings.get("rank")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-        raise TypeError(f"rank is {shown(rank)}")
-    return Trial(
-        name=name,
-        task=task,
-        layers=check_layers(row["layers"], depth),
-        depth=depth,
-        seed=int(settings.get("seed") or 0),
-        rank=rank,
-        reduction=Estimate.read(row.get("loss_reduction")),
-        performance_kept=Estimate.read(row.get("performance_kept")),
-        seconds=_number(row.get("train_seconds")),
-        time_share=_number(row.get("time_share")),
-        memory=_number(row.get("peak_memory_bytes")),
-        adapter_bytes=_number(row.get("adapter_bytes")),
-        machine=machine,
-    )
-
-
-def _number(raw: Any) -> float | None:
-    estimate = Estimate.read(raw)
-    return None if estimate is None else estimate.value
+    about = {"model": comparison.model, "settings": comparison.settings, "machine": str(comparison.model.get("device", ""))}
+    about["task"] = task_word(str(comparison.data.get("source", "data")))
+    return [Trial(**row.model_dump(exclude={"schema_"}) | about) for row in comparison.rows]
 
 
 def task_word(source: str) -> str:
@@ -124,30 +103,31 @@ def task_word(source: str) -> str:
 
 def compared(runs: Sequence[Trial], shares: Shares | None = None) -> list[Trial]:
     """The runs with what they keep and take of all layers, as far as there is a run of all layers to compare with."""
-    partners, compared_runs = {(run.task, run.seed, run.rank): run for run in runs if run.all_layers}, []
+    partners, compared_runs = {run.partner: run for run in runs if len(run.layers) == run.depth}, []
     for run in runs:
-        all_layers = partners.get((run.task, run.seed, run.rank))
-        performance, share = run.performance_kept, run.time_share
-        if performance is None and all_layers is not None and run.reduction and all_layers.reduction and all_layers.reduction.value > 0:
-            performance = _kept_paired(run, all_layers) or Estimate(value=100 * run.reduction.value / all_layers.reduction.value)
+        all_layers = partners.get(run.partner)
+        performance, share, memory = run.performance_kept, run.time_share, None
         if share is None:
             share = (shares or {}).get((run.task, run.layers, run.rank))
-        if share is None and all_layers is not None and run.seconds and all_layers.seconds:
-            share = 100 * run.seconds / all_layers.seconds
-        if run.all_layers and share is not None:
+        if all_layers is not None:
+            memory, reached, possible = all_layers.peak_memory_bytes, run.loss_reduction, all_layers.loss_reduction
+            if performance is None and reached and possible and possible.value > 0:
+                performance = _kept_paired(run, all_layers) or Estimate(value=100 * reached.value / possible.value)
+            if share is None and run.train_seconds and all_layers.train_seconds:
+                share = 100 * run.train_seconds / all_layers.train_seconds
+        if len(run.layers) == run.depth and share is not None:
             share = 100.0
-        compared_runs.append(
-            replace(run, performance_kept=performance, time_share=share, memory_of_all=all_layers.memory if all_layers else None)
-        )
+        compared_runs.append(run.model_copy(update={"performance_kept": performance, "time_share": share, "memory_of_all": memory}))
     return compared_runs
 
 
 def _kept_paired(run: Trial, all_layers: Trial) -> Estimate | None:
     """Per cent kept with a bootstrap interval over the held-out records, where both runs were measured on the same ones."""
-    if run.nats is None or all_layers.nats is None or run.nats[0] != all_layers.nats[0]:
+    nats = [each.valid.get("per_record") or {} for each in (run, all_layers)]
+    before, after, after_all = nats[0].get("nats_before"), nats[0].get("nats_after"), nats[1].get("nats_after")
+    if not before or not after or not after_all or before != nats[1].get("nats_before") or not len(before) == len(after) == len(after_all):
         return None
-    (before, after), after_all = (np.array(side) for side in run.nats), np.array(all_layers.nats[1])
-    reached, possible = before - after, before - after_all
+    reached, possible = np.array(before) - np.array(after), np.array(before) - np.array(after_all)
     reached_sums, possible_sums = resampled_sums(reached, possible)
     if possible.sum() <= 0 or (possible_sums <= 0).any():
         return None
@@ -190,8 +170,8 @@ def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None =
         name = plain if plain == "all" else names.get(layers) or first.name or plain or f"layers {listed(layers, ' ')}"
         reductions: dict[str, list[Estimate]] = defaultdict(list)
         for run in members:
-            if run.reduction is not None:
-                reductions[run.task].append(run.reduction)
+            if run.loss_reduction is not None:
+                reductions[run.task].append(run.loss_reduction)
         timings = {(run.task, run.time_share): run.time_share for run in members if run.time_share is not None}
         groups.append(
             TrialGroup(
@@ -203,7 +183,7 @@ def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None =
                 performance_kept=_mean_of(run.performance_kept for run in members),
                 time_share=_mean_of(timings.values()),
                 timings=len(timings),
-                memory=_mean_of(run.memory for run in members),
+                memory=_mean_of(run.peak_memory_bytes for run in members),
                 adapter_bytes=_mean_of(run.adapter_bytes for run in members),
             )
         )
