@@ -70,7 +70,7 @@ def test_a_front_survives_the_disk(card: LayerCard, front: dict[str, Any], tmp_p
     path = pareto(card).save(tmp_path / "front.json")
     assert Front.load(path).to_json() == front
     path.write_text('{"schema": "layercard/1"}', encoding="utf-8")
-    with pytest.raises(SelectionError, match="layercard-front/1"):
+    with pytest.raises(SelectionError, match="layercard pareto"):
         Front.load(path)
 
 

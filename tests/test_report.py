@@ -15,7 +15,7 @@ from cards import fake_card, fake_placement
 from layercard.card import numbers as readings
 from layercard.card.card import LayerCard
 from layercard.records import Estimate
-from layercard.report.terminal import card_view, placement_view, strip
+from layercard.report.terminal import card_view, latency_view, placement_view, strip
 from layercard.report.words import bar_fractions
 from layercard.selection.placement import Placement
 
@@ -122,3 +122,16 @@ def test_bars_lie_between_nothing_and_full(values: list[float | None], wide: boo
 def test_terminal_view_loads_neither_pandas_nor_plotly() -> None:
     script = "import sys, layercard.report.terminal; print([m for m in ('pandas', 'plotly', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_a_single_round_of_latency_has_no_range(repeats: int) -> None:
+    ratio, seconds = {"value": 1.2, "low": 1.2, "high": 1.2}, {"value": 0.5}
+    speeds = {"first_token_seconds": seconds, "tokens_per_second": seconds, "weights_bytes": 1, "peak_bytes": 1}
+    ratios = {"first_token_ratio": ratio, "tokens_per_second_ratio": ratio}
+    about = {"model": {"name": "m", "layers": 2}, "dtype": "float32", "device": "cpu", "threads": 1, "prompt_tokens": 4, "new_tokens": 4}
+    variants = [{"name": "base", "kind": "base", **speeds}, {"name": "adapter", "kind": "adapter", **speeds, **ratios}]
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(latency_view({**about, "batch_size": 1, "repeats": repeats, "variants": variants}))
+    assert ("(1.20–1.20)" in capture.get(), "One round, so without a range" in capture.get()) == (repeats > 1, repeats == 1)

@@ -287,11 +287,30 @@ def test_runs_compare_with_all_layers_of_their_seed() -> None:
     assert (other_seed.performance_kept, other_seed.time_share) == (None, None)
 
 
+def test_runs_of_other_modules_or_lengths_are_told_apart() -> None:
+    """No mean, share or partner is taken over runs of several regimes."""
+    card, every = fake_card(4), [0, 1, 2, 3]
+    few = run_record(card, [2], 30.0, 6.0)
+    records = {
+        "all": run_record(card, every, 60.0, 4.0),
+        "middle 1": few,
+        "middle 1, mlp modules": {**few, "placement": {**few["placement"], "modules": "mlp"}},
+        "all, mlp modules": {**run_record(card, every, 50.0, 4.0), "placement": {**fake_placement(card, every), "modules": "mlp"}},
+        "middle 1, 9 steps": {**few, "settings": {**few["settings"], "steps": 9}},
+    }
+    groups = {group.name: group for group in grouped(compared([trial_of(record) for record in records.values()]))}
+    assert set(groups) == set(records)
+    assert groups["middle 1"].time_share == groups["middle 1, mlp modules"].time_share == Estimate(value=50.0)
+    assert groups["middle 1, 9 steps"].time_share is None
+    mlp = ratios_of([2], None, list(groups.values()), "mlp")
+    assert mlp.time.mid == 0.5
+
+
 def test_timings_that_runs_share_count_once() -> None:
     card = fake_card(4)
     runs = [*of_trial(bench_record(card, [2])), *of_trial(bench_record(card, [0, 1, 2, 3]))]
     assert of_trial(bench_record(card, [1], split="valid")) == []
-    assert runs[0].seconds is None  # part of its forward pass was stored
+    assert runs[0].train_seconds is None  # part of its forward pass was stored
     again = [trial for trial in compared([*runs, *runs], {("e2e", (2,), 8): 40.0}) if trial.layers == (2,)]
     row = grouped(again)[0]
     assert (row.timings, row.time_share, row.name) == (1, Estimate(value=40.0), "middle 1")

@@ -37,7 +37,9 @@ def roi(
     sources = read_sources(files)
     if sources.placement is None:
         raise ReportError("there is no placement to compare with all layers; make one with `layercard select` and name it too")
-    result = model.roi(roi_inputs, model.ratios_of(sources.placement.layers, sources.card, grouped(sources.trials)))
+    placement = sources.placement
+    ratios = model.ratios_of(placement.layers, sources.card, grouped(sources.trials), placement.modules or "all")
+    result = model.roi(roi_inputs, ratios)
     if output is not None:
         result.save(output, force=force)
     show_result(result.to_json(), as_json, roi_view(result), wrote=output)

@@ -55,7 +55,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
     chosen = list(placement.layers) if placement else []
     names = {each.layers: called(name, each) for name, each in sources.placements.items()}
     groups = grouped(sources.trials, names)
-    ratios = ratios_of(chosen, card, groups) if chosen else None
+    ratios = ratios_of(chosen, card, groups, placement.modules or "all") if placement else None
     saved = roi(inputs or RoiInputs(), ratios) if ratios else None
     drawn: dict[str, Figure] = {}
     shown: dict[str, Any] = dict.fromkeys(("coupling", "trained", "trade_off")) | {
@@ -181,7 +181,7 @@ def tiles_of(sources: Sources, groups: Sequence[TrialGroup], ratios: Ratios | No
             Tile("Best single layers", best, "", "by gain estimate"),
             Tile("Ranking stability", words, "", "Spearman, two halves of the records"),
         ]
-    group = next((group for group in groups if group.layers == placement.layers), None)
+    group = next((each for each in groups if (each.layers, each.modules) == (placement.layers, placement.modules or "all")), None)
     # The runs on the card's own data where there are any, else all.
     task = task_word(card.data.source)
     runs = [run for run in group.trials if run.task == task] or list(group.trials) if group else []

@@ -352,7 +352,7 @@ def _assumptions(inputs: RoiInputs, ratios: Ratios) -> Iterator[str]:
 # ---- ratios from cards and runs
 
 
-def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequence[TrialGroup] = ()) -> Ratios:
+def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequence[TrialGroup] = (), modules: str = "all") -> Ratios:
     """What is known of a placement against all layers: from runs where there are any, else predicted from the card's cost.
 
     The time that adapters add to a token is taken from an accelerator's cost only: that of a processor core says nothing of a GPU's price.
@@ -361,16 +361,17 @@ def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequ
         layers: The placement.
         card: The card of its model.
         groups: Trained placements (`trials.grouped`), the one with these layers and all layers among them or not.
+        modules: The set of modules that the placement adapts in its layers; a card's cost counts all of them.
     """
     chosen = tuple(sorted(layers))
-    group = next((group for group in groups if group.layers == chosen), None)
-    all_layers = next((group for group in groups if len(group.layers) == group.depth), None)
+    group = next((group for group in groups if (group.layers, group.modules) == (chosen, modules)), None)
+    all_layers = next((group for group in groups if len(group.layers) == group.depth and group.modules == "all"), None)
     runs: Sequence[Trial] = group.trials if group else ()
     parts: dict[str, Any] = {}
     places: list[str] = []
     if card is not None and card.cost is not None:
         cost = card.cost
-        parts = _from_cost(cost, chosen)
+        parts = _from_cost(cost, chosen, "" if modules == "all" else f"; counted as if all modules were adapted, not {modules} alone")
         if cost.source == "measured":
             places.append(f"{device_of(cost)}, {cost.batch_size} records of {cost.tokens} tokens")
         # Peak memory with the frozen model in it, whose size only the cost knows.
@@ -392,8 +393,8 @@ def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequ
     return Ratios(placement=f"layers {listed(chosen, ' ')}", where="; ".join(places), **parts)
 
 
-def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
-    """The ratios that a card's cost gives, and the figures of all layers where it was measured."""
+def _from_cost(cost: CostModel, layers: Sequence[int], remark: str) -> dict[str, Any]:
+    """The ratios that a card's cost gives, and the figures of all layers where it was measured; sources end with `remark`."""
     every, measured = range(len(cost.layers)), cost.source == "measured"
     frozen, error = cost.weights_bytes, SHARE_ERROR if measured else 0.0
     guess = "estimated from FLOPs, bytes and a device's rates" if cost.source == "rates" else "estimated from shapes alone"
@@ -408,6 +409,7 @@ def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
         sources["latency"] = f"time that adapters, not merged, add to a token, predicted from the card's cost, its parts {on}"
         parts["run_memory_gb"] = (frozen + cost.peak_memory(every)) / 1e9
         parts["adapter_latency_ms"] = None if cost.threads else 1e3 * cost.inference_latency(every)
+    sources = {name: source + remark for name, source in sources.items()}
     basis = {"measured": measured, "predicted": measured}
     time = cost.step_time(layers) / cost.step_time(every)
     memory = (frozen + cost.peak_memory(layers)) / (frozen + cost.peak_memory(every))
@@ -417,7 +419,7 @@ def _from_cost(cost: CostModel, layers: Sequence[int]) -> dict[str, Any]:
         latency = cost.inference_latency(layers) / cost.inference_latency(every)
         parts["latency"] = Ratio.of(latency, sources["latency"], **basis)
     size = cost.adapter_bytes(layers) / cost.adapter_bytes(every)
-    return parts | {"adapter_size": Ratio.of(size, "counted from the shapes of the adapted maps")}
+    return parts | {"adapter_size": Ratio.of(size, f"counted from the shapes of the adapted maps{remark}")}
 
 
 def _trials(count: int, noun: str) -> str:

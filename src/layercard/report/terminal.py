@@ -334,16 +334,20 @@ def latency_view(result: Json) -> RenderableType:
     }
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("Variant", overflow="fold")
-    for title in ("First\ntoken ms", "× base\n(range)", "Tokens/s", "× base\n(range)", "Memory\nMiB"):
+    several = result["repeats"] > 1
+    times_base = "× base\n(range)" if several else "× base"
+    for title in ("First\ntoken ms", times_base, "Tokens/s", times_base, "Memory\nMiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in result["variants"]:
         base = row["kind"] == "base"
         ratios = [{"value": 1}] * 2 if base else [row["first_token_ratio"], row["tokens_per_second_ratio"]]
-        first, speed = ("1" if base else f"{r['value']:.2f} ({r['low']:.2f}–{r['high']:.2f})" for r in ratios)
+        ranges = [f" ({ratio['low']:.2f}–{ratio['high']:.2f})" if several and not base else "" for ratio in ratios]
+        first, speed = ("1" if base else f"{ratio['value']:.2f}{ends}" for ratio, ends in zip(ratios, ranges, strict=True))
         memory = f"{(row['weights_bytes'] + row['peak_bytes']) / MIB:,.1f}"
         times = f"{1e3 * row['first_token_seconds']['value']:.1f}", f"{row['tokens_per_second']['value']:.1f}"
         table.add_row(Text(row["name"]), times[0], first, times[1], speed, memory)
-    note = "Medians; ratios to the base model in the same round; memory: weights and the peak beside them."
+    timed = f"Medians of {result['repeats']} rounds, with the range" if several else "One round, so without a range"
+    note = f"{timed}; ratios to the base model in the same round; memory: weights and the peak beside them."
     return Group(pairs(head), table, Text(note, style="dim"))
 
 

@@ -51,9 +51,14 @@ class Trial(TrialRecord):
         return self.settings.get("rank")
 
     @property
-    def partner(self) -> tuple[str, Any, int | None]:
-        """What a run shares with the run of all layers that it compares with: task, seed and rank."""
-        return self.task, self.settings.get("seed") or 0, self.rank
+    def everywhere(self) -> bool:
+        """Whether all modules of all layers are adapted."""
+        return len(self.layers) == self.depth and self.modules == "all"
+
+    @property
+    def partner(self) -> tuple[Any, ...]:
+        """What a run shares with the run of all layers that it compares with: task, seed, rank and length."""
+        return self.task, self.settings.get("seed") or 0, self.rank, self.settings.get("steps"), self.settings.get("epochs")
 
     @property
     def curve_points(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -72,7 +77,9 @@ def of_run(run: Run) -> Trial:
     if run.loss_reduction is not None:
         low, high = run.loss_reduction_interval or (None, None)
         row["loss_reduction"] = Estimate(value=run.loss_reduction, low=low, high=high)
-    about = {"layers": run.placement["layers"], "model": run.placement["model"], "valid": run.valid or {}}
+    placement = run.placement
+    about = {"layers": placement["layers"], "modules": placement.get("modules") or "all", "model": placement["model"]}
+    about["valid"] = run.valid or {}
     return Trial(**row | about, task=task_word(str(run.data.get("source", "data"))), machine=str(run.model.get("device", "")))
 
 
@@ -103,11 +110,11 @@ def task_word(source: str) -> str:
 
 def compared(runs: Sequence[Trial], shares: Shares | None = None) -> list[Trial]:
     """The runs with what they keep and take of all layers, as far as there is a run of all layers to compare with."""
-    partners, compared_runs = {run.partner: run for run in runs if len(run.layers) == run.depth}, []
+    partners, compared_runs = {run.partner: run for run in runs if run.everywhere}, []
     for run in runs:
         all_layers = partners.get(run.partner)
         performance, share, memory = run.performance_kept, run.time_share, None
-        if share is None:
+        if share is None and run.modules == "all":
             share = (shares or {}).get((run.task, run.layers, run.rank))
         if all_layers is not None:
             memory, reached, possible = all_layers.peak_memory_bytes, run.loss_reduction, all_layers.loss_reduction
@@ -115,7 +122,7 @@ def compared(runs: Sequence[Trial], shares: Shares | None = None) -> list[Trial]
                 performance = _kept_paired(run, all_layers) or Estimate(value=100 * reached.value / possible.value)
             if share is None and run.train_seconds and all_layers.train_seconds:
                 share = 100 * run.train_seconds / all_layers.train_seconds
-        if len(run.layers) == run.depth and share is not None:
+        if run.everywhere and share is not None:
             share = 100.0
         compared_runs.append(run.model_copy(update={"performance_kept": performance, "time_share": share, "memory_of_all": memory}))
     return compared_runs
@@ -141,6 +148,7 @@ class TrialGroup:
 
     name: str
     layers: tuple[int, ...]
+    modules: str
     depth: int
     trials: tuple[Trial, ...]
     reduction: dict[str, Estimate]  # by task
@@ -152,19 +160,20 @@ class TrialGroup:
 
 
 def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None = None) -> list[TrialGroup]:
-    """One group a placement and rank: all layers first, then those that the reader gave, plain ones, and all others by what they keep.
+    """One group a placement, rank and length: all layers, then those that the reader gave, plain ones, all others by what they keep.
 
     Args:
         runs: Runs, compared with all layers.
         names: Names of placements by their layers.
     """
     names = names or {}
-    by_placement: dict[tuple[tuple[int, ...], int | None], list[Trial]] = defaultdict(list)
+    by_placement: dict[tuple[tuple[int, ...], str, int | None, Any], list[Trial]] = defaultdict(list)
     for run in runs:
-        by_placement[run.layers, run.rank].append(run)
-    usual_rank = min((rank for _, rank in by_placement if rank is not None), default=None)
+        by_placement[run.layers, run.modules, run.rank, run.settings.get("steps")].append(run)
+    usual_rank = min((rank for _, _, rank, _ in by_placement if rank is not None), default=None)
+    lengths = {steps for _, _, _, steps in by_placement}
     groups = []
-    for (layers, rank), members in by_placement.items():
+    for (layers, modules, rank, steps), members in by_placement.items():
         first = members[0]
         plain = plain_name(layers, first.depth)
         name = plain if plain == "all" else names.get(layers) or first.name or plain or f"layers {listed(layers, ' ')}"
@@ -175,8 +184,12 @@ def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None =
         timings = {(run.task, run.time_share): run.time_share for run in members if run.time_share is not None}
         groups.append(
             TrialGroup(
-                name=name + (f", rank {rank}" if rank is not None and rank != usual_rank else ""),
+                name=name
+                + (f", {modules} modules" if modules != "all" else "")
+                + (f", rank {rank}" if rank is not None and rank != usual_rank else "")
+                + (f", {steps} steps" if len(lengths) > 1 and steps else ""),
                 layers=layers,
+                modules=modules,
                 depth=first.depth,
                 trials=tuple(members),
                 reduction={task: mean(values) for task, values in reductions.items()},

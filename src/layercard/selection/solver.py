@@ -156,7 +156,11 @@ def greedy(problem: Problem, cost: Linear | None = None) -> tuple[int, ...] | No
     """
     similar, weights = problem.similar, problem.weights
     starts: list[tuple[float, list[int]]] = []
-    for m in np.flatnonzero(problem.caps).tolist():
+    least = np.full(problem.num_layers, -np.inf) if cost is None else _base_cost(cost) + np.asarray(cost.own)
+    # From the cheapest lowest layer down: a set is not begun that costs more by its lowest layer alone than the best so far.
+    for m in np.flatnonzero(problem.caps)[:: 1 if cost is None else -1].tolist():
+        if cost is not None and starts and least[m] >= -max(score for score, _ in starts):
+            continue
         layers, best, room = [m], similar[:, m], problem.room[:, m] - problem.adapter_costs[:, m]
         free = np.arange(problem.num_layers) > m
         while len(layers) < problem.caps[m]:
