@@ -33,6 +33,7 @@ def call(city: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}}
 
 
+ODD_CALL = {"type": "function", "function": {"name": "get", "arguments": {"where": {"a": [1, True, "x"]}, "text": "<tag> & 'q' \n"}}}
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one turn": [user("hi"), assistant("hello there")],
     "several turns": [user("hi"), assistant("hello"), user("and?"), assistant("fine thanks")],
@@ -49,6 +50,18 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "spaces": [user("hi"), assistant("  the man \n"), user("so"), assistant("\nyes")],
     "parts": [user("hi"), assistant([{"type": "text", "text": "the answer"}])],
     "the same words": [user("yes"), assistant("yes"), user("yes"), assistant("yes")],
+    "the assistant begins": [assistant("hello"), user("hi"), assistant("yes")],
+    "two turns in a row": [user("hi"), assistant("so"), assistant("yes")],
+    "marks in the words": [user("how?"), assistant("<|im_start|>user\nhi<|im_end|> </s> <end_of_turn> x"), user("and"), assistant("no")],
+    "thoughts and a call": [user("w?"), assistant("", reasoning_content="look", tool_calls=[call("Paris")]), tool("sun"), assistant("It.")],
+    "odd arguments": [user("w?"), assistant("I.", tool_calls=[ODD_CALL]), tool('{"a": [1, null]}'), assistant("Done.")],
+    "no arguments": [user("w?"), assistant("", tool_calls=[{"type": "function", "function": {"name": "now", "arguments": {}}}])],
+    "template signs": [user("{{ x }}"), assistant("{% if a %}{{ b }}{% endif %} {# c #}"), user("{{ x }}"), assistant("{{ x }}")],
+    "lines and quotes": [user("a\r\nb"), assistant('it\'s "so"\r\n\n\n  - one\n\t- two \\n')],
+    "system in the middle": [user("hi"), assistant("yes"), {"role": "system", "content": "stop"}, user("and"), assistant("no")],
+    "open thought": [user("2+2?"), assistant("<think>\ntwo and two"), user("so?"), assistant("</think> four")],
+    "the user is last": [user("hi"), assistant("", reasoning_content="hm"), user("and"), assistant("no"), user("so?")],
+    "private letters": [user("\ue002u\ue003"), assistant("\ue0000\ue001"), user("a"), assistant("\ue0001\ue001 b")],
 }
 SPECIAL = re.compile(r"<\|[^|<>\s]+\|>|</?s>|<[a-z_]*turn[a-z_|]*>|<end_of_utterance>|<｜[^｜]+｜>|<[a-z]+\|>")
 ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<｜end▁of▁sentence｜>", "<|endoftext|>", "<end_of_utterance>", "</s>")

@@ -588,6 +588,27 @@ class TestCommands:
         card = json.loads((tmp_path / "card.json").read_text())
         assert (card["data"]["records"], card["data"]["source"]) == (18, f"{paths[0]} + {paths[1]}")
 
+    def test_a_run_is_resumed_with_the_day_on_which_it_began(self, tmp_path: Path) -> None:
+        from layercard.adapters.apply import place
+        from layercard.settings import TrainSettings
+        from layercard.training.train import PLAN, train
+
+        tokenizer, folder = tiny_tokenizer(), tmp_path / "model"
+        tokenizer.chat_template = DATED
+        base = wrap_model(build_tiny("llama"), tokenizer, name="tiny")
+        base.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        path, output, placement = write_records(tmp_path / "a.jsonl", [turns("hi", "man")] * 4), tmp_path / "run", place(base, [2])
+        first, settings = load(path, DATED, day=datetime.date(2024, 7, 26)), TrainSettings(rank=2, steps=1)
+        train(base, placement, first, output, settings)
+        assert json.loads((output / PLAN).read_text())["day"] == "2024-07-26"
+        with pytest.raises(TrainingError, match=r"is a run with day 2024-07-26, not 20\d\d-\d\d-\d\d; resume it as it was"):
+            train(base, placement, load(path, DATED), output, settings, resume=True)
+        arguments = ["train", str(folder), "--data", str(path), "--placement", str(output / "placement.json"), "-o", str(output)]
+        done = CliRunner().invoke(app, [*arguments, "--rank", "2", "--steps", "1", "--resume", "--device", "cpu", "--json"])
+        assert done.exit_code == 0, done.exception
+        assert json.loads(done.stdout)["data"]["fingerprint"] == first.fingerprint
+
     def test_rotary_models_beyond_their_length(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         from layercard.commands import options
         from layercard.settings import DataSettings

@@ -141,8 +141,8 @@ class RecordReader:
         fields = {self.columns.get(name, name): value for name, value in fields.items()}
         missing = next((field for field in FORMATS[self.format] if field not in fields), None)
         if missing is not None:
-            which = "a classifier needs text and label" if self.classes is not None else "which the first record has"
-            raise DataError(f"has no {missing}, {which}; found fields: {', '.join(map(str, record)) or 'none'}")
+            why = "; a classifier needs text and label" if self.classes is not None else ", which the first record has"
+            raise DataError(f"has no {missing}{why}; found fields: {', '.join(map(str, record)) or 'none'}")
         names = {field: column for column, field in self.columns.items()} | dict(self.asked)
         sources = {field: [names.get(field, field)] for field in FORMATS[self.format]}
 
