@@ -4,6 +4,7 @@ from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import show_result
+from layercard.errors import visible
 from layercard.settings import DataSettings, setting
 
 
@@ -50,15 +51,6 @@ def data(
     show_result(value, as_json, _view(value), then=f"layercard profile {model} {opt.data_options(data)} -o card.json")
 
 
-def printable(text: str) -> str:
-    r"""A text with the characters escaped that would steer a terminal; line feeds and tabs stay.
-
-    >>> print(printable("the \x1b[31mman"))
-    the \x1b[31mman
-    """
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
-
-
 def _view(value: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
@@ -79,6 +71,6 @@ def _view(value: dict[str, Any]) -> Any:
             if token["learnt"] != inside:
                 text.append("«" if token["learnt"] else "»", style="bold")
                 inside = token["learnt"]
-            text.append(printable(token["text"]), style="bold green" if token["learnt"] else "")
+            text.append(visible(token["text"]), style="bold green" if token["learnt"] else "")
         parts.append(text)
     return Group(*parts)
