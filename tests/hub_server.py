@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +41,9 @@ class Hub:
     Attributes:
         repositories: By full name.
         asked: `METHOD path` of each request.
-        fail: `commit` answers 500, `drop` ends the connection within a commit, `endless` sends a card without end.
+        fail: `commit` answers 500, `drop` ends the connection within a commit, `endless` sends a card without end,
+            `slow` a byte now and then; a text with an escape character is what a
+            refusal says.
     """
 
     def __init__(self, url: str) -> None:
@@ -194,7 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, "RevisionNotFound", "Invalid rev id")
         if path not in files:
             raise _Refused(404, "EntryNotFound", "Entry not found")
-        if self.hub.fail != "endless":
+        if "\x1b" in self.hub.fail:
+            raise _Refused(500, "", self.hub.fail)
+        if self.hub.fail not in ("endless", "slow"):
             self._answer(200, files[path])
             return
         self.send_response(200)
@@ -203,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             while True:
-                self.wfile.write(b" " * 65536)
+                self.wfile.write(b" " * (65536 if self.hub.fail == "endless" else 1))
+                time.sleep(0.0 if self.hub.fail == "endless" else 0.1)
         except OSError:
             pass
 

@@ -176,7 +176,7 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"[" * 100_000, "is no whole card"),
         (json.dumps(fake_card(depth=3, warnings=["\x1b[2J"])).encode(), "control characters"),
         (json.dumps(fake_card(depth=3, warnings=["\u202egpj"])).encode(), "control characters"),
-        (json.dumps(fake_card(depth=3, settings={"half \ud800": 1})).encode(), "control characters"),
+        (json.dumps(fake_card(depth=3, settings={"half \ud800": 1})).encode(), "surrogate pair"),
         (json.dumps(fake_card(depth=3, coupling=[[1.0]])).encode(), "coupling must be 3 by 3"),
         (json.dumps(fake_card(depth=3)).replace('"descent": [0.5', '"descent": [NaN').encode(), "descent.0: Input should be a finite"),
     ],
@@ -193,6 +193,22 @@ def test_a_card_without_end_is_not_read_to_its_end(hub: Hub) -> None:
     hub.fail = "endless"
     with pytest.raises(HubError, match=f"larger than {LARGEST // 2**20} MiB"):
         pull("ann/one")
+
+
+def test_a_hub_that_never_ends_its_answer_is_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layercard.report.hub.SECONDS", 0.5)
+    put(hub, "ann/one", b"")
+    hub.fail = "slow"
+    with pytest.raises(HubError, match=r"stopped answering about ann/one \(no whole answer within 0.5 s\); try again"):
+        pull("ann/one")
+
+
+def test_what_the_hub_says_does_not_steer_the_terminal(hub: Hub, layercard: Layercard) -> None:
+    put(hub, "ann/one", b"")
+    hub.fail = "\x1b[2J\x9b31m"
+    status, out, err = layercard("pull", "ann/one")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert r"answers 500 about ann/one (\u001b[2J" in err and err.strip().isprintable()
 
 
 def test_texts_of_a_card_are_no_markup() -> None:

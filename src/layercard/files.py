@@ -215,7 +215,10 @@ def shown(value: object, limit: int = 60) -> str:
     >>> shown("a/1"), len(shown([0] * 1000))
     ("'a/1'", 60)
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        text = "a number of thousands of digits"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

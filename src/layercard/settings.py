@@ -8,10 +8,17 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from layercard.errors import TrainingError
+from layercard.files import shown
+
+MOST = 2**31 - 1
+"""The greatest whole number that a setting may be, where it does not say otherwise."""
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt")
 """Learning rate schedules of transformers that need no settings of their own."""
@@ -50,13 +57,14 @@ def setting(
     help: str,
     *,
     low: float | None = None,
-    high: float = math.inf,
+    high: float | None = None,
     choices: tuple[str, ...] = (),
     metavar: str = "",
     option: str | None = None,
     unit: float | None = None,
     argument: bool = False,
     envvar: str | None = None,
+    group: str = "",
 ) -> Any:
     """A field of a settings class, or a parameter of a command.
 
@@ -64,40 +72,61 @@ def setting(
         default: Its value where none is given; `...` where one must be.
         help: What it means, in one sentence or two.
         low: The least value; a number that is not whole and has a `low` above 0 may be anything above 0.
-        high: The greatest value.
+        high: The greatest value; numbers are finite and whole numbers at most `MOST` in any case.
         choices: The words it may be.
         metavar: What the help text calls its value; `N`, `X`, `FILE` or `NAME` after its type where empty.
         option: Its name on the command line (`--rank` for `rank` where not given); empty: it is not on the command line.
         unit: How many of the field's units are one of the command line's, as 1e9 for bytes given in GB.
         argument: On the command line it has no name, only a place.
         envvar: The environment variable that holds it where the command line does not give it.
+        group: Heading of the help text under which it stands; that of its settings class, or Options, where empty.
     """
     described = locals()
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=described)
 
 
+def check(name: str, value: Any, kind: Any, described: Mapping[str, Any]) -> None:
+    """Refuse a value that is not of its kind, or outside of what `setting` said of it.
+
+    Raises:
+        TrainingError: `name` is not that.
+    """
+    kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return
+    choices, low, high = described["choices"], described["low"], described["high"]
+    if choices and value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        raise TrainingError(f"{name} {shown(value)} is unknown; did you mean {close!r}? Choose one of {', '.join(choices)}")
+    if int in kinds or float in kinds:
+        is_whole = float not in kinds
+        greatest = high if high is not None else MOST if is_whole else sys.float_info.max
+        right_kind = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
+        # The ends are compared first of all: NaN is in no range, and Python cannot even print the largest of its integers.
+        if not right_kind or not (-greatest if low is None else low) <= value <= greatest:
+            lower = "" if low is None else " above 0" if low > 0 and not is_whole else f" from {low:g}"
+            too_large = is_whole and right_kind and value > greatest
+            upper = f" to {greatest:,}".removesuffix(".0") if high is not None or too_large else ""
+            raise TrainingError(f"{name} is {shown(value)}; give a {'whole ' if is_whole else ''}number{lower}{upper}")
+    elif (bool in kinds and not isinstance(value, bool)) or (str in kinds and not isinstance(value, str)):
+        raise TrainingError(f"{name} is {shown(value)}; give {'True or False' if bool in kinds else 'a text'}")
+
+
 class Settings:
     """Base of the settings classes: adds the fields to the docstring, checks values, and gives a JSON object."""
 
-    def __init_subclass__(cls) -> None:
+    group = "Options"
+    """Heading of the help text under which the fields stand."""
+
+    def __init_subclass__(cls, group: str) -> None:
+        cls.group = group
         fields = {name: value for name, value in vars(cls).items() if isinstance(value, dataclasses.Field)}
         lines = [f"    {name}: {field.metadata['help']}" for name, field in fields.items()]
         cls.__doc__ = "\n".join([f"{cls.__doc__}\n\nAttributes:", *lines])
 
     def __post_init__(self) -> None:
         for field in self.fields():
-            value, limits = getattr(self, field.name), field.metadata
-            if limits["choices"] and value not in limits["choices"]:
-                close = difflib.get_close_matches(str(value), limits["choices"], n=1, cutoff=0.0)[0]
-                names = ", ".join(limits["choices"])
-                raise TrainingError(f"{field.name} {value!r} is unknown; did you mean {close!r}? Choose one of {names}")
-            if limits["low"] is None or (value is None and field.default is None):
-                continue
-            low, high, is_whole = limits["low"], limits["high"], field.type in (int, int | None)
-            right_kind = isinstance(value, int if is_whole else int | float) and not isinstance(value, bool)
-            if not right_kind or not low <= value <= high or value == math.inf:
-                expected = f"whole number from {low}" if is_whole else "number above 0" if low > 0 else f"number from {low:g}"
-                raise TrainingError(f"{field.name} is {value!r}; give a {expected}{'' if high == math.inf else f' to {high:g}'}")
+            check(field.name, getattr(self, field.name), field.type, field.metadata)
 
     @classmethod
     def fields(cls) -> "list[dataclasses.Field[Any]]":
@@ -117,7 +146,7 @@ _DTYPE = "float32, bfloat16, float16 or auto (as stored)."
 
 
 @dataclass(frozen=True)
-class LoadSettings(Settings):
+class LoadSettings(Settings, group="Model"):
     """Where and how a model is loaded."""
 
     device: str = setting("auto", _DEVICE)
@@ -126,7 +155,7 @@ class LoadSettings(Settings):
 
 
 @dataclass(frozen=True)
-class DataSettings(Settings):
+class DataSettings(Settings, group="Data"):
     """How records are read."""
 
     max_length: int = setting(1024, "Cut longer records to N tokens.", low=2)
@@ -139,13 +168,13 @@ class DataSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ProfileSettings(Settings):
+class ProfileSettings(Settings, group="Profile"):
     """How a card is made. Times differ from call to call, so a card that must come out the same again has `cost` off."""
 
     rank: int = setting(8, _RANK, low=1)
-    ridge: float = setting(1.0, "Regularisation of each input's covariance, as a share of its usual energy.")
+    ridge: float = setting(1.0, "Regularisation of each input's covariance, as a share of its usual energy.", low=0, high=1e6)
     batch_size: int = setting(8, _BATCH_SIZE, low=1)
-    fit_share: float = setting(0.6, "Share of the records that make the steps; the others measure them.", option="")
+    fit_share: float = setting(0.6, "Share of the records that make the steps; the others measure them.", low=0.01, high=0.99, option="")
     label_samples: int = setting(
         3, "Samples of labels from the model for the coupling; each is one more backward pass.", low=1, metavar="N"
     )
@@ -157,32 +186,32 @@ class ProfileSettings(Settings):
     )
     probe_steps: int = setting(48, "Training steps of --probe train for the best layers.", low=1)
     probe_records: int = setting(
-        16, "Held-out records that the step probe measures on; it takes two forward passes for each layer.", option=""
+        16, "Held-out records that the step probe measures on; it takes two forward passes for each layer.", low=1, option=""
     )
     cost: bool = setting(True, "Time a few training steps on this machine, for what placements cost.")
-    seed: int = setting(0, _SEED, low=0)
+    seed: int = setting(0, _SEED, low=0, high=2**32 - 1)
 
 
 @dataclass(frozen=True)
-class TrainSettings(Settings):
+class TrainSettings(Settings, group="Training"):
     """How adapters are trained."""
 
     method: str = setting("lora", f"Kind of adapter, or how LoRA begins: {', '.join(METHODS)}.", choices=tuple(METHODS))
     rank: int = setting(8, _RANK, low=1)
-    alpha: float = setting(16.0, "Scale of the adapters; the update is alpha / rank times their product.", low=1e-9)
+    alpha: float = setting(16.0, "Scale of the adapters; the update is alpha / rank times their product.", low=1e-9, high=1e6)
     dropout: float = setting(0.0, "Dropout on the adapters' inputs.", low=0, high=0.99)
     learning_rate: float | None = setting(
         None, "Peak learning rate of AdamW; when not given that of the placement, and 0.002 where it has none.", low=1e-12
     )
     steps: int | None = setting(None, "Number of updates; or give --epochs. One epoch when neither is given.", low=1)
-    epochs: float | None = setting(None, "Passes over the data.", low=1e-9)
+    epochs: float | None = setting(None, "Passes over the data.", low=1e-9, high=1e6)
     batch_size: int = setting(4, _BATCH_SIZE, low=1)
     accumulation: int = setting(1, "Batches in one update.", low=1)
     warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises.", low=0, high=1, option="")
     scheduler: str = setting("linear", f"How the learning rate falls: {', '.join(SCHEDULERS)}.", choices=SCHEDULERS, option="")
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", low=0, option="")
     max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.", low=0, option="")
-    seed: int = setting(0, _SEED, low=0)
+    seed: int = setting(0, _SEED, low=0, high=2**32 - 1)
     bf16: bool = setting(False, "Compute in bfloat16 where it is safe; adapters stay float32.")
     report_to: str = setting("none", "Where the trainer logs to: none, tensorboard, wandb, …", metavar="NAMES")
     save_steps: int = setting(100, "A checkpoint after every so many steps; 0 for none.", low=0, option="")
@@ -226,7 +255,7 @@ class TrainSettings(Settings):
 
 
 @dataclass(frozen=True)
-class FastSettings(Settings):
+class FastSettings(Settings, group="Faster training"):
     """Which work training leaves out; none of it changes a loss or a gradient beyond rounding."""
 
     cut: bool = setting(True, "Keep layers below the lowest adapted one out of backward.")
@@ -240,14 +269,15 @@ class FastSettings(Settings):
     cache_bytes: int | None = setting(
         None,
         "What the prefix cache may take; a share of free memory or disk when not given.",
+        low=1,
+        high=2**62,
         option="--cache-gb",
         unit=1e9,
         metavar="GB",
     )
 
     def __post_init__(self) -> None:
-        if self.cache_bytes is not None and self.cache_bytes < 1:
-            raise TrainingError(f"cache_bytes is {self.cache_bytes}; give a number of at least 1, or turn the prefix cache off")
+        super().__post_init__()
         if not self.prefix_cache and (self.cache_folder is not None or self.cache_bytes is not None):
             raise TrainingError("the prefix cache is off, but a folder or size is given for it; leave one of them out")
 
@@ -262,7 +292,7 @@ class FastSettings(Settings):
 
 
 @dataclass(frozen=True)
-class RunSettings(Settings):
+class RunSettings(Settings, group="Choice"):
     """How `layercard run` chooses, and within what limits."""
 
     objective: str = setting(
@@ -308,7 +338,7 @@ def _amount(name: str, text: str | None, units: dict[str, float], forms: str) ->
 
 
 @dataclass(frozen=True)
-class BenchSettings(Settings):
+class BenchSettings(Settings, group="Runs"):
     """What all runs of a benchmark share; a folder of results belongs to one such value."""
 
     model: str = setting(..., "Name of the base model.", option="")

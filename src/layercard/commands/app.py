@@ -5,7 +5,7 @@ import sys
 import threading
 from pathlib import Path
 
-from layercard.commands.terminal import out
+from layercard.commands.terminal import out, say
 from layercard.settings import setting
 
 
@@ -20,16 +20,17 @@ def app(
     port: int | None = setting(None, "Port; the first free one from 7860 on when not given.", low=0, high=65535),
     no_browser: bool = setting(False, "Do not open a browser."),
 ) -> None:
-    """Explore cards in a browser: move budgets and see the placement, pick layers by hand, compare cards, count savings, start a profile.
+    """Explore cards in a browser.
 
-    Only files in the given folders are read. Ends with Ctrl-C, and a running profile with it.
+    Move budgets and see the placement, pick layers by hand, compare cards, count savings, start a profile. Only files in the given
+    folders are read. Ends with Ctrl-C, and a running profile with it.
     """
     from layercard.report.app.library import Library
     from layercard.report.app.server import is_local, serving
 
     library = Library(cards or [Path()], models or [])
     if not is_local(host):
-        sys.stderr.write(f"warning: {host} can be reached from other machines; whoever does sees these files and can start a profile\n")
+        say(f"warning: {host} can be reached from other machines; whoever does sees these files and can start a profile")
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -41,7 +41,7 @@ def compare(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Train each placement and print what it keeps of the performance of all layers, and what it costs.
+    """Train several placements; show what each keeps and costs.
 
     Performance kept is the loss reduction as a share of that of `all`; have `all` in the list to see it.
     """

@@ -41,10 +41,11 @@ def cost(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Measure what a training step costs: time, memory, adapter size and added latency of any placement.
+    """Measure what a training step costs in any placement.
 
-    A few training steps run with adapters in all layers, in the last one, and in none; what lies between follows. Backward
-    stops at the lowest adapted layer, so layers near the output are cheap. Nothing of the model is changed.
+    Time, memory, adapter size and added latency. A few training steps run with adapters in all layers, in the last one, and in none;
+    what lies between follows. Backward stops at the lowest adapted layer, so layers near the output are cheap. Nothing of the model is
+    changed.
     """
     opt.check_output(output, force)
     if (flops is None) != (bandwidth is None):

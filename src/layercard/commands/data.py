@@ -4,7 +4,6 @@ from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import show_result
-from layercard.errors import visible
 from layercard.settings import DataSettings, setting
 
 
@@ -48,7 +47,7 @@ def data(
         "notes": list(dataset.notes),
         "shown": shown,
     }
-    show_result(value, as_json, _view(value), then=f"layercard profile {model} {opt.data_options(data)} -o card.json")
+    show_result(value, as_json, _view(value), then=("profile", model, *opt.data_options(data), "-o", "card.json"))
 
 
 def _view(value: dict[str, Any]) -> Any:
@@ -71,6 +70,6 @@ def _view(value: dict[str, Any]) -> Any:
             if token["learnt"] != inside:
                 text.append("«" if token["learnt"] else "»", style="bold")
                 inside = token["learnt"]
-            text.append(visible(token["text"]), style="bold green" if token["learnt"] else "")
+            text.append(token["text"], style="bold green" if token["learnt"] else "")
         parts.append(text)
     return Group(*parts)

@@ -19,9 +19,10 @@ def demo(
     steps: int = setting(80, "Training steps of each placement.", low=1),
     force: bool = setting(False, "Make everything again."),
 ) -> None:
-    """Go the whole way once: profile, show, select, compare the selected layers with all, and write a report.
+    """Go the whole way once on built-in data.
 
-    Finished parts are used again when the demo is run a second time.
+    Profile, show, select, compare the selected layers with all, and write a report. Finished parts are used again when the demo is run
+    a second time.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)

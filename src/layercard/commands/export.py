@@ -1,11 +1,11 @@
 """`layercard export`: a placement in the words of another trainer."""
 
+import sys
 from pathlib import Path
 
-import typer
-
 from layercard.commands import options as opt
-from layercard.commands.terminal import emit_json
+from layercard.commands.terminal import emit_json, say
+from layercard.errors import visible
 from layercard.files import write_text
 from layercard.settings import setting
 
@@ -26,7 +26,9 @@ def export(
     force: bool = setting(False, "Replace what exists at the output, and keys of the merged file that contradict the placement."),
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Write a placement as a trainer reads it: its keys alone, or merged into a configuration whose comments, order and quotes stay.
+    """Write a placement in the words of another trainer.
+
+    Its keys alone, or merged into a configuration whose comments, order and quotes stay.
 
     Layer indices are used where they are safe, full paths where they are not. What a trainer cannot express is refused with the reason.
     """
@@ -50,6 +52,6 @@ def export(
         emit_json({"trainer": trainer.name, "keys": result.keys, "text": result.text, "notes": notes})
         return
     if output is None:
-        typer.echo(result.text, nl=False)
+        sys.stdout.write(visible(result.text) if sys.stdout.isatty() else result.text)
     for note in notes:
-        typer.echo(note, err=True)
+        say(note)

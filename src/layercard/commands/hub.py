@@ -21,10 +21,10 @@ def pull(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Take a card from the Hugging Face hub, checked as any file is, and write it.
+    """Take a card from the Hugging Face hub.
 
-    With --model the model's weights are read, and a card of other weights is refused. Whoever pushed a card vouches for its numbers, and
-    nobody else.
+    It is checked as any file is. With --model the model's weights are read, and a card of other weights is refused. Whoever pushed a
+    card vouches for its numbers, and nobody else.
     """
     if name is None and model is None:
         raise HubError("neither a repository nor --model is given; name one: layercard pull OWNER/NAME")
@@ -53,7 +53,7 @@ def pull(
         card.check_model(described)
     card.save(output, force=force)
     about = f"{card.model.name}, {card.model.layers} layers, {card.data.records} records of {card.data.source}"
-    show_result(card.to_json(), as_json, f"{output}: from {name}: {about}", then=f"layercard show {output}")
+    show_result(card.to_json(), as_json, f"{output}: from {name}: {about}", then=("show", output))
 
 
 def push(
@@ -65,10 +65,10 @@ def push(
     force: bool = setting(False, "Replace another card there, or write beside other files."),
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Put a card on the Hugging Face hub, as a small data set repository with a page that shows it.
+    """Put a card on the Hugging Face hub.
 
-    Written are the card, its page and two pictures, in one commit. Folders on this machine that the card names are left out: of a local
-    model or data file only its own name is written.
+    It becomes a small data set repository with a page that shows it. Written are the card, its page and two pictures, in one commit.
+    Folders on this machine that the card names are left out: of a local model or data file only its own name is written.
     """
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id):
         raise HubError(f"--license {license_id!r} is not a licence as the hub names them; write one such as cc-by-4.0 or apache-2.0")
@@ -77,4 +77,4 @@ def push(
 
     pushed = push_card(LayerCard.load(card), name, private=private, revision=revision, license_id=license_id, force=force)
     value = {"name": pushed.name, "url": pushed.url, "commit": pushed.commit}
-    show_result(value, as_json, f"{pushed.url}: written", then=f"layercard pull {pushed.name} -o card.json")
+    show_result(value, as_json, f"{pushed.url}: written", then=("pull", pushed.name, "-o", "card.json"))

@@ -25,10 +25,10 @@ def latency(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Measure time to first token, tokens a second and memory with adapters, without, and with adapters merged.
+    """Measure how fast a model writes with and without adapters.
 
-    Unless one of the adapters given lies in every layer, one with random weights in all layers is timed too: no time depends on the
-    values of weights.
+    Time to first token, tokens a second and memory, also with adapters merged. Unless one of the adapters given lies in every layer,
+    one with random weights in all layers is timed too: no time depends on the values of weights.
     """
     opt.check_output(output, force)
     folders, files = adapter or [], placement or []

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from layercard.commands.app import app as explore
@@ -32,7 +33,7 @@ from layercard.commands.roi import roi
 from layercard.commands.run import run as run_all
 from layercard.commands.select import select
 from layercard.commands.show import show
-from layercard.commands.terminal import Level, logging_to_stderr
+from layercard.commands.terminal import Level, logging_to_stderr, say
 from layercard.commands.train import evaluate, train
 from layercard.commands.verify import verify
 from layercard.errors import LayercardError, ProcessError
@@ -42,19 +43,87 @@ MENDABLE = 2
 INTERRUPTED = 130
 TERMINATED = 143
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-COMMANDS: tuple[Callable[..., None], ...] = (
-    *(run_all, data, profile, show, select, pareto, train, evaluate, compare, cost, latency, transfer, verify),
-    *(export, merge, push, pull, report, roi, explore, demo),
-)
-"""In the order in which the help names them."""
-for command in COMMANDS:
-    app.command({"evaluate": "eval"}.get(command.__name__, command.__name__))(expanded(command))
+COMMANDS: dict[str, dict[Callable[..., None], str]] = {
+    "Start": {
+        run_all: "run smollm2-135m --data synthetic --records 512 --max-time 20m -o run",
+        data: "data mine.jsonl --model smollm2-135m",
+        demo: "demo --output demo",
+    },
+    "Step by step": {
+        profile: "profile smollm2-135m --data mine.jsonl -o card.json",
+        show: "show card.json --html card.html",
+        select: "select card.json --max-time 60% -o placement.json",
+        train: "train smollm2-135m --data mine.jsonl --placement placement.json -o adapter",
+        evaluate: "eval smollm2-135m --data held-out.jsonl --adapter adapter",
+    },
+    "Look": {
+        compare: "compare smollm2-135m --data a.jsonl --valid b.jsonl --placements uniform:5,all -o out",
+        pareto: "pareto card.json -o front.html",
+        report: "report card.json placement.json compare -o report.html",
+        explore: "app --cards .",
+        roi: "roi card.json placement.json compare --set gpu_price_per_hour=2.5",
+    },
+    "Elsewhere": {
+        export: "export placement.json --to axolotl --merge config.yml -o merged.yml",
+        verify: "verify adapter --model smollm2-135m",
+        merge: "merge adapter --model smollm2-135m -o merged",
+        push: "push card.json OWNER/NAME",
+        pull: "pull OWNER/NAME -o card.json",
+    },
+    "Study": {
+        transfer: "transfer e2e.json webnlg.json",
+        cost: "cost smollm2-135m --data mine.jsonl",
+        latency: "latency smollm2-135m --adapter adapter",
+    },
+}
+"""The commands with an example of each, under the headings and in the order in which the help names them."""
+BENCH = "Train placements side by side, with seeds and confidence."
 
-bench = typer.Typer(no_args_is_help=True)
-bench.callback(help="Benchmarks: placements trained side by side.")(lambda: None)  # keeps the name of its only command
-bench.command("placements")(expanded(placements))
-app.add_typer(bench, name="bench", help="Benchmarks: placements trained side by side.")
+
+class Command(TyperCommand):
+    """A command whose help has its options under headings and ends in an example."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write them."""
+        sections: dict[str, list[Any]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            heading = "Arguments" if parameter.param_type_name == "argument" else getattr(parameter, "rich_help_panel", None)
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(heading or "Options", []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the example."""
+        with formatter.section("Example"):
+            formatter.write(f"  layercard {self.epilog}\n")
+
+
+class Group(TyperGroup):
+    """The commands under headings."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write them."""
+        for heading in COMMANDS:
+            commands = {name: each for name, each in self.commands.items() if each.rich_help_panel == heading}  # type: ignore[attr-defined]
+            with formatter.section(heading):
+                formatter.write_dl([(name, each.get_short_help_str(formatter.width)) for name, each in commands.items()])
+
+
+app = typer.Typer(
+    cls=Group, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+for heading, commands in COMMANDS.items():
+    for command, example in commands.items():
+        name = {"evaluate": "eval"}.get(command.__name__, command.__name__)
+        app.command(name, cls=Command, epilog=example, rich_help_panel=heading)(expanded(command))
+
+bench = typer.Typer(rich_markup_mode=None)
+bench.callback(help=BENCH)(lambda: None)  # keeps the name of its only command
+bench.command("placements", cls=Command, epilog="bench placements -o bench")(expanded(placements))
+app.add_typer(bench, name="bench", help=BENCH, rich_help_panel="Study")
 
 
 def _print_version(asked: bool) -> None:
@@ -76,8 +145,8 @@ def layercard(
 ) -> None:
     """Profile a language model once, read its Layer Card, and fine-tune only the layers that matter.
 
-    The way through: profile (model + data to a card), show (read it), select (card to a placement), train (adapters in
-    these layers only), eval and compare.
+    In one go: run. Step by step: profile (model and data to a card), show (read it), select (card to a placement), train (adapters in
+    these layers only), eval.
     """
     context.with_resource(logging_to_stderr(log_level))
 
@@ -93,9 +162,12 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = app(args=list(arguments) or ["--help"], prog_name="layercard", standalone_mode=False)
     except LayercardError as error:
-        return _end(f"error: {' '.join(str(error).split())}", MENDABLE, speaks=is_first() or isinstance(error, ProcessError))
+        return _end(f"error: {error}", MENDABLE, speaks=is_first() or isinstance(error, ProcessError))
     except TyperException as error:
-        return _end(f"error: {_usage(error)}", MENDABLE)
+        # What was wrong with the command line, and whose help says how it is right; an error before the command is known has no context.
+        context = getattr(error, "ctx", None)
+        help_of = context.command_path if context else "layercard"
+        return _end(f"error: {LayercardError(error.format_message().rstrip('.'))}; see {help_of} --help", MENDABLE)
     except _Terminated:
         return _end("terminated", TERMINATED)
     if status == INTERRUPTED:
@@ -103,17 +175,10 @@ def run(arguments: Sequence[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _usage(error: Any) -> str:
-    """What was wrong with the command line, and whose help says how it is right."""
-    context = getattr(error, "ctx", None)  # an error before the command is known has no context
-    problem = " ".join(error.format_message().split()).rstrip(".")
-    return f"{problem}; see {context.command_path if context else 'layercard'} --help"
-
-
 def _end(line: str, status: int, *, speaks: bool | None = None) -> int:
     """Write the last line on stderr, unless another process of this run does, and give the status."""
     if is_first() if speaks is None else speaks:
-        sys.stderr.write(f"{line}\n")
+        say(line)
     return status
 
 

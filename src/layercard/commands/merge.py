@@ -13,9 +13,10 @@ def merge(
     output: Path = setting(..., "A new folder for the merged model.", metavar="DIR"),
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Write the model with the adapter in its weights, file by file: one file of the model is in memory at a time.
+    """Write a model with an adapter merged into its weights.
 
-    A merged model serves at the speed of its base everywhere. vLLM needs that for adapters in a few layers: unmerged it computes all.
+    File by file: one file of the model is in memory at a time. A merged model serves at the speed of its base everywhere. vLLM needs
+    that for adapters in a few layers: unmerged it computes all.
     """
     from layercard.adapters.merge import merge_streamed
     from layercard.models.streamed import open_model

@@ -7,8 +7,6 @@ A parameter of a command is declared by its default: `setting(default, help, …
 import dataclasses
 import inspect
 import logging
-import math
-import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -19,7 +17,7 @@ import typer
 
 from layercard.errors import ModelError, OutputError, TrainingError
 from layercard.files import refuse_existing
-from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, setting
+from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, check, setting
 
 if TYPE_CHECKING:
     import datetime
@@ -29,61 +27,61 @@ if TYPE_CHECKING:
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer reads it; it is called with finished settings objects."""
-    parameters: list[inspect.Parameter] = []
-    groups: dict[str, tuple[Any, list[dataclasses.Field[Any]]]] = {}
-
-    def add(name: str, kind: Any, default: Any, option: Any) -> None:
-        annotation: Any = Annotated[kind, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-
+    """The command as typer reads it; it is called with finished settings objects, all values checked."""
+    declared = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    # Every field by the name that typer passes it on: the parameter that it belongs to, its type, and its field.
+    fields: dict[str, tuple[str, Any, dataclasses.Field[Any]]] = {}
+    parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
-        declared = parameter.default
-        if isinstance(declared, dataclasses.Field):
-            default = inspect.Parameter.empty if declared.default is dataclasses.MISSING else declared.default
-            add(name, parameter.annotation, default, _option(name, parameter.annotation, declared, checked=True))
-        elif isinstance(declared, Settings):
-            fields = [field for field in declared.fields() if field.metadata["option"] != ""]
-            groups[name] = declared, fields
-            for field in fields:
-                kind = field.type if field.metadata["unit"] is None else float | None
-                add(field.name, kind, getattr(declared, field.name), _option(field.name, kind, field))
+        default = parameter.default
+        if isinstance(default, Settings):
+            options = [field for field in default.fields() if field.metadata["option"] != ""]
+            fields |= {field.name: (name, field.type if field.metadata["unit"] is None else float | None, field) for field in options}
+        elif isinstance(default, dataclasses.Field):
+            fields[name] = name, parameter.annotation, default
         else:
             parameters.append(parameter)  # typer's own context
+    for name, (group, kind, field) in fields.items():
+        settings = declared[group]
+        is_setting = isinstance(settings, Settings)
+        default = getattr(settings, name) if is_setting else field.default
+        annotation: Any = Annotated[kind, _option(name, kind, field, settings.group if is_setting else field.metadata["group"])]
+        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
 
     @wraps(command)
     def with_settings(*context: typer.Context, **given: Any) -> None:
-        for name, (settings, fields) in groups.items():
-            values = {field.name: given.pop(field.name) for field in fields}
-            for field in fields:
-                if field.metadata["unit"] is not None and values[field.name] is not None:
-                    values[field.name] = int(values[field.name] * field.metadata["unit"])
-            given[name] = dataclasses.replace(settings, **values)
-        command(*context, **given)
+        changes: dict[str, dict[str, Any]] = {name: {} for name, default in declared.items() if isinstance(default, Settings)}
+        for name, (group, kind, field) in fields.items():
+            described, flag = field.metadata, name.upper() if field.metadata["argument"] else _flag(name, field).split()[0]
+            value = given.pop(name) if group in changes else given[name]
+            unit = described["unit"]
+            check(flag, value, kind, described if unit is None else {**described, "low": 1 / unit, "high": described["high"] / unit})
+            value = value if unit is None or value is None else int(value * unit)
+            if group in changes:
+                changes[group][name] = value
+        command(*context, **given, **{name: dataclasses.replace(declared[name], **values) for name, values in changes.items()})
 
     with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_settings.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_settings
 
 
-def _option(name: str, kind: Any, declared: "dataclasses.Field[Any]", *, checked: bool = False) -> Any:
-    """What typer shall know of a parameter; it checks the limits of whole numbers, and of others where nothing else does (`checked`)."""
-    described = declared.metadata
+def _flag(name: str, field: "dataclasses.Field[Any]") -> str:
+    return field.metadata["option"] or f"--{name.replace('_', '-')}"
+
+
+def _option(name: str, kind: Any, field: "dataclasses.Field[Any]", group: str) -> Any:
+    """What typer shall know of a parameter."""
+    described, flag = field.metadata, _flag(name, field)
     kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
-    flag = described["option"] or f"--{name.replace('_', '-')}"
+    how = {"help": described["help"], "envvar": described["envvar"], "rich_help_panel": group or None}
     if bool in kinds:
-        return typer.Option(f"{flag}/--no-{flag[2:]}" if declared.default else flag, help=described["help"])
+        return typer.Option(f"{flag}/--no-{flag[2:]}" if field.default else flag, **how)
     words = {int: "N", float: "X", Path: "FILE", list[Path]: "FILE"}
     metavar = described["metavar"] or next((words[each] for each in kinds if each in words), "NAME")
-    limited = int in kinds or checked
-    how = {
-        "help": described["help"],
-        "min": described["low"] if limited else None,
-        "max": described["high"] if limited and described["high"] < math.inf else None,
-        "envvar": described["envvar"],
-    }
     if described["argument"]:
-        return typer.Argument(metavar=described["metavar"] or name.upper(), **how)
+        return typer.Argument(metavar=described["metavar"] or name.upper(), **{**how, "rich_help_panel": None})
     return typer.Option(*flag.split(), *(["-o"] if flag == "--output" else []), metavar=metavar, **how)
 
 
@@ -150,9 +148,9 @@ def check_data(*sources: list[str] | None) -> None:
             find_records(name)
 
 
-def data_options(names: list[str], option: str = "--data") -> str:
+def data_options(names: list[str]) -> list[str]:
     """The options that name these data again."""
-    return " ".join(f"{option} {shlex.quote(name)}" for name in names)
+    return [word for name in names for word in ("--data", name)]
 
 
 def fast_or_stock(fast: FastSettings, stock: bool) -> FastSettings:

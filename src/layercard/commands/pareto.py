@@ -15,7 +15,10 @@ def pareto(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Show the whole front: the least step time and the least memory for each performance kept, with plain placements beside it."""
+    """Show what can be kept at which cost.
+
+    The least step time and the least memory for each performance kept, with plain placements beside it.
+    """
     opt.check_output(output, force, ".json", ".html")
     from layercard.card.card import LayerCard
     from layercard.report.terminal import front_view
@@ -44,9 +47,10 @@ def transfer(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Compare cards of one model on different data: how alike their layer profiles are, and what is lost by using one's layers for another.
+    """Compare cards of one model on different data.
 
-    Ends in a verdict for each pair: reuse the card, profile again, or not enough evidence.
+    How alike their layer profiles are, and what is lost by using one's layers for another. Ends in a verdict for each pair: reuse the
+    card, profile again, or not enough evidence.
     """
     if len(cards) < 2:
         raise CardError(f"transfer compares at least two cards, found only {cards[0]}; name another card of the same model")

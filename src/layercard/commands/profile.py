@@ -3,10 +3,8 @@
 import time
 from pathlib import Path
 
-import typer
-
 from layercard.commands import options as opt
-from layercard.commands.terminal import Display, emit_json, out
+from layercard.commands.terminal import Display, say, show_result
 from layercard.errors import OutputError, TrainingError
 from layercard.files import refuse_existing
 from layercard.processes import count, is_first
@@ -83,9 +81,9 @@ def profile(
         if reuse:
             card, source, reasons = reusable(base, dataset, settings, folder, display)
             for reason in reasons:
-                typer.echo(f"not reused: {reason}", err=True)
+                say(f"not reused: {reason}")
             version = "" if card is None else card.versions.get("layercard", "of no version")
-            typer.echo(f"reused: {source}, made with layercard {version}" if card else "no card to reuse; profiling", err=True)
+            say(f"reused: {source}, made with layercard {version}" if card else "no card to reuse; profiling")
         if card is None:
             card = profile_records(streamed or base, dataset, settings, display, state=state, boundaries=boundaries)
     if not is_first():
@@ -97,13 +95,7 @@ def profile(
     try:
         keep(card, folder)
     except OutputError as error:  # the card itself is written already
-        typer.echo(f"not kept for --reuse: {error}", err=True)
-    if as_json:
-        emit_json(card.to_json())
-        return
-    console = out()
+        say(f"not kept for --reuse: {error}")
     seconds = time.perf_counter() - started
-    console.print(f"{output}: {card.model.layers} layers, {card.data.records} records, {card.data.tokens:,} tokens, {seconds:.0f} s")
-    for warning in card.warnings:
-        console.print(f"! {warning}", style="yellow", soft_wrap=True)
-    console.print(f"next: layercard show {output}", style="dim", soft_wrap=True)
+    about = f"{output}: {card.model.layers} layers, {card.data.records} records, {card.data.tokens:,} tokens, {seconds:.0f} s"
+    show_result(card.to_json(), as_json, "\n! ".join([about, *card.warnings]), then=("show", output))

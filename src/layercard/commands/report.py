@@ -25,8 +25,11 @@ def report(
     front: bool = setting(True, "Compute cost and performance fronts from the card."),
     force: bool = opt.FORCE,
 ) -> None:
-    """Write one HTML page that explains itself and needs no network: headline numbers, depth profiles, the card, coupling, cost, fronts,
-    trained placements, transfer between cards, and the calculator of `layercard roi`."""
+    """Write one HTML page from cards, placements and runs.
+
+    It explains itself and needs no network: headline numbers, depth profiles, the card, coupling, cost, fronts, trained placements,
+    transfer between cards, and the calculator of `layercard roi`.
+    """
     opt.check_output(output, force, ".html")
     roi_inputs = figures(inputs, given)
     from layercard.commands.reproduce import commands_of

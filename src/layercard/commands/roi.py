@@ -22,10 +22,10 @@ def roi(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Compute what a placement saves against all layers: a month, a year, hours, payback, energy and CO₂, each with low, mid and high.
+    """Compute what a placement saves: money, hours, energy, CO₂.
 
-    Ratios come from runs, else from the card's cost. What was not measured saves nothing and is named; every figure that is not
-    given is an example and is named too.
+    Against all layers, a month and a year, with payback, each with low, mid and high. Ratios come from runs, else from the card's cost.
+    What was not measured saves nothing and is named; every figure that is not given is an example and is named too.
     """
     opt.check_output(output, force, ".json")
     roi_inputs = figures(inputs, given)

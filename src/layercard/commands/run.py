@@ -1,11 +1,10 @@
 """`layercard run`: from model and data to a trained adapter, chosen by measuring on these data."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import Display, out, show_result
+from layercard.commands.terminal import Display, out, say, show_result
 from layercard.settings import DataSettings, FastSettings, LoadSettings, RunSettings, TrainSettings, setting
 
 
@@ -25,7 +24,7 @@ def run(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Choose layers, modules and learning rate by short trainings on your own data, train the choice, and report.
+    """Choose layers and learning rate by short trainings, then train.
 
     All layers always take part, and may win. Interrupted, the same command goes on where it was.
     """
@@ -50,7 +49,7 @@ def run(
         if only_plan:
             out().print("\n".join(plan_only(base, dataset, output, **how).lines()), soft_wrap=True)
             return
-        result = go(base, dataset, output, **how, tell=lambda line: sys.stderr.write(f"{line}\n"))
+        result = go(base, dataset, output, **how, tell=say)
         write_report(output)
     rows = {
         "Chosen": f"{result.chosen.name} · {len(result.chosen.layers)} layers · {result.chosen.modules} modules · "
@@ -66,5 +65,5 @@ def run(
         result.to_json(),
         as_json,
         pairs(rows),
-        then=f"layercard eval {model} {opt.data_options(valid or ['…'])} --adapter {output / ADAPTER}",
+        then=("eval", model, *opt.data_options(valid or ["…"]), "--adapter", output / ADAPTER),
     )

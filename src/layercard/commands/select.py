@@ -36,8 +36,11 @@ def select(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Choose layers from a card and write a placement: which layers get adapters, why each was taken, and what it is predicted to keep
-    and to cost."""
+    """Choose layers from a card and write a placement.
+
+    It says which layers get adapters, why each was taken, and what it is predicted to keep and to cost. A budget alone asks for the best
+    within it.
+    """
     if objective is not None and strategy is not None:
         raise SelectionError(f"both --objective {objective} and --strategy {strategy} are given; give one of them")
     from layercard.selection.budgets import Budgets, option_of
@@ -58,5 +61,5 @@ def select(
     if allocate_ranks:
         placement = selection.allocate_ranks(source, placement, rank, alpha)
     placement.save(output, force=force)
-    value, then = placement.to_json(), f"layercard train {placement.model['name']} --placement {output} …"
+    value, then = placement.to_json(), ("train", placement.model["name"], "--data", "…", "--placement", output, "-o", "adapter")
     show_result(value, as_json, placement_view(placement), wrote=output, then=then)

@@ -19,7 +19,7 @@ def show(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Show a card: one row a layer, with bars, the best layers marked, and warnings in words."""
+    """Show a card: a row for each layer, the best marked, and warnings."""
     if html is not None:
         refuse_existing(html, force)
     elif placement is not None or comparison is not None:

@@ -1,36 +1,67 @@
 """What commands share at the terminal: progress on stderr, results on stdout."""
 
-import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderHook
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
+from layercard.errors import visible
+from layercard.files import json_text
 from layercard.processes import is_first
 
 PROGRESS = "LAYERCARD_PROGRESS"
 """Environment variable; with the value `lines` progress is written for programs: a tab-separated line `progress PHASE DONE TOTAL`."""
 
 
+class _Escaping(RenderHook):
+    """What is printed, with the characters as escapes that a terminal would obey; rich's own colours stay."""
+
+    def process_renderables(self, renderables: list[Any]) -> list[Any]:
+        """Wrap each of them."""
+        return [_Escaped(each) for each in renderables]
+
+
+class _Escaped(NamedTuple):
+    renderable: Any
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def out() -> Console:
-    """Where results are printed; text is shown as it is, never read as markup."""
-    return Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    """Where results are printed; text is shown as it is, never read as markup, and nothing of it steers the terminal."""
+    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    console.push_render_hook(_Escaping())
+    return console
+
+
+def say(line: str) -> None:
+    """Write one line on stderr."""
+    sys.stderr.write(f"{visible(' '.join(line.split()))}\n")
 
 
 def emit_json(value: dict[str, Any]) -> None:
     """Print a JSON object, and nothing else, on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(visible(json_text(value)))  # the escapes are those of JSON, so that nothing else is read from it
+
+
+def command_line(*words: object) -> str:
+    """A command line to copy; an ellipsis stands for what the user adds."""
+    return " ".join(["layercard", *("…" if word == "…" else shlex.quote(str(word)) for word in words)])
 
 
 def show_result(
-    value: dict[str, Any], as_json: bool, view: RenderableType, *, wrote: Path | str | None = None, then: str | None = None
+    value: dict[str, Any], as_json: bool, view: RenderableType, *, wrote: Path | str | None = None, then: Sequence[object] = ()
 ) -> None:
     """Print what a command found: as JSON and nothing else, or drawn, with the output that was written and the command that comes next."""
     if as_json:
@@ -38,7 +69,7 @@ def show_result(
         return
     console = out()
     console.print(view, soft_wrap=isinstance(view, str))
-    remarks = [f"wrote {wrote}" if wrote else "", f"next: {then}" if then else ""]
+    remarks = [f"wrote {wrote}" if wrote else "", f"next: {command_line(*then)}" if then else ""]
     if any(remarks):
         console.print("; ".join(filter(None, remarks)), style="dim", soft_wrap=True)
 
@@ -52,7 +83,7 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write `level: message`, in one line."""
-        sys.stderr.write(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}\n")
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 @contextmanager
@@ -94,11 +125,11 @@ class Display:
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a phase are behind us."""
         if self._lines:
-            sys.stderr.write(f"progress\t{phase}\t{done}\t{total}\n")
+            sys.stderr.write(f"progress\t{visible(phase)}\t{done}\t{total}\n")
             sys.stderr.flush()
         task = self._tasks.get(phase)
         if task is None or done < self.bars.tasks[task].completed:
             # What an interrupted run did counts as done from the start, so that it does not flatter the speed.
-            self._tasks[phase] = self.bars.add_task(phase, total=total, completed=done)
+            self._tasks[phase] = self.bars.add_task(visible(phase), total=total, completed=done)
         else:
             self.bars.update(task, completed=done, total=total)

@@ -80,7 +80,7 @@ def train(
         rows["Left out"] = "\n".join(record.fast["did"].values())
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
     rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
-    then = f"layercard eval {model} {opt.data_options(valid or ['…'])} --adapter {output}"
+    then = ("eval", model, *opt.data_options(valid or ["…"]), "--adapter", output)
     show_result(record.to_json(), as_json, pairs(rows), then=then)
 
 
@@ -96,7 +96,7 @@ def evaluate(
     loading: LoadSettings = LoadSettings(),
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Measure a model, with or without an adapter, on held-out records.
+    """Measure a model, with an adapter or without, on held-out data.
 
     Always: loss per labelled token and perplexity. For records with `references`: BLEU, chrF and ROUGE-L of greedy
     continuations. For records with an `answer`: how often the final number is right. For classifiers: accuracy.

@@ -24,9 +24,10 @@ def verify(
     dtype: str = opt.DTYPE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Check where an adapter lands: what it asks for, what PEFT adapts, what its weights hold, and whether they have an effect.
+    """Check where an adapter or configuration lands in a model.
 
-    The model is built without weights, so the check takes seconds. Exits with 2 where something is not as planned.
+    What it asks for, what PEFT adapts, what its weights hold, and whether they have an effect. The model is built without weights, so
+    the check takes seconds. Exits with 2 where something is not as planned.
     """
     if placement is not None and layers is not None:
         raise PlacementError("both --placement and --layers are given; a placement names its layers, so give one of them")

@@ -8,11 +8,10 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from pathlib import PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors as hub_errors, get_token
@@ -23,10 +22,13 @@ from layercard.card.card import LayerCard
 from layercard.card.numbers import stability_words, with_interval
 from layercard.errors import HIDDEN, CardError, HubError, one_line
 from layercard.files import json_text, parse_json
-from layercard.hub import hub_answers
+from layercard.hub import hub_answers, within
 from layercard.report.terminal import bar
 from layercard.report.words import bar_fractions, template, title_of
 
+T = TypeVar("T")
+SECONDS = 120.0
+"""In which a question to the hub must be answered whole."""
 CARD_FILE = "card.json"
 CARD_FILES = frozenset({".gitattributes", "README.md", CARD_FILE})
 """What a card's repository holds."""
@@ -75,9 +77,9 @@ def push(
     if get_token() is None:
         raise HubError("there is no token for the hub, and a card is written in your name; run `hf auth login`, or set HF_TOKEN")
     api, card = HfApi(endpoint=constants.ENDPOINT), without_folders(card)
-    with _in_one_line(name):
-        full = name if "/" in name else f"{api.whoami()['name']}/{name}"
-    with _in_one_line(full):
+    full = name if "/" in name else f"{_asked(name, api.whoami)['name']}/{name}"
+
+    def write() -> str:
         # What is there: the repository at the branch, else at its main one, else nothing.
         try:
             there, branch_exists = api.dataset_info(full, revision=revision), True
@@ -99,7 +101,9 @@ def push(
             repo_type="dataset",
             revision=revision,
         )
-    return Pushed(full, f"{constants.ENDPOINT}/datasets/{full}", str(commit.oid))
+        return str(commit.oid)
+
+    return Pushed(full, f"{constants.ENDPOINT}/datasets/{full}", _asked(full, write))
 
 
 def pull(name: str, *, revision: str | None = None) -> LayerCard:
@@ -114,8 +118,7 @@ def pull(name: str, *, revision: str | None = None) -> LayerCard:
         CardError: What is there is no whole card.
     """
     _check_reachable()
-    with _in_one_line(name):
-        data = _read(name, revision)
+    data = _asked(name, lambda: _read(name, revision))
     source = f"{name} on the hub"
     value = parse_json(data, source, CardError, "card")
     _check_texts(value, source)
@@ -131,9 +134,8 @@ def find(fingerprint: str, limit: int = 20) -> list[str]:
         HubError: The hub cannot be reached.
     """
     _check_reachable()
-    with _in_one_line(fingerprint):
-        repositories = HfApi(endpoint=constants.ENDPOINT).list_datasets(filter=fingerprint_tag(fingerprint), limit=limit)
-        return [str(repository.id) for repository in islice(repositories, limit)]
+    api, tag = HfApi(endpoint=constants.ENDPOINT), fingerprint_tag(fingerprint)
+    return _asked(fingerprint, lambda: [str(each.id) for each in islice(api.list_datasets(filter=tag, limit=limit), limit)])
 
 
 def without_folders(card: LayerCard) -> LayerCard:
@@ -224,15 +226,14 @@ def _check_texts(value: dict[str, Any], source: str) -> None:
             raise CardError(f"{source} holds control characters in {ascii(part)[:60]}, which no card does; name another card")
 
 
-@contextmanager
-def _in_one_line(name: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line.
+def _asked(name: str, ask: Callable[[], T]) -> T:
+    """What the hub answers within `SECONDS`; what its client raises becomes one line.
 
     Raises:
-        HubError: For each of its errors.
+        HubError: For each of its errors, or no answer in time.
     """
     try:
-        yield
+        return within(SECONDS, ask)
     except (HubError, CardError):
         raise
     except Exception as error:  # the client, its network library and its validators each raise their own kinds
