@@ -13,21 +13,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from typer.main import get_command
 
 from cards import fake_card, fake_comparison, fake_placement
 from layercard.card.card import LayerCard
+from layercard.commands import main
+from layercard.commands.bench import placements as bench_placements
 from layercard.commands.main import app, run
 from layercard.commands.options import expanded
 from layercard.commands.profile import profile
 from layercard.commands.reproduce import command_lines
 from layercard.commands.train import train
+from layercard.errors import HIDDEN, TrainingError
 from layercard.selection.placement import Placement
-from layercard.settings import FastSettings, ProfileSettings, TrainSettings
+from layercard.settings import BenchSettings, FastSettings, ProfileSettings, Settings, TrainSettings
 
 COMPARED = ("compare/compare.json", "again/compare/compare.json")
 COMMANDS = [command.name for command in app.registered_commands]
@@ -69,16 +75,122 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
         assert word in err, err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(layercard: Layercard, name: str) -> None:
-    status, out, err = layercard(name, "--help")
+@pytest.mark.parametrize("name", [*COMMANDS, "bench placements"])
+def test_every_command_has_help_with_an_example_that_can_be_read(layercard: Layercard, name: str) -> None:
+    status, out, err = layercard(*name.split(), "-h")
     assert (status, err) == (0, "")
     assert out.startswith(f"Usage: layercard {name}")
+    example = out.partition("Example:\n")[2].strip()
+    assert example.startswith(f"layercard {name} ") and len(example) <= 100
+    command: Any = get_command(app)
+    for word in name.split():
+        command = command.commands[word]
+    command.make_context(name, shlex.split(example)[1 + len(name.split()) :])
 
 
-def test_no_command_gives_the_help(layercard: Layercard) -> None:
+def test_the_help_names_every_command_in_one_line_under_a_heading(layercard: Layercard) -> None:
     assert layercard() == layercard("--help")
+    lines = layercard("--help")[1].splitlines()
+    assert all(len(line) <= 80 and "..." not in line for line in lines if line.split()[:1] != ["Usage:"])
+    assert {line.split()[0] for line in lines if line.startswith("  ")} >= {*COMMANDS, "bench"}
+    assert {heading for heading in main.COMMANDS if f"{heading}:" in lines} == set(main.COMMANDS)
     assert layercard("--version")[1].startswith("layercard 0.")
+
+
+def numbers() -> Iterator[tuple[list[str], str]]:
+    """Every option that takes a number: its command with what it must have, and its flag."""
+    commands = [*(each for group in main.COMMANDS.values() for each in group.items()), (bench_placements, "bench placements")]
+    for command, example in commands:
+        parameters = inspect.signature(expanded(command), eval_str=True).parameters.values()
+        options = [(get_args(each.annotation), each.default) for each in parameters if get_origin(each.annotation) is Annotated]
+        name = example.split()[: 2 if command is bench_placements else 1]
+        needed = [
+            [option.default, "x"] if isinstance(option.default, str) else ["x"]
+            for (_, option), default in options
+            if default is inspect.Parameter.empty
+        ]
+        for (kind, option), _ in options:
+            if {int, float} & {kind, *get_args(kind)}:
+                yield [*name, *chain(*needed)], option.default
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", pytest.param("9" * 5000, id="digits"), "1e999", "x"])
+def test_numbers_that_mean_nothing_are_one_line_for_every_option(layercard: Layercard, value: str) -> None:
+    options = list(numbers())
+    assert len(options) > 70
+    for command, flag in options:
+        status, out, err = layercard(*command, flag, value)
+        assert (status, out, err.count("\n")) == (2, "", 1), (command, flag)
+        assert err.startswith("error: ") and flag in err and len(err) < 1200, (command, flag, err)
+
+
+@pytest.mark.parametrize("settings", Settings.__subclasses__())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, pytest.param(10**5000, id="digits"), "8", True, []])
+def test_settings_refuse_what_is_not_a_number_in_range(settings: type[Any], value: object) -> None:
+    usual = settings("smollm2-135m") if settings is BenchSettings else settings()
+    for field in usual.fields():
+        kinds = set(get_args(field.type) or (field.type,))
+        if {int, float} & kinds or (kinds & {str, bool} and not isinstance(value, tuple(kinds))):
+            with pytest.raises(TrainingError, match=field.name):
+                dataclasses.replace(usual, **{field.name: value})
+
+
+HOSTILE = "a\x1b[2J\x9b31m\u202e b"
+
+
+def test_nothing_in_a_file_or_its_name_steers_the_terminal(layercard: Layercard, tmp_path: Path) -> None:
+    value = fake_card(warnings=[HOSTILE])
+    value["model"]["name"] = value["data"]["source"] = HOSTILE
+    card = saved(tmp_path / f"{HOSTILE}.json", value)
+    for arguments in (
+        ("show", card),
+        ("show", card, "--json"),
+        ("select", card, "-o", f"{HOSTILE}.placement.json"),
+        ("select", card, "-o", f"{HOSTILE}.placement.json"),
+        ("pareto", card),
+        ("select", card, "--strategy", HOSTILE, "-o", "p.json"),
+        (HOSTILE,),
+        ("show", card, f"--{HOSTILE}"),
+        ("show", f"{HOSTILE}.txt"),
+    ):
+        _, out, err = layercard(*arguments)
+        assert out + err and not [letter for letter in out + err if unicodedata.category(letter) in HIDDEN and letter != "\n"], arguments
+    assert json.loads(layercard("show", card, "--json")[1])["model"]["name"] == HOSTILE
+
+
+def test_the_next_line_can_be_pasted(layercard: Layercard, tmp_path: Path) -> None:
+    value = fake_card()
+    value["model"]["name"] = "my model; rm -rf $HOME"
+    out = layercard("select", saved(tmp_path / "card.json", value), "-o", "it's.json")[1]
+    line = out.partition("next: layercard ")[2].strip()
+    assert shlex.split(line) == ["train", "my model; rm -rf $HOME", "--data", "…", "--placement", "it's.json", "-o", "adapter"]
+
+
+@pytest.mark.parametrize("output", ["/dev/null", "x" * 300, "pipe", ".", "/proc/x/y", "file/x.json"])
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.timeout(20)
+def test_outputs_that_are_no_files_are_written_to_or_refused(layercard: Layercard, card: Path, output: str, force: tuple[str]) -> None:
+    os.mkfifo("pipe")
+    Path("file").touch()
+    before = {path.name: path.lstat().st_ino for path in Path().iterdir()}
+    for command in (("select", card), ("pareto", card), ("transfer", card, "pipe"), ("profile", "x", "--data", "synthetic")):
+        result = layercard(*command, "-o", output, *force)
+        if output == "/dev/null" and command[0] == "select":
+            assert result[0] == 0
+        else:
+            assert_one_line(result)
+    for command in (
+        ("train", "x", "--data", "synthetic", "--placement", "x"),
+        ("compare", "x", "--data", "x", "--valid", "x", "--placements", "all"),
+    ):
+        assert_one_line(layercard(*command, "-o", output, *force))
+    assert {path.name: path.lstat().st_ino for path in Path().iterdir()} == before
+
+
+def test_a_budget_alone_asks_for_the_best_within_it(layercard: Layercard, card: Path) -> None:
+    assert layercard("select", card, "--max-time", "60%", "-o", "lone.json")[0] == 0
+    assert layercard("select", card, "--max-time", "60%", "--objective", "performance", "-o", "best.json")[0] == 0
+    assert Path("lone.json").read_text() == Path("best.json").read_text()
 
 
 def test_help_is_quick() -> None:
@@ -100,8 +212,9 @@ def test_help_explains_the_names_of_the_ends(layercard: Layercard) -> None:
         (["shwo"], ["shwo", "see layercard --help"]),
         (["show"], ["CARD", "see layercard show --help"]),
         (["show", "card.json", "--jsn"], ["--jsn", "--json"]),
+        (["bench"], ["Missing command", "see layercard bench --help"]),
         (["select", "card.json", "--k", "five", "-o", "p.json"], ["--k", "valid int"]),
-        (["profile", "m", "--data", "synthetic", "--records", "0", "-o", "c.json"], ["--records"]),
+        (["profile", "m", "--data", "synthetic", "--records", "0", "-o", "c.json"], ["--records is 0; give a whole number from 1"]),
     ],
 )
 def test_a_wrong_command_line_is_one_line(layercard: Layercard, card: Path, arguments: list[str], words: list[str]) -> None:
@@ -111,9 +224,7 @@ def test_a_wrong_command_line_is_one_line(layercard: Layercard, card: Path, argu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--k", "0"], ["0"]),
         (["--k", "99"], ["99", "30"]),
-        (["--k", "-1"], ["-1"]),
         (["--objective", "ballanced"], ["ballanced", "balanced"]),
         (["--strategy", "midle"], ["midle", "middle"]),
         (["--strategy", "all", "--objective", "cost"], ["--objective cost", "--strategy all"]),
@@ -128,8 +239,6 @@ def test_a_wrong_command_line_is_one_line(layercard: Layercard, card: Path, argu
         (["--min-performance", "0.9"], ["did you mean 90%"]),
         (["--min-performance", "120%"], ["at most 100%"]),
         (["--objective", "cost", "--k", "1", "--min-performance", "99%"], ["of 1 layer", "the best keeps"]),
-        (["--allocate-ranks", "--alpha", "0"], ["--alpha 0"]),
-        (["--allocate-ranks", "--rank", "0"], ["--rank"]),
     ],
 )
 def test_a_choice_that_cannot_be_met_is_one_line(layercard: Layercard, card: Path, arguments: list[str], words: list[str]) -> None:
@@ -147,7 +256,7 @@ def test_a_choice_that_cannot_be_met_is_one_line(layercard: Layercard, card: Pat
         ('{"schema": "layercard/99"}', ["layercard/99", "layercard/1"]),
         (json.dumps(fake_card(layers=[])), ["layers"]),
         (json.dumps(fake_card()).replace('"gain_estimate": {"value": ', '"gain_estimate": {"value": NaN, "was": '), ["gain_estimate"]),
-        (json.dumps(fake_placement(fake_card(), [1])), ["layercard-placement/1"]),
+        (json.dumps(fake_placement(fake_card(), [1])), ["is a placement (layercard-placement/1); a card is needed"]),
     ],
 )
 def test_a_card_that_is_none_is_one_line(layercard: Layercard, tmp_path: Path, text: str | None, words: list[str]) -> None:

@@ -26,7 +26,7 @@ def refuse_existing(path: Path, force: bool) -> None:
     if not is_stream(path):
         if _file_at(path) is not None and not force:
             raise OutputError(f"{path} exists already; name another output or pass --force to replace it")
-        with _writing(path):
+        with writing(path):
             folder = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
             if not folder.is_dir():
                 raise OutputError(f"cannot make the folder {path.parent}: {folder} is a file; choose another output")
@@ -49,7 +49,7 @@ def _file_at(path: Path) -> os.stat_result | None:
     Raises:
         OutputError: There is something else.
     """
-    with _writing(path):
+    with writing(path):
         try:
             there = path.stat()
         except FileNotFoundError:
@@ -62,8 +62,8 @@ def _file_at(path: Path) -> os.stat_result | None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn errors of the system into one line.
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the system about an output into one line.
 
     Raises:
         OutputError: In place of an `OSError`, such as that of a full disk.
@@ -103,7 +103,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if is_stream(path):
         import tempfile
 
-        with _writing(path), tempfile.TemporaryDirectory() as folder:
+        with writing(path), tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part"
             yield part
             with path.open("ab") as stream:
@@ -112,7 +112,7 @@ def replacing(path: Path) -> Iterator[Path]:
     earlier = _file_at(path)
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex[:8]}.part")  # a character takes at most four bytes
-    with _writing(path), _made(target.parent):
+    with writing(path), _made(target.parent):
         try:
             os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             mode = stat.S_IMODE((earlier or part.stat()).st_mode)

@@ -96,7 +96,7 @@ def check(name: str, value: Any, kind: Any, described: Mapping[str, Any]) -> Non
         return
     choices, low, high = described["choices"], described["low"], described["high"]
     if choices and value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        close = difflib.get_close_matches(shown(value), choices, n=1, cutoff=0.0)[0]
         raise TrainingError(f"{name} {shown(value)} is unknown; did you mean {close!r}? Choose one of {', '.join(choices)}")
     if int in kinds or float in kinds:
         is_whole = float not in kinds

@@ -1,10 +1,12 @@
 """`layercard bench placements`: strategies side by side under equal conditions, from a table to the JSON of each run."""
 
+import re
 from dataclasses import replace
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, emit_json, out
 from layercard.errors import BenchmarkError
+from layercard.files import shown
 from layercard.settings import BenchSettings, setting
 
 MODEL = "smollm2-135m"
@@ -85,10 +87,9 @@ def _words(text: str, option: str) -> tuple[str, ...]:
     return words
 
 
-def _integers(text: str, option: str, least: int = 1, most: int | None = None) -> tuple[int, ...]:
+def _integers(text: str, option: str, least: int = 1, most: int = 2**32 - 1) -> tuple[int, ...]:
     words = text.replace(",", " ").replace("%", " ").split()
     for word in words:
-        if not word.isdigit() or int(word) < least or (most is not None and int(word) > most):
-            limit = f"from {least} to {most}" if most is not None else f"of at least {least}"
-            raise BenchmarkError(f"{option} {word!r} is not a whole number {limit}; give numbers with commas between")
+        if not re.fullmatch("[0-9]{1,10}", word) or not least <= int(word) <= most:
+            raise BenchmarkError(f"{option} {shown(word)} is not a whole number from {least} to {most}; give numbers with commas between")
     return tuple(dict.fromkeys(map(int, words)))

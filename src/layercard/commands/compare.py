@@ -1,5 +1,6 @@
 """`layercard compare`: several placements, trained from the same seed on the same records, side by side."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ def _placement(base: "BaseModel", entry: str, card: "LayerCard | None", seed: in
     if _is_file(entry):
         return Placement.load(entry)
     rule, _, count = entry.partition(":")
-    if count and not count.isdecimal():
+    if count and not re.fullmatch("[0-9]{1,6}", count):
         raise PlacementError(f"{entry!r}: {count!r} is not a number of layers; write {rule}:{LAYERS}")
     k = int(count) if count else LAYERS
     if card is not None and rule in OBJECTIVES:

@@ -34,8 +34,8 @@ def cost(
         "Without weights: MODEL is a config.json, a folder with one, an id on the hub, gpt2-medium or qwen3-8b. Measured with "
         "random weights where they fit the memory, else estimated from FLOPs and bytes. Only a config.json is ever fetched.",
     ),
-    flops: float | None = setting(None, "With --meta: FLOP/s of another device."),
-    bandwidth: float | None = setting(None, "With --meta: bytes/s of its memory."),
+    flops: float | None = setting(None, "With --meta: FLOP/s of another device.", low=0.1),
+    bandwidth: float | None = setting(None, "With --meta: bytes/s of its memory.", low=0.1),
     device: str = opt.DEVICE,
     dtype: str = opt.DTYPE,
     force: bool = opt.FORCE,

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from layercard.commands.app import app as explore
 from layercard.commands.bench import placements
@@ -36,7 +37,7 @@ from layercard.commands.show import show
 from layercard.commands.terminal import Level, logging_to_stderr, say
 from layercard.commands.train import evaluate, train
 from layercard.commands.verify import verify
-from layercard.errors import LayercardError, ProcessError
+from layercard.errors import LayercardError, ProcessError, one_line
 from layercard.processes import is_first
 
 MENDABLE = 2
@@ -151,6 +152,10 @@ def layercard(
     context.with_resource(logging_to_stderr(log_level))
 
 
+ROOT = get_command(app)
+"""The commands as they are parsed: typer makes them anew at each call of `app`."""
+
+
 class _Terminated(BaseException):
     """SIGTERM came; no `except Exception` on the way may hold it up."""
 
@@ -160,7 +165,7 @@ def run(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without bars and arrows still gets the numbers
     try:
-        status = app(args=list(arguments) or ["--help"], prog_name="layercard", standalone_mode=False)
+        status = ROOT.main(args=list(arguments) or ["--help"], prog_name="layercard", standalone_mode=False)
     except LayercardError as error:
         return _end(f"error: {error}", MENDABLE, speaks=is_first() or isinstance(error, ProcessError))
     except TyperException as error:
@@ -168,6 +173,9 @@ def run(arguments: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         help_of = context.command_path if context else "layercard"
         return _end(f"error: {LayercardError(error.format_message().rstrip('.'))}; see {help_of} --help", MENDABLE)
+    except (OSError, MemoryError) as error:  # names that are too long, folders that may not be read, a full disk
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else one_line(error)
+        return _end(f"error: {what}; check the file and the room for it", MENDABLE)
     except _Terminated:
         return _end("terminated", TERMINATED)
     if status == INTERRUPTED:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercard.errors import ModelError, OutputError, TrainingError
-from layercard.files import refuse_existing
+from layercard.files import refuse_existing, writing
 from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, check, setting
 
 if TYPE_CHECKING:
@@ -125,8 +125,12 @@ def batch_size(default: int) -> Any:
 
 
 def check_folder(path: Path, *, resume: bool, force: bool) -> None:
-    """Refuse an output folder that holds something already, before the long work starts."""
-    if not (resume or force) and path.exists() and (path.is_file() or any(path.iterdir())):
+    """Refuse an output folder that is something else or holds something already, before the long work starts."""
+    with writing(path):
+        is_free = resume or force or not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        if is_free and path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is not a folder, so it is not replaced; name a folder")
+    if not is_free:
         raise OutputError(f"{path} exists already; pass --resume to go on with it, --force to replace it, or name another output")
 
 

@@ -39,7 +39,7 @@ def pareto(
 
 def transfer(
     cards: list[Path] = setting(..., "Two or more cards of one model on different data.", argument=True, metavar="CARD…"),
-    k: int = setting(5, "Number of layers of a placement, and of the best that are compared.", option="--k -k"),
+    k: int = setting(5, "Number of layers of a placement, and of the best that are compared.", low=1, option="--k -k"),
     measure: str = setting("gain_estimate", "Measure of the matrix and of the best layers, as `show --json` names it."),
     across_dtypes: bool = setting(False, "Compare cards of one model in several dtypes; their weights differ by rounding."),
     output: Path | None = opt.RESULT_FILE,

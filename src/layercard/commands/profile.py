@@ -1,5 +1,6 @@
 """`layercard profile`: a model and data to a Layer Card."""
 
+import os
 import time
 from pathlib import Path
 
@@ -49,12 +50,16 @@ def profile(
     hub, which is asked for the weights' fingerprint.
     """
     # What cannot work is refused before anything heavy is imported.
-    state = output.with_name(f"{output.name}.state")
+    state = output.parent / f"{os.fsdecode(os.fsencode(output.name)[:230])}.state"  # names have at most 255 bytes
     from layercard.checkpoint import PLAN_FILE, check_folder, discard
 
-    if output.exists() and state.exists() and not force:  # a run that was killed when its card was written
-        discard(state)
-    refuse_existing(output, force)
+    try:
+        refuse_existing(output, force)
+    except OutputError:
+        # A run that was killed after its card was written has left its state; that of a later run stays.
+        if output.is_file() and state.is_dir() and state.stat().st_mtime <= output.stat().st_mtime:
+            discard(state)
+        raise
     opt.check_data(data)
     for asked, name in ((reuse, "--reuse looks for a card"), (stream, "--stream reads the model")):
         if asked and count() > 1:
@@ -63,8 +68,6 @@ def profile(
     if boundaries is not None and not stream:
         raise TrainingError("--boundaries says where --stream keeps what goes from block to block; pass --stream too, or leave it out")
     check_folder(state)
-    if force and is_first():
-        discard(state)
 
     # Load the model, whole or block by block; take a card that is there already, or make one.
     from layercard.commands.reuse import card_folder, keep, reusable
@@ -85,6 +88,8 @@ def profile(
             version = "" if card is None else card.versions.get("layercard", "of no version")
             say(f"reused: {source}, made with layercard {version}" if card else "no card to reuse; profiling")
         if card is None:
+            if force and is_first():
+                discard(state)
             card = profile_records(streamed or base, dataset, settings, display, state=state, boundaries=boundaries)
     if not is_first():
         return

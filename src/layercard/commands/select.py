@@ -13,11 +13,13 @@ OBJECTIVE = "balanced"
 def select(
     card: Path = opt.CARD,
     output: Path = setting(..., "Where to write the placement."),
-    k: int | None = setting(None, "Number of layers; as many as serve the objective when not given, 5 where nothing decides."),
+    k: int | None = setting(
+        None, "Number of layers; as many as serve the objective when not given, 5 where nothing decides.", low=1, option="--k -k"
+    ),
     objective: str | None = setting(
         None,
         "performance (the best within the budgets), cost (the least step time) or balanced (the least step time that keeps "
-        f"--min-performance); {OBJECTIVE} when neither this nor --strategy is given.",
+        f"--min-performance). When neither this nor --strategy is given: {OBJECTIVE}, and performance where only a budget is.",
     ),
     strategy: str | None = setting(
         None,
@@ -31,7 +33,7 @@ def select(
     min_performance: str | None = setting(None, "Predicted performance kept, in % of all layers; 95% for balanced.", metavar="X"),
     allocate_ranks: bool = setting(False, "Share the total rank, --rank times the layers, out by what each layer covers."),
     rank: int = setting(8, "Mean rank, with --allocate-ranks.", low=1),
-    alpha: float = setting(16.0, "Alpha at the mean rank, with --allocate-ranks."),
+    alpha: float = setting(16.0, "Alpha at the mean rank, with --allocate-ranks.", low=1e-9, high=1e6),
     seed: int = opt.SEED,
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
@@ -49,15 +51,15 @@ def select(
     if strategy is not None and budgets.given():
         option = option_of(next(iter(budgets.given())))
         raise SelectionError(f"{option} needs an objective, but --strategy {strategy} is a fixed rule; give one of them")
-    if not 0 < alpha < float("inf"):
-        raise SelectionError(f"--alpha {alpha:g} scales adapters to nothing; give a number above 0")
     opt.check_output(output, force)
     from layercard.card.card import LayerCard
     from layercard.report.terminal import placement_view
     from layercard.selection import select as selection
 
     source = LayerCard.load(card)
-    placement = selection.select(source, k=k, objective=objective or OBJECTIVE, strategy=strategy, budgets=budgets, seed=seed)
+    # A budget alone asks for the best within it.
+    usual = "performance" if budgets.given() and min_performance is None else OBJECTIVE
+    placement = selection.select(source, k=k, objective=objective or usual, strategy=strategy, budgets=budgets, seed=seed)
     if allocate_ranks:
         placement = selection.allocate_ranks(source, placement, rank, alpha)
     placement.save(output, force=force)

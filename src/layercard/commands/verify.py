@@ -1,12 +1,13 @@
 """`layercard verify`: whether an adapter or configuration adapts what it was meant to."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import ModelError, PlacementError
-from layercard.files import read_json
+from layercard.files import read_json, shown
 from layercard.settings import LoadSettings, setting
 
 
@@ -90,8 +91,8 @@ def parse_layers(text: str) -> list[int]:
     layers: set[int] = set()
     for part in (each.strip() for each in text.split(",") if each.strip()):
         first, _, last = part.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or part.endswith("-"):
-            raise PlacementError(f"--layers has {part!r}; write numbers and stretches such as 12-16,20")
+        if not re.fullmatch("[0-9]{1,5}(-[0-9]{1,5})?", part):
+            raise PlacementError(f"--layers has {shown(part)}; write layers and stretches of them such as 12-16,20")
         layers |= set(range(int(first), int(last or first) + 1))
     if not layers:
         raise PlacementError(f"--layers is {text!r}, which names no layer; write numbers and stretches such as 12-16,20")
