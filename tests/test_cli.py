@@ -15,12 +15,10 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
-from typer.main import get_command
 
 from cards import fake_card, fake_comparison, fake_placement
 from layercard.card.card import LayerCard
@@ -82,7 +80,7 @@ def test_every_command_has_help_with_an_example_that_can_be_read(layercard: Laye
     assert out.startswith(f"Usage: layercard {name}")
     example = out.partition("Example:\n")[2].strip()
     assert example.startswith(f"layercard {name} ") and len(example) <= 100
-    command: Any = get_command(app)
+    command: Any = main.ROOT
     for word in name.split():
         command = command.commands[word]
     command.make_context(name, shlex.split(example)[1 + len(name.split()) :])
@@ -104,14 +102,11 @@ def numbers() -> Iterator[tuple[list[str], str]]:
         parameters = inspect.signature(expanded(command), eval_str=True).parameters.values()
         options = [(get_args(each.annotation), each.default) for each in parameters if get_origin(each.annotation) is Annotated]
         name = example.split()[: 2 if command is bench_placements else 1]
-        needed = [
-            [option.default, "x"] if isinstance(option.default, str) else ["x"]
-            for (_, option), default in options
-            if default is inspect.Parameter.empty
-        ]
+        flags = [option.default for (_, option), default in options if default is inspect.Parameter.empty]
+        needed = [word for flag in flags for word in ([flag, "x"] if isinstance(flag, str) else ["x"])]
         for (kind, option), _ in options:
             if {int, float} & {kind, *get_args(kind)}:
-                yield [*name, *chain(*needed)], option.default
+                yield [*name, *needed], option.default
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", pytest.param("9" * 5000, id="digits"), "1e999", "x"])
