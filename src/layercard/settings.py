@@ -118,7 +118,7 @@ class Settings:
     group = "Options"
     """Heading of the help text under which the fields stand."""
 
-    def __init_subclass__(cls, group: str) -> None:
+    def __init_subclass__(cls, group: str = "Options") -> None:
         cls.group = group
         fields = {name: value for name, value in vars(cls).items() if isinstance(value, dataclasses.Field)}
         lines = [f"    {name}: {field.metadata['help']}" for name, field in fields.items()]
