@@ -108,7 +108,7 @@ def test_run_leaves_every_step_and_goes_on_after_interrupts(arguments, tmp_path,
             return _train(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr("layercard.trials.race.train", interrupt)
+            patch.setattr("layercard.trials.trial.train", interrupt)
             patch.setattr(workflow, "train", interrupt)
             assert command(arguments) == 130
         assert not (out / "result.json").exists()

@@ -18,6 +18,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import PLAN as TRAIN_PLAN, RUN_FILE, train
 from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Race, Shape, race, race_shape, usual_rate
+from layercard.trials.trial import Task
+from layercard.trials.workers import Workers
 from layercard.workflow.result import AllLayers, Chosen, Measured, Result, Seconds
 
 PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE = "plan.json", "card.json", "race.json", "placement.json", "result.json"
@@ -129,6 +132,10 @@ def split(data: Dataset, valid: Dataset | None, seed: int) -> tuple[Dataset, Dat
     return data.part(rest, f"{data.source} (without held-out)"), data.part(held_out, f"{data.source} (held out)"), note
 
 
+OpenRecords = Callable[[], tuple[BaseModel, Dataset, Dataset | None]]
+"""Gives model, records and held-out records as they were read."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What `tune` decided, and what it was decided from; `run` goes on with it."""
@@ -154,6 +161,8 @@ def tune(
     settings: RunSettings | None = None,
     training: TrainSettings | None = None,
     fast: FastSettings | None = None,
+    workers: Workers | None = None,
+    open_records: OpenRecords | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], object] | None = None,
 ) -> Choice:
@@ -191,13 +200,13 @@ def tune(
     if (output / RACE_FILE).exists():
         raced = Race.load(output / RACE_FILE)
     elif plan.race is not None:
-        count = min(plan.race.judges, len(valid))
-        judges = valid.part(range(count), f"{valid.source} (first {count})")
-        judged = RecordLosses(before.nats[:count], before.tokens[:count])
-        budget = plan.search_seconds - (sum(phase.seconds for phase in card.phases) if card else 0.0)
-        course = Course(base, data, judges, judged, training, fast, plan.steps, output / RACE, budget, progress)
-        limits: dict[str, Any] = {"tolerance": settings.tolerance, "max_memory": settings.max_memory_bytes(), "left_out": left_out}
-        raced = race(course, entrants, plan.race, objective=settings.objective, search_rate=training.learning_rate is None, **limits)
+        task = race_task(base, data, valid, before, fast, plan.race)
+        opener = task if open_records is None else partial(_opened, open_records, training.seed, fast, plan.race)
+        course = Course(opener, training, plan.steps, output / RACE, workers or Workers(), progress)
+        how: dict[str, Any] = {"objective": settings.objective, "tolerance": settings.tolerance, "left_out": left_out}
+        how |= {"search_rate": training.learning_rate is None, "max_memory": settings.max_memory_bytes()}
+        about = {"model": describe(base), "data": describe_data(data)}
+        raced = race(course, entrants, plan.race, task.losses["valid"], about=about, **how)
         raced.save(output / RACE_FILE, force=True)
     chosen = raced.chosen if raced else _by_rule(entrants, settings)
     why = raced.why if raced else "there was no time for a race, so the rules decide (docs/run.md)"
@@ -217,6 +226,8 @@ def run(
     settings: RunSettings | None = None,
     training: TrainSettings | None = None,
     fast: FastSettings | None = None,
+    workers: Workers | None = None,
+    open_records: OpenRecords | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], object] | None = None,
 ) -> Result:
@@ -230,6 +241,9 @@ def run(
         settings: How to choose, and within what limits.
         training: The full-length training: steps or epochs, batch, rank. A learning rate in it is taken and not searched.
         fast: Which work training leaves out; all that is exact when not given.
+        workers: Where the heats of the race run; in this process when not given.
+        open_records: How workers in other processes get model, records and held-out records; a function that can be pickled by name, or a
+            partial call of one.
         progress: Told of every phase.
         tell: Called with each line that says what will be done or was decided.
 
@@ -242,7 +256,7 @@ def run(
     settings, training, output = settings or RunSettings(), training or TrainSettings(), Path(output)
     with alone(output):
         made: dict[str, Any] = {"valid": valid, "settings": settings, "training": training, "fast": fast, "progress": progress}
-        choice = tune(base, data, output, **made, tell=tell)
+        choice = tune(base, data, output, **made, workers=workers, open_records=open_records, tell=tell)
         if (output / RESULT_FILE).exists():
             return Result.load(output / RESULT_FILE)
         full = replace(training, steps=choice.plan.steps, epochs=None, learning_rate=choice.chosen.learning_rate)
@@ -252,6 +266,23 @@ def run(
         result = _result(base, choice, trained, {**training.to_json(), **settings.to_json()})
         result.save(output / RESULT_FILE, force=True)
         return result
+
+
+def race_task(base: BaseModel, data: Dataset, valid: Dataset, before: RecordLosses | None, fast: FastSettings, shape: Shape) -> Task:
+    """What the heats of a race share: they are judged on the first held-out records."""
+    count = min(shape.judges, len(valid))
+    judges = valid.part(range(count), f"{valid.source} (first {count})")
+    task = Task("race", base, data, {"valid": judges}, fast, moments=0)
+    if before is not None:
+        task.losses["valid"] = RecordLosses(before.nats[:count], before.tokens[:count])
+    return task
+
+
+def _opened(open_records: OpenRecords, seed: int, fast: FastSettings, shape: Shape) -> Task:
+    """`race_task` in a worker."""
+    base, data, valid = open_records()
+    data, valid, _ = split(data, valid, seed)
+    return race_task(base, data, valid, None, fast, shape)
 
 
 def plan_only(
@@ -467,20 +498,19 @@ def _result(base: BaseModel, choice: Choice, trained: Run, settings: dict[str, A
 
 
 def _estimate_of_all(raced: Race | None, chosen: Entrant, count: int, trained: Run) -> tuple[Estimate, Any]:
-    """What all layers would have taken away: as much more or less as in the longest heats that both ran."""
+    """What all layers would have taken away: as many nats more or less as in the longest heats that both ran."""
     assert trained.loss_reduction is not None
-    heats = raced.heats if raced else ()
+    heats = [heat for heat in raced.heats if heat.loss is not None] if raced else []
     alike = [heat for heat in heats if heat.entrant.name == chosen.name]
     every = [heat for heat in heats if len(heat.entrant.layers) == count and heat.entrant.modules == "all"]
     lengths = {heat.steps for heat in alike} & {heat.steps for heat in every}
     if raced is None or not lengths:
         return Estimate(value=trained.loss_reduction), "unknown"
     longest = max(lengths)
-    mine = min((heat for heat in alike if heat.steps == longest), key=lambda heat: heat.loss)
-    theirs = min((heat for heat in every if heat.steps == longest), key=lambda heat: heat.loss)
-    gained = [raced.loss_before - heat.loss for heat in (theirs, mine)]
-    value = trained.loss_reduction * gained[0] / gained[1] if gained[1] > 0 else trained.loss_reduction
-    # Noise of the two heats over records, and of training.
+    mine = min((heat for heat in alike if heat.steps == longest), key=lambda heat: heat.result)
+    theirs = min((heat for heat in every if heat.steps == longest), key=lambda heat: heat.result)
+    # What one has over the other after a short heat is taken to last, in nats; noise is that of the heats over records, and of training.
+    value = trained.loss_reduction + mine.result - theirs.result
     low, high = ratio_interval([a - b for a, b in zip(mine.nats, theirs.nats, strict=True)], raced.labelled)
     half = math.hypot((high - low) / 2, 1.96 * HEAT_NOISE * trained.loss_reduction)
     return Estimate(value=value, low=value - half, high=value + half), "estimated"
