@@ -1,7 +1,7 @@
-"""Training with the lower blocks on disk: the same losses, its memory against depth and against trained blocks, and a model of 8B parameters.
+"""Training with the lower blocks on disk: the same losses, memory against depth and trained blocks, and a model of 8B parameters.
 
-- *equality*: SmolLM2-135M, the last 6 of 30 blocks, float32 and bfloat16, one pass and three: largest difference of a step's loss and of the
-  adapter's weights from ordinary training; and a training killed (-9) in the pass and in a step, and gone on with;
+- *equality*: SmolLM2-135M, the last 6 of 30 blocks, float32 and bfloat16, one pass and three: largest difference of a step's loss and of
+  the adapter's weights from ordinary training; and a training killed (-9) in the pass and in a step, and gone on with;
 - *memory*: random models of one width: 8 to 64 blocks with the last 2 trained, and 32 blocks with the last 1 to 16 trained; peak
   resident memory above that of the process before it opens the model, and what the cost model's sizes foretell;
 - *8b*: random weights of Qwen3-8B's shape in bfloat16 in an address space of 6 GiB: the last 4 of 36 blocks, two passes over 64 records of
