@@ -27,9 +27,9 @@ from layercard.commands.main import run
 from layercard.errors import OutputError, ReportError
 from layercard.report.app import library as files, views
 from layercard.report.app.explorer import MOST_FRONTS, MOST_UPLOADS, Explorer
-from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Jobs, Progress, card_name, follow, profile_command
+from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Progress, card_name, follow, profile_job
 from layercard.report.app.library import (
-    EXAMPLES,
+    FIGURES,
     LARGEST,
     MOST_FOLDERS,
     Choice,
@@ -40,7 +40,6 @@ from layercard.report.app.library import (
     choose,
     command_line,
     read_entry,
-    read_upload,
     rows,
     wishes,
 )
@@ -158,6 +157,11 @@ class TestFiles:
         (found,) = Library([tmp_path]).entries()
         assert found.problem is not None and "20 MiB" in found.problem
 
+    def test_a_pipe_is_not_read(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "card.json")
+        (found,) = Library([tmp_path]).entries()
+        assert found.problem == "card.json: not a regular file; make it readable"
+
     def test_models_and_data_lie_in_the_given_folders(self, tmp_path: Path) -> None:
         saved(tmp_path / "models" / "a" / "config.json", {})
         (tmp_path / "models" / "a" / "model.safetensors").write_bytes(b"")
@@ -178,46 +182,28 @@ class TestFiles:
 
 
 class TestUploads:
-    @pytest.mark.parametrize(("name", "size"), [("card.txt", 10), ("card.json.exe", 10), ("card", 10), ("card.json", LARGEST + 1)])
-    def test_wrong_types_and_sizes_are_refused_unread(self, name: str, size: int) -> None:
-        def read() -> bytes:
-            raise AssertionError("read although it is refused")
-
-        with pytest.raises(OutputError, match=r"not a \.json file|MiB"):
-            read_upload(name, size, read)
-
-    def test_names_lose_their_folders(self) -> None:
-        data = json.dumps(fake_card(4)).encode()
-        assert read_upload("../../etc/card.json", len(data), lambda: data).name == "card.json (uploaded)"
-        assert read_upload("C:\\x\\card.json", len(data), lambda: data).place == "card.json"
-
-    def test_json_of_others_is_refused(self) -> None:
-        with pytest.raises(OutputError, match="not a file of layercard"):
-            read_upload("package.json", 2, lambda: b"{}")
-
     def test_the_good_ones_are_taken_in_beside_the_bad(self, tmp_path: Path) -> None:
         uploads, cards = tmp_path / "uploads", tmp_path / "cards"
         cards.mkdir()
         good = saved(uploads / "good.json", fake_card(4))
         broken = uploads / "broken.json"
         broken.write_text("{", encoding="utf-8")
-        text = uploads / "notes.txt"
-        text.write_text("hello", encoding="utf-8")
+        foreign = saved(uploads / "package.json", {})
         elsewhere = saved(tmp_path / "elsewhere.json", fake_card(4))
         explorer = Explorer(Library([cards]), uploads)
-        found, refused = explorer.upload([], [str(path) for path in (broken, text, elsewhere, good, uploads / ".." / "elsewhere.json")])
+        found, refused = explorer.upload([], [str(path) for path in (broken, foreign, elsewhere, good, uploads / ".." / "elsewhere.json")])
         assert [(entry.name, entry.problem is None) for entry in found] == [
             ("broken.json (uploaded)", False),
             ("good.json (uploaded)", True),
         ]
         assert len(refused) == 4
-        assert sum("was not uploaded here" in words for words in refused) == 2
+        assert sum("was not uploaded here" in words for words in refused) == 2 and "package.json is no file of layercard" in refused[1]
         assert explorer.cards(found)[0][0].startswith("good.json (uploaded)")
 
     def test_no_more_than_enough(self, tmp_path: Path) -> None:
         path = saved(tmp_path / "card.json", fake_card(4))
         found, refused = Explorer(Library([tmp_path]), tmp_path).upload([], [str(path)] * 25)
-        assert len(found) == 20 and len(refused) == 5
+        assert len(found) == MOST_UPLOADS == 20 and len(refused) == 5
         assert len({entry.key for entry in found}) == 20
 
 
@@ -225,7 +211,7 @@ class TestChoice:
     def test_sliders_are_what_select_takes(self, card: LayerCard) -> None:
         wanted = wishes("performance", 4, 0, 80, 100, 100, 100)
         found = choose(card, wanted, seconds=5)
-        assert found.placement == select(card, objective="performance", k=4, budgets=wanted.budgets())
+        assert found.placement == select(card, objective="performance", k=4, budgets=wanted.budgets)
         assert found.placement is not None and found.placement.predicted["step_time"]["share"] <= 0.8 + 1e-9
 
     def test_a_tighter_budget_never_keeps_more(self, card: LayerCard) -> None:
@@ -271,25 +257,21 @@ class TestChoice:
         assert [name for name, *_ in changes(one.placement, one.placement) if _[2] != "same"] == []
 
     def test_a_front_is_made_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = []
-
-        def make(card: LayerCard, progress: Any) -> object:
-            made.append(card)
-            return object()
-
-        monkeypatch.setattr("layercard.report.app.explorer.pareto", make)
+        made: list[LayerCard] = []
+        monkeypatch.setattr("layercard.report.app.explorer.pareto", lambda card, progress: made.append(card) or len(made))
         explorer = Explorer(Library([tmp_path]))
         entries = [entry_of(fake_card(4, seed=seed)) for seed in range(MOST_FRONTS + 1)]
-        assert explorer.front(entries[0]) is explorer.front(entries[0])
-        assert len(made) == 1
-        for entry in entries[1:]:
+        for entry in [entries[0], *entries, entries[0]]:
             explorer.front(entry)
-        explorer.front(entries[0])
         assert len(made) == MOST_FRONTS + 2, "the oldest was dropped, so it is made anew"
 
 
 class TestTrainers:
-    def test_lora_arguments_adapt_exactly_the_placement(self) -> None:
+    def downloads(self, placement: Placement) -> dict[str, str]:
+        links = re.findall(r'download="([^"]+)" href="data:[a-z/-]+;base64,([^"]+)"', views.take_away(Choice(placement)))
+        return {name: base64.b64decode(data).decode("utf-8") for name, data in links}
+
+    def test_downloads_adapt_exactly_the_placement(self) -> None:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -298,29 +280,25 @@ class TestTrainers:
 
         base = wrap_model(build_tiny("llama"), tiny_tokenizer(), name="tiny")
         placement = place(base, [1, 2])
-        wrapped = get_peft_model(base.model, LoraConfig(**json.loads(views.lora_json(placement))))
+        files = self.downloads(placement)
+        assert set(files) == {"placement.json", "lora_config.json", "train_trl.py"}
+        assert Placement.from_json(json.loads(files["placement.json"])) == placement
+        wrapped = get_peft_model(base.model, LoraConfig(**json.loads(files["lora_config.json"])))
         adapted = {name for name, module in wrapped.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)}
         assert adapted == set(placement.paths)
 
-    def test_ranks_are_taken_over(self) -> None:
-        placement = fake_placement(fake_card(4), [1])
-        ranks, alphas = dict.fromkeys(placement["paths"], 4), dict.fromkeys(placement["paths"], 8.0)
-        ranked = Placement.from_json({**placement, "rank_pattern": ranks, "alpha_pattern": alphas})
-        found = json.loads(views.lora_json(ranked))
-        assert (found["rank_pattern"], found["alpha_pattern"]) == (ranks, alphas)
-
-    def test_stacked_experts_are_taken_over(self) -> None:
-        placement = {**fake_placement(fake_card(4), [1]), "parameters": ["model.layers.1.mlp.experts.down_proj"]}
-        assert json.loads(views.lora_json(Placement.from_json(placement)))["target_parameters"] == placement["parameters"]
+    @pytest.mark.parametrize("rate", [None, 0.0007])
+    def test_the_script_trains_with_a_rate_for_adapters(self, rate: float | None) -> None:
+        placement = Placement.from_json({**fake_placement(fake_card(4), [1]), "learning_rate": rate})
+        assert f"learning_rate={rate or 0.002:g})" in self.downloads(placement)["train_trl.py"]
 
     @pytest.mark.parametrize("name", ['x"""\nimport os; os.system("id")\n"""', "\\", "'''", NASTY, "{model}"])
     def test_a_name_stays_a_string_in_the_script(self, name: str) -> None:
         placement = fake_placement(fake_card(4, model={"name": name, "fingerprint": "f", "layers": 4}), [1, 3])
-        tree = ast.parse(views.trl_script(Placement.from_json(placement)))
-        model = next(node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL")
-        assert ast.literal_eval(model.value) == name
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        assert imported == {"json"}
+        tree = ast.parse(self.downloads(Placement.from_json(placement))["train_trl.py"])
+        (model,) = (node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "model")
+        assert ast.literal_eval(model) == name
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
 
 
 class TestHtml:
@@ -364,14 +342,6 @@ class TestHtml:
             assert f"{name} {value}" in text
         assert "estimated from shapes alone" in text and "in 0.04 s" in text
 
-    def test_downloads_are_the_placement_itself(self, card: LayerCard) -> None:
-        found = choose(card, wishes("balanced", 0, 90, 100, 100, 100, 100))
-        links = re.findall(r'download="([^"]+)" href="data:[a-z/-]+;base64,([^"]+)"', views.take_away(found))
-        files = {name: base64.b64decode(data).decode("utf-8") for name, data in links}
-        assert set(files) == {"placement.json", "lora_config.json", "train_trl.py"}
-        assert Placement.from_json(json.loads(files["placement.json"])) == found.placement
-        assert json.loads(files["lora_config.json"])["target_modules"] == list(found.placement.paths) if found.placement else False
-
     def test_broken_files_are_listed_with_their_reason(self, folder: Path) -> None:
         text = shown(views.files(Library([folder]).entries()))
         assert "12 files" in text and "nan.json: descent.0: Input should be a finite number" in text
@@ -379,15 +349,12 @@ class TestHtml:
     def test_figures_mark_the_choice_and_the_budgets(self, card: LayerCard) -> None:
         wanted = wishes("balanced", 0, 80, 90, 100, 100, 100)
         found, hand = choose(card, wanted), by_hand(card, ["1"])
-        base = views.front(None, "time")
-        drawn = views.with_choice(base, "time", found, hand, wanted)
-        assert [trace["name"] for trace in drawn["data"][-2:]] == ["chosen", "by hand"]
+        drawn = views.front(None, "time", found, hand, wanted)
+        assert [trace.name for trace in drawn.data[-2:]] == ["chosen", "by hand"]
         assert found.placement is not None
-        assert drawn["data"][-2]["x"] == [100 * found.placement.predicted["step_time"]["share"]]
-        assert [(shape["x0"], shape["y0"]) for shape in drawn["layout"]["shapes"]] == [(90, 0), (0, 80)]
-        assert "shapes" not in base["layout"], "what is kept is not changed"
-        depth = views.with_layers(views.depth(card, "gain_estimate"), [2, 5])
-        assert list(depth["data"][-1]["x"]) == [2, 5]
+        assert drawn.data[-2].x == (100 * found.placement.predicted["step_time"]["share"],)
+        assert {(shape.x0, shape.y0) for shape in drawn.layout.shapes} == {(90, 0), (0, 80)}
+        assert list(views.depth(card, "gain_estimate", [2, 5]).data[-1].x) == [2, 5]
 
 
 class TestCompareAndMoney:
@@ -412,7 +379,7 @@ class TestCompareAndMoney:
         (_, key), *_ = explorer.cards([])
         entry = explorer.card([], key)
         assert entry is not None and entry.card is not None
-        figures = list(EXAMPLES.values())
+        figures = [field.default for field in FIGURES.values()]
         found = files.saved(figures, "EUR", [3, 8], entry, explorer.entries([]))
         share = fake_comparison(fake_card(12), {"placement": [3, 8]})["rows"][0]["time_share"] / 100
         assert "1 timing" in found.ratios.time.source, "the run in the comparison's folder is not counted twice"
@@ -423,17 +390,17 @@ class TestCompareAndMoney:
 
     def test_nothing_measured_saves_nothing(self) -> None:
         entry = entry_of(fake_card(12))
-        found = files.saved(list(EXAMPLES.values()), "USD", [3], entry, [entry])
+        found = files.saved([field.default for field in FIGURES.values()], "USD", [3], entry, [entry])
         assert found.results["saved_month"].mid == 0
         headline, table = map(shown, views.savings(found))
         assert "never" in headline and "never months" not in headline
         assert "a figure above is empty" in table
 
     @pytest.mark.parametrize(
-        ("name", "given", "words"), [("gpu_watts", "abc", "Power of a GPU"), ("gpus", -1, "GPUs of a run"), ("gpus", 1.5, "GPUs")]
+        ("name", "given", "words"), [("gpu_watts", "abc", "Power of a GPU"), ("gpus", -1, "GPUs a run"), ("gpus", 1.5, "GPUs")]
     )
     def test_figures_out_of_range_are_one_line(self, name: str, given: Any, words: str) -> None:
-        figures = [given if known == name else example for known, example in EXAMPLES.items()]
+        figures = [given if figure == name else field.default for figure, field in FIGURES.items()]
         entry = entry_of(fake_card(12))
         with pytest.raises(ReportError, match=words):
             files.saved(figures, "USD", [3], entry, [entry])
@@ -441,7 +408,7 @@ class TestCompareAndMoney:
     def test_fields_are_all_of_the_calculator(self) -> None:
         from layercard.report.roi import RoiInputs
 
-        assert {*EXAMPLES, "currency"} == set(RoiInputs.model_fields)
+        assert {*FIGURES, "currency"} == set(RoiInputs.model_fields)
 
 
 def script(text: str) -> list[str]:
@@ -491,12 +458,12 @@ class TestJobs:
         assert not job.running and list(tmp_path.iterdir()) == []
 
     def test_one_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("layercard.report.app.jobs.profile_command", lambda *_: script("import time; time.sleep(60)"))
-        jobs = Jobs(tmp_path)
-        jobs.start(tmp_path, "synthetic", 8)
-        with pytest.raises(OutputError, match="running already"):
-            jobs.start(tmp_path, "synthetic", 8)
-        assert jobs.cancel() is not None and jobs.cancel() is None
+        monkeypatch.setattr("layercard.report.app.explorer.profile_job", lambda *_: self.job(tmp_path, "import time; time.sleep(60)"))
+        (tmp_path / "m.gguf").touch()
+        explorer = Explorer(Library([tmp_path]))
+        assert "Running: start" in shown(explorer.start("m.gguf", "synthetic", 8))
+        assert "running already" in shown(explorer.start("m.gguf", "synthetic", 8))
+        assert "cancelled" in shown(explorer.cancel()) and "cancelled" in shown(explorer.cancel())
 
     @pytest.mark.parametrize("line", ["progress\tfit\tx\t4\n", "progress\tfit\n", "anything", "", "progress\tfit\t-1\t4"])
     def test_other_lines_tell_nothing(self, line: str) -> None:
@@ -510,7 +477,7 @@ class TestJobs:
 
     def test_models_and_data_of_the_list_alone_can_be_profiled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         explorer = Explorer(Library([tmp_path]))
-        monkeypatch.setattr(explorer.jobs, "start", lambda *_: pytest.fail("started"))
+        monkeypatch.setattr("layercard.report.app.explorer.profile_job", lambda *_: pytest.fail("started"))
         (tmp_path / "m.gguf").write_bytes(b"")
         for model, data in (
             ("/etc", "synthetic"),
@@ -527,9 +494,9 @@ class TestJobs:
         explorer = Explorer(Library([cards], [tmp_path]))
         names = {"model": next(name for name in explorer.library.models()), "data": next(name for name in explorer.library.data())}
         explorer.start(names["model"], names["data"], 16)
-        assert explorer.jobs.job is not None
-        found = explorer.jobs.job.wait(280)
-        explorer.jobs.cancel()
+        assert explorer.job is not None
+        found = explorer.job.wait(280)
+        explorer.cancel()
         assert found.state == DONE, found.message
         assert "fit pass" in found.finished
         ((label, key),) = explorer.cards([])
@@ -539,10 +506,8 @@ class TestJobs:
     def test_a_killed_app_takes_its_profile_along(self, tmp_path: Path, tiny_folder: Path) -> None:
         start = f"""
 from pathlib import Path
-from layercard.report.app.jobs import Jobs
-job = Jobs(Path({str(tmp_path)!r}), Path({str(tmp_path)!r})).start(Path({str(tiny_folder)!r}), "synthetic", 512)
-while job.progress.phase == "start":
-    pass
+from layercard.report.app.jobs import profile_job
+job = profile_job(Path({str(tiny_folder)!r}), "synthetic", 512, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
 print(job._process.pid, flush=True)
 input()
 """
@@ -559,9 +524,10 @@ input()
             pytest.fail("the profile runs on")
         assert not list(tmp_path.glob("profile-*"))
 
-    def test_the_command_names_files_and_no_shell(self) -> None:
-        words = profile_command(Path("/models/a b"), "/data/x;y.jsonl", Path("/tmp/c.json"), 8)
-        assert words[1:5] == ["-m", "layercard.report.app.jobs", "profile", "/models/a b"] and "/data/x;y.jsonl" in words
+    def test_the_command_names_files_and_no_shell(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("layercard.report.app.jobs.Job", lambda command, *_: command)
+        words = profile_job(Path("/models/a b"), "/data/x;y.jsonl", 8, tmp_path, tmp_path)
+        assert words[1:5] == ["-m", "layercard.report.app.jobs", "profile", "/models/a b"] and "/data/x;y.jsonl" in words  # type: ignore[index, operator]
 
 
 OWN = "127.0.0.1:7860"

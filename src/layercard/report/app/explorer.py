@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from layercard.card.card import LayerCard
 from layercard.errors import CardError, LayercardError, OutputError
 from layercard.report.app import library as files, views
-from layercard.report.app.jobs import Jobs
+from layercard.report.app.jobs import Job, profile_job
 from layercard.report.app.library import Choice, Entry, Library
 from layercard.report.words import measured
 from layercard.selection.pareto import Front, pareto
@@ -23,25 +22,24 @@ from layercard.selection.transfer import transfer
 
 MOST_UPLOADS = 20
 """Files that one visitor may upload."""
-MOST_DRAWN = 64
-"""Figures that are kept."""
 MOST_FRONTS = 16
 """Fronts that are kept."""
 SYNTHETIC = "synthetic"
 """The data set that layercard's own generator writes."""
 PLAIN = ("last", "middle", "uniform", "first", "all")
 """Plain placements to start from when picking layers."""
-Value = TypeVar("Value")
 
 
 class Explorer:
     """The app without a page. Uploads are read from `folder` alone, where the server puts them; half cards lie there too."""
 
     def __init__(self, library: Library, folder: Path | None = None) -> None:
-        self.library, self.folder, self.jobs = library, folder, Jobs(library.folders[0], folder)
+        self.library, self.folder = library, folder
+        self.job: Job | None = None  # the profile that runs or ran last; one at a time
+        self._starting, self._making = threading.Lock(), threading.Lock()
         self._fronts: dict[str, Front] = {}  # by the digest of the card
-        self._making = threading.Lock()
-        self._drawn: dict[tuple[str, ...], views.Figure] = {}
+
+    # ---- files
 
     def entries(self, uploaded: Sequence[Entry]) -> list[Entry]:
         """The files in the folders and those that the visitor uploaded."""
@@ -58,7 +56,7 @@ class Explorer:
     def sibling(self, uploaded: Sequence[Entry], entry: Entry) -> str | None:
         """The key of another card to compare one with: of the same model, if there is one."""
         others = [other for other in self.entries(uploaded) if other.card is not None and other.digest != entry.digest]
-        others.sort(key=lambda other: card_of(other).model.fingerprint != card_of(entry).model.fingerprint)
+        others.sort(key=lambda other: other.value["model"]["fingerprint"] != entry.value["model"]["fingerprint"])
         return others[0].key if others else None
 
     def upload(self, uploaded: Sequence[Entry], paths: Sequence[str]) -> tuple[list[Entry], list[str]]:
@@ -69,28 +67,30 @@ class Explorer:
                 if self.folder is None or not files.inside(path, self.folder.resolve()):
                     raise OutputError(f"{path.name} was not uploaded here")
                 if len(entries) >= MOST_UPLOADS:
-                    more = "files are enough, put more into a folder given with --cards"
-                    raise OutputError(f"{path.name} was left out: {MOST_UPLOADS} {more}")
-                entries.append(files.read_upload(path.name, path.stat().st_size, path.read_bytes, len(entries)))
-                refused += [entries[-1].problem] if entries[-1].problem is not None else []
-            except LayercardError as error:
-                refused.append(str(error))
-            except OSError:
-                refused.append(f"{path.name} cannot be read")
+                    raise OutputError(f"{path.name} was left out: up to {MOST_UPLOADS} files; put more into a folder given with --cards")
+                entry = files.read_entry(f"upload:{len(entries)}", f"{path.name} (uploaded)", path.read_bytes(), path.name)
+                if entry is None:
+                    raise OutputError(f"{path.name} is no file of layercard; upload a card, a placement, a run record or a comparison")
+                entries.append(entry)
+                refused += [entry.problem] if entry.problem else []
+            except (LayercardError, OSError) as error:
+                refused.append(str(error) if isinstance(error, LayercardError) else f"{path.name} cannot be read")
         return entries, refused
 
     def roadmap(self, uploaded: Sequence[Entry], key: str | None) -> str:
         """Where the model of a card stands; the start of the way without one."""
         return views.roadmap(self.entries(uploaded), self.card(uploaded, key))
 
+    # ---- placements
+
     def explore(self, uploaded: Sequence[Entry], key: str | None, *controls: Any, patient: bool = False) -> tuple[Any, ...]:
         """The `Choice` for what the controls say, its tiles, downloads and figures; `patient` searches as long as `layercard select`."""
         entry = self.card(uploaded, key)
-        if entry is None:
+        if entry is None or entry.card is None:
             problem = "open a card, or make one on the tab Profile"
             return Choice(None, problem), views.note(problem), "", None, None
         started, asked = time.perf_counter(), files.wishes(*controls[:-2])
-        choice = files.choose(card_of(entry), asked, PATIENT if patient else files.SECONDS)
+        choice = files.choose(entry.card, asked, PATIENT if patient else files.SECONDS)
         tiles = views.tiles(choice, time.perf_counter() - started)
         downloads = views.take_away(choice, files.command_line(asked, entry.place))
         return choice, tiles, downloads, *self._figures(entry, choice, None, controls)
@@ -98,9 +98,9 @@ class Explorer:
     def by_hand(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, layers: Sequence[str], *controls: Any) -> tuple[Any, ...]:
         """What changes with picked layers against the chosen ones, the downloads of their placement, and figures."""
         entry = self.card(uploaded, key)
-        if entry is None:
+        if entry is None or entry.card is None:
             return views.note("open a card first"), "", None, None
-        hand = files.by_hand(card_of(entry), layers)
+        hand = files.by_hand(entry.card, layers)
         if hand.placement is None:
             words = views.note("pick layers, or start from a placement")
         elif choice.placement is None:
@@ -109,39 +109,42 @@ class Explorer:
             words = views.change_table(files.changes(choice.placement, hand.placement))
         return words, views.take_away(hand), *self._figures(entry, choice, hand, controls)
 
-    def _figures(self, entry: Entry, choice: Choice, hand: Choice | None, controls: Sequence[Any]) -> tuple[views.Figure, views.Figure]:
-        """The front with the choice on it, and a measure over depth with the layers marked; what does not move is drawn once."""
-        *sliders, measure, front = controls
-        value = self._fronts.get(entry.digest)
-        name = front if front in views.FRONTS else views.FRONTS[0]
+    def _figures(self, entry: Entry, choice: Choice, hand: Choice | None, controls: Sequence[Any]) -> tuple[Any, Any]:
+        """The front with the choice on it, and a measure over depth with the layers marked."""
+        *sliders, measure, cost = controls
         names = [key for _, key in self.measures(entry)]
-        shown = measure if measure in names else names[0]
-        of_front = _once(self._drawn, (entry.digest, name, str(value is not None)), MOST_DRAWN, lambda: views.front(value, name))
-        over_depth = _once(self._drawn, (entry.digest, "depth", shown), MOST_DRAWN, lambda: views.depth(card_of(entry), shown))
-        layers = (hand or choice).layers
-        return views.with_choice(of_front, name, choice, hand, files.wishes(*sliders)), views.with_layers(over_depth, layers)
+        assert entry.card is not None
+        over_depth = views.depth(entry.card, measure if measure in names else names[0], (hand or choice).layers)
+        return views.front(self._fronts.get(entry.digest), cost, choice, hand, files.wishes(*sliders)), over_depth
 
     def front(self, entry: Entry, progress: Callable[[str, int, int], None] | None = None) -> Front:
         """The front of a card, made once; two who ask at once wait for one search."""
         with self._making:
-            return _once(self._fronts, entry.digest, MOST_FRONTS, lambda: pareto(card_of(entry), progress=progress))
+            if entry.digest not in self._fronts and entry.card is not None:
+                while len(self._fronts) >= MOST_FRONTS:
+                    self._fronts.pop(next(iter(self._fronts)))
+                self._fronts[entry.digest] = pareto(entry.card, progress=progress)
+            return self._fronts[entry.digest]
 
     def measures(self, entry: Entry) -> list[tuple[str, str]]:
         """The measures that a card has: title and name."""
-        return [(measure.title, measure.key) for measure in measured(card_of(entry))]
+        return [(measure.title, measure.key) for measure in measured(entry.card)] if entry.card else []
 
     def start_from(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, button: str) -> list[str]:
         """The layers to start picking from: those chosen, none, or a plain placement of as many, as the last word of a button says."""
         entry, name = self.card(uploaded, key), button.rpartition(" ")[2]
         layers: Sequence[int] = choice.layers if name == "chosen" else ()
         if entry is not None and name in PLAIN:
-            layers = strategy_layers(name, card_of(entry).model.layers, len(choice.layers) or 1)
+            layers = strategy_layers(name, int(entry.value["model"]["layers"]), len(choice.layers) or 1)
         return [] if entry is None else [str(layer) for layer in layers]
+
+    # ---- comparisons, savings, profiles
 
     def compare(self, uploaded: Sequence[Entry], first: str | None, second: str | None, k: float) -> str:
         """Whether the card of one data set serves another."""
         try:
-            pair = [(entry.name, card_of(entry)) for key in (first, second) if (entry := self.card(uploaded, key))]
+            found = [self.card(uploaded, key) for key in (first, second)]
+            pair = [(entry.name, entry.card) for entry in found if entry is not None and entry.card is not None]
             if len(pair) < 2:
                 raise CardError("this card is not in the list any more; choose another")
             if first == second:
@@ -171,30 +174,20 @@ class Explorer:
                 raise OutputError("choose a model of the list; models are folders with config.json and safetensors, or .gguf files")
             if data not in sources:
                 raise OutputError("choose data of the list; data are .jsonl, .csv, .tsv or .parquet files")
-            return views.job(self.jobs.start(models[model], str(sources[data]), max(4, int(records))).progress)
+            with self._starting:
+                if self.job is not None and self.job.running:
+                    raise OutputError("a profile is running already; wait for it or cancel it")
+                self.job = profile_job(models[model], str(sources[data]), max(4, int(records)), self.library.folders[0], self.folder)
+            return self.progress()
         except LayercardError as error:
             return views.note(str(error), "bad")
 
-    def job(self) -> str:
+    def progress(self) -> str:
         """How far the profile is."""
-        return views.job(self.jobs.job.progress if self.jobs.job else None)
+        return views.job(self.job.progress if self.job else None)
 
     def cancel(self) -> str:
         """End the running profile."""
-        self.jobs.cancel()
-        return self.job()
-
-
-def _once(made: dict[Any, Value], key: Any, most: int, make: Callable[[], Value]) -> Value:
-    """What is kept under a key, made where it is not there; the oldest of more than `most` go."""
-    if key not in made:
-        while len(made) >= most:
-            made.pop(next(iter(made)), None)
-        made[key] = make()
-    return made[key]
-
-
-def card_of(entry: Entry) -> LayerCard:
-    """The card of an entry that is one."""
-    assert entry.card is not None
-    return entry.card
+        if self.job is not None:
+            self.job.cancel()
+        return self.progress()

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layercard.errors import LayercardError, OutputError
 from layercard.files import replacing
@@ -37,35 +36,6 @@ class Progress:
     finished: tuple[str, ...] = ()
     message: str = ""  # what a failed job said, or where the card of a finished one lies
 
-    @property
-    def share(self) -> float:
-        """Part of the phase that is done, 0 to 1."""
-        return min(1.0, self.done / self.total) if self.total > 0 else 0.0
-
-
-def profile_command(model: Path, data: str, output: Path, records: int) -> list[str]:
-    """The command of a job; nothing of it is read by a shell."""
-    command = [sys.executable, "-m", __name__, "profile", str(model), "--data", data]
-    return [*command, "--records", str(int(records)), "--probe", "step", "-o", str(output)]
-
-
-def _end_with_the_app() -> None:
-    """Wait for the end of the pipe that the app holds, which comes with the app's own, a SIGKILL too; then end this process group."""
-    os.read(0, 1)
-    shutil.rmtree(Path(sys.argv[-1]).parent, ignore_errors=True)
-    os.killpg(0, signal.SIGKILL)
-
-
-def card_name(model: str, data: str) -> str:
-    """What the new card is called: the names of model and data, letters, digits, dots and dashes only.
-
-    >>> card_name("models/SmolLM2 135M", "e2e/train.jsonl")
-    'SmolLM2-135M-train.card.json'
-    """
-    parts = [Path(model.rstrip("/")).name.removesuffix(".gguf"), Path(data).stem]
-    clean = [re.sub(r"[^\w.-]+", "-", part).strip(".-")[:40] for part in parts]
-    return f"{'-'.join(part for part in clean if part) or 'model'}.card.json"
-
 
 class Job:
     """A command in a process of its own that writes one file, `made`, in a folder of its own that is removed at the end.
@@ -77,10 +47,16 @@ class Job:
         self._made, self._target = made, target
         self._lock, self._cancelled = threading.Lock(), False
         self.progress = Progress(RUNNING)
-        environment = {**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        words: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
-        self._process = subprocess.Popen(list(command), **streams, **words, env=environment, start_new_session=True)
+        self._process = subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "LAYERCARD_PROGRESS": "lines", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
         self._reader = threading.Thread(target=self._follow, daemon=True)
         self._reader.start()
 
@@ -99,11 +75,10 @@ class Job:
         with self._lock:
             self._cancelled = True
         for sign in (signal.SIGINT, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, sign)
-            self._reader.join(PATIENCE)
-            if not self._reader.is_alive():
-                break
+            if self.running:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, sign)
+                self._reader.join(PATIENCE)
         return self.progress
 
     def _follow(self) -> None:
@@ -151,36 +126,35 @@ def follow(before: Progress, line: str) -> Progress:
     return Progress(RUNNING, phase, int(rest[1]), int(rest[2]), finished)
 
 
-class Jobs:
-    """The one job that may run at a time; cards go to `folder`, half ones to a folder in `work`."""
+def profile_job(model: Path, data: str, records: int, cards: Path, work: Path | None = None) -> Job:
+    """A job that profiles a model and puts the card into the folder `cards`; half a card lies in a folder of its own in `work`.
 
-    def __init__(self, folder: Path, work: Path | None = None) -> None:
-        self._folder, self._work, self._lock = folder, work, threading.Lock()
-        self.job: Job | None = None
+    Raises:
+        OutputError: The folder of cards cannot be written.
+    """
+    if not os.access(cards, os.W_OK):
+        raise OutputError(f"{cards} cannot be written; start the app with --cards on a folder of yours")
+    made = Path(tempfile.mkdtemp(prefix="profile-", dir=work)) / "card.json"
+    command = [sys.executable, "-m", __name__, "profile", str(model), "--data", data, "--records", str(records), "--probe", "step"]
+    return Job([*command, "-o", str(made)], made, cards / card_name(str(model), data))
 
-    @property
-    def running(self) -> bool:
-        """Whether a job runs."""
-        return self.job is not None and self.job.running
 
-    def start(self, model: Path, data: str, records: int) -> Job:
-        """Profile a model.
+def card_name(model: str, data: str) -> str:
+    """What the new card is called: the names of model and data, letters, digits, dots and dashes only.
 
-        Raises:
-            OutputError: One is running already, or the folder of cards cannot be written.
-        """
-        with self._lock:
-            if self.running:
-                raise OutputError("a profile is running already; wait for it or cancel it")
-            if not os.access(self._folder, os.W_OK):
-                raise OutputError(f"{self._folder} cannot be written; start the app with --cards on a folder of yours")
-            made = Path(tempfile.mkdtemp(prefix="profile-", dir=self._work)) / "card.json"
-            self.job = Job(profile_command(model, data, made, records), made, self._folder / card_name(str(model), data))
-            return self.job
+    >>> card_name("models/SmolLM2 135M", "e2e/train.jsonl")
+    'SmolLM2-135M-train.card.json'
+    """
+    parts = [Path(model.rstrip("/")).name.removesuffix(".gguf"), Path(data).stem]
+    clean = [re.sub(r"[^\w.-]+", "-", part).strip(".-")[:40] for part in parts]
+    return f"{'-'.join(part for part in clean if part) or 'model'}.card.json"
 
-    def cancel(self) -> Progress | None:
-        """End the running job, if there is one."""
-        return self.job.cancel() if self.job is not None and self.job.running else None
+
+def _end_with_the_app() -> None:
+    """Wait for the end of the pipe that the app holds, which comes with the app's own, a SIGKILL too; then end this process group."""
+    os.read(0, 1)
+    shutil.rmtree(Path(sys.argv[-1]).parent, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":  # the job itself: `layercard` with an eye on the app

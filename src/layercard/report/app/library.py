@@ -7,10 +7,10 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from layercard.card.card import LayerCard
 from layercard.card.numbers import Json, percent, short
@@ -18,7 +18,7 @@ from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError, visible
 from layercard.files import parse_json
 from layercard.records import Estimate, Record
-from layercard.report.roi import Roi, RoiInputs, ratios_of, roi
+from layercard.report.roi import GROUPS, Roi, RoiInputs, ratios_of, roi
 from layercard.report.sources import read_runs
 from layercard.report.trials import Trial, compared, grouped
 from layercard.selection.budgets import Budgets, option_of
@@ -106,25 +106,6 @@ def _broken(key: str, name: str, problem: str) -> Entry:
     return Entry(key, visible(name), "unreadable", {}, problem=visible(" ".join(problem.split()))[:300])
 
 
-def read_upload(name: str, size: int, read: Callable[[], bytes], taken: int = 0) -> Entry:
-    """The entry of an uploaded file; `taken` files were uploaded before it, which tells its key from theirs.
-
-    Of its name, as the browser gave it, only the last part counts; its size is looked at before anything is read.
-
-    Raises:
-        OutputError: Another ending than `.json`, too large, or nothing of ours in it.
-    """
-    name, expected = name.replace("\\", "/").rpartition("/")[2][:120], "upload a card, a placement, a run record or a comparison"
-    if not name.lower().endswith(".json"):
-        raise OutputError(f"{name!r} is not a .json file; {expected}")
-    if size > LARGEST:
-        raise OutputError(f"{name} has {size / 2**20:.0f} MiB; files up to {LARGEST // 2**20} MiB are read")
-    entry = read_entry(f"upload:{taken}:{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}", f"{name} (uploaded)", read(), name)
-    if entry is None:
-        raise OutputError(f"{name} is not a file of layercard; {expected}")
-    return entry
-
-
 class Library:
     """The files in the given folders: cards, placements and run records in `folders`, models and data in `models` (else in `folders` too).
 
@@ -181,6 +162,8 @@ class Library:
             stamp = (stat.st_mtime_ns, stat.st_size)
             if path in self._read and self._read[path][0] == stamp:
                 return self._read[path][1]
+            if not path.is_file():
+                raise OSError("not a regular file")
             if stat.st_size > LARGEST:
                 entry: Entry | None = _broken(key, name, f"{name} has {stat.st_size / 2**20:.0f} MiB; up to {LARGEST // 2**20} are read")
             else:
@@ -206,8 +189,6 @@ def inside(path: Path, folder: Path) -> bool:
 
 SECONDS = 0.06
 """Time limit of each search while a slider moves; the placement says how far it may be from the best."""
-NO_LIMIT = 100.0
-"""Slider position that means no limit, % of all layers."""
 COSTS = {
     "Step time": ("step_time", "seconds", "max_time"),
     "Peak memory": ("peak_memory", "bytes", "max_memory"),
@@ -220,38 +201,30 @@ WORDS |= {"--min-performance": "performance kept", "--k": "number of layers"}
 """Options of the command line as the page calls them."""
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What the controls say: `None` for as many layers as are best, and for whatever performance the objective keeps by itself."""
+class Wishes(NamedTuple):
+    """What the controls say: `None` for as many layers as are best, and budgets in % of all layers."""
 
     objective: str
     k: int | None
-    min_performance: float | None  # %
-    limits: Mapping[str, float]  # budgets by name, % of all layers
-
-    def budgets(self) -> Budgets:
-        """As the selection takes them."""
-        limits = {name: f"{value:g}%" for name, value in self.limits.items()}
-        return Budgets(**limits, min_performance=None if self.min_performance is None else f"{self.min_performance:g}%")
+    budgets: Budgets
 
 
 def wishes(objective: str, k: float, min_performance: float, *limits: float) -> Wishes:
     """The controls as they stand: 0 layers or 0 % kept means not given, 100 % of a cost (in the order of `COSTS`) no limit.
 
-    >>> wishes("balanced", 0, 90, 100, 60, 100, 100)
-    Wishes(objective='balanced', k=None, min_performance=90.0, limits={'max_memory': 60.0})
+    >>> wishes("balanced", 0, 90, 100, 60, 100, 100).budgets.given()
+    {'max_memory': '60%', 'min_performance': '90%'}
     """
-    by_name = {budget: value for (_, _, budget), value in zip(COSTS.values(), limits, strict=True)}
-    given_limits = {name: float(value) for name, value in by_name.items() if value is not None and value < NO_LIMIT}
-    return Wishes(str(objective), int(k) or None, float(min_performance) or None, given_limits)
+    shares = {budget: value for (_, _, budget), value in zip(COSTS.values(), limits, strict=True) if value is not None and value < 100}
+    shares |= {"min_performance": min_performance} if min_performance else {}
+    return Wishes(objective, int(k) or None, Budgets(**{name: f"{value:g}%" for name, value in shares.items()}))
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A placement, or in words why there is none."""
 
     placement: Placement | None
-    problem: str | None = None
+    problem: str = "no placement"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -262,7 +235,7 @@ class Choice:
 def choose(card: LayerCard, asked: Wishes, seconds: float = SECONDS) -> Choice:
     """The placement that the selection gives, or what it says where there is none, with the page's words for options."""
     try:
-        return Choice(select(card, objective=asked.objective, k=asked.k, budgets=asked.budgets(), seconds=seconds))
+        return Choice(select(card, objective=asked.objective, k=asked.k, budgets=asked.budgets, seconds=seconds))
     except LayercardError as error:
         return Choice(None, re.sub(r"--[a-z-]+", lambda option: WORDS.get(option[0], option[0]), str(error)))
 
@@ -278,8 +251,8 @@ def by_hand(card: LayerCard, layers: Iterable[Any]) -> Choice:
 def command_line(asked: Wishes, card_name: str) -> str:
     """The `layercard select` command that makes the same choice."""
     options = ["--objective", asked.objective, *(["--k", str(asked.k)] if asked.k else [])]
-    for name, value in asked.budgets().given().items():
-        options += [option_of(name), str(value)]
+    for name, value in asked.budgets.given().items():
+        options += [option_of(name), value]
     return shlex.join(["layercard", "select", card_name, *options, "-o", "placement.json"])
 
 
@@ -310,57 +283,23 @@ def changes(chosen: Placement, other: Placement) -> list[tuple[str, str, str, st
 
 # ---- savings
 
-FIGURES: dict[str, dict[str, str]] = {
-    "Training": {
-        "gpu_price_per_hour": "GPU price per hour",
-        "runs_per_month": "Fine-tuning runs a month",
-        "hours_per_run": "Hours of an all-layer run",
-        "gpus": "GPUs of a run",
-        "run_memory_gb": "Memory of an all-layer run, GB (empty: as measured)",
-        "smaller_gpu_price_per_hour": "Price of a smaller GPU per hour (empty: none)",
-        "smaller_gpu_memory_gb": "Memory of the smaller GPU, GB",
-        "smaller_gpu_speed": "Its speed, share of the other",
-    },
-    "Serving": {
-        "adapters_served": "Adapters served",
-        "adapter_mb": "Size of an all-layer adapter, MB (empty: as measured)",
-        "storage_price_per_gb_month": "Price of keeping 1 GB a month",
-        "requests_per_month": "Requests a month",
-        "tokens_per_month": "Tokens generated a month",
-        "concurrent_requests": "Requests answered at a time",
-        "adapter_latency_ms": "Time adapters add to a token, ms (empty: as measured)",
-    },
-    "Set-up and energy": {
-        "engineer_hours": "Engineer hours for set-up",
-        "engineer_rate": "Cost of an engineer hour",
-        "profile_hours": "GPU hours to profile",
-        "gpu_watts": "Power of a GPU, W",
-        "grid_gco2_per_kwh": "CO₂ of the grid, g/kWh",
-    },
-}
-"""The reader's figures in groups: name in `RoiInputs`, and what the page calls the field."""
-LABELS = {name: label.partition(" (")[0].partition(",")[0] for group in FIGURES.values() for name, label in group.items()}
-"""The fields in short, in their order."""
-EXAMPLES: dict[str, float | None] = {name: RoiInputs.model_fields[name].default for name in LABELS}
-"""What each field starts with; `None` for one that may stay empty."""
+FIGURES = {name: RoiInputs.model_fields[name] for names in GROUPS.values() for name in names}
+"""The reader's figures of the calculator, in the order of their fields on the page."""
 
 
 def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence[int], card: Entry, entries: Sequence[Entry]) -> Roi:
     """What a placement saves, from the runs of the card's model among all files, and from the card's cost where no run says the same.
 
-    The figures are the fields in the order of `LABELS`, as they were typed; `None` for an empty one.
+    The figures are the fields in the order of `FIGURES`, as they were typed. Empty ones and untouched examples count as not given.
 
     Raises:
         ReportError: A figure is not a number, or out of range.
     """
     values: dict[str, Any] = {"currency": currency}
-    for name, typed in zip(LABELS, figures, strict=True):
-        text = "" if typed is None else str(typed).strip()
-        try:
-            if text and float(text.replace(",", ".")) != EXAMPLES[name]:
-                values[name] = float(text.replace(",", "."))
-        except ValueError:
-            raise ReportError(f"{LABELS[name]}: {text[:40]!r} is not a number; give one, such as 2.5") from None
+    for (name, field), typed in zip(FIGURES.items(), figures, strict=True):
+        value = typed.strip().replace(",", ".") if isinstance(typed, str) else typed
+        if value not in (None, "", field.default):
+            values[name] = value
     try:
         inputs = RoiInputs.of(values)
     except ReportError as error:
@@ -378,6 +317,6 @@ def with_labels(text: str) -> str:
     """A sentence of the calculator with the fields called as the page calls them.
 
     >>> with_labels("example figures, not given: gpus, gpu_watts")
-    'example figures, not given: GPUs of a run, Power of a GPU'
+    'example figures, not given: GPUs a run, Power of a GPU (optional)'
     """
-    return re.sub(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\bgpus\b", lambda word: LABELS.get(word[0], word[0]), text)
+    return re.sub(r"\b[a-z_]+\b", lambda word: str(FIGURES[word[0]].title) if word[0] in FIGURES else word[0], text)

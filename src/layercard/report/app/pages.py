@@ -1,16 +1,14 @@
 """The page: widgets, and which function of `Explorer` each of them calls."""
 
-import json
 from typing import Any
 
 import gradio as gr
-from gradio.components.plot import PlotData
-from plotly.utils import PlotlyJSONEncoder
 
 from layercard.report.app import views
-from layercard.report.app.explorer import PLAIN, SYNTHETIC, Explorer, card_of
-from layercard.report.app.library import COSTS, EXAMPLES, FIGURES, Choice, Entry
+from layercard.report.app.explorer import PLAIN, SYNTHETIC, Explorer
+from layercard.report.app.library import COSTS, FIGURES, Choice, Entry
 from layercard.report.plots import COSTS as AXES
+from layercard.report.roi import GROUPS, MEASURED_FIGURES
 
 OBJECTIVES = [
     ("Cheapest that keeps the performance", "balanced"),
@@ -36,7 +34,7 @@ class Page:
             with gr.Row():
                 self._card = gr.Dropdown([], label="Card", scale=4, min_width=240, elem_id="card")
                 again = gr.Button("Read the folder again", **small)
-                file = gr.UploadButton("Upload .json files", file_count="multiple", elem_id="upload", **small)
+                file = gr.UploadButton("Upload .json files", file_count="multiple", file_types=[".json"], elem_id="upload", **small)
             message = gr.HTML(visible=False)
             with gr.Tabs():
                 with gr.Tab("Roadmap", id="roadmap"):
@@ -68,8 +66,7 @@ class Page:
                 ]
             with gr.Column(scale=3, min_width=300):
                 tiles, downloads = gr.HTML(elem_id="tiles"), gr.HTML(elem_id="take-away")
-        fronts = [(AXES[name][1], name) for name in views.FRONTS]
-        which = gr.Radio(fronts, value=views.FRONTS[0], label="Performance kept against")
+        which = gr.Radio([(title, name) for name, (_, title) in AXES.items()], value="time", label="Performance kept against")
         self._front = gr.Plot(show_label=False, elem_id="front")
         self._measure = gr.Dropdown([], label="Over depth", elem_id="measure")
         depth = gr.Plot(show_label=False, elem_id="depth")
@@ -99,16 +96,17 @@ class Page:
         headline = gr.HTML(elem_id="headline")
         self._figures: list[Any] = []
         with gr.Row():
-            for title, fields in FIGURES.items():
+            for title, names in GROUPS.items():
                 with gr.Column(min_width=260):
                     gr.HTML(f"<h3 style='margin:0'>{title}</h3>")
-                    for name, label in fields.items():
+                    for name in names:
                         # A number cannot be empty, so a figure that may be is typed as text.
-                        typed: Any = {"label": label, "elem_id": f"roi-{name}"}
-                        empty = EXAMPLES[name] is None
-                        self._figures.append(gr.Textbox(max_length=20, **typed) if empty else gr.Number(EXAMPLES[name], **typed))
-                    if title == list(FIGURES)[-1]:
-                        self._currency = gr.Dropdown(CURRENCIES, value="USD", label="Currency")
+                        default, unit = FIGURES[name].default, FIGURES[name].json_schema_extra["unit"]
+                        empty = "" if default is not None else "empty: as measured" if name in MEASURED_FIGURES else "empty: none"
+                        label = ", ".join(filter(None, (FIGURES[name].title, unit, empty)))
+                        field = gr.Number if default is not None else gr.Textbox
+                        self._figures.append(field(default, label=label, elem_id=f"roi-{name}"))
+        self._currency = gr.Dropdown(CURRENCIES, value="USD", label="Currency")
         self._saved = [headline, gr.HTML(elem_id="saved")]
 
     def _profile_tab(self) -> None:
@@ -131,13 +129,9 @@ class Page:
         lists = [self._card, self._first, self._second, self._model, self._data, self._files]
         opened = [self._roadmap, self._k, self._measure, self._layers, self._best, self._first, self._second]
         asked = [*opened_card, *self._controls]
-        explore = (lambda *values: _plotted(explorer.explore(*values)), asked, self._explored)
+        explore = (explorer.explore, asked, self._explored)
         settle = (self._settled, [*asked, self._choice], self._explored)
-        by_hand = (
-            lambda *values: _plotted(explorer.by_hand(*values)),
-            [*opened_card, self._choice, self._layers, *self._controls],
-            self._hand,
-        )
+        by_hand = (explorer.by_hand, [*opened_card, self._choice, self._layers, *self._controls], self._hand)
         save = (explorer.saves, [*opened_card, self._choice, self._currency, *self._figures], self._saved)
 
         # After the list of files is new: what depends on the card, then what takes a little longer.
@@ -183,9 +177,9 @@ class Page:
     def _opened(self, uploaded: list[Entry], key: str | None) -> tuple[Any, ...]:
         """What a new card changes: the road, the number of layers, the measures, the layers to pick."""
         road, entry = self._explorer.roadmap(uploaded, key), self._explorer.card(uploaded, key)
-        if entry is None:
+        if entry is None or entry.card is None:
             return road, gr.skip(), gr.update(choices=[], value=None), gr.update(choices=[], value=[]), gr.skip(), gr.skip(), gr.skip()
-        depth, measures = card_of(entry).model.layers, self._explorer.measures(entry)
+        depth, measures = entry.card.model.layers, self._explorer.measures(entry)
         return (
             road,
             gr.update(maximum=depth, value=0),
@@ -201,7 +195,7 @@ class Page:
         *asked, choice = controls
         if choice.placement is None or choice.placement.predicted["solver"]["status"] == "optimal":
             return (gr.skip(),) * 5
-        return _plotted(self._explorer.explore(uploaded, key, *asked, patient=True))
+        return self._explorer.explore(uploaded, key, *asked, patient=True)
 
     def _made_front(self, uploaded: list[Entry], key: str | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         """Make the front of the card, once, with a bar over the figure; the next step draws it."""
@@ -218,18 +212,15 @@ class Page:
         message = gr.update(value=views.note(words, "bad" if refused else "good"), visible=True)
         return entries, message, gr.update(choices=self._explorer.cards(entries), value=new[0].key) if new else gr.skip()
 
+    @property
+    def _running(self) -> bool:
+        return self._explorer.job is not None and self._explorer.job.running
+
     def _ticked(self) -> tuple[Any, ...]:
         """How far the profile is; the clock stops with it."""
-        running = self._explorer.jobs.running
-        return self._explorer.job(), gr.update(active=running), gr.update(interactive=not running), gr.update(interactive=running)
+        running = self._running
+        return self._explorer.progress(), gr.update(active=running), gr.update(interactive=not running), gr.update(interactive=running)
 
     def _ended(self, uploaded: list[Entry], key: str | None) -> tuple[Any, ...]:
         """The lists anew when a profile has ended."""
-        return (gr.skip(),) * 6 if self._explorer.jobs.running else self._listed(uploaded, key)
-
-
-def _plotted(answer: tuple[Any, ...]) -> tuple[Any, ...]:
-    """An answer of the explorer whose last two parts are figures, as Gradio takes them."""
-    *words, front, depth = answer
-    plots = [figure and PlotData(type="plotly", plot=json.dumps(figure, cls=PlotlyJSONEncoder)) for figure in (front, depth)]
-    return *words, *plots
+        return (gr.skip(),) * 6 if self._running else self._listed(uploaded, key)
