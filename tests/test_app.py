@@ -330,7 +330,7 @@ class TestHtml:
         first = explorer.card([], explorer.cards([])[0][1])
         texts = [*(text for pair in explorer.cards([]) for text in pair), *explorer.library.models()]
         texts += [views.files(entries), views.roadmap(entries, first), views.note(odd)]
-        assert len(entries) == 2 and "\\x1b" in texts[0] and "\\u202e" in texts[0]
+        assert len(entries) == 2 and "\\u001b" in texts[0] and "\\u202e" in texts[0]
         for text in texts:
             assert not {unicodedata.category(letter) for letter in text.replace("\n", "")} & {"Cc", "Cf", "Cs"}, ascii(text)
 
@@ -608,24 +608,27 @@ def answer(request: urllib.request.Request | str) -> tuple[int, str, dict[str, s
 class TestServer:
     @pytest.fixture(scope="class")
     @classmethod
-    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-        """`layercard app` in a process of its own: its address and its folder of cards."""
+    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
+        """`layercard app` in a process of its own: its address, its folder of cards and that of temporary files."""
         pytest.importorskip("gradio")
         folder = tmp_path_factory.mktemp("cards")
         saved(folder / "card.json", fake_card(8))
         saved(folder.parent / "outside.json", fake_card(8, model={"name": "outside", "fingerprint": "o", "layers": 8}))
         command = [sys.executable, "-m", "layercard.commands.main", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+        temporary = tmp_path_factory.mktemp("temporary")
+        streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, **streams, cwd=folder, env={**os.environ, "TMPDIR": str(temporary)})
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found, line + (process.stderr.read() if process.poll() is not None else "")
-        yield found[0], folder
+        yield found[0], folder, temporary
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "ended\n"), err
+        assert not list(temporary.iterdir())
 
-    def test_the_page_comes_with_a_policy(self, server: tuple[str, Path]) -> None:
+    def test_the_page_comes_with_a_policy(self, server: tuple[str, Path, Path]) -> None:
         status, text, headers = answer(f"{server[0]}/")
         assert status == 200 and "layercard" in text
         assert "connect-src 'self'" in headers["content-security-policy"]
@@ -634,7 +637,7 @@ class TestServer:
     @pytest.mark.parametrize(
         "path", ["gradio_api/file={}", "file={}", "gradio_api/file=..%2foutside.json", "assets/..%2f..%2f..%2f..%2fetc/passwd"]
     )
-    def test_files_are_not_served(self, server: tuple[str, Path], path: str) -> None:
+    def test_files_are_not_served(self, server: tuple[str, Path, Path], path: str) -> None:
         for target in (server[1] / "card.json", server[1].parent / "outside.json", Path("/etc/passwd")):
             status, text, _ = answer(f"{server[0]}/{path.format(target)}")
             assert status in (403, 404) and "fingerprint" not in text and "root:" not in text
@@ -651,13 +654,13 @@ class TestServer:
         ],
         ids=str,
     )
-    def test_other_sites_get_nothing(self, server: tuple[str, Path], path: str, headers: dict[str, str]) -> None:
+    def test_other_sites_get_nothing(self, server: tuple[str, Path, Path], path: str, headers: dict[str, str]) -> None:
         for method in ("GET", "POST", "OPTIONS"):
             asked = {**headers, "Access-Control-Request-Method": "POST"}
             status, _, back = answer(urllib.request.Request(f"{server[0]}/{path}", headers=asked, method=method))
             assert status == 403 and not any(name.startswith("access-control") for name in back)
 
-    def test_no_websocket_opens(self, server: tuple[str, Path]) -> None:
+    def test_no_websocket_opens(self, server: tuple[str, Path, Path]) -> None:
         headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "eHg=", "Sec-WebSocket-Version": "13"}
         assert answer(urllib.request.Request(f"{server[0]}/gradio_api/queue/join", headers=headers))[0] in (403, 404, 405)
 
@@ -690,7 +693,7 @@ class TestServer:
         return "".join(lines)
 
     @pytest.mark.parametrize("lines", [False, True], ids=["whole", "chunked"])
-    def test_uploads_are_read(self, server: tuple[str, Path], lines: bool) -> None:
+    def test_uploads_are_read(self, server: tuple[str, Path, Path], lines: bool) -> None:
         data = json.dumps(fake_card(4)).encode()
         status, text = self.upload(server[0], ("mine.json", data), ("more.JSON", data), lines=lines, Origin=server[0])
         assert status == 200
@@ -709,10 +712,10 @@ class TestServer:
         ids=["ending", "second ending", "count", "size", "total"],
     )
     def test_uploads_over_the_limits_are_refused_and_leave_nothing(
-        self, server: tuple[str, Path], files: list[tuple[str, bytes]], status: int, words: str, lines: bool
+        self, server: tuple[str, Path, Path], files: list[tuple[str, bytes]], status: int, words: str, lines: bool
     ) -> None:
         def stored() -> set[Path]:
-            return {path for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/**/*") if path.is_file()}
+            return {path for path in server[2].rglob("*") if path.is_file()}
 
         before = stored()
         try:
@@ -723,7 +726,7 @@ class TestServer:
             assert said == status and words in text
         assert stored() <= before
 
-    def test_a_path_is_no_upload(self, server: tuple[str, Path]) -> None:
+    def test_a_path_is_no_upload(self, server: tuple[str, Path, Path]) -> None:
         for path in ("/etc/passwd", str(server[1].parent / "outside.json"), str(server[1] / "card.json"), "http://127.0.0.1:9/x.json"):
             said = self.call(server[0], path)
             assert "taken in" not in said and "outside" not in said.replace("outside.json", ""), said

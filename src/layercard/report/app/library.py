@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json, percent, short
+from layercard.card.numbers import Json, listed, percent, short
 from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError, visible
 from layercard.files import parse_json
@@ -27,6 +27,7 @@ from layercard.selection.placement import Placement
 from layercard.selection.select import given, select
 from layercard.selection.transfer import Transfer
 from layercard.training.records import Evaluation, Run
+from layercard.trials.records import Comparison, TrialRecord
 
 # ---- files
 
@@ -39,18 +40,10 @@ MOST_FILES = 400
 MOST_FOLDERS = 4
 """Folders below a given one that are looked into."""
 DATA_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
-KINDS: dict[str, tuple[str, type[Record] | None]] = {
-    "layercard/1": ("card", LayerCard),
-    "layercard-placement/1": ("placement", Placement),
-    "layercard-run/1": ("run record", Run),
-    "layercard-compare/1": ("comparison", None),
-    "layercard-transfer/1": ("transfer", Transfer),
-    "layercard-front/1": ("front", Front),
-    "layercard-eval/1": ("evaluation", Evaluation),
-    "layercard-cost/1": ("cost", CostModel),
-    "layercard-trial/1": ("benchmark run", None),
+KINDS: dict[str, type[Record]] = {
+    record.schema_name(): record for record in (LayerCard, Placement, Run, Comparison, Transfer, Front, Evaluation, CostModel, TrialRecord)
 }
-"""What a file's schema says that it is, and the class that checks it where that is quick to import."""
+"""The class of a file by its schema."""
 RUN_KINDS = {"run record": "run", "comparison": "comparison"}
 """Files with training runs, and what reports call them."""
 UNFINISHED = ("layercard-plan", "layercard-probe", "layercard-bench")
@@ -63,7 +56,7 @@ class Entry:
 
     key: str  # what the page calls it by
     name: str  # where it lies in the given folder, for people
-    kind: str  # as in `KINDS`, or `unreadable`
+    kind: str  # the noun of its class, or `unreadable`
     value: Json  # its JSON object; empty where there is a problem
     card: LayerCard | None = None
     trials: Sequence[Trial] = ()  # training runs in it
@@ -79,6 +72,16 @@ class Entry:
         model, data = (text if len(text) <= 40 else f"…{text[-39:]}" for text in (self.card.model.name, self.card.data.source))
         return visible(f"{self.name} · {model} · {data}")
 
+    @property
+    def says(self) -> str:
+        """Its model, and the data of a card or the layers of a placement."""
+        words = [str((self.value.get("model") or {}).get("name", ""))]
+        if self.card is not None:
+            words += [f"{self.card.model.layers} layers", f"{self.card.data.records:,} records of {self.card.data.source}"]
+        elif self.kind == "placement":
+            words.append(f"layers {listed(sorted(self.value['layers']))}")
+        return ", ".join(words)
+
 
 def read_entry(key: str, name: str, data: bytes, place: str = "") -> Entry | None:
     """What a file holds; `None` for JSON of other programs. What is not JSON, or says it is ours and is not whole, has a `problem`."""
@@ -89,21 +92,18 @@ def read_entry(key: str, name: str, data: bytes, place: str = "") -> Entry | Non
             return None
         if schema not in KINDS:
             raise CardError(f"{name}: schema {schema[:40]!r} is not read; make the file again")
-        kind, record_class = KINDS[schema]
-        trials = read_runs(RUN_KINDS[kind], value, name) if kind in RUN_KINDS else ()
-        record = record_class.from_json(value, name) if record_class else None
+        record = KINDS[schema].from_json(value, name)
+        trials = read_runs(RUN_KINDS[record.noun], value, name) if record.noun in RUN_KINDS else ()
         card = record if isinstance(record, LayerCard) else None
-        if card is not None:
-            value = card.to_json()
-            if card.model.layers > DEEPEST_CARD:
-                raise CardError(f"{name}: {card.model.layers} layers; up to {DEEPEST_CARD} can be explored here, use `layercard select`")
+        if card is not None and card.model.layers > DEEPEST_CARD:
+            raise CardError(f"{name}: {card.model.layers} layers; up to {DEEPEST_CARD} can be explored here, use `layercard select`")
     except LayercardError as error:
         return _broken(key, name, str(error))
-    return Entry(key, visible(name), kind, value, card, trials, place=place or name, digest=hashlib.sha256(data).hexdigest())
+    return Entry(key, visible(name), record.noun, value, card, trials, place=place or name, digest=hashlib.sha256(data).hexdigest())
 
 
 def _broken(key: str, name: str, problem: str) -> Entry:
-    return Entry(key, visible(name), "unreadable", {}, problem=visible(" ".join(problem.split()))[:300])
+    return Entry(key, visible(name), "unreadable", {}, problem=problem[:300])
 
 
 class Library:

@@ -96,34 +96,15 @@ def change_table(changes: Sequence[tuple[str, str, str, str]]) -> str:
 def verdict(transfer: Transfer) -> str:
     """Two cards compared: the verdict with its reason, and the agreement of every measure."""
     (pair,) = transfer.pairs
-    word, measures = pair.verdict.word, []
-    for key, rank in pair.measures.items():
-        measures.append((title_of(key), f"{rank.value:.2f}", f"{rank.low:.2f} to {rank.high:.2f}", f"{rank.p:.3f}"))
-    details = [
-        f"Layers of {swap.source} ({listed(swap.layers)}) keep {swap.kept:.1f} % on {swap.target}, whose own ({listed(swap.own)}) keep "
-        f"{swap.kept_own:.1f} %: {swap.lost.value:.1f} points lost ({swap.lost.low:.1f} to {swap.lost.high:.1f})."
-        for swap in pair.swaps
-    ]
-    details.append(f"Of the best {pair.top.k} layers {pair.top.shared} are shared; by chance it would be {pair.top.expected:.1f}.")
-    kind = {REUSE: "good", AGAIN: "bad"}.get(word, "open")
-    columns = ("Measure", "Spearman", "95 % interval", "p")
-    return _html("verdict", word, kind, pair.verdict.reason, "Rank correlation of the layer profiles", columns, measures, details)
+    return _html("verdict", pair, {REUSE: "good", AGAIN: "bad"}.get(pair.verdict.word, "open"), title_of, listed)
 
 
 def files(entries: Sequence[Entry]) -> str:
     """All files, the broken ones with what is wrong with them."""
     if not entries:
         return note("there is no file of layercard here yet; make a card on the tab Profile, or upload one")
-    cells = []
-    for entry in entries:
-        model = entry.value.get("model")
-        says = str(model.get("name", "")) if isinstance(model, dict) else ""
-        if entry.card is not None:
-            says += f", {entry.card.model.layers} layers, {entry.card.data.records:,} records of {entry.card.data.source}"
-        elif entry.kind == "placement":
-            says += f", layers {listed(sorted(entry.value['layers']))}"
-        cells.append((entry.name, entry.kind, entry.problem or says))
-    return _html("table", ("File", "Kind", "What it says"), cells, f"{len(cells)} files")
+    rows = [(entry.name, entry.kind, entry.problem or entry.says) for entry in entries]
+    return _html("table", ("File", "Kind", "What it says"), rows, f"{len(rows)} files")
 
 
 def job(progress: Progress | None) -> str:
@@ -143,24 +124,22 @@ def savings(result: Roi) -> tuple[str, str]:
     Each result is from measured ratios, beside it the one with assumptions, then what is assumed.
     """
     units = {formula.name: formula.unit.replace("money", result.inputs.currency) for formula in SHOWN}
-    titles = {formula.name: formula.title for formula in SHOWN}
     first = []
-    for name in ("saved_month", "saved_year", "payback_months", "hours_saved"):
-        unit = "" if result.results[name].mid is None else f" {units[name].partition(' /')[0]}"
-        first.append((titles[name], f"{_range(result.results[name], 'never')}{unit}", None))
+    for formula in SHOWN:
+        if formula.name in ("saved_month", "saved_year", "payback_months", "hours_saved"):
+            unit = "" if result.results[formula.name].mid is None else f" {units[formula.name].partition(' /')[0]}"
+            first.append((formula.title, f"{_range(result.results[formula.name], 'never')}{unit}", None))
     more = "" if result.with_assumptions is None else "; with what is only estimated it may be more, see the table below"
     lead = f"For {result.ratios.placement}, against adapters in all layers"
-    headline = _html("tiles", first, lead, [f"From measured ratios alone{more}."])
-
-    sides = {"From what was measured": result.results, "With assumptions": result.with_assumptions}
-    shown = {title: values for title, values in sides.items() if values is not None}
+    sides = {"From what was measured": result.results, "With assumptions": result.with_assumptions or {}}
+    columns = [title for title, results in sides.items() if results]
     cells = []
     for formula in SHOWN:
         empty = "not known: a figure above is empty" if formula.needs else "never"
-        cells.append([formula.title, *(_range(values[formula.name], empty) for values in shown.values()), units[formula.name]])
-    caption = f"Against adapters in all layers, for {result.ratios.placement}; value with lower and upper end."
-    table = _html("table", ["Result", *shown, "Unit"], cells, caption)
-    return headline, table + _html("lines", "Not measured, or an example", [with_labels(line) for line in result.assumptions])
+        cells.append([formula.title, *(_range(sides[title][formula.name], empty) for title in columns), units[formula.name]])
+    table = _html("table", ["Result", *columns, "Unit"], cells, f"{lead}; value with lower and upper end.")
+    assumed = _html("lines", "Not measured, or an example", [with_labels(line) for line in result.assumptions])
+    return _html("tiles", first, lead, [f"From measured ratios alone{more}."]), table + assumed
 
 
 def _range(of: Range, empty: str) -> str:
