@@ -12,6 +12,7 @@ noisy as these: with r the mean rank correlation between two of n seeds, `√(n 
 import argparse
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -154,7 +155,7 @@ def main() -> None:
         card = bench.card(task)
         depth = card.model.layers
         for seed in options.seeds:
-            run_trials(trials_of(bench, task, seed, depth), load_task(bench.settings, task), STORAGE)
+            run_trials(trials_of(bench, task, seed, depth), partial(load_task, bench.settings, task), STORAGE)
         trained = complete(bench, task, depth, range(SEEDS))
         measured = np.array([reductions(group) for group in trained.values()])
         heads[task], best[task] = f"{task}, {len(trained)} seed(s)", attainable(measured)

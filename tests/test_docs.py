@@ -65,6 +65,20 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_file_that_pages_and_docstrings_name_is_there() -> None:
+    """Names with a capital word or a brace in them are examples; what `make` or a benchmark writes elsewhere is not named like this."""
+    named = re.compile(r"(?<![\w/.{-])(?:\.\./)?((?:benchmarks|docs|examples|src|tests|shared)/[\w./-]*\w)(?![\w*{])")
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    sources = [path for folder in ("src", "benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py")]
+    missing = []
+    for page in (*pages, *sources):
+        for name in named.findall(page.read_text(encoding="utf-8")):
+            example = re.search(r"[A-Z]{2,}", name) is not None or name.startswith("shared/")
+            if not example and not (ROOT / name).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {name}")
+    assert missing == []
+
+
 def test_every_measure_is_explained() -> None:
     from layercard.report.words import MEASURES
 

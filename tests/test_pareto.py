@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -72,6 +73,23 @@ def test_a_front_survives_the_disk(card: LayerCard, front: dict[str, Any], tmp_p
     path.write_text('{"schema": "layercard/1"}', encoding="utf-8")
     with pytest.raises(SelectionError, match="layercard pareto"):
         Front.load(path)
+
+
+def test_two_hundred_layers_take_seconds() -> None:
+    deep = LayerCard.from_json(fake_card(200))
+    started = time.process_time()
+    front = pareto(deep)
+    found = front.fronts
+    assert time.process_time() - started < 20, "5 s on a busy core; with 2 s a point it was 93"
+    for points in found.values():
+        assert len(points) >= 10
+        for point in points:
+            assert point["solver"]["gap"] < 0.5
+    for plain in front.baselines:
+        rung = max((kept for kept in LADDER if kept <= plain["performance_kept"]["value"]), default=0.0)
+        as_good = [point for point in found["time"] if point["performance_kept"]["value"] >= rung - 1e-6]
+        cheapest = min(point["step_time"]["share"] for point in as_good)
+        assert rung == 0 or cheapest <= plain["step_time"]["share"] * (1 + 1e-9), plain["name"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

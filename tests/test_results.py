@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,3 +42,69 @@ def test_set_models_grow_with_the_set_and_know_single_layers(monkeypatch: pytest
         assert value(range(9)) >= value([4]) > 0, name
     assert models["quadratic"](card)([3]) == pytest.approx(0.5 * card.descent[3] ** 2 / card.curvature[3])
     assert models["sum of step probes"](card)([1, 3]) == pytest.approx(card.values("step_probe")[1] + card.values("step_probe")[3])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "results"),
+    [
+        ("calibration", ["--check"], {"calibration"}),
+        (
+            "placements",
+            ["--tables"],
+            {"placements_table", "equal_parameters_table", "budgets_table"}
+            | {f"trade_off_{task}" for task in ("all", "e2e", "webnlg", "gsm8k")},
+        ),
+        ("transfer", [], {"transfer_matrix", "transfer_swaps"}),
+        pytest.param("set_gain", [], {"set_gain"}, marks=pytest.mark.slow),
+        pytest.param("rank_agreement", [], {"rank_agreement"}, marks=pytest.mark.slow),
+    ],
+)
+def test_committed_results_follow_from_the_runs(
+    script: str, arguments: list[str], results: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    module = importlib.import_module(script)
+    made: dict[str, tuple[str, list[str], list[list[Any]]]] = {}
+    monkeypatch.setattr(module, "report", lambda name, title, columns, rows, **more: made.update({name: (title, columns, rows)}))
+    for name, instead in {
+        "data_folder": lambda: "../shared/data",  # as in the runs' settings; nothing is read there
+        "load_model": lambda *_: None,
+        "measure": lambda *_: None,
+    }.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, instead)
+    monkeypatch.setattr("layercard.trials.tasks.load_model", lambda *_, **__: pytest.fail("a run is missing"))
+    module.main()
+    assert set(made) == results
+    for name, (title, columns, rows) in made.items():
+        committed = json.loads((RESULTS / f"{name}.json").read_text())
+        assert (committed["title"], committed["columns"]) == (title, columns)
+        assert json.loads(json.dumps(rows)) == [
+            [pytest.approx(cell, rel=1e-9) if isinstance(cell, float) else cell for cell in row] for row in committed["rows"]
+        ], name
+
+
+def test_the_curve_of_select_is_near_the_one_that_the_runs_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is older than six of the runs, as docs/choosing.md says."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    calibration = importlib.import_module("calibration")
+    committed = json.loads(calibration.CURVE.read_text())
+    tasks = [calibration.points_of(task) for task in ("e2e", "webnlg", "gsm8k")]
+    shares = np.linspace(0, 1, 101)
+    old, new = (np.interp(shares, *np.array(knots).T) for knots in (committed["knots"], calibration.fitted(tasks)))
+    page = (BENCHMARKS.parent / "docs" / "choosing.md").read_text()
+    assert f"moves it by at most {np.abs(old - new).max():.1f} points" in page
+    assert f"{sum(len(points.share) for points in tasks)} runs" in page
+
+
+def test_shares_of_the_step_time_err_as_the_page_says() -> None:
+    """docs/cost.md: predicted shares of all layers against measured ones."""
+    result = json.loads((RESULTS / "cost_model.json").read_text())
+    column = {name: number for number, name in enumerate(result["columns"])}
+    rows = [row for row in result["rows"] if row[0] != "all"]
+    for row in rows:
+        assert row[column["error %"]] == pytest.approx(100 * (row[column["predicted s"]] / row[column["s"]] - 1))
+    ratios = [100 * (row[column["predicted % of all"]] / row[column["% of all"]] - 1) for row in rows]
+    page = (BENCHMARKS.parent / "docs" / "cost.md").read_text()
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} % too high (median {np.median(ratios):.1f} %)" in page

@@ -4,14 +4,16 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cards import fake_card
+from cards import fake_card, fake_placement
 from layercard.card.card import LayerCard, cost_of
+from layercard.commands.main import run
 from layercard.errors import PlacementError, SelectionError
 from layercard.selection.budgets import Budgets
 from layercard.selection.placement import Placement, check_layers
@@ -292,6 +294,9 @@ def test_random_depends_on_the_seed() -> None:
         ({"objective": "perfomance"}, "did you mean performance"),
         ({"strategy": "botom"}, "did you mean bottom"),
         ({"strategy": "uniform", "k": 13}, "k = 13"),
+        ({"k": 10**5000}, "k = a number of thousands of digits"),
+        *[({"budgets": Budgets(max_time=value)}, "cannot be read") for value in ("nan%", "nan", float("nan"), "1e999s", 10**5000)],
+        *[({"budgets": Budgets(min_performance=value)}, "is not a share") for value in (float("nan"), "inf%", 10**5000)],
     ],
 )
 def test_what_cannot_be_chosen_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -309,6 +314,9 @@ def test_what_cannot_be_chosen_is_refused(arguments: dict[str, Any], message: st
         ([True], "not an integer"),
         (["3"], "not an integer"),
         ([3, 3], "name a layer twice"),
+        ([3] * 50, "name a layer twice"),
+        (range(10**12), "layer 12 is outside"),
+        ([10**5000], "layer a number of thousands of digits is outside"),
     ],
 )
 def test_layers_that_peft_would_take_wrongly_are_refused(layers: list[Any], message: str) -> None:
@@ -341,6 +349,37 @@ def test_the_gain_estimate_is_gain_times_the_coverage_of_one_layer() -> None:
         assert estimate == pytest.approx(smoothed(gains)[layer] * share)
     assert demand([0.0, -1.0]).tolist() == [1.0, 1.0]
     assert coverage(similar, weights, []) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["select", "card.json", "-o", "out.json", "-k", "9" * 5000], "is not a valid integer"),
+        (["select", "card.json", "-o", "out.json", "--max-time", "9" * 5000], "--max-time"),
+        (["select", "card.json", "-o", "out.json", "--allocate-ranks", "--alpha", "nan"], "alpha"),
+        (["profile", "model", "--data", "data", "-o", "out.json", "--ridge", "nan"], "ridge is nan"),
+        (["verify", "half.json", "--model", "m", "--layers", "0-99999999999"], "--layers has '0-99999999999'"),
+        (["verify", "half.json", "--model", "m", "--layers", "0-999999999"], "--layers has '0-999999999'"),
+        (["verify", "half.json", "--model", "m", "--layers", "9" * 5000], "--layers has '999"),
+        (["compare", "m", "--data", "card.json", "--valid", "card.json", "--placements", "half.json", "-o", "out"], "surrogate pair"),
+        (["bench", "placements", "-o", "out", "--k", "9" * 5000], "--k '999"),
+        (["bench", "placements", "-o", "out", "--run-cpus", "nan"], "--run-cpus is nan"),
+        (["bench", "placements", "-o", "out", "--budgets", "nan"], "--budgets 'nan'"),
+        (["bench", "placements", "-o", "out", "--seeds", "4294967296"], "--seeds '4294967296'"),
+        (["cost", "m", "--meta", "--flops", "nan", "--bandwidth", "1"], "--flops is nan"),
+    ],
+)
+def test_numbers_and_texts_that_are_none_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "9999")
+    Path("card.json").write_text(json.dumps(fake_card(6)))
+    Path("half.json").write_text(json.dumps({**fake_placement(fake_card(6), [2]), "objective": "\ud800"}))
+    assert run(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and len(error.strip().splitlines()) <= 5, error
+    assert not Path("out").exists() and not Path("out.json").exists()
 
 
 @given(seed=st.integers(0, 10_000), cut=st.integers(1, 4))

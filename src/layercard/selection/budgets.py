@@ -65,7 +65,7 @@ class Budgets:
             if name not in LIMITS:
                 continue
             what, units, _, forms = LIMITS[name]
-            text, option, form = str(value).strip(), option_of(name), cost.linear(what)
+            text, option, form = _written(value), option_of(name), cost.linear(what)
             match = re.fullmatch(r"(.*?[\d.])\s*(%|[a-zA-Z]*)", text)
             number, unit = (_number(match[1]), match[2].lower()) if match else (None, "")
             if number is None or unit not in (*units, "%"):
@@ -89,7 +89,7 @@ class Budgets:
         """
         if self.min_performance is None:
             return None
-        text = str(self.min_performance).strip()
+        text = _written(self.min_performance)
         number = _number(text.removesuffix("%"))
         if number is None:
             raise SelectionError(f"--min-performance {text!r} is not a share; give per cent of all layers, such as 95%")
@@ -113,6 +113,13 @@ def amount(what: What, value: float, cost: CostModel) -> str:
         return f"{share} of all layers"
     number = {"memory": f"{value / 2**20:,.0f} MiB", "params": f"{value:,.0f}"}.get(what, f"{value:.3g} s")
     return f"{number} ({share} of all layers)"
+
+
+def _written(value: Any) -> str:
+    try:
+        return str(value).strip()
+    except ValueError:  # Python writes no whole number of over 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _number(text: str) -> float | None:

@@ -5,6 +5,7 @@ one beats in both are left out. Plain placements stand beside them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -14,14 +15,18 @@ from layercard.cost.model import What
 from layercard.errors import SelectionError
 from layercard.records import Record
 from layercard.selection.budgets import Budgets
-from layercard.selection.select import predictor, question
-from layercard.selection.solver import least_cost
+from layercard.selection.select import coverage_share, predictor, question
+from layercard.selection.solver import SECONDS, greedy_chain, least_cost
 from layercard.selection.strategies import strategy_layers
 
 LADDER = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0)
 """Performance kept at which the cheapest placement is looked for."""
 SIZES = (1, 2, 3, 5, 8, 12, 16)
 """Numbers of layers of the plain placements."""
+EXACT = 48
+"""Layers up to which every point of a front is solved to the end."""
+FRONT_SECONDS = 2.0
+"""Time that the searches for the points of a deeper model have together; their gaps to a proven bound stand in the file."""
 FRONTS: dict[str, tuple[What, str]] = {"time": ("time", "step_time"), "memory": ("memory", "peak_memory")}
 """The fronts: the cost that is minimised, and the name under which a point holds it."""
 
@@ -54,13 +59,17 @@ def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None 
         card: The Layer Card.
         progress: Hears of the phase `pareto`, in placements solved.
     """
-    predict = predictor(card)
+    predict, depth = predictor(card), card.model.layers
+    asked = question(card, "balanced", None, Budgets(min_performance=100))
+    # Up to `EXACT` layers each search ends by itself. Deeper, all of them share the greedy choices, and have a share of the time.
+    chains = [greedy_chain(asked.problem, m) for m in range(depth)] if depth > EXACT else None
+    seconds = SECONDS if depth <= EXACT else FRONT_SECONDS / (len(FRONTS) * len(LADDER))
     fronts: dict[str, tuple[dict[str, Any], ...]] = {}
     for row, (name, (what, measure)) in enumerate(FRONTS.items()):
         points = []
         for step, kept in enumerate(LADDER):
-            asked = question(card, "balanced", None, Budgets(min_performance=100 * kept))
-            solution = least_cost(asked.problem, asked.cost.linear(what))
+            problem = replace(asked.problem, needed=coverage_share(kept) * asked.full_coverage)
+            solution = least_cost(problem, asked.cost.linear(what), seconds=seconds, chains=chains)
             if solution is not None:
                 points.append({"layers": list(solution.layers), **predict(solution.layers), "solver": solution.notes()})
             if progress is not None:
@@ -71,7 +80,6 @@ def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None 
             if not undominated or point["coverage"] > undominated[-1]["coverage"] * (1 + 1e-9):
                 undominated.append(point)
         fronts[name] = tuple(undominated)
-    depth = card.model.layers
     plain = {f"{name}-{k}": strategy_layers(name, depth, k) for name in ("last", "middle", "uniform", "first") for k in SIZES if k < depth}
     plain["all"] = list(range(depth))
     baselines = tuple({"name": name, "layers": layers, **predict(layers)} for name, layers in plain.items())

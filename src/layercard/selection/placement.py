@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, Self, SupportsIndex
 
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
@@ -125,7 +126,7 @@ def check_layers(layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:
         PlacementError: Empty, out of range, negative, repeated, or not integers.
     """
     checked = []
-    for layer in layers:
+    for layer in islice(layers, num_layers + 1):  # one more than there are is outside, or there twice
         if isinstance(layer, bool) or not isinstance(layer, SupportsIndex):
             raise PlacementError(f"layer {shown(layer)} is not an integer; give block indices from 0 to {num_layers - 1}")
         checked.append(int(layer.__index__()))

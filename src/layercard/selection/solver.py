@@ -154,25 +154,13 @@ def greedy(problem: Problem, cost: Linear | None = None) -> tuple[int, ...] | No
     For every lowest layer it adds the layer that raises coverage most, until the budgets are spent or, with a cost, the needed coverage
     is reached. The best sets are improved by exchange.
     """
-    similar, weights = problem.similar, problem.weights
     starts: list[tuple[float, list[int]]] = []
     least = np.full(problem.num_layers, -np.inf) if cost is None else _base_cost(cost) + np.asarray(cost.own)
     # From the cheapest lowest layer down: a set is not begun that costs more by its lowest layer alone than the best so far.
     for m in np.flatnonzero(problem.caps)[:: 1 if cost is None else -1].tolist():
         if cost is not None and starts and least[m] >= -max(score for score, _ in starts):
             continue
-        layers, best, room = [m], similar[:, m], problem.room[:, m] - problem.adapter_costs[:, m]
-        free = np.arange(problem.num_layers) > m
-        while len(layers) < problem.caps[m]:
-            if cost is not None and len(layers) >= problem.least and weights @ best >= problem.needed:
-                break
-            fits = free & (problem.adapter_costs <= room[:, None]).all(axis=0)
-            if not fits.any():
-                break
-            added = int(np.where(fits, weights @ np.maximum(similar, best[:, None]), -np.inf).argmax())
-            layers.append(added)
-            free[added] = False
-            room, best = room - problem.adapter_costs[:, added], np.maximum(best, similar[:, added])
+        layers = greedy_chain(problem, m, np.inf if cost is None else problem.needed)[0]
         for out in sorted(layers, key=lambda i: (-cost.own[i], i)) if cost is not None else ():
             fewer = [i for i in layers if i != out]  # perhaps the coverage is reached without this layer too
             if len(fewer) >= problem.least and problem.coverage(fewer) >= problem.needed:
@@ -184,11 +172,46 @@ def greedy(problem: Problem, cost: Linear | None = None) -> tuple[int, ...] | No
     return tuple(sorted(max(improved, key=lambda start: start[0])[1])) if improved else None
 
 
-def _exchanged(problem: Problem, layers: list[int], score: float, cost: Linear | None) -> tuple[float, list[int]]:
-    """Swap one layer for another as long as the score (coverage, or minus the cost) rises and all limits hold."""
+def greedy_chain(problem: Problem, m: int, enough: float = np.inf) -> tuple[list[int], np.ndarray]:
+    """Lowest layer m and those above it in the order in which greedy choice takes them, and the coverage after each.
+
+    It ends where the budgets are spent or, with `least` layers or more, where the coverage is `enough`. Without budgets the greedy set
+    for any needed coverage is the beginning of one chain, so many problems that differ in it share the chains of all m.
+    """
+    layers, best, room = [m], problem.similar[:, m], problem.room[:, m] - problem.adapter_costs[:, m]
+    coverages, free = [float(problem.weights @ best)], np.arange(problem.num_layers) > m
+    while len(layers) < problem.caps[m] and not (len(layers) >= problem.least and coverages[-1] >= enough):
+        fits = free & (problem.adapter_costs <= room[:, None]).all(axis=0)
+        if not fits.any():
+            break
+        added = int(np.where(fits, problem.weights @ np.maximum(problem.similar, best[:, None]), -np.inf).argmax())
+        layers.append(added)
+        free[added] = False
+        room, best = room - problem.adapter_costs[:, added], np.maximum(best, problem.similar[:, added])
+        coverages.append(float(problem.weights @ best))
+    return layers, np.array(coverages)
+
+
+def _from_chains(problem: Problem, cost: Linear, chains: Sequence[tuple[list[int], np.ndarray]], deadline: float) -> tuple[int, ...] | None:
+    """The cheapest beginning of a chain that reaches the needed coverage, improved by exchange."""
+    starts = []
+    for layers, coverages in chains:
+        count = max(problem.least, 1 + int(np.searchsorted(coverages, problem.needed * (1 - SLACK))))
+        if count <= len(layers):
+            starts.append((-cost.of(layers[:count]), layers[:count]))
+    if not starts:
+        return None
+    score, layers = max(starts, key=lambda start: start[0])
+    return tuple(sorted(_exchanged(problem, layers, score, cost, deadline)[1]))
+
+
+def _exchanged(
+    problem: Problem, layers: list[int], score: float, cost: Linear | None, deadline: float = float("inf")
+) -> tuple[float, list[int]]:
+    """Swap one layer for another as long as the score (coverage, or minus the cost) rises and all limits hold, until the deadline."""
     index = np.arange(problem.num_layers)
     improved = True
-    while improved:
+    while improved and time.monotonic() < deadline:
         improved = False
         for out in layers:
             rest = [i for i in layers if i != out]
@@ -311,22 +334,36 @@ def most_coverage(problem: Problem, *, tolerance: float | None = None, seconds: 
     return _search(replace(problem, needed=0.0), None, tolerance, seconds)
 
 
-def least_cost(problem: Problem, cost: Linear, *, tolerance: float | None = None, seconds: float = SECONDS) -> Solution | None:
+def least_cost(
+    problem: Problem,
+    cost: Linear,
+    *,
+    tolerance: float | None = None,
+    seconds: float = SECONDS,
+    chains: Sequence[tuple[list[int], np.ndarray]] | None = None,
+) -> Solution | None:
     """The cheapest set that reaches the needed coverage within the number of layers and the budgets; `None` where no set does.
 
     A set is cheaper than the best one so far when it keeps one more budget: this cost, a little below that of the best. Where even the
     largest coverage under that budget falls short, for every lowest layer, the best so far is the cheapest.
 
-    `tolerance` and `seconds` are as in `most_coverage`; the tolerance is of the cost.
+    `tolerance` and `seconds` are as in `most_coverage`; the tolerance is of the cost. `chains` are those of `greedy_chain` for every
+    lowest layer of a problem without budgets, where the caller has them.
     """
-    return _search(problem, cost, tolerance, seconds)
+    return _search(problem, cost, tolerance, seconds, chains)
 
 
-def _search(problem: Problem, cost: Linear | None, tolerance: float | None, seconds: float) -> Solution | None:
+def _search(
+    problem: Problem,
+    cost: Linear | None,
+    tolerance: float | None,
+    seconds: float,
+    chains: Sequence[tuple[list[int], np.ndarray]] | None = None,
+) -> Solution | None:
     """The set of largest coverage (`cost` is `None`) or of least cost, over all lowest layers."""
     deadline = time.monotonic() + seconds
     tolerance = resolution(problem.num_layers) if tolerance is None else tolerance
-    layers = greedy(problem, cost)
+    layers = greedy(problem, cost) if chains is None or cost is None else _from_chains(problem, cost, chains, deadline)
 
     def target() -> tuple[Problem, float, float]:
         """The problem of finding a better set, the coverage that such a set has at least, and the bound from which on there may be one."""

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from layercard.errors import SelectionError, suggestion
+from layercard.files import shown
 
 STRATEGIES: dict[str, Callable[[int, int], list[int]]] = {
     "first": lambda num_layers, k: list(range(k)),
@@ -62,4 +63,4 @@ def top_layers(scores: Sequence[float], k: int) -> list[int]:
 def check_k(k: int, num_layers: int) -> None:
     """Raise `SelectionError` unless 1 ≤ k ≤ the number of layers."""
     if not 1 <= k <= num_layers:
-        raise SelectionError(f"k = {k} layers cannot be chosen; the model has {num_layers}, so give a number from 1 to {num_layers}")
+        raise SelectionError(f"k = {shown(k)} layers cannot be chosen; the model has {num_layers}, so give a number from 1 to {num_layers}")

@@ -140,7 +140,7 @@ def transfer(
         agreements = {name: agreement(card_a, card_b, name, seed) for name in shared_measures([card_a, card_b])}
         swaps = (swap(a, b, card_b, chosen[a], chosen[b], seed), swap(b, a, card_a, chosen[b], chosen[a], seed))
         stability = {a: card_a.stability.get(MEASURE), b: card_b.stability.get(MEASURE)}
-        word = verdict(agreements[MEASURE], swaps, stability)
+        word = verdict(agreements[MEASURE], swaps, stability, card_a.model.layers)
         pairs.append(Pair(a=a, b=b, measures=agreements, top=overlap(card_a, card_b, measure, k), swaps=swaps, verdict=word))
         matrix[rows[a], rows[b]] = matrix[rows[b], rows[a]] = agreements[measure].value
         for each in swaps:
@@ -245,17 +245,21 @@ def swap(source: str, target: str, card: LayerCard, layers: tuple[int, ...], own
     return Swap(source=source, target=target, layers=layers, own=own, kept=kept, kept_own=kept_own, lost=Interval(**lost))
 
 
-def verdict(ranks: Agreement, swaps: Sequence[Swap], stability: dict[str, float | None]) -> Verdict:
+def verdict(ranks: Agreement, swaps: Sequence[Swap], stability: dict[str, float | None], depth: int) -> Verdict:
     """Whether one card serves both data sets, and why.
 
     "profile again" where it is clear that something is lost or that layers rank differently, "reuse the card" where it is clear that
-    they do not, "not enough evidence" in between.
+    they do not, "not enough evidence" in between. Below ten layers no agreement of ranks can rule chance out (`p` is at least 1 / 2L), so
+    there the verdict rests on what is lost, and says so.
 
     Args:
         ranks: Agreement of the gain estimates.
         swaps: Both directions.
         stability: For each card the split-half correlation of its own gain estimate; `None` where it is not known.
+        depth: Number of layers L.
     """
+    least_p = 1 / (2 * depth)
+    few = least_p > SURE
 
     def points(lost: Interval) -> str:
         return f"{lost.value:.1f} points ({lost.low:.1f} to {lost.high:.1f})"
@@ -272,9 +276,9 @@ def verdict(ranks: Agreement, swaps: Sequence[Swap], stability: dict[str, float 
         for name, halves in stability.items()
         if halves is not None and halves < STABLE
     ]
-    if ranks.value < AGREES or ranks.low <= 0:
+    if ranks.value < AGREES or (ranks.low <= 0 and not few):
         doubts.append(f"{agree} {'is low' if ranks.value < AGREES else 'may be zero'}")
-    if ranks.p > SURE:
+    if ranks.p > max(SURE, least_p + 1e-9):
         doubts.append(f"profiles as smooth as these agree as well by chance (p = {ranks.p:.2f})")
     doubts += [
         f"{each.source}'s layers may lose over {TOLERANCE:g} points on {each.target}: {points(each.lost)}"
@@ -285,7 +289,8 @@ def verdict(ranks: Agreement, swaps: Sequence[Swap], stability: dict[str, float 
         return Verdict(word=UNKNOWN, reason="; ".join(doubts))
     worst = max(swaps, key=lambda each: each.lost.value)
     lost = f"{worst.source}'s layers lose {points(worst.lost)} of all layers' performance on {worst.target}"
-    return Verdict(word=REUSE, reason=f"{lost}; {agree}, p = {ranks.p:.3f}")
+    caution = f"; {depth} layers alone cannot rule chance out (p is never below {least_p:.2f}), so this rests on the points lost"
+    return Verdict(word=REUSE, reason=f"{lost}; {agree}, p = {ranks.p:.3f}{caution if few else ''}")
 
 
 def _deviations(card: LayerCard, measure: str) -> np.ndarray:

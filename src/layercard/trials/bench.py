@@ -140,6 +140,8 @@ class Bench:
 
     def prepare(self, task: str, peers: Sequence[str] = PEERS, progress: Progress | None = None) -> None:
         """Make the card and the peers' scores of a task, from the same records, where they are missing."""
+        if self.prepared(task, peers):
+            return
         settings, card, scores = self.settings, f"cards/{task}.json", f"scores/{task}.json"
         there = self.scores(task)
         missing = [name for name in peers if name not in there]

@@ -60,7 +60,7 @@ TIMED_STEPS = 4
 CARD_SHARE = 0.4
 """Part of the search that a card may take; the race has the rest."""
 CARD_STEPS = 0.9
-"""Fast training steps of all layers, 8 records each, that a card takes for each of its records (docs/profiling.md)."""
+"""Fast training steps of all layers, 8 records each, that a card takes for each of its records."""
 CARD_RECORDS = (16, 64)
 """The least records that a card says something from, and the most that it needs."""
 
