@@ -137,3 +137,35 @@ def test_plan_stops_before_the_search(arguments, tmp_path, capsys):
     assert command([*arguments[:-1], "--plan"]) == 0
     assert "search:" in capsys.readouterr().out
     assert not (tmp_path / "out" / "race").exists()
+
+
+def test_tune_makes_a_placement_that_train_uses(arguments, tmp_path, capsys):
+    words = ["tune", *arguments[1:]]
+    recipe = tmp_path / "recipe.yml"
+    assert command([*words, "--save-recipe", str(recipe)]) == 0
+    raced = json.loads(capsys.readouterr().out)
+    placement = json.loads((tmp_path / "out" / "placement.json").read_text())
+    assert placement["learning_rate"] == raced["chosen"]["learning_rate"]
+    assert not (tmp_path / "out" / "adapter").exists()
+    train = ["train", words[1], "--data", words[3], "--placement", str(tmp_path / "out" / "placement.json"), "--steps", "2", "--json"]
+    assert command([*train, "-o", str(tmp_path / "adapter")]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["learning_rate"] == placement["learning_rate"]
+
+    # The recipe says the same, and the command line has the last word.
+    assert command(["tune", "--recipe", str(recipe), "-o", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chosen"]["layers"] == raced["chosen"]["layers"]
+    recipe.write_text(recipe.read_text().replace("batch_size:", "bath_size:"))
+    assert command(["tune", "--recipe", str(recipe), "-o", str(tmp_path / "third")]) == 2
+    assert "batch_size" in capsys.readouterr().err
+
+
+def test_workers_come_to_the_same_choice(arguments, tmp_path, capsys):
+    chosen = []
+    for number, more in enumerate(([], ["--workers", "2"])):
+        words = ["tune", *arguments[1:], *more]
+        words[words.index("-o") + 1] = str(tmp_path / f"out{number}")
+        assert command(words) == 0
+        chosen.append(json.loads(capsys.readouterr().out))
+    assert chosen[0]["chosen"]["learning_rate"] == pytest.approx(chosen[1]["chosen"]["learning_rate"], rel=1e-3)
+    losses = [[heat["loss"] for heat in race["heats"]] for race in chosen]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from layercard.commands import recipes
 from layercard.commands.app import app as explore
 from layercard.commands.bench import placements
 from layercard.commands.compare import compare
@@ -31,7 +32,7 @@ from layercard.commands.pareto import pareto, transfer
 from layercard.commands.profile import profile
 from layercard.commands.report import report
 from layercard.commands.roi import roi
-from layercard.commands.run import run as run_all
+from layercard.commands.run import run as run_all, tune
 from layercard.commands.select import select
 from layercard.commands.show import show
 from layercard.commands.terminal import Level, logging_to_stderr, say
@@ -72,6 +73,7 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
         pull: "pull OWNER/NAME -o card.json",
     },
     "Study": {
+        tune: "tune smollm2-135m --data synthetic --records 512 --search 100% -o tune",
         transfer: "transfer e2e.json webnlg.json",
         cost: "cost smollm2-135m --data mine.jsonl",
         latency: "latency smollm2-135m --adapter adapter",
@@ -95,6 +97,23 @@ class Command(TyperCommand):
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line; what it leaves out comes from the file of `--recipe`, where one is named."""
+        names = {parameter.name for parameter in self.get_params(ctx)}
+        place = next((number for number, word in enumerate(args) if word.split("=")[0] == "--recipe"), None)
+        if "recipe" in names and place is not None:
+            word, equals, value = args[place].partition("=")
+            path = value if equals else (args[place + 1] if place + 1 < len(args) else "")
+            ctx.default_map = recipes.read(path, names - recipes.NOT_KEPT)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, and first write what it was given to the file of `--save-recipe`."""
+        path = ctx.params.get("save_recipe")
+        if path is not None:
+            recipes.write(path, ctx.params)
+        return super().invoke(ctx)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the example."""

@@ -1,18 +1,30 @@
-"""`layercard run`: from model and data to a trained adapter, chosen by measuring on these data."""
+"""`layercard run` and `layercard tune`: where and how to adapt, chosen by short trainings on the user's own data."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, out, say, show_result
+from layercard.errors import OutputError
 from layercard.settings import DataSettings, FastSettings, LoadSettings, RunSettings, TrainSettings, setting
+
+if TYPE_CHECKING:
+    from layercard.data.load import Dataset
+    from layercard.models.load import BaseModel
+
+VALID = setting(None, f"{opt.VALID[:-1]}; a tenth of the data when not given.", metavar="FILE")
+WORKERS = setting(1, "Short trainings at a time.", low=1)
+RAY = setting(None, "Run the short trainings on this Ray cluster; local starts one on this machine.", metavar="ADDRESS")
+RECIPE = setting(None, "A YAML file with options, each under its name; those on the command line go first.", metavar="FILE")
+SAVE_RECIPE = setting(None, "Write all options of this call as a recipe.", metavar="FILE")
 
 
 def run(
     model: str = opt.MODEL,
     data: list[str] = opt.DATA,
     output: Path = setting(..., "Folder for everything: card, race, placement, adapter, report and result.", metavar="DIR"),
-    valid: list[str] | None = setting(None, f"{opt.VALID[:-1]}; a tenth of the data when not given.", metavar="FILE"),
+    valid: list[str] | None = VALID,
     records: int | None = opt.RECORDS,
     valid_records: int | None = opt.VALID_RECORDS,
     choice: RunSettings = RunSettings(),
@@ -20,6 +32,10 @@ def run(
     settings: TrainSettings = opt.TRAINING,
     fast: FastSettings = FastSettings(),
     loading: LoadSettings = LoadSettings(),
+    workers: int = WORKERS,
+    ray: str | None = RAY,
+    recipe: Path | None = RECIPE,
+    save_recipe: Path | None = SAVE_RECIPE,
     only_plan: bool = setting(False, "Say what would be done and how long it would take, and stop.", option="--plan"),
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
@@ -28,42 +44,117 @@ def run(
 
     All layers always take part, and may win. Interrupted, the same command goes on where it was.
     """
-    opt.check_data(data, valid)
-    if output.is_file():
-        from layercard.errors import OutputError
-
-        raise OutputError(f"{output} is a file; name a folder for the run")
-    from layercard.report.terminal import pairs
-    from layercard.training.train import first_day
-    from layercard.workflow.run import ADAPTER, PLAN_FILE, REPORT_FILE, clear, plan_only, run as go, write_report
-
-    if force:
-        clear(output)
+    sources = (data, valid, records, valid_records)
+    how = {"settings": choice, "training": settings, "fast": fast}
     with Display() as display:
-        base = opt.load(model, loading, display)
-        day = first_day(output / PLAN_FILE)
-        dataset = opt.read(data, base, records, reading, day)
-        held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
+        base, dataset, held_out, more = _opened(model, sources, reading, loading, output, workers, ray, force, display)
+        from layercard.report.terminal import pairs
+        from layercard.workflow.run import ADAPTER, REPORT_FILE, plan_only, run as go, write_report
 
-        how: dict[str, Any] = {"valid": held_out, "settings": choice, "training": settings, "fast": fast, "progress": display}
+        how |= {"valid": held_out, "progress": display}
         if only_plan:
             out().print("\n".join(plan_only(base, dataset, output, **how).lines()), soft_wrap=True)
             return
-        result = go(base, dataset, output, **how, tell=say)
-        write_report(output)
+        result = go(base, dataset, output, **how, **more, tell=say)
+        page = write_report(output)
     rows = {
         "Chosen": f"{result.chosen.name} · {len(result.chosen.layers)} layers · {result.chosen.modules} modules · "
         f"learning rate {result.chosen.learning_rate:.3g}",
         "Why": result.why,
         "Loss": f"{result.measured.loss_before:.4f} → {result.measured.loss_after:.4f} nats per labelled token",
-        "Time": " · ".join(f"{name} {value:.0f} s" for name, value in result.seconds.model_dump().items() if value),
+        "Time": " · ".join(f"{name} {value:.0f} s" for name, value in result.seconds.model_dump().items() if value >= 0.5),
         "Memory": f"{result.peak_memory_bytes / 2**20:,.0f} MiB above the base model",
-        "Files": f"{output / ADAPTER} · {output / REPORT_FILE} · {output / 'result.json'}",
+        "Files": " · ".join(str(path) for path in (output / ADAPTER, page and output / REPORT_FILE, output / "result.json") if path),
         "Result": result.line(),
     }
-    show_result(
-        result.to_json(),
-        as_json,
-        pairs(rows),
-        then=("eval", model, *opt.data_options(valid or ["…"]), "--adapter", output / ADAPTER),
-    )
+    then = ["eval", model, *(opt.data_options(valid) if valid else ["--data", "FILE"]), "--adapter", str(output / ADAPTER)]
+    show_result(result.to_json(), as_json, pairs(rows), then=then)
+
+
+def tune(
+    model: str = opt.MODEL,
+    data: list[str] = opt.DATA,
+    output: Path = setting(..., "Folder for card, race and placement.", metavar="DIR"),
+    valid: list[str] | None = VALID,
+    records: int | None = opt.RECORDS,
+    valid_records: int | None = opt.VALID_RECORDS,
+    choice: RunSettings = RunSettings(),
+    reading: DataSettings = DataSettings(),
+    settings: TrainSettings = opt.TRAINING,
+    fast: FastSettings = FastSettings(),
+    loading: LoadSettings = LoadSettings(),
+    workers: int = WORKERS,
+    ray: str | None = RAY,
+    recipe: Path | None = RECIPE,
+    save_recipe: Path | None = SAVE_RECIPE,
+    force: bool = opt.FORCE,
+    as_json: bool = opt.AS_JSON,
+) -> None:
+    """Choose layers and learning rate by short trainings, for a training.
+
+    Does what `run` does before it trains. The placement has the learning rate that `train` and the exports then use; steps or epochs are
+    those of that training.
+    """
+    with Display() as display:
+        sources = (data, valid, records, valid_records)
+        base, dataset, held_out, more = _opened(model, sources, reading, loading, output, workers, ray, force, display)
+        from layercard.report.terminal import pairs
+        from layercard.workflow.run import PLACEMENT_FILE, tune as go
+
+        how: dict[str, Any] = {"settings": choice, "training": settings, "fast": fast, "valid": held_out, "progress": display}
+        tuned = go(base, dataset, output, **how, **more, tell=say)
+    chosen = tuned.chosen
+    rows = {
+        "Chosen": f"{chosen.name} · {len(chosen.layers)} layers · {chosen.modules} modules · learning rate {chosen.learning_rate:.3g}",
+        "Why": tuned.why,
+    }
+    value = tuned.race.to_json() if tuned.race is not None else {"schema": "layercard-race/1", "chosen": chosen.model_dump(mode="json")}
+    placement = str(output / PLACEMENT_FILE)
+    then = ["train", model, *opt.data_options(data), "--placement", placement, "--steps", str(tuned.plan.steps), "-o", "adapter"]
+    show_result(value, as_json, pairs(rows), wrote=placement, then=then)
+
+
+def _opened(
+    model: str,
+    sources: tuple[list[str], list[str] | None, int | None, int | None],
+    reading: DataSettings,
+    loading: LoadSettings,
+    output: Path,
+    workers: int,
+    ray: str | None,
+    force: bool,
+    display: Display,
+) -> "tuple[BaseModel, Dataset, Dataset | None, dict[str, Any]]":
+    """Model, records, held-out records, and where the short trainings run; what cannot work is refused before the model is loaded."""
+    data, valid, records, valid_records = sources
+    opt.check_data(data, valid)
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is not a folder; name a folder for the run")
+    from layercard.training.train import first_day
+    from layercard.trials.workers import Workers
+    from layercard.workflow.run import PLAN_FILE, clear
+
+    if force:
+        clear(output)
+    base = opt.load(model, loading, display)
+    day = first_day(output / PLAN_FILE)
+    dataset = opt.read(data, base, records, reading, day)
+    held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
+    apart = workers > 1 or ray is not None
+    again = partial(_read_again, model, sources, reading, loading, day) if apart else None
+    return base, dataset, held_out, {"workers": Workers(workers, ray), "open_records": again}
+
+
+def _read_again(
+    model: str,
+    sources: tuple[list[str], list[str] | None, int | None, int | None],
+    reading: DataSettings,
+    loading: LoadSettings,
+    day: Any,
+) -> "tuple[BaseModel, Dataset, Dataset | None]":
+    """Model and records in a worker, as this call read them."""
+    data, valid, records, valid_records = sources
+    with Display() as display:
+        base = opt.load(model, loading, display)
+    held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
+    return base, opt.read(data, base, records, reading, day), held_out

@@ -425,6 +425,7 @@ def _same_run(output: Path, base: BaseModel, data: Dataset, valid: Dataset, sett
                     "give it as it was, name another output, or pass --force"
                 )
         return
+    output.mkdir(parents=True, exist_ok=True)
     others = [entry.name for entry in output.iterdir() if entry.name != LOCK_FILE]
     if others:
         raise OutputError(f"{output} is not empty (it holds {others[0]}); name another output")
