@@ -233,8 +233,3 @@ def test_large_input_stays_short() -> None:
 def test_a_placement_without_reasons_has_no_empty_table() -> None:
     shown = Shown(Placement.from_json({**fake_placement(fake_card(8), [1, 2]), "reasons": {}})._repr_html_())
     assert "Layer" not in [row[0] for row in shown.rows] and "Why each layer" not in shown.text
-
-
-def test_plots_come_along_with_the_package() -> None:
-    script = "import layercard; print(layercard.plots.heat_map.__name__)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "heat_map\n"

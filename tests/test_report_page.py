@@ -26,7 +26,7 @@ from layercard.report.page import front_page, report_page
 from layercard.report.roi import SHARE_ERROR, RoiInputs, ratios_of, roi
 from layercard.report.sources import Sources, read_sources
 from layercard.report.trials import Trial, compared, grouped, of_comparison, of_run, of_trial, plain_name
-from layercard.report.words import amount, measured
+from layercard.report.words import measured
 from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import transfer
@@ -367,10 +367,6 @@ def test_the_first_screen_says_what_was_measured_and_what_is_predicted(trained: 
         assert PREDICTED in tiles[0] and "are predicted to keep" in sentence
     order = [text.index(part) for part in ('class="verdict"', 'class="tile"', 'id="plot-loss"', 'id="roi-form"', 'id="theory"')]
     assert order == sorted(order)
-
-
-def test_amounts_are_short() -> None:
-    assert [amount(value) for value in (0.0, -3.456, 99999.0)] == ["0", "-3.46", "99,999"]
 
 
 @pytest.fixture

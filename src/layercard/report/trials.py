@@ -90,9 +90,10 @@ def of_trial(record: TrialRecord) -> list[Trial]:
 
 def of_comparison(comparison: Comparison) -> list[Trial]:
     """The runs of `layercard compare`, which have names, shares and paired intervals."""
-    about = {"model": comparison.model, "settings": comparison.settings, "machine": str(comparison.model.get("device", ""))}
+    about = {"model": comparison.model, "machine": str(comparison.model.get("device", ""))}
     about["task"] = task_word(str(comparison.data.get("source", "data")))
-    return [Trial(**row.model_dump(exclude={"schema_"}) | about) for row in comparison.rows]
+    rows = [row.model_dump(exclude={"schema_"}) for row in comparison.rows]
+    return [Trial(**row | about | {"settings": row["settings"] or comparison.settings}) for row in rows]
 
 
 def task_word(source: str) -> str:
