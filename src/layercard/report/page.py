@@ -242,10 +242,10 @@ def verdict(sources: Sources, tiles: Sequence[Tile]) -> str:
         verb = "keep" if performance.basis == "measured" else "are predicted to keep"
         parts.append(f"{verb} {performance.value}{between} of what all layers learn")
     if time.basis:
-        parts.append(f"train in {time.value} time" + (" (predicted)" if time.basis != "measured" else ""))
+        parts.append(f"train in {time.value} time" + (f" ({time.basis})" if time.basis != "measured" else ""))
     if memory.note.partition("%")[1]:
         share = memory.note.partition(" %")[0]
-        parts.append(f"take {share} % of their memory above the model" + (" (predicted)" if memory.basis != "measured" else ""))
+        parts.append(f"take {share} % of their memory above the model" + (f" ({memory.basis})" if memory.basis != "measured" else ""))
     said = " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "are chosen; nothing is known yet of what they keep or cost"
     return f"{len(placement.layers)} of {depth} layers ({listed(placement.layers)}) {said}."
 
