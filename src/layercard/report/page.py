@@ -91,7 +91,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
         shown["placements"] = tables.placement_tables(sources.placements, sources.front)
     if cost:
         for kind in ("time", "memory", "reach"):
-            drawn[f"cost-{kind}"] = plots.cost_by_depth(card, kind, chosen)  # type: ignore[arg-type]
+            drawn[f"cost-{kind}"] = plots.cost_by_depth(card, kind, chosen)
         shown["cost"] = tables.cost_table(cost)
     trained = [group for group in groups if group.performance_kept and (group.time_share or group.memory)]
     if trained:
