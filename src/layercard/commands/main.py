@@ -103,7 +103,7 @@ class Command(TyperCommand):
         names = {parameter.name for parameter in self.get_params(ctx)}
         place = next((number for number, word in enumerate(args) if word.split("=")[0] == "--recipe"), None)
         if "recipe" in names and place is not None:
-            word, equals, value = args[place].partition("=")
+            _, equals, value = args[place].partition("=")
             path = value if equals else (args[place + 1] if place + 1 < len(args) else "")
             ctx.default_map = recipes.read(path, names - recipes.NOT_KEPT)
         return super().parse_args(ctx, args)
