@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,6 +179,99 @@ def test_kills_at_random_points(name: str, warm: Warm, place: Path, tmp_path: Pa
     assert all(killings.kills.values())
 
 
+# --- what is replaced: `--force` over a finished result ---------------------------------------------------------------------
+
+
+def replacing(place: Path, output: Path, name: str) -> list[str]:
+    """The command that makes another result at the output of a finished one."""
+    arguments = [word for word in COMMANDS[name][0](place, output) if word != "--resume"]
+    return [*arguments, "--seed", "7", "--force"]
+
+
+def finished(output: Path) -> dict[str, Any]:
+    """What of a card, a run or a comparison lies at an output, each part whole by itself."""
+    if output.is_file():
+        return {"card": json.loads(output.read_text())["layers"]}
+    table = {"table": json.loads((output / "compare.json").read_text())["rows"]} if (output / "compare.json").exists() else {}
+    runs = [path.parent for path in (output / "run.json", *output.glob("*/run.json")) if path.exists()]
+    return {**table, **{str(run.relative_to(output)): adapter(run) for run in runs}}
+
+
+def equal(one: Any, other: Any) -> bool:
+    try:
+        assert_equal(one, other)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["profile", "train", "compare"])
+def test_a_killed_replacement_loses_nothing(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
+    """What is finished is there until what replaces it is, wherever the kill comes."""
+    output, other = tmp_path / "output", tmp_path / "other"
+    _, seconds = undisturbed(warm, place, name, output)
+    undisturbed(warm, place, name, other)
+    status, said = warm.run(replacing(place, other, name))
+    assert status == 0, said
+    old, new, randomness, hits = finished(output), finished(other), random.Random(1), 0
+    clock = ("seconds", "peak_memory_bytes", "train_seconds")
+    for _ in range(12):
+        pid, _ = warm.start(replacing(place, output, name))
+        time.sleep(randomness.uniform(0, seconds))
+        os.kill(pid, randomness.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+        hits += warm.wait(pid) != 0
+        there = finished(output)
+        assert there.keys() == old.keys()
+        for part, value in there.items():
+            value, before, after = (without(each, *clock) for each in (value, old[part], new[part]))
+            assert equal(value, before) or equal(value, after), part
+    assert hits >= 6
+    status, said = warm.run(replacing(place, output, name))
+    assert status == 0, said
+    assert_equal(without(finished(output), *clock), without(new, *clock))
+
+
+def without(value: Any, *names: str) -> Any:
+    """A value without what was timed, at any depth."""
+    if isinstance(value, dict):
+        return {key: without(each, *names) for key, each in value.items() if not any(name in key for name in names)}
+    return [without(each, *names) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_app_takes_its_profile_along(place: Path, tmp_path: Path) -> None:
+    """Neither the process, nor its folder, nor half a card is left."""
+    script = "import sys, time; from pathlib import Path; from layercard.report.app.jobs import Jobs\n"
+    script += "job = Jobs(Path(sys.argv[1]), Path(sys.argv[2])).start(Path(sys.argv[3]), sys.argv[4], 16)\n"
+    script += "print(job._process.pid, flush=True); time.sleep(600)"
+    cards, work = tmp_path / "cards", tmp_path / "work"
+    for folder in (cards, work):
+        folder.mkdir()
+    words = [sys.executable, "-c", script, str(cards), str(work), str(place / "model"), str(place / "data.jsonl")]
+    for seconds in (0.0, 1.0, 4.0, 8.0):
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as app:
+            assert app.stdout is not None
+            group = int(app.stdout.readline())
+            time.sleep(seconds)
+            app.kill()
+        deadline = time.monotonic() + 30
+        while any(work.iterdir()) or is_there(group):
+            assert time.monotonic() < deadline, f"the profile outlives an app that was killed after {seconds:g} s"
+            time.sleep(0.1)
+        assert all("layers" in json.loads(path.read_text()) for path in cards.iterdir())
+
+
+def is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["profile train", "train", "bench"])
 def test_two_runs_in_one_folder(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
@@ -197,33 +293,62 @@ def test_two_runs_in_one_folder(name: str, warm: Warm, place: Path, tmp_path: Pa
     assert_equal(result(output), whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["profile train", "train", "bench"])
-def test_a_full_disk(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
-    """One line, and after room was made the same command goes on to the same result."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], capture_output=True, check=False)
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 48 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)], capture_output=True, check=False)
     if mounted.returncode != 0:
         pytest.skip("a small disk needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=False, cwd=os.sep)
+
+
+def resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def assert_full(status: int, said: str) -> None:
+    """One line says that the disk is full."""
+    assert status == 2, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "No space left" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["profile train", "train", "compare", "bench"])
+def test_a_full_disk(name: str, warm: Warm, place: Path, tmp_path: Path, disk: Path) -> None:
+    """One line, and after room was made the same command goes on to the same result."""
+    arguments, result = COMMANDS[name]
+    whole, _ = undisturbed(warm, place, name, tmp_path / "undisturbed")
+    output = disk / "out"
+    if name == "bench":
+        for part in ("cards", "scores"):
+            (output / part).mkdir(parents=True)
+        (output / "cards" / "tiny.json").symlink_to(tmp_path / "undisturbed" / "cards" / "tiny.json")
+        (output / "scores" / "tiny.json").symlink_to(tmp_path / "undisturbed" / "scores" / "tiny.json")
+        (disk / "ballast").write_bytes(bytes(24 * 1024))
+    assert_full(*warm.run(arguments(place, output)))
+    resize(disk, "64m")
+    status, said = warm.run(arguments(place, output))
+    assert status == 0, said
+    assert_equal(result(output), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["profile", "train", "compare"])
+def test_a_replacement_on_a_full_disk_loses_nothing(name: str, warm: Warm, place: Path, disk: Path) -> None:
+    resize(disk, "64m")
+    output = disk / "out"
+    undisturbed(warm, place, name, output)
+    old = finished(output)
+    shutil.rmtree(disk / "out-cache", ignore_errors=True)
     try:
-        arguments, result = COMMANDS[name]
-        whole, _ = undisturbed(warm, place, name, tmp_path / "undisturbed")
-        output = disk / "out"
-        if name == "bench":
-            for part in ("cards", "scores"):
-                (output / part).mkdir(parents=True)
-            (output / "cards" / "tiny.json").symlink_to(tmp_path / "undisturbed" / "cards" / "tiny.json")
-            (output / "scores" / "tiny.json").symlink_to(tmp_path / "undisturbed" / "scores" / "tiny.json")
-            (disk / "ballast").write_bytes(bytes(24 * 1024))
-        status, said = warm.run(arguments(place, output))
-        assert status == 2, said
-        assert "Traceback" not in said
-        assert said.splitlines()[-1].startswith("error: ")
-        assert "No space left" in said
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        status, said = warm.run(arguments(place, output))
-        assert status == 0, said
-        assert_equal(result(output), whole)
-    finally:
-        subprocess.run(["umount", str(disk)], check=False, cwd=os.sep)
+        with (disk / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+    except OSError:
+        assert_full(*warm.run(replacing(place, output, name)))
+    assert_equal(finished(output), old)
