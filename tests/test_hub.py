@@ -272,7 +272,7 @@ def test_push_and_pull(hub: Hub, layercard: Layercard, tmp_path: Path) -> None:
     assert f"{hub.url}/datasets/ann/one: written" in said
     status, said, _ = layercard("pull", "ann/one", "-o", "again.json")
     assert status == 0
-    assert "again.json: from ann/one: smollm2-135m, 6 layers" in said
+    assert "from ann/one: smollm2-135m, 6 layers" in said and "wrote again.json; next: layercard show again.json" in said
     assert LayerCard.load(tmp_path / "again.json") == card_of()
     status, said, _ = layercard("push", "card.json", "one", "--json")
     assert json.loads(said)["name"] == "ann/one"

@@ -45,12 +45,10 @@ class Phases:
     >>> [phase["name"] for phase in phases.to_json()]
     ['load']
 
-    Args:
-        clock: Gives seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+        self.clock = clock  # gives seconds
         self.finished: list[Phase] = []
 
     @contextmanager
@@ -64,13 +62,11 @@ class Phases:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
             device_peak = torch.cuda.max_memory_allocated()
-        self._add(Phase(name, self.clock() - started, resident_peak(), device_peak))
-
-    def _add(self, phase: Phase) -> None:
+        phase = Phase(name, self.clock() - started, resident_peak(), device_peak)
         self.finished.append(phase)
-        resident = "unknown" if phase.resident_peak_bytes is None else f"{phase.resident_peak_bytes / 2**20:,.0f} MiB"
-        device = "" if phase.device_peak_bytes is None else f", GPU {phase.device_peak_bytes / 2**20:,.0f} MiB"
-        logging.getLogger(__name__).info("%s: %.2f s, memory up to %s%s", phase.name, phase.seconds, resident, device)
+        peaks = {"memory up to": phase.resident_peak_bytes, "GPU": device_peak}
+        told = [f"{name}: {phase.seconds:.2f} s", *(f"{of} {peak / 2**20:,.0f} MiB" for of, peak in peaks.items() if peak is not None)]
+        logging.getLogger(__name__).info(", ".join(told))
 
     def to_json(self) -> list[dict[str, Any]]:
         """The phases in their order, each as a JSON object."""
@@ -145,24 +141,20 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; what it takes in and was not made under this mode is older and counts nothing."""
-        for tensor in _tensors(args):
-            self._note(tensor.untyped_storage(), made=False)
-        if kwargs:
-            for tensor in _tensors(kwargs.values()):
-                self._note(tensor.untyped_storage(), made=False)
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors((result,)):
-            self._note(tensor.untyped_storage(), made=True)
+        kwargs = kwargs or {}
+        self._note((args, *kwargs.values()), made=False)
+        result = func(*args, **kwargs)
+        self._note((result,), made=True)
         return result
 
-    def _note(self, storage: torch.UntypedStorage, *, made: bool) -> None:
-        key = id(storage)
-        if key in self._known:
-            return
-        size = storage.nbytes() if made else 0
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))  # type: ignore[misc]
+    def _note(self, values: Iterable[Any], *, made: bool) -> None:
+        for tensor in _tensors(values):
+            storage = tensor.untyped_storage()
+            if (key := id(storage)) not in self._known:
+                size = storage.nbytes() if made else 0
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))  # type: ignore[misc]
 
     def _forget(self, key: int, size: int) -> None:
         self.now -= size

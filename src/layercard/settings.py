@@ -30,23 +30,11 @@ LEARNING_RATE = 2e-3
 
 _LOW_RANK = ("rank", "alpha", "dropout")
 METHODS: dict[str, tuple[str, ...]] = {
-    "lora": _LOW_RANK,
-    "rslora": _LOW_RANK,
-    "dora": _LOW_RANK,
-    "pissa": ("rank", "alpha"),
-    "olora": ("rank", "alpha"),
-    "eva": _LOW_RANK,
-    "adalora": _LOW_RANK,
-    "loha": ("rank", "alpha"),
-    "lokr": ("rank", "alpha"),
-    "vera": ("rank", "dropout"),
-    "randlora": _LOW_RANK,
-    "delora": ("rank",),
-    "hira": ("rank", "dropout"),
-    "hra": ("rank",),
-    "miss": ("rank", "dropout"),
-    "ia3": (),
-    "oft": (),
+    **dict.fromkeys(("lora", "rslora", "dora", "eva", "adalora", "randlora"), _LOW_RANK),
+    **dict.fromkeys(("pissa", "olora", "loha", "lokr"), ("rank", "alpha")),
+    **dict.fromkeys(("vera", "hira", "miss"), ("rank", "dropout")),
+    **dict.fromkeys(("delora", "hra"), ("rank",)),
+    **dict.fromkeys(("ia3", "oft"), ()),
     "boft": ("dropout",),
 }
 """Methods by name, and which of rank, alpha and dropout each has; the others are at their defaults and mean nothing to it."""

@@ -71,7 +71,7 @@ def compare(
         held_out = opt.read(valid, base, valid_records, reading, day)
         how: dict[str, Any] = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
         result = run(base, named, dataset, held_out, settings, **how)
-    show_result(result.to_json(), as_json, comparison_table(result), wrote=output)
+    show_result(result, as_json, comparison_table(result), wrote=output)
 
 
 def _is_file(entry: str) -> bool:

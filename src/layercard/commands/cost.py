@@ -73,9 +73,7 @@ def cost(
             else:
                 batch = random_batch(base.model.get_input_embeddings().weight.shape[0], batch_size, length or LENGTH)
             result = measure_cost(base, batch, rank=rank, repeats=repeats, progress=display)
-    if output is not None:
-        result.save(output, force=force)
-    show_result(result.to_json(), as_json, cost_view(result), wrote=output)
+    show_result(result, as_json, cost_view(result), output=output, force=force)
 
 
 def _without_weights(

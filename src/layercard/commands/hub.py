@@ -51,9 +51,8 @@ def pull(
     card = pull_card(str(name), revision=revision)
     if described is not None:
         card.check_model(described)
-    card.save(output, force=force)
     about = f"{card.model.name}, {card.model.layers} layers, {card.data.records} records of {card.data.source}"
-    show_result(card.to_json(), as_json, f"{output}: from {name}: {about}", then=("show", output))
+    show_result(card, as_json, f"from {name}: {about}", output=output, force=force, then=("show", output))
 
 
 def push(

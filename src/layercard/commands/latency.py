@@ -54,6 +54,4 @@ def latency(
             adapters.append(random_adapter(base, place(base, range(len(base.blocks))), name="all layers", rank=rank))
         how: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
         result = measure_latency(base, adapters, progress=display, **how)
-    if output is not None:
-        result.save(output, force=force)
-    show_result(result.to_json(), as_json, latency_view(result.to_json()), wrote=output)
+    show_result(result, as_json, latency_view(result.to_json()), output=output, force=force)

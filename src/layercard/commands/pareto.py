@@ -27,14 +27,13 @@ def pareto(
     source = LayerCard.load(card)
     with Display() as display:
         front = fronts(source, progress=display)
-    value = front.to_json()
     if output is not None and output.suffix == ".html":
         from layercard.report.page import front_page
 
-        write_text(output, front_page(front), force=force)
-    elif output is not None:
-        front.save(output, force=force)
-    show_result(value, as_json, front_view(front), wrote=output)
+        wrote, output = write_text(output, front_page(front), force=force), None
+    else:
+        wrote = None
+    show_result(front, as_json, front_view(front), wrote=wrote, output=output, force=force)
 
 
 def transfer(
@@ -69,6 +68,4 @@ def transfer(
     names = stems if len(set(stems)) == len(stems) else [str(path) for path in cards]
     loaded = [(name, LayerCard.load(path)) for name, path in zip(names, cards, strict=True)]
     result = compare(loaded, k=k, measure=measure, across_dtypes=across_dtypes, seed=seed)
-    if output is not None:
-        result.save(output, force=force)
-    show_result(result.to_json(), as_json, transfer_view(result), wrote=output)
+    show_result(result, as_json, transfer_view(result), output=output, force=force)

@@ -103,4 +103,4 @@ def profile(
         say(f"not kept for --reuse: {error}")
     seconds = time.perf_counter() - started
     about = f"{output}: {card.model.layers} layers, {card.data.records} records, {card.data.tokens:,} tokens, {seconds:.0f} s"
-    show_result(card.to_json(), as_json, "\n! ".join([about, *card.warnings]), then=("show", output))
+    show_result(card, as_json, "\n! ".join([about, *card.warnings]), then=("show", output))

@@ -40,9 +40,7 @@ def roi(
     placement = sources.placement
     ratios = model.ratios_of(placement.layers, sources.card, grouped(sources.trials), placement.modules or "all")
     result = model.roi(roi_inputs, ratios)
-    if output is not None:
-        result.save(output, force=force)
-    show_result(result.to_json(), as_json, roi_view(result), wrote=output)
+    show_result(result, as_json, roi_view(result), output=output, force=force)
 
 
 def figures(file: Path | None, given: Sequence[str] | None) -> "RoiInputs":

@@ -68,7 +68,7 @@ def run(
         "Result": result.line(),
     }
     then = ["eval", model, *(opt.data_options(valid) if valid else ["--data", "FILE"]), "--adapter", str(output / ADAPTER)]
-    show_result(result.to_json(), as_json, pairs(rows), then=then)
+    show_result(result, as_json, pairs(rows), then=then)
 
 
 def tune(

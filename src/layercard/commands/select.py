@@ -62,6 +62,5 @@ def select(
     placement = selection.select(source, k=k, objective=objective or usual, strategy=strategy, budgets=budgets, seed=seed)
     if allocate_ranks:
         placement = selection.allocate_ranks(source, placement, rank, alpha)
-    placement.save(output, force=force)
-    value, then = placement.to_json(), ("train", placement.model["name"], "--data", "…", "--placement", output, "-o", "adapter")
-    show_result(value, as_json, placement_view(placement), wrote=output, then=then)
+    then = ("train", placement.model["name"], "--data", "…", "--placement", output, "-o", "adapter")
+    show_result(placement, as_json, placement_view(placement), output=output, force=force, then=then)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.segment import Segment
 
 from layercard.errors import visible
-from layercard.files import json_text
+from layercard.files import json_text, write_json
 from layercard.processes import is_first
 
 PROGRESS = "LAYERCARD_PROGRESS"
@@ -61,9 +61,22 @@ def command_line(*words: object) -> str:
 
 
 def show_result(
-    value: dict[str, Any], as_json: bool, view: RenderableType, *, wrote: Path | str | None = None, then: Sequence[object] = ()
+    result: Any,
+    as_json: bool,
+    view: RenderableType,
+    *,
+    output: Path | None = None,
+    force: bool = False,
+    wrote: Path | str | None = None,
+    then: Sequence[object] = (),
 ) -> None:
-    """Print what a command found: as JSON and nothing else, or drawn, with the output that was written and the command that comes next."""
+    """Print a command's result, a record or a JSON object: as JSON and nothing else, or drawn, with what was written and what comes next.
+
+    With `output` it is saved there first.
+    """
+    value = result if isinstance(result, dict) else result.to_json()
+    if output is not None:
+        wrote = write_json(output, value, force=force)
     if as_json:
         emit_json(value)
         return

@@ -81,7 +81,7 @@ def train(
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
     rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
     then = ("eval", model, *opt.data_options(valid or ["…"]), "--adapter", output)
-    show_result(record.to_json(), as_json, pairs(rows), then=then)
+    show_result(record, as_json, pairs(rows), then=then)
 
 
 def evaluate(
@@ -133,4 +133,4 @@ def evaluate(
         score = (result.generation or {}).get(key)
         if score is not None:
             rows[name] = f"{100 * score:.1f} %" if key == "exact_match" else f"{score:.2f}"
-    show_result(result.to_json(), as_json, pairs(rows))
+    show_result(result, as_json, pairs(rows))
