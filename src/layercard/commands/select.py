@@ -26,7 +26,7 @@ def select(
         "A fixed rule instead: first, middle, last, uniform, random or all. Layer 0 is at the input. top is an alias of first; "
         "bottom is an alias of last: the output side, cheapest to train because backward stops there.",
     ),
-    max_time: str | None = setting(None, "Step time: 0.8, 12s or 800ms, or a share of all layers (60%).", metavar="X"),
+    max_time: str | None = setting(None, "Step time: 12s or 800ms, or a share of all layers (60%).", metavar="X"),
     max_memory: str | None = setting(None, "Peak memory above the frozen model: 2GB, 500MiB, or 60%.", metavar="X"),
     max_params: str | None = setting(None, "Adapter weights: 300000, 2M, or 60%.", metavar="X"),
     max_latency: str | None = setting(None, "Latency that unmerged adapters add to each token: 5ms, or 60%.", metavar="X"),

@@ -24,17 +24,17 @@ class Limit(NamedTuple):
 
 
 LIMITS = {
-    "max_time": Limit("time", _SECONDS, "step time", "seconds (0.8, 12s, 800ms) or a share of all layers (60%)"),
+    "max_time": Limit("time", _SECONDS, "step time", "seconds (12s, 800ms) or a share of all layers (60%)"),
     "max_memory": Limit("memory", _BYTES, "peak memory", "bytes (2GB, 500MiB) or a share of all layers (60%)"),
     "max_params": Limit("params", _COUNT, "number of adapter weights", "a number (300000, 2M) or a share of all layers (60%)"),
-    "max_latency": Limit("latency", _SECONDS, "added latency", "seconds (0.002, 5ms) or a share of all layers (60%)"),
+    "max_latency": Limit("latency", _SECONDS, "added latency", "seconds (5ms) or a share of all layers (60%)"),
 }
 """The limits on costs, by their names in `Budgets`."""
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a placement may cost and must keep; text as on the command line, or numbers in the base unit.
+    """What a placement may cost and must keep; text with its unit as on the command line, or numbers in the base unit.
 
     Attributes:
         max_time: Step time, in seconds or % of all layers.
@@ -70,6 +70,8 @@ class Budgets:
             number, unit = (_number(match[1]), match[2].lower()) if match else (None, "")
             if number is None or unit not in (*units, "%"):
                 raise SelectionError(f"{option} {text!r} cannot be read; give {forms}")
+            if unit == "" and isinstance(value, str) and what != "params":
+                raise SelectionError(f"{option} {text} could be {text}{'MB' if what == 'memory' else 's'} or {text}%; write which")
             if unit != "%" and what in ("time", "latency") and not cost.absolute:
                 raise SelectionError(
                     f"{option} {text} is in seconds, but the card has no measured cost, only relative ones from the shapes of its "
