@@ -73,7 +73,7 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
         pull: "pull OWNER/NAME -o card.json",
     },
     "Study": {
-        tune: "tune smollm2-135m --data synthetic --records 512 --search 100% -o tune",
+        tune: "tune smollm2-135m --data synthetic --records 512 --steps 200 -o tuned",
         transfer: "transfer e2e.json webnlg.json",
         cost: "cost smollm2-135m --data mine.jsonl",
         latency: "latency smollm2-135m --adapter adapter",

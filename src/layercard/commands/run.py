@@ -47,7 +47,7 @@ def run(
     sources = (data, valid, records, valid_records)
     how = {"settings": choice, "training": settings, "fast": fast}
     with Display() as display:
-        base, dataset, held_out, more = _opened(model, sources, reading, loading, output, workers, ray, force, display)
+        base, dataset, held_out, more = _opened(model, sources, reading, loading, output, workers, ray, force and not only_plan, display)
         from layercard.report.terminal import pairs
         from layercard.workflow.run import ADAPTER, REPORT_FILE, plan_only, run as go, write_report
 
@@ -90,7 +90,7 @@ def tune(
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
-    """Choose layers and learning rate by short trainings, for a training.
+    """Choose layers and learning rate by short trainings.
 
     Does what `run` does before it trains. The placement has the learning rate that `train` and the exports then use; steps or epochs are
     those of that training.
@@ -134,12 +134,12 @@ def _opened(
     from layercard.trials.workers import Workers
     from layercard.workflow.run import PLAN_FILE, clear
 
-    if force:
-        clear(output)
     base = opt.load(model, loading, display)
-    day = first_day(output / PLAN_FILE)
+    day = None if force else first_day(output / PLAN_FILE)
     dataset = opt.read(data, base, records, reading, day)
     held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
+    if force:  # now that all that may be refused was read
+        clear(output)
     apart = workers > 1 or ray is not None
     again = partial(_read_again, model, sources, reading, loading, day) if apart else None
     return base, dataset, held_out, {"workers": Workers(workers, ray), "open_records": again}
