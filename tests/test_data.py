@@ -204,7 +204,9 @@ class TestChat:
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "has parts other than text"),
             ({"messages": [{"role": "user", "content": "\ud800"}, TURNS[1]]}, None, "half a character"),
             ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, "{{ tools[0].name }}" + TRIMMING, "half a character"),
-            ({"messages": TURNS, "tools": "search"}, None, "tools must be a list of schemas, or its JSON text, found str"),
+            ({"messages": TURNS, "tools": "search"}, None, "tools must be a list, or its JSON text, found str"),
+            ({"messages": TURNS, "chat_template_kwargs": [1]}, None, "chat_template_kwargs must be a mapping, or its JSON text"),
+            ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"function": "f"}]}]}, "{{ 1 // 0 }}", "the chat template refuses"),
         ],
     )
     def test_refusals(self, record: dict[str, Any], template: str | None, expected: str) -> None:
@@ -409,7 +411,7 @@ class TestRefusals:
         ("lines", "expected"),
         [
             ([GOOD, "", '{"prompt": "a", '], "line 3: no JSON (Expecting property name"),
-            ([GOOD, "[1, 2]"], "line 2: expected a JSON object, found list"),
+            ([GOOD, "[1, 2]"], "line 2: expected an object, found list"),
             (["["], "line 1: a JSON array that is cut short or broken"),
             ([f'[{{"a": {"9" * 5000}}}]'], "line 1: a JSON array that is cut short or broken (no JSON (a number of thousands of digits))"),
             ([f'{{"a": {"9" * 5000}}}'], "line 1: no JSON (a number of thousands of digits); mend or remove the line"),
@@ -418,7 +420,7 @@ class TestRefusals:
             ([GOOD * 2], "line 1: several objects on one line"),
             ([GOOD + ","], "line 1: a comma behind the object"),
             (['{"prompt": "p", "prompt": "a"}'], "line 1: no JSON ('prompt' is there twice)"),
-            ([GOOD, '"text"'], "line 2: expected a JSON object, found str"),
+            ([GOOD, '"text"'], "line 2: expected an object, found str"),
             (["[" * 100_000], "line 1: "),
             ([GOOD, '{"prompt": "a"}'], "line 2: has no completion, which the first record has; found fields: prompt"),
             (['{"question": "a", "reply": "b"}'], "needs prompt and completion, messages, or text; found fields: question, reply"),

@@ -22,15 +22,17 @@ HUB = "https://huggingface.co/datasets/"
 USER, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT: Any = [USER, SAID]
 HUMAN: Any = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+CALL = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+OPENAI_PREFERENCE = {"input": {}, "preferred_output": [SAID], "non_preferred_output": [SAID]}
+SEGMENTS = [{"label": False, "text": "q\n"}, {"label": True, "text": "a<eos>"}]
+GEMINI = {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]}
+CALL_SAID = CALL["value"] + "<eos>"
 TOOLS = '[{"name": "f", "parameters": {}}]'
 
 # Name or link, licence as its card gives it, a record, and the learnt text; or None where it is refused.
 SHAPES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("tatsu-lab/alpaca", "CC BY-NC 4.0", {"instruction": "q", "input": "x", "output": "a", "text": "Below is"}, "a<eos>"),
-    ("yahma/alpaca-cleaned", "CC BY 4.0", {"output": "a", "input": "", "instruction": "q"}, "a<eos>"),
     ("databricks/databricks-dolly-15k", "CC BY-SA 3.0", {"instruction": "q", "context": "x", "response": "a", "category": "qa"}, "a<eos>"),
-    ("sahil2801/CodeAlpaca-20k", "CC BY 4.0", {"output": "a", "instruction": "q", "input": ""}, "a<eos>"),
-    ("MBZUAI/LaMini-instruction", "CC BY-NC 4.0", {"instruction": "q", "response": "a", "instruction_source": "x"}, "a<eos>"),
     ("Open-Orca/OpenOrca", "MIT", {"id": "1", "system_prompt": "be nice", "question": "q", "response": "a"}, "a<eos>"),
     ("Open-Orca/FLAN", "CC BY 4.0", {"inputs": "q", "targets": "a", "_task_name": "x"}, "a<eos>"),
     ("bigscience/P3", "Apache 2.0", {"inputs": [1], "inputs_pretokenized": "q", "targets": [2], "targets_pretokenized": "a"}, "a<eos>"),
@@ -39,7 +41,6 @@ SHAPES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("openai/gsm8k", "MIT", {"question": "q", "answer": "a"}, "a<eos>"),
     ("hendrycks/competition_math", "MIT", {"problem": "q", "level": "1", "type": "x", "solution": "a"}, "a<eos>"),
     ("nvidia/OpenMathInstruct-2", "CC BY 4.0", {"problem": "q", "generated_solution": "a", "expected_answer": "1"}, "a<eos>"),
-    ("ise-uiuc/Magicoder-OSS-Instruct-75K", "MIT", {"lang": "python", "seed": "s", "problem": "q", "solution": "a"}, "a<eos>"),
     ("nvidia/HelpSteer2", "CC BY 4.0", {"prompt": "q", "response": "a", "helpfulness": 3}, "a<eos>"),
     ("EdinburghNLP/xsum", "not stated", {"document": "q", "summary": "a", "id": "1"}, "a<eos>"),
     ("abisee/cnn_dailymail", "Apache 2.0", {"article": "q", "highlights": "a", "id": "1"}, "a<eos>"),
@@ -53,7 +54,6 @@ SHAPES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("fancyzhx/ag_news", "not stated", {"text": "news", "label": 2}, "ews<eos>"),
     ("timdettmers/openassistant-guanaco", "Apache 2.0", {"text": "### Human: q### Assistant: a"}, "## Human: q### Assistant: a<eos>"),
     ("OpenAssistant/oasst1", "Apache 2.0", {"message_id": "1", "parent_id": None, "text": "q", "role": "prompter"}, None),
-    ("OpenAssistant/oasst2", "Apache 2.0", {"message_id": "1", "parent_id": None, "text": "q", "role": "prompter"}, None),
     ("anon8231489123/ShareGPT_Vicuna_unfiltered", "Apache 2.0", {"id": "1", "conversations": HUMAN}, "a<eos>"),
     ("HuggingFaceH4/ultrachat_200k", "MIT", {"prompt": "q", "prompt_id": "1", "messages": CHAT}, "a<eos>"),
     ("stingning/ultrachat", "MIT", {"id": "1", "data": ["q", "a", "so", "b"]}, "a<eos>b<eos>"),
@@ -61,58 +61,26 @@ SHAPES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("LDJnr/Capybara", "Apache 2.0", {"source": "x", "conversation": [{"input": "q", "output": "a"}]}, "a<eos>"),
     ("teknium/OpenHermes-2.5", "not stated", {"system_prompt": None, "conversations": HUMAN, "source": "x"}, "a<eos>"),
     ("Open-Orca/SlimOrca", "MIT", {"conversations": [HUMAN[0] | {"weight": 0}, HUMAN[1] | {"weight": 1}]}, "a<eos>"),
-    ("WizardLMTeam/WizardLM_evol_instruct_V2_196k", "MIT", {"idx": "1", "conversations": HUMAN}, "a<eos>"),
     ("allenai/tulu-3-sft-mixture", "ODC-BY", {"id": "1", "messages": CHAT, "source": "x"}, "a<eos>"),
     ("allenai/WildChat-1M", "ODC-BY", {"conversation": [t | {"toxic": False, "country": None} for t in CHAT], "model": "m"}, "a<eos>"),
-    ("HuggingFaceTB/smoltalk", "Apache 2.0", {"messages": CHAT, "source": "x"}, "a<eos>"),
     ("HuggingFaceH4/no_robots", "CC BY-NC 4.0", {"prompt": "q", "prompt_id": "1", "messages": CHAT, "category": "x"}, "a<eos>"),
-    (
-        "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered",
-        "Llama 3.1",
-        {"conversations": HUMAN, "instruction": "q", "response": "a"},
-        "a<eos>",
-    ),
+    ("Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered", "Llama 3.1", {"conversations": HUMAN, "instruction": "q"}, "a<eos>"),
     ("AI-MO/NuminaMath-CoT", "Apache 2.0", {"source": "x", "problem": "q", "solution": "a", "messages": CHAT}, "a<eos>"),
-    ("open-r1/OpenR1-Math-220k", "Apache 2.0", {"problem": "q", "solution": "s", "generations": ["g"], "messages": CHAT}, "a<eos>"),
     ("open-thoughts/OpenThoughts-114k", "Apache 2.0", {"system": "think", "conversations": HUMAN}, "a<eos>"),
     ("glaiveai/glaive-function-calling-v2", "Apache 2.0", {"system": "SYSTEM: s", "chat": "USER: q\n\nASSISTANT: a"}, None),
     ("Salesforce/xlam-function-calling-60k", "CC BY 4.0", {"id": 1, "query": "q", "answers": '[{"name": "f"}]', "tools": TOOLS}, None),
     ("NousResearch/hermes-function-calling-v1", "Apache 2.0", {"id": "1", "conversations": HUMAN, "tools": TOOLS}, "a<eos>"),
-    (
-        "Salesforce/APIGen-MT-5k",
-        "CC BY-NC 4.0",
-        {
-            "conversations": [HUMAN[0], {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}],
-            "tools": TOOLS,
-            "system": "s",
-        },
-        '{"name": "f", "arguments": {}}<eos>',
-    ),
+    ("Salesforce/APIGen-MT-5k", "CC BY-NC 4.0", {"conversations": [HUMAN[0], CALL], "tools": TOOLS, "system": "s"}, CALL_SAID),
     ("Anthropic/hh-rlhf", "MIT", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"}, None),
     ("HuggingFaceH4/ultrafeedback_binarized", "MIT", {"prompt": "q", "chosen": CHAT, "rejected": CHAT, "messages": CHAT}, "a<eos>"),
     ("Intel/orca_dpo_pairs", "Apache 2.0", {"system": "", "question": "q", "chosen": "a", "rejected": "b"}, None),
     ("argilla/kto-mix-15k", "MIT", {"prompt": "q", "completion": [SAID], "label": True}, None),
     ("https://platform.openai.com/docs/guides/supervised-fine-tuning", "a format", {"messages": CHAT, "tools": []}, "a<eos>"),
-    (
-        "https://platform.openai.com/docs/guides/direct-preference-optimization",
-        "a format",
-        {"input": {}, "preferred_output": [SAID], "non_preferred_output": [SAID]},
-        None,
-    ),
-    (
-        "https://docs.axolotl.ai/docs/dataset-formats/template_free.html",
-        "a format",
-        {"segments": [{"label": False, "text": "q\n"}, {"label": True, "text": "a<eos>"}]},
-        "a<eos>",
-    ),
+    ("https://platform.openai.com/docs/guides/direct-preference-optimization", "a format", OPENAI_PREFERENCE, None),
+    ("https://docs.axolotl.ai/docs/dataset-formats/template_free.html", "a format", {"segments": SEGMENTS}, "a<eos>"),
     ("https://github.com/hiyouga/LLaMA-Factory", "a format", {"instruction": "q", "output": "a", "history": [["p", "r"]]}, None),
     ("https://github.com/mistralai/mistral-finetune", "a format", {"messages": [USER, SAID | {"weight": 0}, USER, SAID]}, "a<eos>"),
-    (
-        "https://cloud.google.com/vertex-ai/generative-ai/docs/models/gemini-supervised-tuning-prepare",
-        "a format",
-        {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
-        "a<eos>",
-    ),
+    ("https://cloud.google.com/vertex-ai/generative-ai/docs/models/gemini-supervised-tuning-prepare", "a format", GEMINI, "a<eos>"),
 ]
 
 

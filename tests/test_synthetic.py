@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from layercard.data.load import load_data
 from layercard.data.synthetic import (
     REFERENCES,
     SPLITS,
-    clock_words,
     domains,
     draw_facts,
     fields,
-    number_words,
     synthetic_records,
     tell,
     words_of,
@@ -30,18 +27,16 @@ def splits() -> dict[str, list[dict[str, Any]]]:
     return {split: list(synthetic_records(split)) for split in SPLITS}
 
 
-def test_sizes_and_distinct_inputs(splits: dict[str, list[dict[str, Any]]]) -> None:
-    assert {split: len(records) for split, records in splits.items()} == SPLITS
-    assert SPLITS["train"] >= 2000
-    prompts = [record["prompt"] for records in splits.values() for record in records]
-    normal = ["".join(filter(str.isalnum, prompt.lower())) for prompt in prompts]
-    assert len(set(normal)) == len(normal) == sum(SPLITS.values())
-
-
 def test_the_texts_never_change(splits: dict[str, list[dict[str, Any]]]) -> None:
     """The same bytes with every Python and on every machine; change the digests only together with the version of the set."""
     digests = {split: hashlib.sha256(json.dumps(records).encode()).hexdigest()[:12] for split, records in splits.items()}
     assert digests == {"train": "d2e27be00e47", "valid": "b8d115fd77d7", "test": "7fc6130e66eb"}
+    assert {split: len(records) for split, records in splits.items()} == SPLITS
+    prompts = ["".join(filter(str.isalnum, record["prompt"].lower())) for records in splits.values() for record in records]
+    assert len(set(prompts)) == sum(SPLITS.values())
+    for record in splits["valid"] + splits["test"]:
+        assert record["completion"] == record["references"][0]
+        assert 1 <= len(record["references"]) == len(set(record["references"])) <= REFERENCES
 
 
 def test_generation_is_a_function_of_the_seed_alone(splits: dict[str, list[dict[str, Any]]]) -> None:
@@ -51,14 +46,6 @@ def test_generation_is_a_function_of_the_seed_alone(splits: dict[str, list[dict[
     assert random.getstate() == before
     other = {record["prompt"] for record in synthetic_records("valid", seed=1)}
     assert len(other & {record["prompt"] for record in splits["valid"]}) < 5
-
-
-def test_references(splits: dict[str, list[dict[str, Any]]]) -> None:
-    for record in splits["valid"] + splits["test"]:
-        assert record["completion"] == record["references"][0]
-        assert 1 <= len(record["references"]) == len(set(record["references"])) <= REFERENCES
-    assert all(set(record) == {"prompt", "completion"} for record in splits["train"])
-    assert sum(len(record["references"]) for record in splits["test"]) > 3.5 * SPLITS["test"]
 
 
 def test_texts_read_as_sentences(splits: dict[str, list[dict[str, Any]]]) -> None:
@@ -94,21 +81,6 @@ def test_domains_are_complete(domain: dict[str, Any]) -> None:
             assert all(fields(clause) == {slot["name"]} for clause in domain["clauses"][slot["name"]])
 
 
-def test_the_mapping_is_not_trivial(splits: dict[str, list[dict[str, Any]]]) -> None:
-    train = splits["train"]
-    assert len({record["completion"] for record in train}) > 0.99 * len(train)
-    openings = Counter(" ".join(record["completion"].split()[:2]) for record in train)
-    assert openings.most_common(1)[0][1] < 0.35 * len(train)
-    kinds = Counter(record["prompt"].split(";")[0] for record in train)
-    assert len(kinds) == len(domains()) and min(kinds.values()) > 300
-    copied = sum(
-        value in record["completion"] for record in train for _, value in (item.split(": ", 1) for item in record["prompt"].split("; ")[1:])
-    )
-    facts = sum(record["prompt"].count("; ") for record in train)
-    assert 0.3 < copied / facts < 0.7  # names are copied, codes are put into words
-    assert 60 < sum(len(record["completion"]) for record in train) / len(train) < 200
-
-
 def test_it_is_called_synthetic_wherever_it_appears() -> None:
     data = load_data("synthetic", tiny_tokenizer(), records=8)
     assert data.source == "synthetic (generated, seed 0)" and len(data) == 8 and data.format == "pair"
@@ -122,11 +94,3 @@ def test_a_file_of_that_name_needs_a_path(tmp_path: Path, monkeypatch: pytest.Mo
     Path("synthetic").write_text('{"text": "my own"}\n')
     assert load_data("synthetic", tiny_tokenizer(), records=1).format == "pair"
     assert load_data("./synthetic", tiny_tokenizer()).format == "text"
-
-
-def test_numbers_and_times_in_words() -> None:
-    assert [number_words(value) for value in (0, 7, 13, 20, 21, 99)] == ["zero", "seven", "thirteen", "twenty", "twenty-one", "ninety-nine"]
-    assert clock_words("12:00") == ("twelve o'clock in the afternoon", "12:00 pm")
-    assert clock_words("11:45") == ("a quarter to twelve in the morning", "11:45 am")
-    assert clock_words("12:45") == ("a quarter to one in the afternoon", "12:45 pm")
-    assert clock_words("06:30") == ("half past six in the morning", "6:30 am")

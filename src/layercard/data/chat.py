@@ -65,7 +65,7 @@ class ChatEncoder:
         if tokenizer.eos_token:
             self._special.add(str(tokenizer.eos_token))
 
-    def encode(self, messages: Any, tools: Any = None, template_options: Mapping[str, Any] | None = None) -> Tokens:
+    def encode(self, messages: Any, tools: Any = None, template_options: Any = None) -> Tokens:
         """Ids and labels of a conversation.
 
         Args:
@@ -77,8 +77,10 @@ class ChatEncoder:
             DataError: The messages are malformed, nothing is to be learnt, or the template refuses them.
         """
         turns, tools = plain_messages(messages), _without_nulls(_from_json(tools)) or None
-        if tools is not None and not isinstance(tools, list):
-            raise DataError(f"tools must be a list of schemas, or its JSON text, found {type(tools).__name__}")
+        chosen = _from_json(template_options) or {}
+        for name, value, kind in (("tools", tools or [], list), ("chat_template_kwargs", chosen, Mapping)):
+            if not isinstance(value, kind):
+                raise DataError(f"{name} must be a {'list' if kind is list else 'mapping'}, or its JSON text, found {type(value).__name__}")
         learnt = [_is_learnt(turn) for turn in turns if turn["role"] == "assistant"]
         if not any(learnt):
             why = "no assistant turn" if not learnt else "no assistant turn that is to be learnt (weight 0 or train false)"
@@ -89,10 +91,10 @@ class ChatEncoder:
                 turn["content"] = turn["content"].removesuffix(self.tokenizer.eos_token)
         template = self._template(tools)
         inside = {key for turn in turns for key in ("tool_calls", "reasoning_content") if turn.get(key)}
-        for name in (*sorted(inside), *(["tools"] if tools else []), *(template_options or {})):
+        for name in (*sorted(inside), *(["tools"] if tools else []), *chosen):
             if not re.search(rf"\b{re.escape(name)}\b", template):
                 self._note(f"the chat template does not show {name}, which some records have")
-        options = {**dict(template_options or {}), "tools": tools}
+        options = {**chosen, "tools": tools}
         marked = self._marked_template(template)
         if marked is not None:
             text, spans = self._render(marked, turns, options, marks=True)

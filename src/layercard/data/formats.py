@@ -43,7 +43,7 @@ def find_records(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -
         DataError: There is no such source; while reading, a file that cannot be read on.
     """
     if not isinstance(source, str | os.PathLike):
-        return MEMORY, ((f"record {number}", _mapping(record)) for number, record in enumerate(source, 1))
+        return MEMORY, ((f"record {number}", _record(record)) for number, record in enumerate(source, 1))
     name = os.fspath(source)
     kind, _, split = name.partition(":")
     if kind == SYNTHETIC:
@@ -55,12 +55,6 @@ def find_records(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -
     suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
     return name, readers.get(suffix, _read_json)(path)
-
-
-def _mapping(record: Any) -> dict[str, Any] | DataError:
-    if isinstance(record, Mapping):
-        return dict(record)
-    return DataError(f"expected a dictionary, found {type(record).__name__}; give a list of records, or one split")
 
 
 def _read_synthetic(split: str) -> tuple[str, Located]:
@@ -132,15 +126,15 @@ def _read_json(path: Path) -> Located:
 
 
 def _record(value: Any) -> dict[str, Any] | DataError:
-    """A JSON value as a record, or why it is none."""
+    """A value as a record, or why it is none."""
     if isinstance(value, DataError):
         return value
-    if not isinstance(value, dict):
-        return DataError(f"expected a JSON object, found {type(value).__name__}; write one object on each line")
+    if not isinstance(value, Mapping):
+        return DataError(f"expected an object, found {type(value).__name__}; give a list of records, or one object on each line")
     columns = list(value.values())
     if len(columns) > 1 and all(isinstance(column, list) and column and isinstance(column[0], str) for column in columns):
         return DataError("a table by columns; write one object on each line, with one value for each column")
-    return value
+    return dict(value)
 
 
 def _rows_in(value: Any) -> list[Any] | None:

@@ -201,7 +201,7 @@ def load_data(
     names = column_names(columns)
     separator = separator.replace("\\n", "\n").replace("\\t", "\t")
     several = isinstance(source, list | tuple) and bool(source) and all(isinstance(name, str | os.PathLike) for name in source)
-    sources: list[Any] = list(source) if several else [source]
+    sources: list[Any] = [*source] if several else [source]  # type: ignore[misc]
     files = [(find_records(name), RecordReader(tokenizer, separator, classes, max_length, names, day)) for name in sources]
 
     # Step 1: encode record by record, and count what is cut or left out.
