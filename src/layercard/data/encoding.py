@@ -22,31 +22,10 @@ FORMATS = {
 """The fields that each record format needs; `class` is for classifiers."""
 
 CHATS = ("conversations", "conversation", "contents", "dialog", "data")
-PROMPTS: tuple[str, ...] = (
-    "instruction",
-    "question",
-    "query",
-    "problem",
-    "prompt",
-    "inputs_pretokenized",
-    "inputs",
-    "input",
-    "document",
-    "article",
-)
-PROMPTS += ("dialogue", "meaning_representation")
-COMPLETIONS: tuple[str, ...] = (
-    "completion",
-    "output",
-    "response",
-    "solution",
-    "generated_solution",
-    "answer",
-    "targets_pretokenized",
-    "targets",
-    "target",
-)
-COMPLETIONS += ("summary", "highlights", "human_reference")
+PROMPTS = ["instruction", "question", "query", "problem", "prompt", "inputs_pretokenized", "inputs", "input"]
+PROMPTS += ["document", "article", "dialogue", "meaning_representation"]
+COMPLETIONS = ["completion", "output", "response", "solution", "generated_solution", "answer", "targets_pretokenized", "targets"]
+COMPLETIONS += ["target", "summary", "highlights", "human_reference"]
 """Columns of public sets that hold a conversation, a prompt and a completion; the first that a set has is taken."""
 BEFORE, BEHIND = ("system", "system_prompt", "definition"), ("input", "context", "passage", "document", "article")
 """Columns whose text belongs to the prompt, before or behind the question."""
