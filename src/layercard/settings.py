@@ -52,7 +52,6 @@ def setting(
     unit: float | None = None,
     argument: bool = False,
     envvar: str | None = None,
-    group: str = "",
 ) -> Any:
     """A field of a settings class, or a parameter of a command.
 
@@ -67,7 +66,6 @@ def setting(
         unit: How many of the field's units are one of the command line's, as 1e9 for bytes given in GB.
         argument: On the command line it has no name, only a place.
         envvar: The environment variable that holds it where the command line does not give it.
-        group: Heading of the help text under which it stands; that of its settings class, or Options, where empty.
     """
     described = locals()
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=described)

@@ -8,9 +8,6 @@ from layercard.commands.terminal import Display, show_result
 from layercard.errors import HubError
 from layercard.settings import LoadSettings, setting
 
-LISTED = 5
-"""Names that a message lists before the rest is counted only."""
-
 
 def pull(
     name: str | None = setting(None, "OWNER/NAME of a repository that `layercard push` made.", argument=True, metavar="[NAME]"),
@@ -40,14 +37,11 @@ def pull(
         with Display() as display:
             described = describe(opt.load(model, loading, display))
     if name is None and described is not None:
-        names = find(described["fingerprint"])
-        if not names:
+        name, *others = find(described["fingerprint"]) or [None]
+        if name is None:
             raise HubError(f"the hub has no card of {model}'s weights; make one with `layercard profile`, and push it")
-        if len(names) > 1:
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            listed = ", ".join(names[:LISTED])
-            raise HubError(f"the hub has {len(names)} cards of {model}'s weights: {listed}{more}; name the one you mean")
-        name = names[0]
+        if others:
+            raise HubError(f"the hub has {1 + len(others)} cards of {model}'s weights: {name}, {', '.join(others)}; name the one you mean")
     card = pull_card(str(name), revision=revision)
     if described is not None:
         card.check_model(described)

@@ -45,7 +45,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         settings = declared[group]
         is_setting = isinstance(settings, Settings)
         default = getattr(settings, name) if is_setting else field.default
-        annotation: Any = Annotated[kind, _option(name, kind, field, settings.group if is_setting else field.metadata["group"])]
+        annotation: Any = Annotated[kind, _option(name, kind, field, settings.group if is_setting else None)]
         default = inspect.Parameter.empty if default is dataclasses.MISSING else default
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
 
@@ -71,17 +71,17 @@ def _flag(name: str, field: "dataclasses.Field[Any]") -> str:
     return field.metadata["option"] or f"--{name.replace('_', '-')}"
 
 
-def _option(name: str, kind: Any, field: "dataclasses.Field[Any]", group: str) -> Any:
+def _option(name: str, kind: Any, field: "dataclasses.Field[Any]", group: str | None) -> Any:
     """What typer shall know of a parameter."""
     described, flag = field.metadata, _flag(name, field)
     kinds = kind.__args__ if isinstance(kind, UnionType) else (kind,)
-    how = {"help": described["help"], "envvar": described["envvar"], "rich_help_panel": group or None}
+    how = {"help": described["help"], "envvar": described["envvar"], "rich_help_panel": group}
     if bool in kinds:
         return typer.Option(f"{flag}/--no-{flag[2:]}" if field.default else flag, **how)
     words = {int: "N", float: "X", Path: "FILE", list[Path]: "FILE"}
     metavar = described["metavar"] or next((words[each] for each in kinds if each in words), "NAME")
     if described["argument"]:
-        return typer.Argument(metavar=described["metavar"] or name.upper(), **{**how, "rich_help_panel": None})
+        return typer.Argument(metavar=described["metavar"] or name.upper(), **how)
     return typer.Option(*flag.split(), *(["-o"] if flag == "--output" else []), metavar=metavar, **how)
 
 

@@ -1,5 +1,6 @@
 """`layercard pareto` and `layercard transfer`: what can be kept at which cost, and whether the card of one data set serves another."""
 
+from itertools import combinations
 from pathlib import Path
 
 from layercard.commands import options as opt
@@ -53,11 +54,9 @@ def transfer(
     """
     if len(cards) < 2:
         raise CardError(f"transfer compares at least two cards, found only {cards[0]}; name another card of the same model")
-    seen: dict[Path, Path] = {}
-    for path in cards:
-        other = seen.setdefault(path.resolve(), path)
-        if other is not path:
-            raise CardError(f"{other} and {path} are the same file; name cards of different data")
+    for path, other in combinations(cards, 2):
+        if path.resolve() == other.resolve():
+            raise CardError(f"{path} and {other} are the same file; name cards of different data")
     opt.check_output(output, force)
     from layercard.card.card import LayerCard
     from layercard.report.terminal import transfer_view
