@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cards import fake_card
-from layercard.errors import CardError, LayercardError, OutputError, visible
+from layercard.errors import CardError, LayercardError, ModelError, OutputError, visible
 from layercard.files import alone, read_json, refuse_existing, replacing, write_json, write_text
 
 
@@ -66,6 +67,31 @@ def test_what_is_not_a_file_is_neither_replaced_nor_read(
         read_json(path, CardError, "card")
     assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
     assert [each.name for each in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_in_a_models_folder_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    from layercard.models.load import locate
+
+    for each in {"config.json", "model.safetensors", "tokenizer.json"} - {name}:
+        (tmp_path / each).touch()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match=f"{name} is not a regular file"):
+        locate(str(tmp_path))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 10**9}}])
+def test_more_layers_than_any_model_has_are_not_built(config: dict[str, Any], tmp_path: Path) -> None:
+    from layercard.models.load import locate
+    from layercard.models.skeleton import read_config
+
+    (tmp_path / "model.safetensors").touch()
+    write_json(tmp_path / "config.json", {"model_type": "llama", **config})
+    for read in (locate, read_config):
+        with pytest.raises(ModelError, match="more than any model has"):
+            read(str(tmp_path))
 
 
 def test_devices_and_open_streams_are_written_to(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ whole way; `wrap_model` takes a model that is in memory already. Whatever is wro
 
 import difflib
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from transformers.utils import logging as hf_logging
 
 from layercard import processes
 from layercard.errors import ModelError, one_line
+from layercard.files import shown
 from layercard.hub import hub_answers
 from layercard.models.embedded import EMBEDDED, embedded_folder
 from layercard.models.gguf import read_gguf
@@ -47,6 +49,8 @@ KEY_SHARING = ("num_kv_shared_layers", "kv_sharing_modes")
 """What configurations call the sharing of keys and values between blocks."""
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 """What is fetched of a model on the hub that is read from its folder."""
+MOST_LAYERS = 10_000
+"""More than any model has."""
 _CHOICES = f"name a folder with safetensors, a .gguf file, a hub id or {EMBEDDED}"
 
 
@@ -182,10 +186,24 @@ def _spelling_hint(name: str) -> str:
     return f", did you mean {candidates[close[0]]}?" if close else ""
 
 
+def check_depth(config: Any, source: str) -> None:
+    """Refuse a configuration of more layers than any model has, at any depth of it, since building them would take days."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_depth(value, source)
+        elif key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and isinstance(value, int) and value > MOST_LAYERS:
+            raise ModelError(f"{source}: {key} is {shown(value)}, more than any model has; mend its config.json")
+
+
 def _check_folder(folder: Path) -> None:
     """Refuse a local folder that holds no configuration or no safetensors weights, naming what it holds."""
     names = sorted(item.name for item in folder.iterdir())
+    for item in (folder / name for name in names):
+        if item.exists() and not (item.is_file() or item.is_dir()):  # reading a pipe would wait for who writes to it
+            raise ModelError(f"{item} is not a regular file; put the model's own file in its place")
     if "config.json" in names and any(name.endswith(".safetensors") and not name.startswith("adapter_") for name in names):
+        with suppress(ValueError, AttributeError):  # what else is wrong with it, transformers says
+            check_depth(json.loads((folder / "config.json").read_bytes()), str(folder))
         return
     gguf = [name for name in names if name.lower().endswith(".gguf")]
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and name != "training_args.bin"]

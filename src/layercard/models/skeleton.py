@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from layercard.errors import ModelError, one_line
 from layercard.hub import hub_answers
 from layercard.models.layers import find_blocks
-from layercard.models.load import BaseModel, locate, quiet_libraries
+from layercard.models.load import BaseModel, check_depth, locate, quiet_libraries
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024, "vocab_size": 50_257},
@@ -94,6 +94,7 @@ def read_config(name: str) -> PreTrainedConfig:
         if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
             raise ModelError(f"{path} names no model_type; name the config.json of a transformers model")
     if values is not None:
+        check_depth(values, name)
         try:
             return AutoConfig.for_model(**{key: value for key, value in values.items() if key != "quantization_config"})
         except Exception as error:  # an unknown architecture, or values that its configuration refuses
