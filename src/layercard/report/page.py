@@ -99,6 +99,18 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
     if any(group.time_share for group in trained):
         drawn["trade-off"] = plots.trade_off_of(trained, list(names.values()))
 
+    # The calculator: the form, the results, and the script that computes them again as the reader types.
+    calculator = saved and {
+        "groups": GROUPS,
+        "fields": RoiInputs.model_json_schema()["properties"],
+        "given": saved.inputs.model_dump(),
+        "bound": bound(saved.inputs, saved.ratios),
+        "ratios": RATIOS,
+        "shown": SHOWN,
+        "leading": [formula for name in LEADING for formula in SHOWN if formula.name == name],
+        "saved": saved,
+        "script": Markup(javascript()),
+    }
     data = card.data
     return _render(
         sources.front,
@@ -123,7 +135,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
         tiles=tiles,
         held_out=any(len(run.curve) > 2 for run in sources.curves),
         warnings=[*card.warnings, *sources.notes],
-        calculator=calculator(saved) if saved else "missing",
+        calculator=calculator or "missing",
         provenance=_provenance(sources),
         commands=list(commands),
     )
@@ -277,24 +289,6 @@ def roadmap_of(sources: Sources) -> Roadmap:
         value = {"model": model, "placement": {"model": model, "layers": list(run.layers)}, "loss_reduction": run.loss_reduction}
         files.append(ModelFile("adapter/run.json", "run record", value))
     return roadmap(files, cards[0])
-
-
-# ---- the end of the page
-
-
-def calculator(saved: Roi) -> dict[str, Any]:
-    """Values for the template: the form, the results, and the script that computes them again as the reader types."""
-    return {
-        "groups": GROUPS,
-        "fields": RoiInputs.model_json_schema()["properties"],
-        "given": saved.inputs.model_dump(),
-        "bound": bound(saved.inputs, saved.ratios),
-        "ratios": RATIOS,
-        "shown": SHOWN,
-        "leading": [formula for name in LEADING for formula in SHOWN if formula.name == name],
-        "saved": saved,
-        "script": Markup(javascript()),
-    }
 
 
 def _provenance(sources: Sources) -> dict[str, Json]:

@@ -3,7 +3,7 @@
 What files say is put into `Text`, which is shown as it is and never read as markup.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -38,12 +38,12 @@ def pairs(rows: Mapping[str, str]) -> Table:
     return table
 
 
-def _table(first: str, *others: str, dense: bool = False) -> Table:
-    """An empty table whose first column is text and whose others are numbers; a `dense` one breaks long words in narrow terminals."""
+def _table(*titles: str, text: Collection[str] = (), dense: bool = False, title: str | None = None) -> Table:
+    """An empty table whose columns are numbers but for those of `text`, else the first; a `dense` one is closer set."""
     options: dict[str, Any] = {"padding": (0, 1, 0, 0)} if dense else {}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **options)
-    for title in (first, *others):
-        table.add_column(title, justify="left" if title is first else "right", overflow="fold" if dense else "ellipsis")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **options)
+    for name in titles:
+        table.add_column(name, justify="left" if name in (text or titles[:1]) else "right", overflow="fold")
     return table
 
 
@@ -168,9 +168,7 @@ def placement_view(placement: Placement) -> RenderableType:
         "Layers": " ".join(map(str, layers)),
         "Depth": "".join("■" if layer in layers else "·" for layer in range(depth)) + "  input left, output right",
     }
-    table = _table("Layer")
-    table.columns[0].justify = "right"
-    table.add_column("Why")
+    table = _table("Layer", "Why", text=["Why"])
     for layer in layers:
         table.add_row(str(layer), Text(placement.reasons.get(str(layer), "-")))
     return Group(pairs(rows | predicted_rows(placement.predicted)), table)
@@ -182,12 +180,8 @@ def front_view(front: Any) -> RenderableType:
     named = {f"Least {titles[name]} for each performance kept": points for name, points in front.fronts.items()}
     tables = []
     for title, points in [*named.items(), ("Plain placements", front.baselines)]:
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         names = ["Name"] * (points is front.baselines)
-        for column in names:
-            table.add_column(column)
-        for column in ("Keeps", "Time", "Memory", "Layers", "Which"):
-            table.add_column(column, justify="left" if column == "Which" else "right", overflow="fold")
+        table = _table(*names, "Keeps", "Time", "Memory", "Layers", "Which", text=("Name", "Which"), title=title)
         for point in points:
             performance = Estimate.read(point["performance_kept"])
             shares = [f"{100 * point[key]['share']:.0f}%" for key in ("step_time", "peak_memory")]
@@ -354,10 +348,8 @@ def latency_view(result: Json) -> RenderableType:
 def roi_view(saved: Roi) -> RenderableType:
     """What is saved, the ratios that it follows from, and what is assumed."""
     assumed = saved.with_assumptions
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"{saved.ratios.placement} against all layers", overflow="fold")
-    for title in ("Low", "Mid", "High", *(["Assumed"] if assumed else []), "Unit"):
-        table.add_column(title, justify="left" if title == "Unit" else "right")
+    first = f"{saved.ratios.placement} against all layers"
+    table = _table(first, "Low", "Mid", "High", *(["Assumed"] if assumed else []), "Unit", text=(first, "Unit"))
     for formula in SHOWN:
         ends = saved.results[formula.name]
         cells = [amount(ends.low), amount(ends.mid), amount(ends.high), *([amount(assumed[formula.name].mid)] if assumed else [])]
