@@ -354,7 +354,7 @@ def test_the_gain_estimate_is_gain_times_the_coverage_of_one_layer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["select", "card.json", "-o", "out.json", "-k", "9" * 5000], "is not a valid integer"),
+        (["select", "card.json", "-o", "out.json", "-k", "9" * 5000], "as an integer"),
         (["select", "card.json", "-o", "out.json", "--max-time", "9" * 5000], "--max-time"),
         (["select", "card.json", "-o", "out.json", "--allocate-ranks", "--alpha", "nan"], "alpha"),
         (["profile", "model", "--data", "data", "-o", "out.json", "--ridge", "nan"], "ridge is nan"),
