@@ -37,7 +37,7 @@ def grid_of(name: str) -> Grid:
 
 def tell(phase: str, done: int, total: int) -> None:
     """One line for each finished part."""
-    if not phase.startswith(("train", "entries")):
+    if not phase.startswith(("train", "loss")):
         print(f"{phase}: {done} of {total}", flush=True)
 
 

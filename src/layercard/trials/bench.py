@@ -224,7 +224,7 @@ class Bench:
 
     def training(self, seed: int, rank: int, learning_rate: float, batch_size: int) -> TrainSettings:
         """How a trial trains; the scale alpha is twice the rank."""
-        how = {"seed": seed, "rank": rank, "alpha": 2.0 * rank, "learning_rate": learning_rate, "batch_size": batch_size}
+        how: dict[str, Any] = {"seed": seed, "rank": rank, "alpha": 2.0 * rank, "learning_rate": learning_rate, "batch_size": batch_size}
         return TrainSettings(steps=self.settings.steps, save_steps=0, **how)
 
     def trial(self, cell: Cell) -> Trial:

@@ -97,7 +97,7 @@ def compare(
         rows: list[TrialRecord] = []
         for folder_name, (name, placement) in zip(names, placements, strict=True):
             trial = Trial("", placement.layers, settings, split="valid", placement=placement)
-            how = {"name": name, "resume": resume, "force": force, "progress": _prefixed(progress, name)}
+            how: dict[str, Any] = {"name": name, "resume": resume, "force": force, "progress": _prefixed(progress, name)}
             rows.append(measure(task, trial, folder / folder_name, **how))
             if progress is not None:
                 progress("compare", len(rows), len(placements))

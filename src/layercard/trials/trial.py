@@ -175,14 +175,14 @@ def run_trials(
     for _ in workers.run(trial_jobs(trials, task, storage, workers.count), progress or (lambda phase, done, total: None)):
         pass
     records = [read_trial(storage, trial.file) for trial in trials]
-    for trial, record in zip(trials, records, strict=True) if isinstance(task, Task) else ():
-        for there, here in ((record.model, describe(task.base)), (record.data, describe_data(task.train))):
+    if not isinstance(task, Task):
+        return records
+    model, data = describe(task.base), describe_data(task.train)
+    for trial, record in zip(trials, records, strict=True):
+        for there, here, name in ((record.model, model, "name"), (record.data, data, "source")):
             if there.get("fingerprint") != here["fingerprint"]:
-                raise BenchmarkError(
-                    f"{storage.named(trial.file)} was made with {there.get('name') or there.get('source')} "
-                    f"({there.get('fingerprint')}), now it is {here.get('name') or here.get('source')} ({here['fingerprint']}); "
-                    "name another folder"
-                )
+                was, now = (f"{each.get(name)} ({each.get('fingerprint')})" for each in (there, here))
+                raise BenchmarkError(f"{storage.named(trial.file)} was made with {was}, now it is {now}; name another folder")
     return records
 
 
