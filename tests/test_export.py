@@ -1,6 +1,7 @@
 """Exports as text: golden files, merging that touches nothing else, contradictions, refusals, and the command."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from exports import CASES, GOLDEN, REFUSED, golden, placed, ranked
 from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
-from layercard.export.config_text import edited
+from layercard.export.config_text import edited, lookup
 from layercard.export.export import exported, merged
 from layercard.export.trainers import TRAINERS, LoraSettings, trainer_named
 from layercard.files import write_json
@@ -36,6 +37,13 @@ learning_rate: 2e-4
 # the end
 """
 DENSE = CASES["dense"]
+
+
+def into(
+    text: str, trainer: str = "axolotl", source: str = "config.yml", *, plan: Placement = DENSE, force: bool = False, **numbers: Any
+) -> Any:
+    """A configuration with the keys of a placement merged into it."""
+    return merged(text, source, TRAINERS[trainer], plan, LoraSettings(**numbers), force=force)
 
 
 def test_golden_files() -> None:
@@ -64,7 +72,7 @@ def test_merging_touches_nothing_else(tmp_path: Path) -> None:
     assert (values["lora_r"], values["lora_alpha"]) == (16, 32)  # the file's own
     assert values["datasets"] == [{"path": "data.jsonl", "type": "alpaca"}]
     assert done.notes == ("replaced lora_target_modules: ['q_proj', 'v_proj']",)
-    again = merged(done.text, "config.yml", TRAINERS["axolotl"], TRAINERS["axolotl"].plan(DENSE, LoraSettings()))
+    again = merged(done.text, "config.yml", TRAINERS["axolotl"], DENSE, LoraSettings())
     assert again.text == done.text
     assert again.notes == ()
 
@@ -111,24 +119,21 @@ def test_contradictions(trainer: str, text: str, key: str, tmp_path: Path, capsy
     assert cli.run([*command, "--force"]) == 0
     found = capsys.readouterr()
     assert key in found.err  # said, not silent
-    plan = TRAINERS[trainer].plan(DENSE, LoraSettings())
-    assert merged(found.out, "config.yaml", TRAINERS[trainer], plan).text == found.out
+    assert merged(found.out, "config.yaml", TRAINERS[trainer], DENSE, LoraSettings()).text == found.out
 
 
 def test_an_option_that_differs_from_the_file_is_a_contradiction(tmp_path: Path) -> None:
-    plan = TRAINERS["axolotl"].plan(DENSE, LoraSettings(rank=4))
-    with pytest.raises(ExportError, match=r"lora_r: 16, which contradicts.*must be 4"):
-        merged("adapter: lora\nlora_r: 16\n", "config.yml", TRAINERS["axolotl"], plan)
+    with pytest.raises(ExportError, match=r"config.yml:2 has lora_r: 16, which contradicts.*must be 4"):
+        into("adapter: lora\nlora_r: 16\n", rank=4)
 
 
 def test_an_empty_adapter_becomes_lora() -> None:
-    done = merged("adapter:\nlora_r:   # open\n", "c.yml", TRAINERS["axolotl"], TRAINERS["axolotl"].plan(DENSE, LoraSettings()))
+    done = into("adapter:\nlora_r:   # open\n")
     assert done.text.startswith("adapter: lora\nlora_r: 8   # open\n")
 
 
 def test_line_breaks_and_a_missing_last_one() -> None:
-    plan = TRAINERS["axolotl"].plan(DENSE, LoraSettings())
-    done = merged("base_model: m\r\nadapter: lora", "c.yml", TRAINERS["axolotl"], plan)
+    done = into("base_model: m\r\nadapter: lora")
     assert "\n" not in done.text.replace("\r\n", "")
     assert done.text.startswith("base_model: m\r\nadapter: lora\r\nlora_r: 8\r\n")
 
@@ -137,24 +142,32 @@ def test_line_breaks_and_a_missing_last_one() -> None:
     ("text", "words"),
     [
         ("- a\n- b\n", "holds a list and no keys"),
-        ("a: [1\n", "cannot be read as YAML"),
-        ("a: !!python/object/apply:os.system ['true']\n", "cannot be read as YAML"),
-        ("{adapter: lora}\n", "a line of its own"),
-        ("adapter: lora\nadapter: lora\n", "twice"),
-        ("a: 1\n---\nb: 2\n", "cannot be read as YAML"),
-        ("x: &x [q]\nlora_target_modules: *x\n", "alias"),
+        ("a: [1\n", "PyYAML, with which trainers read YAML, refuses this"),
+        ("a: !!python/object/apply:os.system ['true']\n", "PyYAML, with which trainers read YAML, refuses this"),
+        ("\n{adapter: lora}\n", ":2 is written in braces; put each key on a line of its own"),
+        ("adapter: lora\nadapter: lora\n", ":2 has 'adapter' twice, in lines 1 and 2; take one of them out"),
+        ("a: 1\nadapter:\tlora\n", ":2: PyYAML, .*found character '.t' that cannot start any token"),
+        ("a: 1\nwhen: 2026-13-01\n", ":2: PyYAML, .*'2026-13-01' is not a value of"),
+        ("a: 1\nlora_r: " + "9" * 5000, ":2: PyYAML, "),
+        ("a: !!bool maybe\n", ":1: PyYAML, "),
+        ("base_model: {{ model }}\n", ":1: PyYAML, .*found unhashable key"),
+        ("a: \x00\n", ":1: PyYAML, .*special characters are not allowed"),
+        ("a: 1\n---\nb: 2\n", ":2: PyYAML, with which trainers read YAML, refuses this"),
+        (
+            "lora_target_modules: &x [q]\nother: *x\n",
+            "1: lora_target_modules cannot be changed without changing more",
+        ),
         ("a: &a\n  b: *a\n", "holds itself by an alias"),
         (
             "a0: &a0 [x, x, x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 12)),
             "repeats over 100,000",
         ),
-        ("a: " + "[" * 5000, "cannot be read as YAML"),
+        ("a: " + "[" * 5000, "PyYAML, with which trainers read YAML, refuses this"),
     ],
 )
 def test_yaml_that_cannot_be_merged_into(text: str, words: str) -> None:
-    plan = TRAINERS["axolotl"].plan(DENSE, LoraSettings())
-    with pytest.raises(ExportError, match=words):
-        merged(text, "config.yml", TRAINERS["axolotl"], plan, force=True)
+    with pytest.raises(ExportError, match=rf"^config.yml.*{words}"):
+        into(text, force=True)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +180,7 @@ def test_yaml_that_cannot_be_merged_into(text: str, words: str) -> None:
     ],
 )
 def test_sections(text: str) -> None:
-    done = merged(text, "c.yaml", TRAINERS["mlx-lm"], TRAINERS["mlx-lm"].plan(DENSE, LoraSettings()))
+    done = into(text, "mlx-lm")
     section = done.keys["lora_parameters"]
     assert (section["rank"], section["scale"], section["dropout"], len(section["keys"])) == (4, 2.5, 0.0, len(DENSE.paths))
     assert done.keys["num_layers"] == -1
@@ -177,17 +190,13 @@ def test_sections(text: str) -> None:
 
 def test_json_keeps_what_it_does_not_change() -> None:
     text = '{\n    "model_name_or_path": "org/mödel",\n    "learning_rate": 1e-4,\n    "lora_rank": 16\n}\n'
-    done = merged(text, "c.json", TRAINERS["llamafactory"], TRAINERS["llamafactory"].plan(DENSE, LoraSettings()))
+    done = into(text, "llamafactory", "c.json")
     assert done.text.startswith(text.removesuffix("\n}\n"))
     assert json.loads(done.text)["lora_target"].split(",") == list(DENSE.paths)
     assert json.loads(done.text)["lora_rank"] == 16
-    line = merged('{"lora_target": "all", "x": [1, {"a": 2}]}', "c.json", TRAINERS["llamafactory"], _plan(), force=True).text
+    line = into('{"lora_target": "all", "x": [1, {"a": 2}]}', "llamafactory", "c.json", force=True).text
     assert "\n" not in line
     assert '"x": [1, {"a": 2}]' in line
-
-
-def _plan() -> Any:
-    return TRAINERS["llamafactory"].plan(DENSE, LoraSettings())
 
 
 KEYS = st.text("abcxyz_", min_size=1, max_size=6)
@@ -290,3 +299,149 @@ def test_refusals_are_one_line(
 def test_every_trainer_has_its_name() -> None:
     assert [trainer_named(name).name for name in TRAINERS] == list(TRAINERS)
     assert placed((1,), ("q",)).paths == ("model.layers.1.q",)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "text", "keys"),
+    [
+        ("axolotl", "adapter: lora\nlora_r: 64\n", {"lora_alpha": 128}),
+        ("axolotl", "adapter: lora\nlora_r: '16'\n", {"lora_alpha": 32}),
+        ("axolotl", "lora_r: 010\n", {"lora_alpha": 16}),  # 8 in YAML 1.1, which the trainers read
+        ("axolotl", "lora_r: 64.0\n", {"lora_alpha": 128}),
+        ("axolotl", "d: &d {lora_r: 4}\n<<: *d\n", {"lora_alpha": 8}),
+        ("axolotl", "lora_r: 64\nlora_alpha: 16\n", {"lora_alpha": 16}),
+        ("axolotl", "lora_r: ${RANK}\nlora_alpha: 16\n", {"lora_r": "${RANK}", "lora_alpha": 16}),
+        ("axolotl", "adapter: lora\n", {"lora_r": 8, "lora_alpha": 16}),
+        ("llamafactory", "lora_rank: 64\n", {"lora_alpha": 128}),
+        ("ms-swift", "lora_rank: 64\n", {"lora_alpha": 128}),
+        ("trl", "lora_r: 64\n", {"lora_alpha": 128}),
+        ("mlx-lm", "lora_parameters:\n  rank: 64\n", {"lora_parameters.scale": 2.0}),
+        ("mlx-lm", "lora_parameters:\n  rank: 64\n  scale: 20.0\n", {"lora_parameters.scale": 20.0}),
+        ("megatron-bridge", "peft:\n  dim: 64\n", {"peft.alpha": 128}),
+    ],
+)
+def test_alpha_is_the_files_else_twice_its_rank(trainer: str, text: str, keys: dict[str, Any]) -> None:
+    done = into(text, trainer)
+    assert {key: lookup(done.keys, key) for key in keys} == keys
+
+
+def test_an_option_goes_with_the_files_rank() -> None:
+    assert lookup(into("lora_parameters: {rank: 64}\n", "mlx-lm", alpha=16).keys, "lora_parameters.scale") == 0.25
+    assert into("lora_r: 64\n", rank=16, force=True).keys["lora_alpha"] == 32
+    for text, trainer, numbers in (
+        ("a: 1\nlora_r: ${RANK}\n", "axolotl", {}),
+        ("lora_r: 0\n", "axolotl", {}),
+        ("lora_parameters: {rank: '${R}'}\n", "mlx-lm", {"alpha": 4.0}),
+    ):
+        with pytest.raises(ExportError, match=r"which is not a whole number above 0, and .* depends on it"):
+            into(text, trainer, **numbers)
+
+
+PARTIAL = placed((3, 11), ("self_attn.q_proj", "mlp.down_proj"))
+EVERY = placed(tuple(range(30)), ("self_attn.q_proj", "mlp.down_proj"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "plan", "text"),
+    [
+        ("axolotl", PARTIAL, "lora_target_modules:\n  # short\n  - down_proj\n  - q_proj  # q\n"),
+        ("axolotl", PARTIAL, "lora_target_modules: [mlp.down_proj, self_attn.q_proj]\npeft_layers_to_transform: [11, 3]\n"),
+        ("axolotl", PARTIAL, "lora_target_modules: " + str(list(PARTIAL.paths)) + "\n"),
+        ("axolotl", PARTIAL, "peft_layers_pattern: layers\npeft_layers_to_transform: ['3', '11']\n"),
+        ("llamafactory", PARTIAL, "lora_target: " + ", ".join(reversed(PARTIAL.paths)) + "\n"),
+        ("llamafactory", PARTIAL, "lora_target: " + str(list(PARTIAL.paths)) + "\n"),
+        ("llamafactory", EVERY, "lora_target: q_proj,down_proj\n"),
+        (
+            "ms-swift",
+            PARTIAL,
+            "target_modules: [layers.3.self_attn.q_proj, layers.11.self_attn.q_proj, 3.mlp.down_proj, 11.mlp.down_proj]",
+        ),
+        ("trl", PARTIAL, "lora_target_modules: " + str(list(PARTIAL.paths)) + "\nuse_peft: yes\n"),
+        ("mlx-lm", EVERY, "lora_parameters: {keys: [self_attn.q_proj, mlp.down_proj]}\n"),
+    ],
+)
+def test_the_same_modules_in_another_spelling_are_no_contradiction(trainer: str, plan: Placement, text: str) -> None:
+    done = into(text, trainer, plan=plan)
+    assert all(lookup(done.keys, key) for key in TRAINERS[trainer].choose(plan))
+    assert not [note for note in done.notes if "replaced" in note]
+    with pytest.raises(ExportError, match="contradicts"):
+        into(text, trainer, plan=placed((3, 12), ("self_attn.q_proj", "mlp.up_proj")))
+
+
+@pytest.mark.parametrize("text", ["lora_target: q_proj,down_proj\n", "lora_target: q_proj\n", "lora_target: layers.3.self_attn.q_proj\n"])
+def test_fewer_modules_or_those_of_all_layers_are_a_contradiction(text: str) -> None:
+    with pytest.raises(ExportError, match="contradicts"):
+        into(text, "llamafactory", plan=PARTIAL)
+
+
+@pytest.mark.parametrize(
+    ("text", "keeps"),
+    [
+        ("a: 1\r\nadapter: lora\nb: 2\r\n", ["a: 1\r\nadapter: lora\nb: 2\r\n"]),  # line breaks of two kinds
+        ("x: .nan\ny: .inf\n", ["x: .nan\ny: .inf\n"]),
+        ("a: 1\ntext: |+\n  one\n\n\n# end\n", ["a: 1\ntext: |+\n  one\n\n\n", "# end\n"]),
+        ("x: &x [q_proj]\nlora_target_modules: *x  # short\nz: *x\n", ["x: &x [q_proj]\n", "# short\n", "z: *x\n"]),
+        ("1: a\n'1': b\n", ["1: a\n'1': b\n"]),
+        ("<<: {a: 1}\n<<: {b: 2}\n", ["<<: {a: 1}\n<<: {b: 2}\n"]),
+        ("\ufeffadapter: none\nb: 1\n", ["\ufeffadapter: lora\nb: 1\n"]),
+        ("%YAML 1.1\n---\na: 1\n...\n", ["%YAML 1.1\n---\na: 1\n", "...\n"]),
+        ("lora_model_dir: x  # gone\n# about a\na: 1\n", ["# about a\na: 1\n"]),
+    ],
+)
+def test_everything_else_stays_byte_for_byte(text: str, keeps: list[str]) -> None:
+    done = into(text, force=True)
+    assert all(part in done.text for part in keeps)
+    assert done.text.startswith(keeps[0])
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_json_members_that_go_take_nothing_with_them(line_break: str) -> None:
+    text = '{\n  "a": 1e-4,\n  "adapter_name_or_path": "x", "b": {"c":1},\n  "lora_rank": 64\n}\n'.replace("\n", line_break)
+    new = into(text, "llamafactory", "c.json", force=True).text
+    assert new.startswith('{\n  "a": 1e-4, "b": {"c":1},\n  "lora_rank": 64,\n  "lora_target"'.replace("\n", line_break).split(",")[0])
+    assert '"b": {"c":1},' in new and "adapter_name_or_path" not in new and json.loads(new)["lora_alpha"] == 128
+    assert line_break == "\n" or "\n" not in new.replace("\r\n", "")
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "shared" / "cases" / "configs").glob("*"))
+REFUSED_LINES = {"dup.yml": 3, "dup_other.yml": 4, "jinja_like.yml": 1, "tabs.yml": 2, "twodocs.yml": 2, "env.yml": 3}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_collected_configurations_are_merged_or_refused_with_the_line(path: Path) -> None:
+    trainer = {"lf": "llamafactory", "mlx64": "mlx-lm"}.get(path.stem.split("_")[0], "axolotl")
+    text = path.read_bytes().decode()
+    try:
+        done = exported(DENSE, TRAINERS[trainer], LoraSettings(), merge=path, force=True)
+    except ExportError as error:
+        assert str(error).startswith(f"{path}:{REFUSED_LINES[path.name]}") and "\n" not in str(error)
+        return
+    assert path.name not in REFUSED_LINES
+    left = iter(done.text.splitlines(keepends=True))
+    for line in text.splitlines(keepends=True):  # in order; a key that held nothing, and the list that was replaced, have their values
+        filled = line.partition(":")[0] if line.rstrip().endswith((":", "~")) else line.rstrip()
+        item = path.name == "comment_in_list.yml" and line.startswith("  ")
+        assert item or any(new == line or (new.startswith(filled) and filled != line) for new in left), line
+    rank = lookup(done.keys, {"mlx-lm": "lora_parameters.rank", "llamafactory": "lora_rank"}.get(trainer, "lora_r"))
+    if "64" in path.name:
+        assert rank == 64 and lookup(done.keys, "lora_parameters.scale" if trainer == "mlx-lm" else "lora_alpha") in (128, 2.0)
+
+
+def test_the_default_model_has_its_hub_id_and_a_gguf_file_has_none() -> None:
+    for trainer in ("trl", "unsloth"):
+        default = DENSE.changed(model=DENSE.model | {"name": "smollm2-135m"})
+        assert '"HuggingFaceTB/SmolLM2-135M-Instruct"' in exported(default, TRAINERS[trainer], LoraSettings()).text
+        with pytest.raises(ExportError, match="trainers load no GGUF file by its name"):
+            exported(DENSE.changed(model=DENSE.model | {"name": "a/b.Q4.gguf"}), TRAINERS[trainer], LoraSettings())
+
+
+def test_merging_in_place_keeps_mode_and_link(tmp_path: Path) -> None:
+    path, file, link = DENSE.save(tmp_path / "placement.json"), tmp_path / "real.yml", tmp_path / "link.yml"
+    file.write_text("base_model: m\n", encoding="utf-8")
+    file.chmod(0o600)
+    link.symlink_to(file.name)
+    assert cli.run(["export", str(path), "--to", "axolotl", "--merge", str(link), "-o", str(link)]) == 0
+    assert link.is_symlink() and "peft_layers_to_transform" in file.read_text(encoding="utf-8")
+    assert file.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(tmp_path / "pipe.yml")
+    assert cli.run(["export", str(path), "--to", "axolotl", "--merge", str(tmp_path / "pipe.yml")]) == 2

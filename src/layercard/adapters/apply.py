@@ -7,9 +7,9 @@ after wrapping what is adapted is compared with what was planned.
 import copy
 import dataclasses
 import difflib
-import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE
+from layercard.adapters.files import check_loads, load_weights, read_adapter, saved_modules, saved_placement
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
 from layercard.models.adapted import adapted_paths, check_adapted, quiet_peft, restorer, unchanged
@@ -38,7 +38,7 @@ NOT_FOR_MODULES = (PeftType.ADAPTION_PROMPT, PeftType.TRAINABLE_TOKENS, PeftType
 """Methods whose `target_modules` are not linear modules."""
 LEAVE_WEIGHTS = tuple(PeftType(name) for name in ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT", "HRA"))
 """Methods that do not write into the weights of the base model."""
-STARTS_THAT_LEAVE_WEIGHTS = (True, False, "gaussian", "eva")
+STARTS_THAT_LEAVE_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` for which LoRA does not either."""
 TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
@@ -121,7 +121,7 @@ def apply(
     elif (rank, alpha, dropout) != (8, 16.0, 0.0):
         raise PlacementError("rank, alpha and dropout are given beside a configuration; write them into the configuration")
     exact = pinned(config, placement, model)
-    restore = restorer(model, written_weights(config, placement))
+    restore = restorer(model, written_weights(config, placement.paths))
     try:
         with quiet_peft():
             wrapped = get_peft_model(model, exact)
@@ -147,7 +147,7 @@ def adapted(base: BaseModel, placement: Placement, config: PeftConfig | None = N
         PlacementError: As `apply`, or the placement is for another model.
     """
     check_model(base, placement)
-    with unchanged(base.model, written_weights(config, placement)):
+    with unchanged(base.model, written_weights(config, placement.paths)):
         yield apply(base.model, placement, config, **lora)
 
 
@@ -156,25 +156,26 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
     """The saved adapter in `folder` on top of `base`, in eval mode, for the length of a `with` block.
 
     Raises:
-        PlacementError: There is no adapter in the folder, or it was trained for another model.
+        PlacementError: There is no adapter in the folder, it was trained for another model, or its weights do not fit this one, lack a
+            part, or are not finite.
     """
-    folder = Path(folder)
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        raise PlacementError(f"{folder} is no adapter: it lacks {missing[0]}; name the folder that `layercard train` wrote")
-    placement = Placement.load(folder / PLACEMENT_FILE) if (folder / PLACEMENT_FILE).exists() else None
+    adapter, placement = read_adapter(folder, base.model), saved_placement(folder)
     if placement is not None:
         check_model(base, placement)
-    with unchanged(base.model):
-        try:
-            with quiet_peft():
-                wrapped = PeftModel.from_pretrained(base.model, str(folder))
-        except (ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise PlacementError(f"{folder} does not fit {base.name!r} ({reason}); load it on the model it was trained for") from error
+    check_loads(base.model, adapter, str(folder))
+    config = copy.deepcopy(adapter.config)
+    config.base_model_name_or_path = None
+    linear = [module.path for block in base.blocks for module in block.linear_modules]
+    with unchanged(base.model, written_weights(config, linear)):
+        with quiet_peft():
+            wrapped = get_peft_model(base.model, config)
+        load_weights(wrapped, adapter.weights or {}, empty=False)
         if placement is not None:
             check_adapted(wrapped, placement.targets)
-        yield wrapped.eval()
+        _, none_acts, effect = saved_modules(config, adapter.weights or {})
+        if none_acts:
+            logging.getLogger(__name__).warning("%s: %s", folder, effect)
+        yield wrapped.requires_grad_(False).eval()
 
 
 def adapted_ranks(model: PeftModel) -> dict[str, tuple[int, float]]:
@@ -200,7 +201,7 @@ def pinned(config: PeftConfig, placement: Placement, model: PreTrainedModel) -> 
     modules = planned_modules(model, placement)
     names = {field.name for field in dataclasses.fields(config)}
     transposed = [module.transposed for module in modules.values()]
-    for refused, message in _refusals(config, placement, any(transposed)):
+    for refused, message in _refusals(config, placement, modules):
         if refused:
             raise PlacementError(message)
     # PEFT takes an exact path for a suffix too (`model.layers.1.x` also names `vision.model.layers.1.x`): exclude those by name.
@@ -229,8 +230,8 @@ def pinned(config: PeftConfig, placement: Placement, model: PreTrainedModel) -> 
     return exact
 
 
-def _refusals(config: PeftConfig, placement: Placement, transposed: bool) -> Iterator[tuple[Any, str]]:
-    """Reasons to refuse a configuration for a placement, in order: whether each holds, and its message."""
+def _refusals(config: PeftConfig, placement: Placement, modules: dict[str, LinearModule]) -> Iterator[tuple[Any, str]]:
+    """Reasons to refuse a configuration for a placement of `modules`, in order: whether each holds, and its message."""
     given, method = vars(config), PeftType(config.peft_type).value
     start = given.get("init_lora_weights", True)
 
@@ -280,8 +281,11 @@ def _refusals(config: PeftConfig, placement: Placement, transposed: bool) -> Ite
     )
     alone = min(set(ranks) - set(alphas), default="") if "alpha_pattern" in given else ""
     yield alone, f"rank_pattern names {alone!r} and alpha_pattern does not, which changes the scale alpha / rank there; name it in both"
-    wrong_way = start == "olora" and transposed
+    wrong_way = start == "olora" and any(module.transposed for module in modules.values())
     yield wrong_way, "PEFT's OLoRA takes the stored weights of Conv1D for transposed ones; use PiSSA or plain LoRA in this model"
+    rank = max([given.get("r") or 0, *ranks.values()]) if start not in STARTS_THAT_LEAVE_WEIGHTS else 0
+    narrow = next((path for path, module in modules.items() if min(module.in_features, module.out_features) < rank), "")
+    yield narrow, f"rank {rank} is above the width of {narrow}, and {start} takes adapters out of its weight; give a lower rank"
 
 
 def _names(names: Any, path: str) -> bool:
@@ -298,15 +302,14 @@ def spell_out(config: PeftConfig, placement: Placement) -> None:
         config.target_parameters = sorted(placement.parameters)
 
 
-def written_weights(config: PeftConfig | None, placement: Placement) -> tuple[str, ...]:
-    """Paths of the modules whose weights a configuration may write into as adapters are made: PiSSA, OLoRA, CorDA, LoftQ, OSF.
+def written_weights(config: PeftConfig | None, paths: Sequence[str]) -> Sequence[str]:
+    """Of the modules to adapt, those whose weights a configuration may write into as adapters are made: all or none.
 
-    Empty for methods known to leave them alone, all of the placement's for any other.
+    PiSSA, OLoRA, CorDA, LoftQ and OSF do.
     """
-    leaves = config is None or (
-        config.peft_type in LEAVE_WEIGHTS and vars(config).get("init_lora_weights", True) in STARTS_THAT_LEAVE_WEIGHTS
-    )
-    return () if leaves else placement.paths
+    start = vars(config).get("init_lora_weights", True) if config is not None else True
+    leaves = config is None or (config.peft_type in LEAVE_WEIGHTS and start in STARTS_THAT_LEAVE_WEIGHTS)
+    return () if leaves else paths
 
 
 def planned_modules(model: nn.Module, placement: Placement) -> dict[str, LinearModule]:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE
+from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, check_loads, read_adapter, saved_placement
 from layercard.errors import OutputError, PlacementError
-from layercard.files import read_json
 from layercard.models.streamed import StreamedModel, weight_files
-from layercard.selection.placement import Placement
 
 PREFIX = "base_model.model."
 
@@ -41,26 +39,16 @@ def read_updates(streamed: StreamedModel, adapter: Path) -> dict[str, Update]:
     Raises:
         PlacementError: It is not a plain LoRA adapter of linear modules, or not of this model.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (adapter / name).is_file():
-            raise PlacementError(f"{adapter} is not an adapter: it lacks {name}; name the folder that `layercard train` wrote")
-    if (adapter / PLACEMENT_FILE).exists():
-        placement = Placement.load(adapter / PLACEMENT_FILE)
-        if placement.model.get("layers") != len(streamed.blocks):
-            raise PlacementError(f"{adapter} is for a model of {placement.model.get('layers')} blocks, not {len(streamed.blocks)}")
-    values = read_json(adapter / CONFIG_FILE, PlacementError, "adapter configuration")
-    unlike = [name for name in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices") if values.get(name)]
-    if values.get("peft_type") != "LORA" or unlike or values.get("bias", "none") != "none":
-        kind = ", ".join(unlike) or f"bias={values.get('bias')}" if values.get("peft_type") == "LORA" else values.get("peft_type")
+    saved, placement = read_adapter(adapter, streamed.base.model), saved_placement(adapter)
+    if placement is not None and placement.model.get("layers") != len(streamed.blocks):
+        raise PlacementError(f"{adapter} is for a model of {placement.model.get('layers')} blocks, not {len(streamed.blocks)}")
+    given, config = vars(saved.config), saved.config
+    unlike = [name for name in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices") if given.get(name)]
+    if not isinstance(config, LoraConfig) or unlike or config.bias != "none":
+        kind = ", ".join(unlike) or (f"bias={given.get('bias')}" if isinstance(config, LoraConfig) else PeftType(config.peft_type).value)
         raise PlacementError(f"{adapter} is not plain LoRA ({kind}); merge it in memory with PEFT's merge_and_unload")
-    try:
-        known = LoraConfig.__dataclass_fields__
-        config = LoraConfig(
-            **{name: value for name, value in values.items() if name in known and name not in ("peft_type", "auto_mapping")}
-        )
-        tensors = load_file(adapter / WEIGHTS_FILE)
-    except (TypeError, ValueError, OSError, SafetensorError) as error:
-        raise PlacementError(f"{adapter} cannot be read ({' '.join(str(error).split())}); make the adapter again") from error
+    check_loads(streamed.base.model, saved, str(adapter))
+    tensors = saved.weights or {}
     modules = {module.path: module for block in streamed.blocks for module in block.linear_modules}
     updates: dict[str, Update] = {}
     for key, a in tensors.items():
@@ -68,10 +56,8 @@ def read_updates(streamed: StreamedModel, adapter: Path) -> dict[str, Update]:
             continue
         path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         b = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if path not in modules or b is None or b.shape[0] != modules[path].out_features or a.shape[1] != modules[path].in_features:
-            raise PlacementError(f"{key} of {adapter} does not fit {streamed.base.name!r}; name the base model that it was trained on")
-        if not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
-            raise PlacementError(f"{key} of {adapter} holds numbers that are not finite; train again")
+        if path not in modules or b is None:
+            raise PlacementError(f"{key} of {adapter} is not of a linear module in a block; merge it in memory with PEFT's merge_and_unload")
         source = streamed.sources[f"{path}.weight"]
         if source.converter is not None:
             raise PlacementError(f"{path} is stored in several pieces, so it cannot be merged file by file; use PEFT's merge_and_unload")

@@ -4,25 +4,23 @@ PEFT itself is asked: it wraps the model, whose weights may be missing, and what
 loads the saved weights. What landed elsewhere, matched nothing or has no effect is said in words.
 """
 
-import copy
 import difflib
+import math
 import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from layercard.adapters.apply import WITH_PATTERNS, adapted_ranks
-from layercard.adapters.files import PLACEMENT_FILE, load_weights, read_adapter_config, read_weights, saved_modules
+from layercard.adapters.apply import STARTS_THAT_LEAVE_WEIGHTS, WITH_PATTERNS, adapted_ranks
+from layercard.adapters.files import SavedAdapter, empty_adapters, load_weights, read_adapter, saved_modules, saved_placement
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
-from layercard.models.adapted import adapted_paths, few, unchanged
+from layercard.models.adapted import adapted_paths, few
+from layercard.models.embedded import EMBEDDED, HUB_ID
 from layercard.models.layers import find_blocks
 from layercard.records import Record
 from layercard.selection.placement import Placement
@@ -31,6 +29,8 @@ TOWERS = {"vision": "the vision tower", "visual": "the vision tower", "audio": "
 """What a list of layers is called that has such a word in its path."""
 CHOICES = ("layers_to_transform", "layers_pattern", "target_modules", "target_parameters")
 """What a configuration chooses modules by."""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` of vLLM takes (vllm/config/lora.py, 0.30.0); 16 where it is not given."""
 
 
 class Verification(Record):
@@ -68,6 +68,7 @@ def verify_config(
     layers: Sequence[int] | None = None,
     name: str = "",
     source: str = "the configuration",
+    serve: str = "",
 ) -> Verification:
     """What a PEFT configuration adapts in a model, against what was planned.
 
@@ -78,11 +79,12 @@ def verify_config(
         layers: The layers that it should adapt, where there is no placement; its own `layers_to_transform` when not given.
         name: What the model is called.
         source: What the configuration is called.
+        serve: `vllm` to say what vLLM makes of it, too.
 
     Raises:
         ModelError: The model has no decoder blocks.
     """
-    return _Check(model, config, placement, layers).run(None, name, source)
+    return _Check(model, SavedAdapter(config, None, []), placement, layers).run(name, source, serve=serve)
 
 
 def verify_adapter(
@@ -93,8 +95,11 @@ def verify_adapter(
     layers: Sequence[int] | None = None,
     name: str = "",
     fingerprint: str | None = None,
+    serve: str = "",
 ) -> Verification:
     """`verify_config` of an adapter's folder or configuration file, with its saved weights and its base model.
+
+    Adapters of mlx-lm are read, too: as PEFT would have them.
 
     Args:
         model: The model without adapters; it may lie on the meta device.
@@ -103,23 +108,17 @@ def verify_adapter(
         layers: The layers that it should adapt.
         name: What the model is called; compared with the name of the adapter's base model.
         fingerprint: The model's fingerprint, where its weights were read; compared with the placement's, and then names do not matter.
+        serve: `vllm` to say what vLLM makes of it, too.
 
     Raises:
         PlacementError: There is no such adapter, or it cannot be read.
         ModelError: The model has no decoder blocks.
     """
-    config, unknown = read_adapter_config(folder)
+    adapter = read_adapter(folder, model)
     if placement is None and layers is None:
         placement = saved_placement(folder)
-    base = base_difference(config, placement, name, fingerprint)
-    left_out = f"this PEFT leaves out {few(unknown)}, which it does not know" if unknown else ""
-    return _Check(model, config, placement, layers).run(read_weights(folder), name, str(folder), base, left_out)
-
-
-def saved_placement(folder: str | Path) -> Placement | None:
-    """The placement that `layercard train` wrote beside an adapter; `None` where there is none."""
-    path = Path(folder) / PLACEMENT_FILE
-    return Placement.load(path) if path.is_file() else None
+    base = base_difference(adapter.config, placement, name, fingerprint)
+    return _Check(model, adapter, placement, layers).run(name, str(folder), base, serve)
 
 
 def base_difference(config: PeftConfig, placement: Placement | None, name: str, fingerprint: str | None) -> str:
@@ -131,7 +130,8 @@ def base_difference(config: PeftConfig, placement: Placement | None, name: str, 
         return "" if same else f"the adapter is for {theirs}, this model has fingerprint {fingerprint}"
     base = config.base_model_name_or_path
     last = [path.replace("\\", "/").rstrip("/").rpartition("/")[2].lower() for path in (base or "", name)]
-    return f"the adapter was trained on {base!r}, this model is {name!r}" if base and name and last[0] != last[1] else ""
+    same = last[0] == last[1] or set(last) == {EMBEDDED, HUB_ID.rpartition("/")[2].lower()}
+    return f"the adapter was trained on {base!r}, this model is {name!r}" if base and name and not same else ""
 
 
 class _Check:
@@ -148,14 +148,14 @@ class _Check:
         adapted: What PEFT adapts, once it has.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PeftConfig, placement: Placement | None, layers: Sequence[int] | None) -> None:
-        self.model, self.config, self.placement = model, config, placement
+    def __init__(self, model: PreTrainedModel, adapter: SavedAdapter, placement: Placement | None, layers: Sequence[int] | None) -> None:
+        self.model, self.adapter, self.config, self.placement = model, adapter, adapter.config, placement
         blocks = find_blocks(model)
         self.blocks = [f"{block.path}." for block in blocks]
         self.modules = [{module.path for module in block.linear_modules} for block in blocks]
         self.stacks = [{stack.path for stack in block.stacks} for block in blocks]
         self.all_paths = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-        given = vars(config)
+        given = vars(self.config)
         asked, names = given.get("layers_to_transform"), given.get("target_modules")
         self.asked_layers = None if asked is None else [asked] if isinstance(asked, int) else list(asked)
         self.asked_names = [] if names is None or isinstance(names, str) else sorted(names)
@@ -163,11 +163,12 @@ class _Check:
         self.planned = placement.layers if placement is not None else layers if layers is not None else self.asked_layers
         self.adapted: tuple[str, ...] = ()
 
-    def run(self, weights: Mapping[str, torch.Tensor] | None, name: str, source: str, base: str = "", left_out: str = "") -> Verification:
-        """Let PEFT wrap the model, and compare; `base` is a difference and `left_out` a note that are known before."""
-        given, notes = vars(self.config), self._config_notes()
+    def run(self, name: str, source: str, base: str = "", serve: str = "") -> Verification:
+        """Let PEFT wrap the model, and compare; `base` is a difference that is known before."""
+        given, weights, notes = vars(self.config), self.adapter.weights, self._config_notes()
+        serving: list[str] = []
         try:
-            with self._wrapped() as wrapped:
+            with empty_adapters(self.model, self.config) as wrapped:
                 self.adapted = adapted_paths(wrapped)
                 self._leave_out_converted(wrapped.peft_config["default"])
                 differences = [*self._indices(), *self._layer_differences(), *self._unmatched_names()]
@@ -176,16 +177,21 @@ class _Check:
                 if self.planned is not None and given.get("bias") == "all":
                     differences.append("bias='all' trains the biases of every layer")
                 differences += [] if weights is None else load_weights(wrapped, weights)
-        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+                if serve:
+                    refused, serving = self._by_vllm(wrapped)
+                    differences += refused
+        except Exception as error:  # PEFT refuses values each in their own way
             differences = [*self._indices(), *self._unmatched_names(), f"PEFT refuses it: {one_line(error, 200)}"]
         if not self.adapted and not differences:
             differences = ["no module of this model is adapted"]
         notes += self._outside() if self.planned is None else []
         notes += self._partly_adapted()
-        saved = None
+        paths = None
         if weights is not None:
-            saved, none_acts, effect = saved_modules(self.config, weights)
+            paths, none_acts, effect = saved_modules(self.config, weights)
             (differences if none_acts else notes).extend([effect] if effect else [])
+        if self.adapter.left_out:
+            notes.append(f"this PEFT leaves out {few(self.adapter.left_out)}, which it does not know")
         differences = [base, *differences] if base else differences
         asked = {choice: given.get(choice) for choice in CHOICES}
         return Verification(
@@ -197,20 +203,69 @@ class _Check:
             planned_layers=None if self.planned is None else tuple(self.planned),
             adapted_layers=tuple(self._by_layer()),
             adapted=self.adapted,
-            saved=saved,
+            saved=paths,
             differences=tuple(differences),
-            notes=(*notes, left_out) if left_out else tuple(notes),
+            notes=(*notes, *serving),
         )
 
-    @contextmanager
-    def _wrapped(self) -> Iterator[PeftModel]:
-        """The model as PEFT adapts it by a copy of the configuration, with adapters that take no memory; as before afterwards."""
-        config = copy.deepcopy(self.config)
-        if config.peft_type == PeftType.LORA:
-            vars(config)["init_lora_weights"] = True  # PiSSA and its like would decompose weights that may be missing
-        with unchanged(self.model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield get_peft_model(self.model, config, low_cpu_mem_usage=True)
+    def _by_vllm(self, model: PeftModel) -> tuple[list[str], list[str]]:
+        """What vLLM refuses or serves at another scale, and what else it does with the adapter.
+
+        Read in vLLM 0.30.0: lora/peft_helper.py, lora/lora_model.py, lora/utils.py, config/lora.py; its issues 59799 (scales), 55545.
+        """
+        given, mend = vars(self.config), "merge the adapter into the weights, or train without"
+        refused = []
+        if self.adapter.maker != "PEFT":
+            refused.append(f"vLLM cannot read an adapter of {self.adapter.maker}; convert it to PEFT's form, or merge it")
+        if self.config.peft_type != PeftType.LORA:
+            return [*refused, f"vLLM serves LoRA only, not {PeftType(self.config.peft_type).value}; merge the adapter into the weights"], []
+        plain = {
+            "modules_to_save": bool(given.get("modules_to_save")),
+            "use_dora": bool(given.get("use_dora")),
+            "bias": given.get("bias", "none") != "none",
+            "lora_bias": bool(given.get("lora_bias")),
+            "layer_replication": bool(given.get("layer_replication")),
+            "trainable_token_indices": bool(given.get("trainable_token_indices")),
+            "alora_invocation_tokens": bool(given.get("alora_invocation_tokens")),
+        }
+        refused += [f"vLLM does not serve {field} = {given[field]!r}; {mend}" for field, differs in plain.items() if differs]
+        start = given.get("init_lora_weights", True)
+        if start not in STARTS_THAT_LEAVE_WEIGHTS:
+            refused.append(f"it began out of the weights ({start}), and vLLM adds it to the weights as they were; convert it to plain LoRA")
+
+        # One scale for all: vLLM reads `r` and `lora_alpha` alone, and takes the rank of a module from its weights.
+        ranks, rank = adapted_ranks(model), int(given["r"])
+        scale = given["lora_alpha"] / (math.sqrt(rank) if given.get("use_rslora") else rank)
+        other = [path for path, (_, trained) in ranks.items() if not math.isclose(trained, scale)]
+        if other:
+            example = f"{other[0]} at {scale:g} instead of {ranks[other[0]][1]:g}"
+            reason = "for it does not read rank_pattern and alpha_pattern; multiply their lora_B by the ratio and leave the patterns out"
+            refused.append(f"vLLM serves {len(other)} modules at another scale than they were trained at, such as {example}, {reason}")
+        highest = max([rank, *(each for each, _ in ranks.values())])
+        setting = next((allowed for allowed in VLLM_RANKS if allowed >= highest), None)
+        if setting is None:
+            refused.append(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, and this one has {highest}; {mend}")
+
+        # What it needs to be told, and what it costs.
+        words = sorted({path.rpartition(".")[2] for path in self.adapted})
+        notes = [] if setting is None else [f"vLLM: start it with --enable-lora --max-lora-rank {setting}"]
+        notes.append(f"vLLM: the model's class must support LoRA (SupportsLoRA), and have linear modules {', '.join(words)}")
+        ends = [path for path in self.adapted if path.rpartition(".")[2] in ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")]
+        if ends:
+            notes.append(f"vLLM: only classes with embedding_modules take {few(ends)}; the others refuse the adapter")
+        if any(path in stacks for stacks in self.stacks for path in self.adapted):
+            scaled = ", and rsLoRA's scale is not used there" if given.get("use_rslora") else ""
+            notes.append(f"vLLM: stacked experts need a class with LoRA for fused experts{scaled}")
+        towers = [path for path in self.adapted if self._layer(path) is None and path not in ends]
+        if towers:
+            notes.append(f"vLLM: adapters outside the text model are left out, such as {towers[0]}")
+        layers = len(self._by_layer())
+        if layers < len(self.blocks):
+            notes.append(
+                f"vLLM: {layers} of {len(self.blocks)} layers cost as much time and memory as all, for it holds and computes adapters of "
+                "every layer; merged into the weights, they cost nothing"
+            )
+        return refused, notes
 
     def _leave_out_converted(self, config: PeftConfig) -> None:
         """Forget names that PEFT has turned into stacked experts (`gate_proj`): they match something, under another name."""

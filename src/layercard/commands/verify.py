@@ -21,6 +21,7 @@ def verify(
     model: str = setting(..., "The base model: a hub id, a local folder or a config.json.", metavar="MODEL"),
     placement: Path | None = setting(None, "The placement to follow; the one in the adapter's folder when not given."),
     layers: str | None = setting(None, "The layers to adapt, such as 12-16,20; the configuration's own when not given.", metavar="LIST"),
+    serve: str | None = setting(None, "Say, too, what this server makes of the adapter: vllm.", choices=("vllm",), metavar="SERVER"),
     weights: bool = setting(False, "Read the model's weights too, and compare their fingerprint with the placement's."),
     dtype: str = opt.DTYPE,
     as_json: bool = opt.AS_JSON,
@@ -33,8 +34,8 @@ def verify(
     if placement is not None and layers is not None:
         raise PlacementError("both --placement and --layers are given; a placement names its layers, so give one of them")
     given_layers = None if layers is None else parse_layers(layers)
-    from layercard.adapters.files import read_adapter_config
-    from layercard.adapters.verify import base_difference, saved_placement, verify_adapter, verify_config
+    from layercard.adapters.files import read_adapter, saved_placement
+    from layercard.adapters.verify import base_difference, verify_adapter, verify_config
     from layercard.card.numbers import listed
     from layercard.export.read import peft_config
     from layercard.models.skeleton import skeleton
@@ -46,19 +47,20 @@ def verify(
         raise PlacementError("--weights compares with a placement's fingerprint, and there is no placement; give --placement FILE")
     # A file is an adapter's configuration if it names PEFT's type; any other file should be a trainer's configuration.
     of_peft = not adapter.is_file() or (
-        adapter.suffix.lower() == ".json" and "peft_type" in read_json(adapter, PlacementError, "configuration")
+        adapter.suffix.lower() == ".json"
+        and not {"peft_type", "lora_parameters"}.isdisjoint(read_json(adapter, PlacementError, "configuration"))
     )
     with Display() as display:
+        empty = skeleton(model)
         # The fingerprint takes the weights: read them where asked, or where names leave open whether it is the adapter's base model.
         fingerprint = None
-        if chosen is not None and (weights or (of_peft and base_difference(read_adapter_config(adapter)[0], chosen, model, None))):
+        if chosen is not None and (weights or (of_peft and base_difference(read_adapter(adapter, empty).config, chosen, model, None))):
             try:
                 fingerprint = opt.load(model, LoadSettings("cpu", dtype), display).fingerprint
             except ModelError:
                 if weights:
                     raise
-        empty = skeleton(model)
-        how: dict[str, Any] = {"placement": chosen, "layers": given_layers, "name": model}
+        how: dict[str, Any] = {"placement": chosen, "layers": given_layers, "name": model, "serve": serve or ""}
         if of_peft:
             result = verify_adapter(empty, adapter, fingerprint=fingerprint, **how)
         else:
@@ -90,10 +92,11 @@ def parse_layers(text: str) -> list[int]:
     """
     layers: set[int] = set()
     for part in (each.strip() for each in text.split(",") if each.strip()):
-        first, _, last = part.partition("-")
-        if not re.fullmatch("[0-9]{1,5}(-[0-9]{1,5})?", part):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise PlacementError(f"--layers has {shown(part)}; write layers and stretches of them such as 12-16,20")
-        layers |= set(range(int(first), int(last or first) + 1))
+        layers |= set(range(first, last + 1))
     if not layers:
         raise PlacementError(f"--layers is {text!r}, which names no layer; write numbers and stretches such as 12-16,20")
     return sorted(layers)

@@ -1,4 +1,4 @@
-"""Keys set and taken out in the text of a YAML or JSON configuration: what is not changed keeps every character, comments and all.
+"""Keys set and taken out in the text of a YAML or JSON configuration: what is not changed keeps every byte, comments and all.
 
 YAML is read by PyYAML, as the trainers read it (YAML 1.1: `yes` is true, `010` is 8, `2e-4` is a string). It says where each value begins
 and ends, and only these stretches are written anew. Afterwards the text is read again and compared with what it should say, so that a form
@@ -15,12 +15,25 @@ from typing import Any
 import yaml
 
 from layercard.errors import ExportError, one_line
-from layercard.files import parse_json
+from layercard.files import parse_json, read_bytes, shown
 
 ABSENT = object()
 """Stands for a key that a configuration lacks, or that is to be taken out."""
 MOST_VALUES = 100_000
 """Values that a YAML configuration may have, those that aliases repeat counted each time."""
+_NAN = float("nan")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's own, where each refusal has a line, and `.nan` equals itself within lists and mappings, so that texts can be compared."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a 13th month, 5,000 digits
+            problem = f"{shown(node.value)} is not a value of {node.tag}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+        return _NAN if value != value else value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -47,31 +60,56 @@ def read_text(path: Path) -> str:
     Raises:
         ExportError: It cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path} is not a regular file; name a trainer's configuration")
+    data = read_bytes(path, ExportError, "trainer's configuration")
     try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ExportError(f"{path}: {(error.strerror or str(error)).lower()}; name a trainer's configuration") from error
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ExportError(f"{path} is not text in UTF-8; name a trainer's configuration") from error
+        line = data[: error.start].count(b"\n") + 1
+        raise ExportError(f"{path}:{line} is not text in UTF-8; save the trainer's configuration as UTF-8") from error
 
 
 def read(text: str, source: str) -> dict[str, Any]:
     """The keys of a configuration; none where it holds nothing but comments. `source` is its path: JSON where it ends so, else YAML.
 
     Raises:
-        ExportError: It cannot be read, or holds no keys.
+        ExportError: It cannot be read, or holds no keys; the message has the line.
     """
     if source.lower().endswith(".json"):
         return parse_json(text.encode("utf-8"), source, ExportError, "JSON configuration") if text.strip() else {}
     try:
-        _count_values(yaml.compose(text, Loader=yaml.SafeLoader), source, {})
-        values = yaml.safe_load(text)
+        _count_values(yaml.compose(text, Loader=_Loader), source, {})
+        values = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        reason = one_line(error, 120)
-        raise ExportError(f"{source} cannot be read as YAML ({reason}); mend it, or export to a new file") from error
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        position = mark.index if mark is not None else getattr(error, "position", 0)
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or one_line(error, 120)
+        refusal = f"{_at(text, source, position)}: PyYAML, with which trainers read YAML, refuses this ({reason})"
+        raise ExportError(f"{refusal}; write it otherwise, or export to a new file") from error
     if not isinstance(values or {}, dict):
         raise ExportError(f"{source} holds a {type(values).__name__} and no keys; name a trainer's configuration")
     return values or {}
+
+
+def lookup(values: Mapping[str, Any], key: str) -> Any:
+    """The value of a key with dots; `ABSENT` where there is none."""
+    value: Any = values
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
+
+
+def place_of(text: str, source: str, key: str) -> str:
+    """Where a key stands, as `config.yml:3`; the file alone where it is not written as such."""
+    section, _, name = key.rpartition(".")
+    lines = text.splitlines()
+    start = next((number for number, line in enumerate(lines) if section and re.match(rf"\s*[\"']?{re.escape(section)}\b", line)), 0)
+    within = re.compile(rf"[\s{{,]*[\"']?{re.escape(name)}[\"']?\s*:")
+    line = next((number for number in range(start, len(lines)) if within.match(lines[number])), None)
+    return source if line is None else f"{source}:{line + 1}"
 
 
 def edited(text: str, source: str, changes: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
@@ -80,15 +118,13 @@ def edited(text: str, source: str, changes: Mapping[str, Any], removed: Sequence
     Raises:
         ExportError: The text cannot be read, or not be changed without touching more than these keys.
     """
-    if source.lower().endswith(".json"):
-        return _edited_json(text, read(text, source), changes, removed)
     expected = read(text, source)
-    new = text.replace("\r\n", "\n")
+    if source.lower().endswith(".json"):
+        return _edited_json(text, changes, removed)
+    mark = "\ufeff" * text.startswith("\ufeff")
+    new = text.removeprefix("\ufeff")
     for key, value in [*changes.items(), *((key, ABSENT) for key in removed)]:
-        try:
-            new = _set_yaml(new, source, key, value)
-        except yaml.YAMLError:  # what was written before cannot be read, such as an alias whose anchor went
-            break
+        new = _set_yaml(new, source, key, value)
         # What the text should say then.
         section, _, name = key.rpartition(".")
         inner = expected if not section else expected.setdefault(section, {})
@@ -99,38 +135,47 @@ def edited(text: str, source: str, changes: Mapping[str, Any], removed: Sequence
             del inner[name]
         if not inner:
             expected.pop(section, None)
-    if "\r\n" in text:
-        new = new.replace("\n", "\r\n")
-    if read(new, source) != expected:
-        raise ExportError(f"{source} has a form of YAML that cannot be changed here without changing more; export to a new file")
-    return new
+        try:
+            same = read(new, source) == expected
+        except ExportError:  # such as an alias whose anchor went
+            same = False
+        if not same:
+            problem = f"{key} cannot be changed without changing more, such as what an anchor (&) there is used for"
+            raise ExportError(f"{place_of(text, source, key)}: {problem}; write that out, or export to a new file")
+    return mark + new
+
+
+def _at(text: str, source: str, position: int) -> str:
+    return f"{source}:{text.count(chr(10), 0, position) + 1}"
 
 
 def _count_values(node: yaml.Node | None, source: str, counts: dict[int, int]) -> int:
     """How many values a node has; `counts` holds the nodes that were seen, 0 for those that are being counted."""
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
+    line = node.start_mark.line + 1
     if counts.setdefault(id(node), -1) == 0:
-        raise ExportError(f"{source} has a value that holds itself by an alias (*); write it without")
+        raise ExportError(f"{source}:{line} has a value that holds itself by an alias (*); write it without")
     if counts[id(node)] < 0:
         counts[id(node)] = 0
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         counts[id(node)] = 1 + sum(_count_values(part, source, counts) for part in parts)
     if counts[id(node)] > MOST_VALUES:
-        raise ExportError(f"{source} repeats over {MOST_VALUES:,} values by aliases (*); write it without")
+        raise ExportError(f"{source}:{line} repeats over {MOST_VALUES:,} values by aliases (*); write it without")
     return counts[id(node)]
 
 
 def _set_yaml(text: str, source: str, key: str, value: Any) -> str:
     """YAML with one key set, or taken out where the value is `ABSENT`."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    match = re.search(r"\r?\n", text)
+    line_break = match[0] if match else "\n"
+    root = yaml.compose(text, Loader=_Loader)
     section, _, name = key.rpartition(".")
     if root is None:
-        if value is ABSENT:
-            return text
-        return text + ("\n" if text and not text.endswith("\n") else "") + _dumped({section: {name: value}} if section else {name: value})
+        new = {section: {name: value}} if section else {name: value}
+        return text if value is ABSENT else text + line_break * bool(text and text[-1] != "\n") + _dumped(new, 0, line_break)
     if not isinstance(root, yaml.MappingNode) or root.flow_style:
-        raise ExportError(f"{source} is written in one line in braces; put each key on a line of its own")
+        raise ExportError(f"{source}:{root.start_mark.line + 1} is written in braces; put each key on a line of its own")
     pairs = _pairs(root, source)
     if section and section in pairs:
         inner = pairs[section][1]
@@ -138,7 +183,7 @@ def _set_yaml(text: str, source: str, key: str, value: Any) -> str:
             root, pairs = inner, _pairs(inner, source)
         else:
             # A section in braces, an empty one, or one that loses its only key: it is written anew, or taken out.
-            old = yaml.safe_load(text)[section]
+            old = yaml.load(text, Loader=_Loader)[section]
             values = (old if isinstance(old, dict) else {}) | {name: value}
             name, value = section, {key: each for key, each in values.items() if each is not ABSENT} or ABSENT
     elif section:
@@ -148,36 +193,37 @@ def _set_yaml(text: str, source: str, key: str, value: Any) -> str:
     indent = root.start_mark.column
     if name not in pairs:
         # A new key goes below the last one, before comments and blank lines that follow.
-        end = _line_end(
-            text, max(place for key_node, node in pairs.values() for place in (key_node.end_mark.index, _value_end(text, node)))
-        )
-        line_break = "" if text[:end].endswith("\n") else "\n"
-        return text[:end] + line_break + _dumped({name: value}, indent) + text[end:]
+        ends = (place for key_node, node in pairs.values() for place in (key_node.end_mark.index, _value_end(text, node)))
+        end = _line_end(text, max(ends))
+        return text[:end] + line_break * (text[:end][-1:] != "\n") + _dumped({name: value}, indent, line_break) + text[end:]
     key_node, node = pairs[name]
-    end = _value_end(text, node)
-    if value is ABSENT:
-        return text[: text.rfind("\n", 0, key_node.start_mark.index) + 1] + text[_line_end(text, end) :]
-    if node.start_mark.index < key_node.end_mark.index:
-        raise ExportError(f"{name} is an alias (*) of another value; write the value itself there")
-    # A comment on the key's line stays there, and one behind a value on one line, too; what stands among a list's items goes with them.
     colon = text.index(":", key_node.end_mark.index) + 1
-    between, line_end = text[colon : max(colon, node.start_mark.index)], _line_end(text, end)
+    alias = re.compile(r"[ \t]*\*[^\s,]+").match(text, colon)  # its node is the anchor's, which stands elsewhere
+    start, end = (alias.start(), alias.end()) if alias else (node.start_mark.index, _value_end(text, node))
+    line_end = _line_end(text, end)
+    if value is ABSENT:
+        return text[: text.rfind("\n", 0, key_node.start_mark.index) + 1] + text[line_end:]
+    # A comment on the key's line stays there, and one behind a value on one line, too; what stands among a list's items goes with them.
+    between = text[colon : max(colon, start)]
     first, *lines = _dumped({"key": value}, indent).rstrip("\n").removeprefix(" " * indent + "key:").split("\n")
     if "\n" not in between and not lines:
         return text[:colon] + first + text[end:]
-    behind = "" if isinstance(node, yaml.CollectionNode) and not node.flow_style else text[end:line_end].strip()
+    behind = "" if isinstance(node, yaml.CollectionNode) and not node.flow_style and not alias else text[end:line_end].strip()
     comment = between.partition("\n")[0].strip() or behind
-    put = "\n".join([first + (f"  {comment}" if comment else ""), *lines])
-    return text[:colon] + put + text[line_end - text[:line_end].endswith("\n") :]
+    put = line_break.join([first + (f"  {comment}" if comment else ""), *lines])
+    return text[:colon] + put + line_break * text[:line_end].endswith("\n") + text[line_end:]
 
 
-def _pairs(node: yaml.MappingNode, source: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-    """The nodes of a mapping's keys and values by the key's text."""
-    pairs: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+def _pairs(node: yaml.MappingNode, source: str) -> dict[Any, tuple[yaml.Node, yaml.Node]]:
+    """The nodes of a mapping's keys and values by the key's text; a key that is not text has its kind beside it."""
+    pairs: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
     for key, value in node.value:
-        if key.value in pairs:
-            raise ExportError(f"{source} has {key.value!r} twice; take one of them out")
-        pairs[key.value] = key, value
+        kind = key.tag.rpartition(":")[2]
+        name = key.value if kind == "str" else (kind, str(key.value))
+        if name in pairs and kind != "merge":
+            lines = f"lines {pairs[name][0].start_mark.line + 1} and {key.start_mark.line + 1}"
+            raise ExportError(f"{source}:{key.start_mark.line + 1} has {key.value!r} twice, in {lines}; take one of them out")
+        pairs[name] = key, value
     return pairs
 
 
@@ -185,8 +231,10 @@ def _value_end(text: str, node: yaml.Node) -> int:
     """Where a value really ends: PyYAML has blocks end where the next thing begins, after blank lines and comments."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style:
         node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
-    end: int = node.end_mark.index
-    return len(text[:end].rstrip()) if end > node.start_mark.index else end
+    start, end = int(node.start_mark.index), int(node.end_mark.index)
+    if re.match(r"[|>]\d?\+", text[start:end]):  # blank lines below belong to the value
+        return max(start, text.rfind("\n", start, end))
+    return len(text[:end].rstrip()) if end > start else end
 
 
 def _line_end(text: str, place: int) -> int:
@@ -195,36 +243,34 @@ def _line_end(text: str, place: int) -> int:
     return len(text) if line_break < 0 else line_break + 1
 
 
-def _dumped(values: Mapping[str, Any], indent: int = 0) -> str:
+def _dumped(values: Mapping[str, Any], indent: int = 0, line_break: str = "\n") -> str:
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=float("inf"))
-    return "".join(" " * indent + line for line in text.splitlines(keepends=True))
+    return "".join(" " * indent + line for line in text.splitlines(keepends=True)).replace("\n", line_break)
 
 
-def _edited_json(text: str, values: dict[str, Any], changes: Mapping[str, Any], removed: Sequence[str]) -> str:
-    """JSON with keys set: values are replaced where they stand, new ones follow the last; all is written anew where a key is taken out."""
+def _edited_json(text: str, changes: Mapping[str, Any], removed: Sequence[str]) -> str:
+    """JSON with keys set and taken out: each member that stays keeps its bytes, new ones follow the last."""
     # What the members are indented by: two blanks in a new object, `None` where it is written in one line.
-    match = re.search(r"\{[ \t]*\r?\n([ \t]+)\"", text)
-    indent = match[1] if match else None if text.strip() else 2
-    if removed or not values:
-        left = {key: value for key, value in values.items() if key not in removed} | dict(changes)
-        return json.dumps(left, indent=indent, ensure_ascii=False) + "\n"
-    line_break = " " if match is None else f"\n{match[1]}"
+    match = re.search(r"\{[ \t]*(\r?\n)([ \t]+)\"", text)
+    indent, line_break = (match[2], match[1] + match[2]) if match else (None, " ") if text.strip() else ("  ", "\n  ")
 
-    def dumped(value: Any) -> str:
-        return json.dumps(value, indent=indent, ensure_ascii=False).replace("\n", line_break)
+    def dumped(key: str) -> str:
+        return json.dumps(changes[key], indent=indent, ensure_ascii=False).replace("\n", line_break)
 
-    # Where each value begins and ends. The text was parsed, so between them there is nothing but blanks, a colon and commas.
+    # The text was parsed, so between members there is nothing but blanks and commas. Each is held with what stands before it.
     decoder, blanks = json.JSONDecoder(), re.compile(r"[\s,:]*")
-    spans: dict[str, tuple[int, int]] = {}
+    text = text if text.strip() else "{\n}\n"
     end = text.index("{") + 1
+    head, members, present = text[:end], list[tuple[str, str]](), set[str]()
+    first = "" if indent is None else line_break
     while text[start := blanks.match(text, end).end()] != "}":  # type: ignore[union-attr]
+        before = text[end:start]
+        first = first if present else before
         key, end = decoder.raw_decode(text, start)
-        start = blanks.match(text, end).end()  # type: ignore[union-attr]
-        _, end = decoder.raw_decode(text, start)
-        spans[key] = start, end
-    added = "".join(f",{line_break}{json.dumps(key)}: {dumped(changes[key])}" for key in changes if key not in spans)
-    text = text[:end] + added + text[end:]
-    for key in sorted(spans.keys() & changes.keys(), key=lambda key: -spans[key][0]):
-        start, end = spans[key]
-        text = text[:start] + dumped(changes[key]) + text[end:]
-    return text
+        begin = blanks.match(text, end).end()  # type: ignore[union-attr]
+        _, end = decoder.raw_decode(text, begin)
+        present.add(key)
+        if key not in removed:
+            members.append((before, text[start:begin] + (dumped(key) if key in changes else text[begin:end])))
+    members += [(f",{line_break}", f"{json.dumps(key)}: {dumped(key)}") for key in changes if key not in present]
+    return head + "".join((before if number else first) + member for number, (before, member) in enumerate(members)) + text[end:]

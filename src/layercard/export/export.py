@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from layercard.adapters.lora_config import lora_arguments
 from layercard.card.numbers import listed
 from layercard.errors import ExportError
-from layercard.export.config_text import ABSENT, edited, read, read_text
-from layercard.export.trainers import ALPHA, DROPOUT, RANK, LoraSettings, Plan, Trainer, split, trainer_named
+from layercard.export.config_text import ABSENT, edited, lookup, place_of, read, read_text
+from layercard.export.trainers import ALPHA, DROPOUT, RANK, LoraSettings, Trainer, split, trainer_named
+from layercard.files import shown
+from layercard.models.embedded import EMBEDDED, HUB_ID
 from layercard.selection.placement import Placement
 
 
@@ -62,52 +64,56 @@ def exported(
     settings.check(placement)
     if trainer.script is not None and merge is None and suffix not in trainer.suffixes:
         return _script(placement, trainer, settings)
-    plan = trainer.plan(placement, settings)
     if merge is not None:
-        return merged(read_text(merge), str(merge), trainer, plan, force=force)
+        return merged(read_text(merge), str(merge), trainer, placement, settings, force=force)
     as_json = suffix == ".json" or trainer.suffixes == (".json",)
-    return merged("" if as_json else f"# {_heading(placement)}\n", "new.json" if as_json else "new.yaml", trainer, plan)
+    start, source = ("", "new.json") if as_json else (f"# {_heading(placement)}\n", "new.yaml")
+    return merged(start, source, trainer, placement, settings)
 
 
-def merged(text: str, source: str, trainer: Trainer, plan: Plan, *, force: bool = False) -> Exported:
-    """A configuration with a plan's keys in it; comments, order, quotes and indentation of all that is not changed stay as they are.
+def merged(text: str, source: str, trainer: Trainer, placement: Placement, settings: LoraSettings, *, force: bool = False) -> Exported:
+    """A configuration with a placement's keys in it; comments, order, quotes and indentation of all that is not changed stay as they are.
 
-    `source` is its path, whose suffix tells YAML from JSON. With `force`, what contradicts the plan is replaced or taken out.
+    `source` is its path, whose suffix tells YAML from JSON. With `force`, what contradicts the placement is replaced or taken out.
 
     Raises:
-        ExportError: The file is not such a configuration, or it contradicts the plan and `force` is not set.
+        ExportError: The file is not such a configuration, or it contradicts the placement and `force` is not set.
     """
     if Path(source).suffix.lower() not in trainer.suffixes:
         forms = " or ".join(trainer.suffixes)
         reason = f"reads {forms} files" if forms else "is used from Python and reads no file; export without --merge"
         raise ExportError(f"{source} cannot be merged into: {trainer.name} {reason}")
     values = read(text, source)
+    plan = trainer.plan(placement, settings, values, source)
 
     # Contradictions: keys in the file whose value keeps the placement from being followed, each with the value that it must have.
     contradictions: dict[str, Any] = {}
+    respelt = []
     for key, allowed in {**{key: (value,) for key, value in plan.required.items()}, **plan.allowed}.items():
-        value = _lookup(values, key)
+        value = lookup(values, key)
         if value is not None and value is not ABSENT and not any(_same(value, each) for each in allowed):
-            contradictions[key] = plan.required.get(key, plan.defaults.get(key, ABSENT))
+            if _same_modules(value, plan.required.get(key), placement):
+                respelt.append(f"{key} names the same modules otherwise and was written in full")
+            else:
+                contradictions[key] = plan.required.get(key, plan.defaults.get(key, ABSENT))
     if contradictions and not force:
         (first, must_be), *others = contradictions.items()
         must = "must not be there" if must_be is ABSENT else f"must be {_shortened(must_be)}"
         more = f" (and so do {', '.join(key for key, _ in others)})" if others else ""
         raise ExportError(
-            f"{source} has {first}: {_shortened(_lookup(values, first))}, which contradicts the placement: it {must}{more}; "
-            "take it out, or pass --force to replace it"
+            f"{place_of(text, source, first)} has {first}: {_shortened(lookup(values, first))}, which contradicts the placement: it {must}"
+            f"{more}; take it out, or pass --force to replace it"
         )
 
     # Defaults are written only where the file says nothing.
-    changes = {key: value for key, value in plan.defaults.items() if _lookup(values, key) in (ABSENT, None)}
+    changes = {key: value for key, value in plan.defaults.items() if lookup(values, key) in (ABSENT, None)}
     changes |= {key: value for key, value in contradictions.items() if value is not ABSENT}
-    changes |= {key: value for key, value in plan.required.items() if not _same(_lookup(values, key), value)}
+    changes |= {key: value for key, value in plan.required.items() if not _same(lookup(values, key), value)}
     new = edited(text, source, changes, [key for key, value in contradictions.items() if value is ABSENT])
     replaced = (
-        f"{'took out' if value is ABSENT else 'replaced'} {key}: {_shortened(_lookup(values, key))}"
-        for key, value in contradictions.items()
+        f"{'took out' if value is ABSENT else 'replaced'} {key}: {_shortened(lookup(values, key))}" for key, value in contradictions.items()
     )
-    return Exported(new, read(new, source), (*replaced, *trainer.notes))
+    return Exported(new, read(new, source), (*respelt, *replaced, *trainer.notes))
 
 
 def check_landing(placement: Placement, trainer: Trainer, keys: dict[str, Any], name: str) -> str:
@@ -156,11 +162,20 @@ def _script(placement: Placement, trainer: Trainer, settings: LoraSettings) -> E
     blocks = split(placement)
     text = (trainer.script or "").format(
         heading=_heading(placement),
-        model=_quoted(str(placement.model.get("name", "model"))),
+        model=_quoted(_hub_name(placement)),
         model_class="FastLanguageModel" if blocks is not None and blocks.text_only else "FastModel",
         arguments="\n".join(f"    {line}" for line in lines),
     )
     return Exported(text, arguments)
+
+
+def _hub_name(placement: Placement) -> str:
+    """The name by which trainers load the placement's model."""
+    name = str(placement.model.get("name", "model"))
+    if name.lower().endswith(".gguf"):
+        mend = "export to peft, or select again from a card of the model's folder or hub id"
+        raise ExportError(f"the placement is for {shown(name)}, and trainers load no GGUF file by its name; {mend}")
+    return HUB_ID if name.lower() == EMBEDDED else name
 
 
 def _quoted(value: Any) -> str:
@@ -173,25 +188,34 @@ def _heading(placement: Placement) -> str:
     return f"layercard export: layers {listed(placement.layers)} of {name}"
 
 
-def _lookup(values: Mapping[str, Any], key: str) -> Any:
-    """The value of a key with dots; `ABSENT` where there is none."""
-    value: Any = values
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return ABSENT
-        value = value[part]
-    return value
+def _items(value: Any) -> list[str]:
+    """The names in a list, or in a string with commas."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(item) for item in value]
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Whether two values mean the same; the order of names does not matter, in lists and in strings with commas."""
-    if isinstance(value, bool) or isinstance(other, bool):
-        return value is other
-    if isinstance(value, list) and isinstance(other, list):
-        return sorted(map(repr, value)) == sorted(map(repr, other))
-    if isinstance(value, str) and isinstance(other, str) and "," in value + other:
-        return {name.strip() for name in value.split(",")} == {name.strip() for name in other.split(",")}
-    return bool(value == other)
+    """Whether two values mean the same: order does not matter, nor a list of one, a string with commas, or a number in quotes."""
+    if isinstance(value, (bool, dict)) or isinstance(other, (bool, dict)):
+        return bool(value == other and type(value) is type(other))
+    if isinstance(value, (list, str)) and isinstance(other, (list, str)):
+        return {*_items(value)} - {""} == {*_items(other)} - {""}
+    return bool(value == other or [value] == other or str(value) == str(other))
+
+
+def _same_modules(value: Any, required: Any, placement: Placement) -> bool:
+    """Whether a file names the required modules in another spelling: shorter where that is clear, or by their full paths.
+
+    A name without a layer's number means all layers, unless layers have a key of their own, or the placement has all of them.
+    """
+    if not isinstance(value, (list, str)) or not isinstance(required, (list, str)):
+        return False
+    names, numbered = _items(value), re.compile(r"(^|\.)\d+\.")
+    every_layer = len(placement.layers) == placement.model.get("layers") or not any(numbered.search(name) for name in _items(required))
+    for paths in (_items(required), list(placement.targets)):
+        reach = [{path for path in paths if f".{path}".endswith(f".{name}")} for name in names]
+        if all(reach) and set().union(*reach) == set(paths) and (every_layer or all(numbered.search(name) for name in names)):
+            return True
+    return False
 
 
 def _shortened(value: Any) -> str:

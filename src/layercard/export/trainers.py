@@ -6,13 +6,16 @@ keys was read in the sources of the release named in the table; the files are na
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from layercard.adapters.lora_config import CHOSEN, check_settings, patterns
+from layercard.adapters.lora_config import CHOSEN, MLX_BLOCKS, check_settings, patterns
 from layercard.errors import ExportError
+from layercard.export.config_text import ABSENT, lookup
+from layercard.files import shown
 from layercard.selection.placement import Placement
 from layercard.settings import integer_if_whole
 
@@ -40,15 +43,17 @@ class LoraSettings:
     alpha: float | None = None
     dropout: float | None = None
 
-    def values(self) -> dict[Setting, Any]:
+    def values(self, rank_in_file: int = 8) -> dict[Setting, Any]:
         """The numbers, with the defaults where none are given; alpha is an integer where it can be."""
-        rank = 8 if self.rank is None else self.rank
+        rank = rank_in_file if self.rank is None else self.rank
         alpha = 2 * rank if self.alpha is None else self.alpha
-        return {RANK: rank, ALPHA: integer_if_whole(alpha), DROPOUT: 0.0 if self.dropout is None else self.dropout}
+        dropout = 0.0 if self.dropout is None else self.dropout
+        return {RANK: rank, ALPHA: integer_if_whole(alpha), DROPOUT: dropout, SCALE: alpha / rank if rank else 0.0}
 
     def check(self, placement: Placement) -> None:
         """Raise `PlacementError` or `ExportError` where they are out of range or do not go with the placement."""
-        check_settings(placement, *self.values().values())
+        values = self.values()
+        check_settings(placement, values[RANK], values[ALPHA], values[DROPOUT])
         if placement.rank_pattern and (self.rank is not None or self.alpha is not None):
             raise ExportError("the placement has a rank and an alpha for every target; leave --rank and --alpha out")
 
@@ -80,13 +85,22 @@ class Trainer:
     whole_alpha: bool = False  # whether it reads alpha as an integer
     notes: tuple[str, ...] = ()  # sentences that the user must know
 
-    def plan(self, placement: Placement, settings: LoraSettings) -> Plan:
-        """The keys for a placement.
+    def plan(
+        self, placement: Placement, settings: LoraSettings, in_file: Mapping[str, Any] = MappingProxyType({}), source: str = ""
+    ) -> Plan:
+        """The keys for a placement, merged into a file of the keys `in_file`, whose rank decides about alpha.
 
         Raises:
-            ExportError: The trainer cannot express it.
+            ExportError: The trainer cannot express it, or the file's rank is not known and alpha depends on it.
         """
-        values = settings.values()
+        keys = {setting: key for key, setting in self.defaults.items() if isinstance(setting, Setting)}
+        rank = lookup(in_file, keys[RANK])
+        if settings.rank is None and rank not in (ABSENT, None) and _whole(rank) is None:
+            scale = keys.get(ALPHA) or keys[SCALE]
+            if (SCALE in keys and settings.alpha is not None) or (settings.alpha is None and lookup(in_file, scale) in (ABSENT, None)):
+                problem = f"{keys[RANK]}: {shown(rank)}, which is not a whole number above 0, and {scale} depends on it"
+                raise ExportError(f"{source} has {problem}; write the number, or {scale} too")
+        values = settings.values(_whole(rank) or 8)
         if placement.rank_pattern and not self.has_ranks:
             remedy = "export without --merge for Python, which has one for each" if self.script else "select without --allocate-ranks"
             raise ExportError(f"{self.title} has one rank for all adapters, but the placement has a rank for each; {remedy}")
@@ -99,8 +113,7 @@ class Trainer:
         if fraction is not None:
             raise ExportError(f"{self.title} reads alpha as a whole number, found {fraction:g}; give a whole --alpha to select or export")
         # A number that the user gave must stand in the file; the others are the file's to say.
-        values[SCALE] = values[ALPHA] / values[RANK]
-        numbers = {RANK: settings.rank, ALPHA: settings.alpha, SCALE: settings.rank or settings.alpha, DROPOUT: settings.dropout}
+        numbers = {RANK: settings.rank, ALPHA: settings.alpha, SCALE: settings.alpha, DROPOUT: settings.dropout}
         given = [setting for setting, number in numbers.items() if number is not None]
         required = self.choose(placement)
         required |= {key: values[setting] for setting in given for key, value in self.defaults.items() if value is setting}
@@ -111,6 +124,12 @@ class Trainer:
             {key: value for key, value in defaults.items() if key not in required},
             self.allowed | (self.allowed_with_experts if placement.parameters else {}) | others,
         )
+
+
+def _whole(value: Any) -> int | None:
+    """A rank as a file has it, in quotes or as 64.0, too; `None` where it is not a whole number above 0."""
+    match = re.fullmatch(r"0*([1-9]\d{0,8})(?:\.0*)?", str(value))
+    return int(match[1]) if match else None
 
 
 class Blocks(NamedTuple):
@@ -210,17 +229,14 @@ def _swift(placement: Placement) -> dict[str, Any]:
     return modules | ({"target_parameters": list(placement.parameters)} if placement.parameters else {})
 
 
-_LLAMA = {
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.qkv_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_up_proj",
-}  # fmt: skip
-_MLX_BLOCKS = {
-    "model.layers": ("model.layers", _LLAMA),
-    "model.language_model.layers": ("language_model.model.layers", _LLAMA),
-    "transformer.h": ("model.h", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
-    "gpt_neox.layers": ("model.h", {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}),
+_LLAMA = _UNSLOTH_NAMES | {"self_attn.qkv_proj", "mlp.gate_up_proj"}
+_MLX_NAMES = {
+    "model.layers": _LLAMA,
+    "model.language_model.layers": _LLAMA,
+    "transformer.h": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
+    "gpt_neox.layers": {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
 }
-"""Where transformers has the blocks: where mlx-lm has them, and the names in a block that are the same in both."""
+"""For each place of the blocks the names in a block that were read in mlx-lm."""
 
 
 def _mlx(placement: Placement) -> dict[str, Any]:
@@ -228,14 +244,14 @@ def _mlx(placement: Placement) -> dict[str, Any]:
     names that were not read there are refused.
     """
     blocks = split(placement)
-    place, names = _MLX_BLOCKS.get(blocks.prefix if blocks else "", ("", set[str]()))
+    names = _MLX_NAMES.get(blocks.prefix if blocks else "", set[str]())
     strange = next((path for path in placement.paths if not any(path.endswith(f".{name}") for name in names)), None)
     if blocks is None or strange is not None:
         raise ExportError(
             f"what mlx-lm calls {strange or placement.targets[0]} is not known here, and it passes over keys that match nothing; "
             "train with another trainer"
         )
-    keys = [f"{place}.{layer}.{name}" for layer, below in blocks.names.items() for name in below]
+    keys = [f"{MLX_BLOCKS[blocks.prefix]}.{layer}.{name}" for layer, below in blocks.names.items() for name in below]
     return {"num_layers": -1, "lora_parameters.keys": keys}
 
 

