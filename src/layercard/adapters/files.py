@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from layercard.adapters.lora_config import MLX_BLOCKS
 from layercard.errors import PlacementError, one_line
-from layercard.files import read_json, shown
+from layercard.files import check_file, read_json, shown
 from layercard.models.adapted import quiet_peft, unchanged
 from layercard.models.layers import find_blocks
 from layercard.records import first_problem
@@ -114,14 +114,10 @@ def saved_placement(folder: str | Path) -> Placement | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is a file, to be read without waiting.
-
-    Raises:
-        PlacementError: There is a pipe, a device or a folder in its place.
-    """
-    if path.exists() and not path.is_file():
-        raise PlacementError(f"{path} is not a regular file; put the adapter's own file there")
-    return path.is_file()
+    """Whether there is a file; a pipe, a device or a folder in its place is refused."""
+    if path.exists():
+        check_file(path, PlacementError, "adapter's own")
+    return path.exists()
 
 
 def _checked(kind: type[BaseModel], values: dict[str, Any], file: Path) -> Any:

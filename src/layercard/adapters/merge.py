@@ -57,7 +57,7 @@ def read_updates(streamed: StreamedModel, adapter: Path) -> dict[str, Update]:
         path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         b = tensors.get(key.replace(".lora_A.", ".lora_B."))
         if path not in modules or b is None:
-            raise PlacementError(f"{key} of {adapter} is not of a linear module in a block; merge it in memory with PEFT's merge_and_unload")
+            raise PlacementError(f"{key} of {adapter} is not of a linear module; merge it in memory with PEFT's merge_and_unload")
         source = streamed.sources[f"{path}.weight"]
         if source.converter is not None:
             raise PlacementError(f"{path} is stored in several pieces, so it cannot be merged file by file; use PEFT's merge_and_unload")

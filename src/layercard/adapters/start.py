@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, initialize_lora_eva_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from layercard import processes
@@ -13,8 +14,10 @@ from layercard.adapters.apply import spell_out
 from layercard.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from layercard.adapters.methods import REWRITING
 from layercard.data.load import Batch, Dataset, Example, collate, shuffled
-from layercard.errors import OutputError, TrainingError
+from layercard.errors import OutputError, TrainingError, one_line
+from layercard.files import replacing
 from layercard.models.adapted import check_adapted
+from layercard.models.embedded import EMBEDDED, HUB_ID, cache_root
 from layercard.models.load import is_classifier
 from layercard.models.losses import labelled_logits
 from layercard.selection.placement import Placement
@@ -56,13 +59,16 @@ def _keep_initial(model: PeftModel, folder: Path, resumed: bool) -> None:
 
 
 def save_adapter(model: PeftModel, output: Path, method: str, checkpoints: Path) -> None:
-    """Write trained adapters as PEFT does, each of the two files whole or not at all.
+    """Write trained adapters as PEFT does, each of the two files whole or not at all; the embedded model is named by its hub id.
 
     Those that began out of the weights become plain LoRA of twice the rank, `B A − B₀ A₀`, on the weights as they were.
 
     Raises:
         OutputError: They cannot be written.
     """
+    config = model.peft_config["default"]
+    if Path(config.base_model_name_or_path or "") == cache_root() / EMBEDDED:
+        config.base_model_name_or_path = HUB_ID
     try:
         with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as folder:
             weights_file = Path(folder) / WEIGHTS_FILE
@@ -78,9 +84,10 @@ def save_adapter(model: PeftModel, output: Path, method: str, checkpoints: Path)
             else:
                 model.save_pretrained(folder, save_embedding_layers=False)
             for name in (CONFIG_FILE, WEIGHTS_FILE):
-                (Path(folder) / name).replace(output / name)
-    except OSError as error:
-        raise OutputError(f"cannot write the adapter to {output}: {error.strerror or error}; make room, then pass --resume") from error
+                with replacing(output / name) as part:  # with the mode that the umask leaves: safetensors makes files of 0600
+                    (Path(folder) / name).replace(part)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write the adapter to {output}: {one_line(error)}; make room, then pass --resume") from error
 
 
 def _eva(model: PeftModel, data: Dataset, pad_id: int, settings: TrainSettings) -> None:

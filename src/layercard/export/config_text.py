@@ -60,8 +60,6 @@ def read_text(path: Path) -> str:
     Raises:
         ExportError: It cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise ExportError(f"{path} is not a regular file; name a trainer's configuration")
     data = read_bytes(path, ExportError, "trainer's configuration")
     try:
         return data.decode("utf-8")
