@@ -84,7 +84,7 @@ def merged(text: str, source: str, trainer: Trainer, placement: Placement, setti
         reason = f"reads {forms} files" if forms else "is used from Python and reads no file; export without --merge"
         raise ExportError(f"{source} cannot be merged into: {trainer.name} {reason}")
     values = read(text, source)
-    plan = trainer.plan(placement, settings, values, source)
+    plan = trainer.plan(placement, settings, values, lambda key: place_of(text, source, key))
 
     # Contradictions: keys in the file whose value keeps the placement from being followed, each with the value that it must have.
     contradictions: dict[str, Any] = {}

@@ -86,9 +86,13 @@ class Trainer:
     notes: tuple[str, ...] = ()  # sentences that the user must know
 
     def plan(
-        self, placement: Placement, settings: LoraSettings, in_file: Mapping[str, Any] = MappingProxyType({}), source: str = ""
+        self,
+        placement: Placement,
+        settings: LoraSettings,
+        in_file: Mapping[str, Any] = MappingProxyType({}),
+        where: Callable[[str], str] = str,
     ) -> Plan:
-        """The keys for a placement, merged into a file of the keys `in_file`, whose rank decides about alpha.
+        """The keys for a placement, merged into a file of the keys `in_file`, whose rank decides about alpha; `where` says where a key is.
 
         Raises:
             ExportError: The trainer cannot express it, or the file's rank is not known and alpha depends on it.
@@ -99,7 +103,7 @@ class Trainer:
             scale = keys.get(ALPHA) or keys[SCALE]
             if (SCALE in keys and settings.alpha is not None) or (settings.alpha is None and lookup(in_file, scale) in (ABSENT, None)):
                 problem = f"{keys[RANK]}: {shown(rank)}, which is not a whole number above 0, and {scale} depends on it"
-                raise ExportError(f"{source} has {problem}; write the number, or {scale} too")
+                raise ExportError(f"{where(keys[RANK])} has {problem}; write the number, or {scale} too")
         values = settings.values(_whole(rank) or 8)
         if placement.rank_pattern and not self.has_ranks:
             remedy = "export without --merge for Python, which has one for each" if self.script else "select without --allocate-ranks"
