@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -12,18 +13,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from layercard.adapters import start as beginnings
 from layercard.adapters.apply import adapted, loaded, place, without_experts
+from layercard.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from layercard.adapters.methods import METHODS, configuration
 from layercard.adapters.verify import verify_adapter
 from layercard.data.load import load_data
-from layercard.errors import PlacementError, TrainingError
+from layercard.errors import OutputError, PlacementError, TrainingError
 from layercard.fast.lora import fused_lora
 from layercard.files import read_json
 from layercard.models.adapted import adapted_paths
+from layercard.models.embedded import EMBEDDED, HUB_ID, cache_root
 from layercard.models.load import BaseModel, wrap_model
 from layercard.settings import METHODS as HAS, FastSettings, TrainSettings
 from layercard.training.evaluate import held_out_losses
@@ -125,6 +129,43 @@ def test_what_begins_out_of_the_weights_is_saved_as_plain_lora(method: str, fami
     fresh = type(base.model).from_pretrained(tmp_path / "base")
     plain = PeftModel.from_pretrained(fresh, str(tmp_path / "run")).eval()
     assert held_out_losses(plain, base.pad_id, data).loss == pytest.approx(record.loss_after, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_rank_above_the_width_is_refused_where_adapters_begin_out_of_the_weights(method: str, tiny_base: BaseModel) -> None:
+    placement, before = place(tiny_base, [1]), state_of(tiny_base.model)
+    with (
+        pytest.raises(PlacementError, match=rf"rank 33 is above the width of model\.layers\.1\.self_attn\.[qk]_proj, and {method}"),
+        adapted(tiny_base, placement, configuration(settings_of(method, rank=33), 4, placement)),
+    ):
+        pass
+    assert_same(before, state_of(tiny_base.model))
+
+
+def test_adapters_are_written_as_the_umask_says_and_name_the_embedded_model_by_its_hub_id(tiny_base: BaseModel, tmp_path: Path) -> None:
+    placement = place(tiny_base, [1])
+    with adapted(tiny_base, placement) as model:
+        model.peft_config["default"].base_model_name_or_path = str(cache_root() / EMBEDDED)
+        mask = os.umask(0o027)
+        try:
+            beginnings.save_adapter(model, tmp_path, "lora", tmp_path)
+        finally:
+            os.umask(mask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE), 0o640)
+    saved = read_json(tmp_path / CONFIG_FILE, PlacementError, "adapter")
+    assert saved["base_model_name_or_path"] == HUB_ID
+    found = verify_adapter(tiny_base.model, tmp_path, name="smollm2-135m")
+    assert not any("was trained on" in words for words in found.differences)
+
+
+def test_a_full_disk_is_one_line(tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    with adapted(tiny_base, place(tiny_base, [1])) as model:
+        monkeypatch.setattr(model, "save_pretrained", full)
+        with pytest.raises(OutputError, match=r"No space left on device.*make room"):
+            beginnings.save_adapter(model, tmp_path, "lora", tmp_path)
 
 
 def test_olora_is_refused_where_peft_would_take_the_weights_the_wrong_way_round() -> None:

@@ -96,7 +96,7 @@ def read_adapter(path: str | Path, model: PreTrainedModel | None = None) -> Save
     if values.get("peft_type") not in [kind.value for kind in PeftType]:
         kind = shown(values.get("peft_type"))
         raise PlacementError(f"{file} has peft_type {kind}; name a configuration that PEFT wrote (peft_type LORA, …)")
-    _checked(_Fields, values, file)
+    check_fields(values, file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unknown keys, which are returned
@@ -120,12 +120,17 @@ def _is_file(path: Path) -> bool:
     return path.exists()
 
 
-def _checked(kind: type[BaseModel], values: dict[str, Any], file: Path) -> Any:
+def check_fields(values: Mapping[str, Any], source: str | Path) -> None:
+    """Raise `PlacementError` unless the fields of a configuration that are read here are of the right kind."""
+    _checked(_Fields, values, source)
+
+
+def _checked(kind: type[BaseModel], values: Mapping[str, Any], source: str | Path) -> Any:
     try:
         return kind.model_validate(values)
     except ValidationError as problem:
         where = first_problem(problem, "configuration")
-        raise PlacementError(f"{file}: {where}; mend the configuration, or save the adapter again") from None
+        raise PlacementError(f"{source}: {where}; mend the configuration, or save the adapter again") from None
 
 
 def _read_weights(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
@@ -185,13 +190,21 @@ def _of_mlx(fields: _MlxFields, path: Path, model: PreTrainedModel | None) -> Sa
 
 @contextmanager
 def empty_adapters(model: PreTrainedModel, config: PeftConfig) -> Iterator[PeftModel]:
-    """The model as PEFT adapts it by a copy of a configuration, with adapters that take no memory; as before afterwards."""
+    """The model as PEFT adapts it by a copy of a configuration, with adapters that take no memory; as before afterwards.
+
+    Raises:
+        PlacementError: PEFT refuses the configuration.
+    """
     config = copy.deepcopy(config)
     if config.peft_type == PeftType.LORA:
         vars(config)["init_lora_weights"] = True  # PiSSA and its like would decompose weights that may be missing
     with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield get_peft_model(model, config, low_cpu_mem_usage=True)
+        try:
+            wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+        except Exception as error:  # it refuses values each in their own way
+            raise PlacementError(f"PEFT refuses it: {one_line(error, 200)}") from error
+        yield wrapped
 
 
 def check_loads(model: PreTrainedModel, adapter: SavedAdapter, source: str) -> None:
@@ -201,8 +214,8 @@ def check_loads(model: PreTrainedModel, adapter: SavedAdapter, source: str) -> N
     try:
         with empty_adapters(model, adapter.config) as wrapped:
             problems = load_weights(wrapped, adapter.weights)
-    except Exception as error:  # PEFT refuses values each in their own way
-        problems = [f"PEFT refuses it: {one_line(error, 200)}"]
+    except PlacementError as error:
+        problems = [str(error)]
     if problems:
         raise PlacementError(f"{source} does not fit this model: {problems[0]}; `layercard verify` says more")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from layercard.adapters.apply import STARTS_THAT_LEAVE_WEIGHTS, WITH_PATTERNS, adapted_ranks
 from layercard.adapters.files import SavedAdapter, empty_adapters, load_weights, read_adapter, saved_modules, saved_placement
 from layercard.card.numbers import listed
-from layercard.errors import PlacementError, one_line
+from layercard.errors import PlacementError
 from layercard.models.adapted import adapted_paths, few
 from layercard.models.embedded import EMBEDDED, HUB_ID
 from layercard.models.layers import find_blocks
@@ -29,6 +29,16 @@ TOWERS = {"vision": "the vision tower", "visual": "the vision tower", "audio": "
 """What a list of layers is called that has such a word in its path."""
 CHOICES = ("layers_to_transform", "layers_pattern", "target_modules", "target_parameters")
 """What a configuration chooses modules by."""
+VLLM_LACKS = (
+    "modules_to_save",
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+)
+"""Settings of LoRA that vLLM 0.30.0 refuses or has nothing for."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` of vLLM takes (vllm/config/lora.py, 0.30.0); 16 where it is not given."""
 
@@ -135,31 +145,21 @@ def base_difference(config: PeftConfig, placement: Placement | None, name: str, 
 
 
 class _Check:
-    """One verification: where adapters were to land in a model, and where they did.
-
-    Attributes:
-        modules: For each block the paths of its linear modules.
-        stacks: For each block the paths of its stacked experts.
-        all_paths: Paths of all modules and parameters of the model.
-        asked_layers: `layers_to_transform` as a list, `None` where it is not given.
-        asked_names: `target_modules` as a list of names; empty where it is a regular expression, `all-linear` or not given.
-        asked_parameters: `target_parameters`.
-        planned: The layers to adapt, `None` where nothing says.
-        adapted: What PEFT adapts, once it has.
-    """
+    """One verification: where adapters were to land in a model, and where they did."""
 
     def __init__(self, model: PreTrainedModel, adapter: SavedAdapter, placement: Placement | None, layers: Sequence[int] | None) -> None:
         self.model, self.adapter, self.config, self.placement = model, adapter, adapter.config, placement
         blocks = find_blocks(model)
         self.blocks = [f"{block.path}." for block in blocks]
-        self.modules = [{module.path for module in block.linear_modules} for block in blocks]
+        self.modules = [{module.path for module in block.linear_modules} for block in blocks]  # of each block
         self.stacks = [{stack.path for stack in block.stacks} for block in blocks]
         self.all_paths = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
         given = vars(self.config)
         asked, names = given.get("layers_to_transform"), given.get("target_modules")
         self.asked_layers = None if asked is None else [asked] if isinstance(asked, int) else list(asked)
-        self.asked_names = [] if names is None or isinstance(names, str) else sorted(names)
-        self.asked_parameters = sorted(given.get("target_parameters") or ())
+        # Empty where `target_modules` is a regular expression, `all-linear` or not given.
+        self.asked_names = [] if names is None or isinstance(names, str) else sorted(map(str, names))
+        self.asked_parameters = sorted(map(str, given.get("target_parameters") or ()))
         self.planned = placement.layers if placement is not None else layers if layers is not None else self.asked_layers
         self.adapted: tuple[str, ...] = ()
 
@@ -180,8 +180,8 @@ class _Check:
                 if serve:
                     refused, serving = self._by_vllm(wrapped)
                     differences += refused
-        except Exception as error:  # PEFT refuses values each in their own way
-            differences = [*self._indices(), *self._unmatched_names(), f"PEFT refuses it: {one_line(error, 200)}"]
+        except PlacementError as error:
+            differences = [*self._indices(), *self._unmatched_names(), str(error)]
         if not self.adapted and not differences:
             differences = ["no module of this model is adapted"]
         notes += self._outside() if self.planned is None else []
@@ -219,16 +219,8 @@ class _Check:
             refused.append(f"vLLM cannot read an adapter of {self.adapter.maker}; convert it to PEFT's form, or merge it")
         if self.config.peft_type != PeftType.LORA:
             return [*refused, f"vLLM serves LoRA only, not {PeftType(self.config.peft_type).value}; merge the adapter into the weights"], []
-        plain = {
-            "modules_to_save": bool(given.get("modules_to_save")),
-            "use_dora": bool(given.get("use_dora")),
-            "bias": given.get("bias", "none") != "none",
-            "lora_bias": bool(given.get("lora_bias")),
-            "layer_replication": bool(given.get("layer_replication")),
-            "trainable_token_indices": bool(given.get("trainable_token_indices")),
-            "alora_invocation_tokens": bool(given.get("alora_invocation_tokens")),
-        }
-        refused += [f"vLLM does not serve {field} = {given[field]!r}; {mend}" for field, differs in plain.items() if differs]
+        unserved = [field for field in VLLM_LACKS if given.get(field) not in (None, False, "none", [], {})]
+        refused += [f"vLLM does not serve {field} = {given[field]!r}; {mend}" for field in unserved]
         start = given.get("init_lora_weights", True)
         if start not in STARTS_THAT_LEAVE_WEIGHTS:
             refused.append(f"it began out of the weights ({start}), and vLLM adds it to the weights as they were; convert it to plain LoRA")

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layercard.adapters.apply import task_of
+from layercard.adapters.files import check_fields
 from layercard.errors import ExportError, one_line
 from layercard.export.config_text import read, read_text
 from layercard.models.layers import find_blocks
@@ -53,6 +54,7 @@ def config_of(
         raise ExportError(f"{source} has values that {trainer} cannot use ({one_line(error)}); mend it") from error
     if arguments is None:
         raise ExportError(f"{source} trains without LoRA, so it adapts nothing; name a configuration with an adapter")
+    check_fields({name: value for name, value in arguments.items() if name not in ("r", "lora_alpha")}, source)
     try:
         return LoraConfig(task_type=task_of(model), **arguments)
     except (TypeError, ValueError) as error:

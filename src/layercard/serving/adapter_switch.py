@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from layercard.adapters.apply import adapted, loaded
-from layercard.adapters.files import CONFIG_FILE
+from layercard.adapters.files import read_adapter
 from layercard.errors import DataError, PlacementError
-from layercard.files import read_json
 from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel
 from layercard.selection.placement import Placement
@@ -46,15 +46,14 @@ def load_adapter(base: BaseModel, folder: str | Path, *, name: str = "") -> Adap
         PlacementError: There is no adapter in the folder, it was trained for another model, or it cannot be put on and taken off by its
             modules alone.
     """
-    folder = Path(folder)
-    if (folder / CONFIG_FILE).is_file():
-        config = read_json(folder / CONFIG_FILE, PlacementError, "adapter")
-        if config.get("peft_type") != "LORA":
-            raise PlacementError(f"{folder} is an adapter of type {config.get('peft_type')!r}; layercard serves and times LoRA adapters")
-        for setting, plain in PLAIN.items():
-            if config.get(setting, plain) != plain:
-                effect = f"{setting} = {config[setting]!r}, which changes the base model beside the adapters"
-                raise PlacementError(f"{folder} has {effect}; train it without")
+    config = read_adapter(folder, base.model).config
+    if config.peft_type != PeftType.LORA:
+        kind = PeftType(config.peft_type).value
+        raise PlacementError(f"{folder} is an adapter of type {kind!r}; layercard serves and times LoRA adapters")
+    for setting, plain in PLAIN.items():
+        if vars(config).get(setting, plain) != plain:
+            effect = f"{setting} = {vars(config)[setting]!r}, which changes the base model beside the adapters"
+            raise PlacementError(f"{folder} has {effect}; train it without")
     plain_modules = dict(base.model.named_modules())
     with loaded(base, folder):
         return _taken(base, plain_modules, name or str(folder))
