@@ -305,7 +305,7 @@ def test_what_is_no_adapter_ends_in_one_line(tmp_path: Path, layercard: Command)
         (tmp_path / "empty", (), "lacks adapter_config.json"),
         (tmp_path / "absent", (), "lacks adapter_config.json"),
         (strange, (), "peft_type 'MAGIC'"),
-        (worded, (), "layers_to_transform has 'a', which is not an index"),
+        (worded, (), "layers_to_transform.0: Input should be a valid integer"),
         (raised, (), "PEFT refuses this configuration"),
         (pickled, (), "only pickled weights"),
         (pickled, ("--layers", "5-"), "--layers has '5-'"),
@@ -463,7 +463,7 @@ def test_an_adapter_of_mlx_is_read(family: str, name: str, keys: list[str] | Non
     [
         ({"lora_parameters": {"keys": ["self_attn.q_porj"]}}, "'self_attn.q_porj', which matches nothing"),
         ({"lora_parameters": {"rank": "8"}}, "lora_parameters.rank: Input should be a valid integer"),
-        ({"lora_parameters": {"rank": 0}}, "lora_parameters make no adapter"),
+        ({"lora_parameters": {"rank": 0}}, "`r` should be a positive integer"),
         ({"lora_parameters": {"rank": 4}}, "size mismatch"),
         ({"fine_tune_type": "full"}, "is of fine_tune_type 'full', so no adapter"),
         ({"num_layers": "all"}, "num_layers: Input should be a valid integer"),

@@ -22,7 +22,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from layercard.adapters.files import check_loads, load_weights, read_adapter, saved_modules, saved_placement
+from layercard.adapters.files import check_loads, load_weights, read_adapter, saved_modules, saved_placement, wrapped_by_peft
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
 from layercard.models.adapted import adapted_paths, check_adapted, quiet_peft, restorer, unchanged
@@ -162,13 +162,12 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
     adapter, placement = read_adapter(folder, base.model), saved_placement(folder)
     if placement is not None:
         check_model(base, placement)
-    check_loads(base.model, adapter, str(folder))
+    check_loads(base.model, adapter, str(folder), base.name)
     config = copy.deepcopy(adapter.config)
     config.base_model_name_or_path = None
     linear = [module.path for block in base.blocks for module in block.linear_modules]
     with unchanged(base.model, written_weights(config, linear)):
-        with quiet_peft():
-            wrapped = get_peft_model(base.model, config)
+        wrapped = wrapped_by_peft(base.model, config)
         load_weights(wrapped, adapter.weights or {}, empty=False)
         if placement is not None:
             check_adapted(wrapped, placement.targets)

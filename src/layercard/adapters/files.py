@@ -59,6 +59,7 @@ class _Fields(BaseModel):
     rank_pattern: dict[str, Any] | None = None
     alpha_pattern: dict[str, float] | None = None
     bias: str = "none"
+    init_lora_weights: bool | str | None = True
 
 
 class _MlxParameters(BaseModel):
@@ -129,7 +130,7 @@ def _checked(kind: type[BaseModel], values: Mapping[str, Any], source: str | Pat
     try:
         return kind.model_validate(values)
     except ValidationError as problem:
-        where = first_problem(problem, "configuration")
+        where = re.sub(r"\.list\[\w+\]", "", first_problem(problem, "configuration"))
         raise PlacementError(f"{source}: {where}; mend the configuration, or save the adapter again") from None
 
 
@@ -200,14 +201,19 @@ def empty_adapters(model: PreTrainedModel, config: PeftConfig) -> Iterator[PeftM
         vars(config)["init_lora_weights"] = True  # PiSSA and its like would decompose weights that may be missing
     with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
-        except Exception as error:  # it refuses values each in their own way
-            raise PlacementError(f"PEFT refuses it: {one_line(error, 200)}") from error
-        yield wrapped
+        yield wrapped_by_peft(model, config, empty=True)
 
 
-def check_loads(model: PreTrainedModel, adapter: SavedAdapter, source: str) -> None:
+def wrapped_by_peft(model: PreTrainedModel, config: PeftConfig, *, empty: bool = False) -> PeftModel:
+    """The model as PEFT adapts it by a configuration that others wrote; a refusal of PEFT's is a `PlacementError`."""
+    try:
+        with quiet_peft():
+            return get_peft_model(model, config, low_cpu_mem_usage=empty)
+    except Exception as error:  # PEFT refuses values each in their own way
+        raise PlacementError(f"PEFT refuses it: {one_line(error, 200)}") from error
+
+
+def check_loads(model: PreTrainedModel, adapter: SavedAdapter, source: str, name: str) -> None:
     """Raise `PlacementError` unless the saved weights of an adapter fit the model, are all there, and are finite."""
     if not adapter.weights:
         raise PlacementError(f"{source} is no adapter: it lacks {WEIGHTS_FILE}; name the folder that `layercard train` wrote")
@@ -217,7 +223,7 @@ def check_loads(model: PreTrainedModel, adapter: SavedAdapter, source: str) -> N
     except PlacementError as error:
         problems = [str(error)]
     if problems:
-        raise PlacementError(f"{source} does not fit this model: {problems[0]}; `layercard verify` says more")
+        raise PlacementError(f"{source} does not fit {name!r}: {problems[0]}; `layercard verify` says more")
 
 
 def load_weights(model: PeftModel, weights: Mapping[str, torch.Tensor], *, empty: bool = True) -> list[str]:

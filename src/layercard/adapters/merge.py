@@ -47,7 +47,7 @@ def read_updates(streamed: StreamedModel, adapter: Path) -> dict[str, Update]:
     if not isinstance(config, LoraConfig) or unlike or config.bias != "none":
         kind = ", ".join(unlike) or (f"bias={given.get('bias')}" if isinstance(config, LoraConfig) else PeftType(config.peft_type).value)
         raise PlacementError(f"{adapter} is not plain LoRA ({kind}); merge it in memory with PEFT's merge_and_unload")
-    check_loads(streamed.base.model, saved, str(adapter))
+    check_loads(streamed.base.model, saved, str(adapter), streamed.base.name)
     tensors = saved.weights or {}
     modules = {module.path: module for block in streamed.blocks for module in block.linear_modules}
     updates: dict[str, Update] = {}
