@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, MixtralConfig
 
 from layercard.adapters import apply as adapters
-from layercard.adapters.apply import adapted, apply, loaded, place, task_of, without_experts
+from layercard.adapters.apply import adapted, apply, loaded, place, task_of
 from layercard.errors import PlacementError
 from layercard.models.adapted import adapted_paths, check_adapted
 from layercard.models.layers import find_blocks
@@ -122,31 +122,6 @@ def test_layer_1_is_not_layer_11() -> None:
         with adapted(base, placement, rank=1) as model:
             assert set(adapted_paths(model)) == set(placement.paths)
             assert model.peft_config["default"].target_modules == set(placement.paths)
-
-
-def test_experts_of_other_layers_and_of_this_one_stay_as_they_are() -> None:
-    """transformers keeps experts as parameters, which PEFT would adapt in *all* layers if it were asked by layer index."""
-    base = mixture()
-    placement = without_experts(place(base, [1]))
-    with adapted(base, placement, rank=1) as model:
-        assert set(adapted_paths(model)) == set(placement.paths)
-        assert not any("experts" in name for name, weight in model.named_parameters() if weight.requires_grad)
-
-
-def test_a_twin_path_elsewhere_in_the_model_is_left_alone() -> None:
-    class Twin(nn.Module):
-        def __init__(self, path: str) -> None:
-            super().__init__()
-            here, _, rest = path.partition(".")
-            self.add_module(here, Twin(rest) if rest else nn.Linear(4, 4))
-
-    model = build_tiny("llama")
-    model.add_module("vision", Twin("model.layers.1.self_attn.q_proj"))
-    base = wrap_model(model, tiny_tokenizer())
-    assert isinstance(model.get_submodule("vision.model.layers.1.self_attn.q_proj"), nn.Linear)
-    placement = place(base, [1])
-    with adapted(base, placement, rank=1) as wrapped:
-        assert set(adapted_paths(wrapped)) == set(placement.paths)
 
 
 @pytest.mark.parametrize(("change", "word"), [("drop", "missing"), ("add", "extra")])

@@ -14,7 +14,7 @@ from layercard.commands import main as cli
 from layercard.errors import ExportError, PlacementError
 from layercard.export.config_text import edited, lookup
 from layercard.export.export import exported, merged
-from layercard.export.trainers import TRAINERS, LoraSettings, trainer_named
+from layercard.export.trainers import TRAINERS, LoraSettings
 from layercard.files import write_json
 from layercard.selection.placement import Placement
 
@@ -294,11 +294,6 @@ def test_refusals_are_one_line(
     found = capsys.readouterr()
     assert (found.out, found.err.count("\n")) == ("", 1)
     assert words in found.err
-
-
-def test_every_trainer_has_its_name() -> None:
-    assert [trainer_named(name).name for name in TRAINERS] == list(TRAINERS)
-    assert placed((1,), ("q",)).paths == ("model.layers.1.q",)
 
 
 @pytest.mark.parametrize(

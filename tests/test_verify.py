@@ -113,17 +113,6 @@ def test_planted_1_experts_of_all_layers(tmp_path: Path, layercard: Command) -> 
     assert "experts of all 3 layers" in out
 
 
-def test_planted_2_the_vision_tower(tmp_path: Path, layercard: Command) -> None:
-    adapter = saved_adapter(with_tower(), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]), tmp_path / "adapter")
-    folder = saved_model(with_tower(), tmp_path / "base")
-    status, out, err = layercard("verify", adapter, "--model", folder, "--json")
-    found = json.loads(out)
-    assert status == 2 and err.count("\n") == 1 and not found["as_planned"]
-    (difference,) = found["differences"]
-    assert "layer 1 of the vision tower (model.vision_tower" in difference and "is adapted too" in difference
-    assert found["adapted_layers"] == [1]
-
-
 @pytest.mark.parametrize("kind", ["keys", "shapes", "other base", "same shape"])
 def test_planted_3_an_adapter_of_another_base(kind: str, tmp_path: Path, layercard: Command) -> None:
     folder = saved_model(build_tiny("llama"), tmp_path / "base", weights=kind == "same shape")
@@ -148,15 +137,6 @@ def test_planted_3_an_adapter_of_another_base(kind: str, tmp_path: Path, layerca
         "same shape": "the adapter is for 'base' (fingerprint",
     }
     assert words[kind] in err
-
-
-def test_planted_4_indices_that_are_dropped(tmp_path: Path, layercard: Command) -> None:
-    folder = saved_model(build_tiny("llama"), tmp_path / "base")
-    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1, 7, 8])
-    config.save_pretrained(tmp_path / "config")
-    status, _, err = layercard("verify", tmp_path / "config" / "adapter_config.json", "--model", folder)
-    assert status == 2
-    assert "layers 7-8 are not in the model, which has layers 0-2: PEFT drops them silently" in err
 
 
 @pytest.mark.parametrize("kind", ["axolotl", "llama-factory", "other"])
@@ -429,7 +409,7 @@ def mlx_adapter(folder: Path, *, blocks: str = "model.layers", **changes: Any) -
     save_file(weights, path / "adapters.safetensors")
     parameters = {"rank": 2, "scale": 4.0, "dropout": 0.0} | changes.pop("lora_parameters", {})
     (path / "adapter_config.json").write_text(
-        json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters} | changes)
+        json.dumps({"model": "mlx-community/tiny-4bit", "fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters} | changes)
     )
     return path
 
@@ -441,7 +421,8 @@ def test_an_adapter_of_mlx_is_read(family: str, name: str, keys: list[str] | Non
     config = LoraConfig(r=2, lora_alpha=8, target_modules=[name], layers_to_transform=[1, 2], fan_in_fan_out=family == "gpt2")
     adapter = saved_adapter(build_tiny(family), config, tmp_path / "adapter")
     mlx = mlx_adapter(adapter, blocks="model.h", lora_parameters={"keys": keys} if keys else {})
-    result = verify_adapter(build_tiny(family), mlx)
+    result = verify_adapter(build_tiny(family), mlx, name="tiny")
+    assert "the adapter was trained on 'mlx-community/tiny-4bit', this model is 'tiny'" in result.notes
     assert result.as_planned and result.adapted_layers == (1, 2) and set(result.saved or ()) == set(result.adapted)
     base = wrap_model(build_tiny(family), tiny_tokenizer(), name="tiny")
     ids = torch.arange(8)[None]

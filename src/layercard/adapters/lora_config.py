@@ -61,9 +61,7 @@ def lora_arguments(
         "lora_dropout": lora_dropout,
         "bias": "none",
         **options,
-        "target_modules": list(placement.paths),
-        **({"target_parameters": list(placement.parameters)} if placement.parameters else {}),
-        **patterns(placement),
+        **full_paths(placement),
     }
 
 
@@ -103,6 +101,12 @@ def check_settings(placement: Placement, rank: int, alpha: float, dropout: float
         raise PlacementError(
             f"PEFT has no dropout for parameters such as {placement.parameters[0]}; set it to 0, or select without the stacked experts"
         )
+
+
+def full_paths(placement: Placement) -> dict[str, Any]:
+    """PEFT's keys that choose modules. A full path is found by itself, whatever `layers_to_transform` says."""
+    parameters = {"target_parameters": list(placement.parameters)} if placement.parameters else {}
+    return {"target_modules": list(placement.paths), **parameters, **patterns(placement)}
 
 
 def patterns(placement: Placement) -> dict[str, Any]:

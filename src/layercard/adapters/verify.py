@@ -192,7 +192,10 @@ class _Check:
             (differences if none_acts else notes).extend([effect] if effect else [])
         if self.adapter.left_out:
             notes.append(f"this PEFT leaves out {few(self.adapter.left_out)}, which it does not know")
-        differences = [base, *differences] if base else differences
+        if base and self.adapter.maker == "PEFT":
+            differences.insert(0, base)
+        elif base:  # mlx-lm trains on copies of a model that have names of their own
+            notes.append(base)
         asked = {choice: given.get(choice) for choice in CHOICES}
         return Verification(
             as_planned=not differences,

@@ -12,7 +12,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from layercard.adapters.lora_config import CHOSEN, MLX_BLOCKS, check_settings, patterns
+from layercard.adapters.lora_config import CHOSEN, MLX_BLOCKS, check_settings, full_paths, patterns
 from layercard.errors import ExportError
 from layercard.export.config_text import ABSENT, lookup
 from layercard.files import shown
@@ -179,12 +179,6 @@ def by_layer(placement: Placement) -> tuple[str, tuple[str, ...]] | None:
     if any(set(each) != set(names) for each in others) or any(re.search(r"\.\d+\.", f".{name}.") for name in names):
         return None
     return blocks.prefix.rpartition(".")[2], names
-
-
-def full_paths(placement: Placement) -> dict[str, Any]:
-    """PEFT's own keys. A full path is found by itself, whatever `layers_to_transform` says."""
-    parameters = {"target_parameters": list(placement.parameters)} if placement.parameters else {}
-    return {"target_modules": list(placement.paths), **parameters, **patterns(placement)}
 
 
 def _axolotl(placement: Placement) -> dict[str, Any]:
