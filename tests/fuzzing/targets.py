@@ -21,7 +21,7 @@ from layercard.errors import CardError
 from layercard.export.config_text import read_text
 from layercard.export.export import merged
 from layercard.export.read import peft_config
-from layercard.export.trainers import TRAINERS
+from layercard.export.trainers import TRAINERS, LoraSettings
 from layercard.fast.prefix_store import Store
 from layercard.files import read_json
 from layercard.models.skeleton import empty_model, read_config
@@ -225,17 +225,10 @@ datasets:
 _FACTORY = b"model_name_or_path: x\nfinetuning_type: lora\nlora_rank: 8\nlora_target: all # every one\n"
 
 
-@functools.cache
-def _plan(name: str) -> Any:
-    from layercard.export.trainers import LoraSettings
-
-    return TRAINERS[name].plan(Placement.from_json(json.loads(_placements()[0])), LoraSettings())
-
-
 def _merge(path: Path) -> object:
-    text = read_text(path)
+    text, placement = read_text(path), Placement.from_json(json.loads(_placements()[0]))
     for name in ("axolotl", "llamafactory"):
-        merged(text, str(path), TRAINERS[name], _plan(name), force=True)
+        merged(text, str(path), TRAINERS[name], placement, LoraSettings(), force=True)
     return None
 
 
