@@ -25,6 +25,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,8 @@ def make_trials(storage: Storage, task: Opener, trials: Sequence[Trial], progres
                 record = _diverged(opened, trial)
             storage.write(trial.file, record.to_json())
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # other workers' trials may lie there
+                folder.parent.rmdir()
         if progress:
             progress(f"{trial.task} trials", done + 1, len(trials))
 
