@@ -16,7 +16,8 @@ from layercard.adapters.apply import place
 from layercard.commands.main import run
 from layercard.data.load import load_data
 from layercard.errors import BenchmarkError
-from layercard.models.load import BaseModel, fingerprint
+from layercard.models.load import BaseModel
+from layercard.models.stored import fingerprint
 from layercard.settings import BenchSettings, TrainSettings
 from layercard.trials import bench as bench_module, trial as trial_module
 from layercard.trials.bench import STRATEGIES, Bench, Cell, Chooser, Grid, bench_placements, benches, check_strategies, climb
@@ -245,13 +246,13 @@ def test_trials_of_several_lengths_and_modules_lie_in_one_folder(
     settings: BenchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = replace(load_task(settings, "tiny"), moments=1)
-    before, modules = fingerprint(task.base.model), [name for name, _ in task.base.model.named_modules()]
+    before, modules = fingerprint(task.base.model, exact=True), [name for name, _ in task.base.model.named_modules()]
     lengths = [replace(SETTINGS, steps=steps) for steps in (2, 4)]
     trials = [Trial("tiny", layers, how, which) for layers in ((5,), (2, 3)) for how in lengths for which in ("all", "mlp")]
     first = run_trials(trials[:2], task, tmp_path)
     records = run_trials([*trials, trials[0]], task, tmp_path)
     assert records[:2] == first and records.pop() == first[0]
-    assert fingerprint(task.base.model) == before and [name for name, _ in task.base.model.named_modules()] == modules
+    assert fingerprint(task.base.model, exact=True) == before and [name for name, _ in task.base.model.named_modules()] == modules
     assert read_trials(tmp_path) == {trial.key: record for trial, record in zip(trials, records, strict=True)}
     assert (read_trials(tmp_path / "none") == {} and not (tmp_path / "unfinished").exists()) or not any((tmp_path / "unfinished").iterdir())
     for trial, record in zip(trials, records, strict=True):
@@ -372,11 +373,11 @@ def test_snr_sees_a_planted_signal() -> None:
 
 
 def test_peer_scores_have_a_number_a_layer(tiny_base: BaseModel, tiny_file: Path) -> None:
-    before = fingerprint(tiny_base.model)
+    before = fingerprint(tiny_base.model, exact=True)
     scores = peer_scores(tiny_base, load_data(tiny_file, tiny_base.tokenizer).examples)
     assert set(scores) == {"gradient_norm", "activation_norm", "one_minus_cka", "snr"}
     assert all(len(values) == 3 and all(math.isfinite(value) for value in values) for values in scores.values())
-    assert fingerprint(tiny_base.model) == before
+    assert fingerprint(tiny_base.model, exact=True) == before
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in tiny_base.model.modules())
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from layercard.data.load import load_data
-from layercard.models.load import fingerprint, load_model
+from layercard.models.load import load_model
+from layercard.models.stored import fingerprint
 from layercard.profiling.profile import profile_records as profile
 from layercard.selection.select import select
 from layercard.settings import ProfileSettings

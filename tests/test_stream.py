@@ -18,7 +18,8 @@ from layercard.errors import LayercardError, ModelError, OutputError, TrainingEr
 from layercard.files import LOCK_FILE, alone
 from layercard.models.load import load_model
 from layercard.models.losses import labelled_logits
-from layercard.models.streamed import INDEX, StreamedModel, Weights, open_model, weight_files
+from layercard.models.stored import INDEX, Weights, weight_files
+from layercard.models.streamed import StreamedModel, open_model
 from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.profiling.profile import profile_records as profile
 from layercard.settings import ProfileSettings

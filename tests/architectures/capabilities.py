@@ -35,8 +35,9 @@ from layercard.fast.prefix import frozen_prefix
 from layercard.models.adapted import unchanged
 from layercard.models.hooks import capturing, stepped
 from layercard.models.layers import LinearModule
-from layercard.models.load import BaseModel, fingerprint, is_classifier
+from layercard.models.load import BaseModel, is_classifier
 from layercard.models.losses import labelled_losses
+from layercard.models.stored import fingerprint
 from layercard.models.streamed import open_model
 from layercard.profiling.profile import profile_records as profile
 from layercard.profiling.step_probe import ReplayedSet

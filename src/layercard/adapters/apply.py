@@ -10,7 +10,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from layercard.adapters.files import check_loads, load_weights, read_adapter, saved_modules, saved_placement, wrapped_by_peft
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
+from layercard.files import read_json
 from layercard.models.adapted import adapted_paths, check_adapted, quiet_peft, restorer, unchanged
 from layercard.models.layers import LinearModule, find_blocks
 from layercard.models.load import BaseModel, describe
@@ -32,6 +33,8 @@ from layercard.models.module_sets import module_set
 from layercard.selection.placement import Placement, check_layers
 from layercard.settings import integer_if_whole
 
+RUN_FILE = "run.json"
+"""The record of the run beside an adapter, where `layercard train` made it."""
 WITH_PATTERNS = (PeftType.LORA, PeftType.LOHA, PeftType.LOKR)
 """Methods with a rank and an alpha for each module (AdaLoRA's `rank_pattern` is what it finds by itself)."""
 NOT_FOR_MODULES = (PeftType.ADAPTION_PROMPT, PeftType.TRAINABLE_TOKENS, PeftType.LN_TUNING)
@@ -162,6 +165,7 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
     adapter, placement = read_adapter(folder, base.model), saved_placement(folder)
     if placement is not None:
         check_model(base, placement)
+    _note_dtype(base, Path(folder))
     check_loads(base.model, adapter, str(folder), base.name)
     config = copy.deepcopy(adapter.config)
     config.base_model_name_or_path = None
@@ -175,6 +179,18 @@ def loaded(base: BaseModel, folder: str | Path) -> Iterator[PeftModel]:
         if none_acts:
             logging.getLogger(__name__).warning("%s: %s", folder, effect)
         yield wrapped.requires_grad_(False).eval()
+
+
+def _note_dtype(base: BaseModel, folder: Path) -> None:
+    """Say where an adapter was trained on the same model in another type."""
+    with suppress(PlacementError):  # an adapter without a record of its run, or with one that cannot be read, has nothing to say
+        trained = read_json(folder / RUN_FILE, PlacementError, "run record").get("model")
+        dtype = trained.get("dtype") if isinstance(trained, dict) else None
+        here = str(base.model.dtype).removeprefix("torch.")
+        if isinstance(dtype, str) and dtype != here:
+            logging.getLogger(__name__).warning(
+                "the adapter was trained in %s and the model is in %s: losses differ by rounding", dtype, here
+            )
 
 
 def adapted_ranks(model: PeftModel) -> dict[str, tuple[int, float]]:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, check_loads, read_adapter, saved_placement
 from layercard.errors import OutputError, PlacementError
-from layercard.models.streamed import StreamedModel, weight_files
+from layercard.models.stored import weight_files
+from layercard.models.streamed import StreamedModel
 
 PREFIX = "base_model.model."
 

@@ -5,10 +5,9 @@ whole way; `wrap_model` takes a model that is in memory already. Whatever is wro
 """
 
 import difflib
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import huggingface_hub.utils as hub_utils
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
@@ -38,11 +39,14 @@ from layercard.hub import hub_answers
 from layercard.models.embedded import EMBEDDED, embedded_folder
 from layercard.models.gguf import read_gguf
 from layercard.models.layers import Block, find_blocks, transformers_model
+from layercard.models.stored import Weights, digest, find_sources, fingerprint, fingerprint_paths, weight_files
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, how much is done and how much there is."""
 DTYPES: dict[str, torch.dtype | str] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 """What `--dtype` takes; `auto` is the type the weights are stored in."""
+LOSSY = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Types that do not hold every number of bfloat16."""
 CLASSIFIER = "ForSequenceClassification"
 """How transformers names models that put a text into one of several classes."""
 KEY_SHARING = ("num_kv_shared_layers", "kv_sharing_modes")
@@ -150,7 +154,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str = "in-memory
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
-    return BaseModel(model.eval(), tokenizer, name, fingerprint(model), blocks)
+    return BaseModel(model.eval(), tokenizer, name, identity(model), blocks)
 
 
 def locate(name: str, progress: Progress | None = None) -> str:
@@ -288,6 +292,62 @@ def _refuse_encoder_decoder(name: str, config: PreTrainedConfig) -> None:
         )
 
 
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in a model folder."""
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds
+        raise ModelError(f"{folder} has no usable configuration ({one_line(error, 120)}); copy it again") from error
+
+
+def empty_model(name: str, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without memory for its parameters; buffers that are computed are real."""
+    try:
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), no_init_weights():
+            model = auto_class(name, config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:  # values that the model's class refuses, each in its own way
+        raise ModelError(
+            f"{name} cannot be built from its configuration ({one_line(error, 120)}); mend it, or name another model"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def identity(model: PreTrainedModel) -> str:
+    """The fingerprint of a model's weights as they are stored, whatever type it is in now.
+
+    From float32, bfloat16 and float64 it can be told (`fingerprint`). float16 and quantised weights have lost what it is made of; so it
+    comes from the files that the model was loaded from, where they are at hand and agree with all that can be compared. Where not, it is
+    that of the weights as they are.
+    """
+    saved = model.state_dict()
+    lossy = any(tensor.dtype in LOSSY or not tensor.is_floating_point() for tensor in saved.values() if isinstance(tensor, torch.Tensor))
+    folder = Path(str(model.name_or_path or ""))
+    if not lossy or not (folder / "config.json").is_file():
+        return fingerprint(model)
+    try:
+        weights = Weights(weight_files(folder))
+        config = read_config(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            return fingerprint(model)
+        skeleton = empty_model(str(folder), config, torch.bfloat16, trust_remote_code=False)
+        sources = find_sources(skeleton, weights, str(folder))
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for path in fingerprint_paths(skeleton, skeleton.state_dict()):
+                stored, here = sources[path].read(weights), saved.get(path)
+                comparable = here is not None and here.is_floating_point() and here.shape == stored.shape
+                if comparable and not torch.equal(stored.to(here.dtype), here.cpu()):
+                    raise ModelError(f"{path} is not what is stored")
+                yield path, stored
+
+        return digest(tensors())
+    except (ModelError, KeyError):  # pickled, quantised or changed weights, or files under other names
+        return fingerprint(model)
+
+
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model, or the model inside an adapter's wrapper, puts texts into classes."""
     return type(transformers_model(model) or model).__name__.endswith(CLASSIFIER)
@@ -311,35 +371,6 @@ def shared_keys(model: nn.Module) -> str:
 def describe(base: BaseModel) -> dict[str, Any]:
     """The `model` object of cards and placements: name, fingerprint, number of layers."""
     return {"name": base.name, "fingerprint": base.fingerprint, "layers": len(base.blocks)}
-
-
-def fingerprint(model: nn.Module) -> str:
-    """First 16 hex digits of SHA-256 over every parameter's name, shape, dtype and bytes, and over what else is saved with a model.
-
-    The latter are the buffers in which quantised modules keep their codes and scales; most models have none. It is the same on every
-    device, and differs between dtypes. Tied weights count once. Takes 0.3 s for 135 million float32 weights.
-    """
-    saved = model.state_dict()  # first: bitsandbytes puts weights that it has rearranged for a CPU back in order
-    tensors = saved | dict(model.named_parameters())
-    return digest((path, tensors[path]) for path in fingerprint_paths(model, saved))
-
-
-def fingerprint_paths(model: nn.Module, saved: dict[str, Any]) -> list[str]:
-    """What a fingerprint is made of, in its order: the parameters, then what else is in the `state_dict`."""
-    tied = {path for path, _ in model.named_parameters(remove_duplicate=False)}
-    others = sorted(path for path, value in saved.items() if path not in tied and isinstance(value, torch.Tensor))
-    return [*sorted(path for path, _ in model.named_parameters()), *others]
-
-
-def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """First 16 hex digits of SHA-256 over name, shape, dtype and bytes of some tensors, in the order given."""
-    sha256 = hashlib.sha256()
-    for path, tensor in tensors:
-        if tensor.is_meta:
-            raise ModelError(f"{path} is offloaded, so its values are not there; load the model without offload, or profile with --stream")
-        sha256.update(f"{path} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()[:16]
 
 
 def find_device(name: str) -> torch.device:

@@ -1,0 +1,88 @@
+"""A model is itself in any type: what was made in one serves in another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from layercard.adapters.apply import loaded
+from layercard.commands.main import run
+from layercard.data.load import load_data
+from layercard.models.load import load_model, wrap_model
+from layercard.selection.placement import Placement
+from layercard.settings import TrainSettings
+from layercard.training.evaluate import evaluate
+from layercard.training.train import train
+from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
+
+
+class FourBits(nn.Linear):
+    """Stands in for the 4-bit maps of bitsandbytes: whole numbers from 0 to 15 with a scale for each row."""
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__(original.in_features, original.out_features, bias=False, device="meta")
+        scale = original.weight.detach().abs().amax(dim=1, keepdim=True) / 7
+        self.register_buffer("scale", scale)
+        self.weight = nn.Parameter(((original.weight.detach() / scale).round() + 8).to(torch.uint8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, (self.weight.to(x.dtype) - 8) * self.scale.to(x.dtype))
+
+
+def four_bits(folder: Path) -> Any:
+    """The model in a folder with the maps of its blocks in four bits."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".layers." in name:
+            model.set_submodule(name, FourBits(module))
+    return wrap_model(model, tiny_tokenizer())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model whose weights are stored in bfloat16, as most are."""
+    build_tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    write_records(tmp_path / "data.jsonl", tiny_records(24))
+    return tmp_path / "model"
+
+
+def test_card_in_float32_training_in_bfloat16_and_evaluation_in_float32(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", str(tmp_path / "data.jsonl")]
+    card, placement = str(tmp_path / "card.json"), str(tmp_path / "placement.json")
+    assert run(["profile", str(folder), *data, "--dtype", "float32", "--no-cost", "--probe", "none", "-o", card]) == 0
+    assert run(["select", card, "--k", "2", "-o", placement]) == 0
+    losses = {}
+    for trained in ("float32", "bfloat16", "float16"):
+        adapter = str(tmp_path / trained)
+        how = ["--placement", placement, "--dtype", trained, "--steps", "6", "--learning-rate", "0.01", "-o", adapter]
+        assert run(["train", str(folder), *data, *how]) == 0
+        for measured in ("float32", "bfloat16", "float16"):
+            capsys.readouterr()
+            assert run(["eval", str(folder), *data, "--adapter", adapter, "--dtype", measured, "--json"]) == 0
+            captured = capsys.readouterr()
+            losses[trained, measured] = json.loads(captured.out)["loss"]
+            assert ("rounding" in captured.err) == (trained != measured)
+    assert max(losses.values()) - min(losses.values()) < 0.05
+
+
+def test_card_in_float32_training_in_four_bits_and_evaluation_in_float32(folder: Path, tmp_path: Path) -> None:
+    base, quantised = load_model(folder, device="cpu"), four_bits(folder)
+    assert quantised.fingerprint == base.fingerprint
+    data = load_data(tmp_path / "data.jsonl", base.tokenizer)
+    card, placement = str(tmp_path / "card.json"), str(tmp_path / "placement.json")
+    line = ["profile", str(folder), "--data", str(tmp_path / "data.jsonl"), "--no-cost", "--probe", "none", "-o", card]
+    assert run(line) == run(["select", card, "--k", "2", "-o", placement]) == 0
+    for model, name in ((base, "float"), (quantised, "quantised")):
+        train(model, Placement.load(placement), data, tmp_path / name, TrainSettings(steps=8, learning_rate=0.01))
+        for other in (base, quantised):
+            before = evaluate(other, data, with_generation=False).loss
+            with loaded(other, tmp_path / name) as adapted:
+                assert evaluate(other, data, model=adapted, with_generation=False).loss < before
