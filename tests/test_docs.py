@@ -79,6 +79,16 @@ def test_every_file_that_pages_and_docstrings_name_is_there() -> None:
     assert missing == []
 
 
+def test_every_kind_of_fault_has_its_tests() -> None:
+    rows = [line for line in (ROOT / "tests" / "faults" / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert len(rows) >= 20
+    for row in rows[2:]:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
+        assert tests, row
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"there is no {name} in {file}"
+
+
 def test_every_measure_is_explained() -> None:
     from layercard.report.words import MEASURES
 
