@@ -24,7 +24,7 @@ from cards import fake_card, fake_comparison, fake_placement
 from layercard.card.card import LayerCard
 from layercard.commands import main
 from layercard.commands.bench import placements as bench_placements
-from layercard.commands.main import app, run
+from layercard.commands.main import app
 from layercard.commands.options import expanded
 from layercard.commands.profile import profile
 from layercard.commands.reproduce import command_lines
@@ -36,21 +36,6 @@ from layercard.settings import BenchSettings, FastSettings, ProfileSettings, Set
 COMPARED = ("compare/compare.json", "again/compare/compare.json")
 COMMANDS = [command.name for command in app.registered_commands]
 Layercard = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def layercard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Layercard:
-    """`layercard("show", path)` in an empty folder: exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return command
 
 
 @pytest.fixture
@@ -321,13 +306,6 @@ def test_a_placement_says_how_it_was_asked_for(layercard: Layercard, card: Path,
     assert json.loads(Path("again.json").read_text(encoding="utf-8")) == value
 
 
-def test_select_says_where_a_plain_placement_is_as_good(layercard: Layercard, card: Path) -> None:
-    out = layercard("select", card, "--objective", "performance", "--k", 8, "-o", "placement.json")[1]
-    value = json.loads(Path("placement.json").read_text(encoding="utf-8"))
-    assert value["predicted"]["baseline"] is not None
-    assert value["predicted"]["baseline"]["note"] in " ".join(out.split())
-
-
 def test_pareto_prints_and_keeps_the_front(layercard: Layercard, card: Path) -> None:
     status, out, err = layercard("pareto", card, "-o", "front.json")
     assert (status, err) == (0, "")
@@ -495,13 +473,6 @@ def test_a_page_shows_one_model_only(layercard: Layercard, card: Path, tmp_path:
     assert_one_line(layercard("show", card, "--html", "card.html", "--comparison", comparison), "compare.json")
 
 
-def test_profile_without_step_probe(layercard: Layercard, tiny_folder: Path, tiny_file: Path) -> None:
-    status, out, err = layercard("profile", tiny_folder, "--data", tiny_file, "--probe", "none", "-o", "card.json")
-    assert (status, err) == (0, "")
-    assert "next: layercard show card.json" in out
-    assert json.loads(Path("card.json").read_text(encoding="utf-8"))["layers"][0]["step_probe"] is None
-
-
 def test_defaults_are_those_of_the_library() -> None:
     for command, settings in ((profile, ProfileSettings()), (train, TrainSettings()), (train, FastSettings())):
         defaults = {name: parameter.default for name, parameter in inspect.signature(expanded(command)).parameters.items()}
@@ -510,29 +481,23 @@ def test_defaults_are_those_of_the_library() -> None:
         assert {name: defaults[name] for name in shared} == {name: getattr(settings, name) for name in shared}
 
 
-def test_a_placement_of_another_model_is_one_line(layercard: Layercard, tiny_folder: Path, tiny_file: Path, tmp_path: Path) -> None:
-    placement = saved(tmp_path / "placement.json", fake_placement(fake_card(), [1]))
-    result = layercard("train", tiny_folder, "--data", tiny_file, "--placement", placement, "-o", "adapter")
-    assert_one_line(result, "smollm2-135m")
-    assert not Path("adapter").exists()
-
-
-def test_an_interrupt_ends_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status", "word"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")])
+def test_an_interrupt_ends_in_one_line(number: int, status: int, word: str, tmp_path: Path) -> None:
     script = "import signal, sys, time; from layercard.commands import main as cli, show\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent in the background may have it ignored
     script += "import layercard.card.card as card\ncard.LayerCard.load = lambda path: (print('ready', flush=True), time.sleep(60))\n"
-    script += "sys.exit(cli.run(['show', 'card.json']))"
+    script += "sys.argv[1:] = ['show', 'card.json']; cli.main()"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     ) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, err = process.communicate(timeout=20)
         finally:
             process.kill()
-    assert (process.returncode, err.strip()) == (130, "interrupted")
+    assert (process.returncode, err) == (status, word)
 
 
 def test_a_closed_pipe_is_no_traceback(card: Path) -> None:

@@ -17,7 +17,6 @@ from hypothesis import given, settings, strategies as st
 from cards import fake_card
 from hub_server import Hub, Repository, served
 from layercard.card.card import LayerCard
-from layercard.commands.main import run
 from layercard.commands.reuse import keep, misfit, reusable
 from layercard.cost.model import CostModel
 from layercard.data.load import load_data
@@ -42,21 +41,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
         yield found
-
-
-@pytest.fixture
-def layercard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Layercard:
-    """`layercard("pull", name)` in an empty folder: exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return command
 
 
 def card_of(**changes: Any) -> LayerCard:

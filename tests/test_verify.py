@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from layercard.adapters.apply import adapted, loaded, place
 from layercard.adapters.files import PLACEMENT_FILE
 from layercard.adapters.verify import Verification, verify_adapter, verify_config
-from layercard.commands.main import run
 from layercard.errors import ModelError, PlacementError
 from layercard.models.load import load_model, wrap_model
 from layercard.models.skeleton import skeleton
@@ -37,19 +36,6 @@ from tiny import build_tiny, tiny_tokenizer
 from tricky import experts, hybrid, with_tower
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def layercard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = run([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return command
 
 
 def saved_model(model: PreTrainedModel, folder: Path, *, weights: bool = False) -> Path:
