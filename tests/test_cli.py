@@ -342,7 +342,7 @@ def test_data_that_cannot_be_used_is_one_line(layercard: Layercard, tiny_folder:
         "silent.jsonl": ["silent.jsonl", "line 3"],
         "synthetic:tset": ["synthetic:test"],
     }.items():
-        assert_one_line(layercard("profile", tiny_folder, "--data", file, "-o", "card.json"), *words)
+        assert_one_line(layercard("profile", tiny_folder, "--data", file, "--on-bad", "fail", "-o", "card.json"), *words)
     assert not Path("card.json").exists()
 
 

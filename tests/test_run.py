@@ -100,6 +100,7 @@ def test_run_leaves_every_step_and_goes_on_after_interrupts(arguments, tmp_path,
     # Interrupted after one training of the race, and after all of them, it goes on to the same choice.
     for before_interrupt in (1, len(first["race.json"]["heats"])):
         assert command([*arguments, "--force", "--plan"]) == 0
+        assert (out / "result.json").exists()  # a plan removes nothing
         trainings = iter(range(before_interrupt))
 
         def interrupt(*args, _train=workflow.train, _left=trainings, **kwargs):
@@ -110,7 +111,7 @@ def test_run_leaves_every_step_and_goes_on_after_interrupts(arguments, tmp_path,
         with monkeypatch.context() as patch:
             patch.setattr("layercard.trials.trial.train", interrupt)
             patch.setattr(workflow, "train", interrupt)
-            assert command(arguments) == 130
+            assert command([*arguments, "--force"]) == 130
         assert not (out / "result.json").exists()
         assert command(arguments) == 0
         assert files(out)["placement.json"]["layers"] == first["placement.json"]["layers"]

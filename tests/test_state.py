@@ -300,8 +300,9 @@ def test_sums_of_any_split_over_processes_are_those_of_one(tokens: int, count: i
 def test_a_state_that_cannot_be_written_by_another_process_is_said_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "file").touch()
     with pytest.raises(LayercardError, match="process 1: cannot write"):
-        State(tmp_path / "absent", "plan", FORM).save("a", {"n": 1})
+        State(tmp_path / "file", "plan", FORM).save("a", {"n": 1})
 
 
 def test_the_plan_is_there_to_be_read(tmp_path: Path) -> None:

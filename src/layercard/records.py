@@ -105,7 +105,8 @@ class Record(Part):
         if schema != cls.schema_name():
             kind = re.fullmatch(r"layercard(?:-([a-z-]+))?/\d+", schema) if isinstance(schema, str) else None
             if kind and not cls.schema_name().startswith(f"{kind[0].partition('/')[0]}/"):
-                raise cls.error(f"{source} is a {kind[1] or 'card'} ({schema}); a {cls.noun} is needed: make one with `{cls.made_by}`")
+                name = {None: "card", "compare": "comparison", "run": "run record", "eval": "evaluation"}.get(kind[1], kind[1])
+                raise cls.error(f"{source} is a {name} ({schema}); a {cls.noun} is needed: make one with `{cls.made_by}`")
             raise cls.error(f"{source}: schema {shown(schema)} is not {cls.schema_name()!r}; make the {cls.noun} with `{cls.made_by}`")
         try:
             return cls.model_validate(value)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import emit_json, say
-from layercard.errors import visible
-from layercard.files import write_text
+from layercard.errors import ExportError, visible
+from layercard.files import check_file, write_text
 from layercard.settings import setting
 
 
@@ -35,6 +35,8 @@ def export(
     # Where the merged file itself is the output, writing there was asked for.
     replace = force or (merge is not None and output is not None and output.resolve() == merge.resolve())
     opt.check_output(output, replace)
+    if merge is not None:
+        check_file(merge, ExportError, "configuration")
     from layercard.export.export import check_landing, exported
     from layercard.export.trainers import LoraSettings, trainer_named
     from layercard.selection.placement import Placement
