@@ -82,7 +82,8 @@ def read(text: str, source: str) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         position = mark.index if mark is not None else getattr(error, "position", 0)
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or one_line(error, 120)
+        parts = filter(None, (getattr(error, name, None) for name in ("context", "problem", "reason")))
+        reason = ", ".join(parts) or one_line(error, 120)
         refusal = f"{_at(text, source, position)}: PyYAML, with which trainers read YAML, refuses this ({reason})"
         raise ExportError(f"{refusal}; write it otherwise, or export to a new file") from error
     if not isinstance(values or {}, dict):
@@ -169,11 +170,12 @@ def _set_yaml(text: str, source: str, key: str, value: Any) -> str:
     line_break = match[0] if match else "\n"
     root = yaml.compose(text, Loader=_Loader)
     section, _, name = key.rpartition(".")
-    if root is None:
+    if root is None or (isinstance(root, yaml.ScalarNode) and root.value == ""):  # comments alone, or an empty document
         new = {section: {name: value}} if section else {name: value}
         return text if value is ABSENT else text + line_break * bool(text and text[-1] != "\n") + _dumped(new, 0, line_break)
     if not isinstance(root, yaml.MappingNode) or root.flow_style:
-        raise ExportError(f"{source}:{root.start_mark.line + 1} is written in braces; put each key on a line of its own")
+        form = "is written in braces" if isinstance(root, yaml.MappingNode) else f"holds {shown(root.value)}"
+        raise ExportError(f"{source}:{root.start_mark.line + 1} {form}; put each key on a line of its own")
     pairs = _pairs(root, source)
     if section and section in pairs:
         inner = pairs[section][1]
@@ -188,7 +190,7 @@ def _set_yaml(text: str, source: str, key: str, value: Any) -> str:
         name, value = section, {name: value}
     if name not in pairs and value is ABSENT:
         return text
-    indent = root.start_mark.column
+    indent = min(root.start_mark.column, root.value[0][0].start_mark.column)  # an anchor or `?` may stand before the first key
     if name not in pairs:
         # A new key goes below the last one, before comments and blank lines that follow.
         ends = (place for key_node, node in pairs.values() for place in (key_node.end_mark.index, _value_end(text, node)))
@@ -230,9 +232,10 @@ def _value_end(text: str, node: yaml.Node) -> int:
     while isinstance(node, yaml.CollectionNode) and not node.flow_style:
         node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
     start, end = int(node.start_mark.index), int(node.end_mark.index)
-    if re.match(r"[|>]\d?\+", text[start:end]):  # blank lines below belong to the value
-        return max(start, text.rfind("\n", start, end))
-    return len(text[:end].rstrip()) if end > start else end
+    last = len(text[:end].rstrip()) if end > start else end
+    if re.match(r"[|>]\d?\+", text[start:end]) or (text[start:end][:1] in ("|", ">") and re.search(r"\n[ \t]+\r?\n", text[last:end])):
+        return max(start, text.rfind("\n", start, end))  # blank lines below belong to the value
+    return last
 
 
 def _line_end(text: str, place: int) -> int:
