@@ -1,7 +1,7 @@
 """Exports read back as each trainer reads them, on tiny models: exactly the planned targets are adapted.
 
-The rules of the trainers are written here from their sources (named in `layercard/export/`), apart from PEFT's and TRL's own, which run;
-`tests/test_export_trainers.py` runs the others' own code where it is installed.
+`layercard.export.read` has the rules of the trainers from their sources; PEFT's and TRL's own code run here, and
+`tests/test_export_trainers.py` runs that of the others where it is installed.
 """
 
 import json
@@ -92,38 +92,9 @@ def adapted(model: PreTrainedModel, config: LoraConfig) -> set[str]:
     return found
 
 
-def by_axolotl(text: str, model: PreTrainedModel) -> LoraConfig:
-    """`loaders/adapter.py`, `_build_peft_lora_config`."""
-    cfg = yaml.safe_load(text)
-    assert cfg["adapter"] == "lora"
-    return LoraConfig(
-        r=cfg["lora_r"],
-        lora_alpha=cfg["lora_alpha"],
-        lora_dropout=cfg["lora_dropout"],
-        target_modules=cfg.get("lora_target_modules") or [],
-        target_parameters=cfg.get("lora_target_parameters") or [],
-        layers_to_transform=cfg.get("peft_layers_to_transform"),
-        layers_pattern=cfg.get("peft_layers_pattern"),
-        rank_pattern=cfg.get("lora_rank_pattern") or {},
-        alpha_pattern=cfg.get("lora_alpha_pattern") or {},
-        task_type="CAUSAL_LM",
-    )
-
-
-def by_llamafactory(text: str, model: PreTrainedModel) -> LoraConfig:
-    """`hparams/finetuning_args.py`, `split_arg`; `model_utils/visual.py`, `patch_target_modules`."""
-    cfg = yaml.safe_load(text)
-    names = [name.strip() for name in cfg["lora_target"].split(",")]
-    if model.config.model_type == "gemma3":
-        names = [name for name, _ in model.named_modules() if any(each in name for each in names) and "vision_tower" not in name]
-    return LoraConfig(r=cfg["lora_rank"], lora_alpha=cfg["lora_alpha"], target_modules=names, task_type="CAUSAL_LM")
-
-
-def by_swift(text: str, model: PreTrainedModel) -> LoraConfig:
-    """`arguments/tuner_args.py`, `__post_init__`; `pipelines/train/tuner.py`, `prepare_adapter`."""
-    cfg = yaml.safe_load(text)
-    names = cfg.get("target_regex") or cfg["target_modules"]
-    return LoraConfig(r=cfg["lora_rank"], target_modules=names, target_parameters=cfg.get("target_parameters"))
+def by_reader(trainer: str) -> Callable[[str, PreTrainedModel], LoraConfig]:
+    """As `layercard verify` reads it, by rules written from the trainer's sources apart from those for writing."""
+    return lambda text, model: read.config_of(yaml.safe_load(text), model, trainer)
 
 
 def by_trl(text: str, model: PreTrainedModel) -> LoraConfig:
@@ -165,9 +136,9 @@ def by_unsloth(text: str, model: PreTrainedModel) -> LoraConfig:
 
 
 READERS = {
-    "axolotl": by_axolotl,
-    "llamafactory": by_llamafactory,
-    "ms-swift": by_swift,
+    "axolotl": by_reader("axolotl"),
+    "llamafactory": by_reader("llamafactory"),
+    "ms-swift": by_reader("ms-swift"),
     "trl": by_trl,
     "peft": by_peft,
     "unsloth": by_unsloth,
@@ -194,7 +165,7 @@ def test_exactly_the_planned_targets_are_adapted(family: str, trainer: str, mode
         plan = Placement(model=plan.model, layers=plan.layers, paths=plan.paths, objective="given")
     done = exported(plan, TRAINERS[trainer], LoraSettings(), suffix=SUFFIX.get(trainer, ""))
     assert adapted(model, READERS[trainer](done.text, model)) == set(plan.targets)
-    if trainer in ("axolotl", "llamafactory", "ms-swift", "trl"):
+    if trainer in read.MARKS:  # known by its keys
         assert adapted(model, read.config_of(done.keys, model)) == set(plan.targets)
 
 
