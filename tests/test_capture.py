@@ -11,7 +11,7 @@ from layercard.data.load import Batch, Example, collate
 from layercard.models.hooks import capturing, frozen, hidden_states, replayed, stepped
 from layercard.models.layers import find_blocks
 from layercard.models.losses import labelled_losses
-from tiny import TINY_FAMILIES, VOCAB, build_tiny
+from tiny import VOCAB, build_tiny
 
 
 def examples(lengths: tuple[int, ...] = (9, 6, 12), seed: int = 0) -> list[Example]:
@@ -53,7 +53,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert (one is None and two is None) or torch.equal(one, two)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # both layouts of a weight; all families are in architectures/
 def test_gradients_from_signals_equal_those_of_autograd(family: str) -> None:
     model = build_tiny(family)
     batch = batch_of(examples())
@@ -128,7 +128,7 @@ def test_the_model_is_as_before(fails: bool, training: bool) -> None:
     assert_same(before, state(model))
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neox"])
 def test_replaying_from_a_block_equals_the_whole_forward(family: str) -> None:
     model = build_tiny(family)
     blocks = find_blocks(model)

@@ -17,7 +17,7 @@ from layercard.errors import TrainingError
 from layercard.fast.anatomy import anatomy
 from layercard.models.layers import find_blocks
 from test_adapters import state_of
-from tiny import TINY_FAMILIES, VOCAB, build_tiny, tiny_records, tiny_tokenizer
+from tiny import DISTINCT_FAMILIES, VOCAB, build_tiny, tiny_records, tiny_tokenizer
 
 CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 
@@ -104,7 +104,7 @@ def counted(model: nn.Module) -> Iterator[tuple[Counter[int], set[int]]]:
 
 @pytest.mark.parametrize("layers", [(2,), (1,)])
 @pytest.mark.parametrize("kind", CHECKPOINTING)
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_losses_and_adapters_are_those_of_stock_training(family: str, kind: str, layers: tuple[int, ...]) -> None:
     stock, before, inside = (peft_model(family, layers) for _ in range(3))
     enable(stock, kind)
@@ -132,7 +132,7 @@ def test_dropout_draws_what_stock_training_draws(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_blocks_below_run_once_and_have_no_backward(family: str, kind: str) -> None:
     model = peft_model(family, (1,))
     enable(model, kind)

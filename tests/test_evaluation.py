@@ -29,7 +29,7 @@ from layercard.training.evaluate import (
     score_texts,
 )
 from test_adapters import assert_same, base_of, state_of
-from tiny import TINY_FAMILIES, tiny_records, write_records
+from tiny import DISTINCT_FAMILIES, tiny_records, write_records
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_losses_are_those_of_transformers_record_by_record(tiny_base: BaseModel,
     assert result.perplexity == pytest.approx(math.exp(result.loss))
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_batch_size_and_padding_change_nothing(family: str, data: Dataset) -> None:
     base = base_of(family)
     alone = held_out_losses(base.model, base.pad_id, data, batch_size=1)
@@ -198,7 +198,7 @@ def test_the_prompt_ends_before_the_first_label(data: Dataset, tiny_base: BaseMo
     assert prompt_of(Example((5, 6), (IGNORED, IGNORED), {})) == (5, 6)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_batched_generation_equals_one_by_one(family: str, data: Dataset) -> None:
     base = base_of(family)
     assert len({len(prompt_of(example)) for example in data.examples}) > 3

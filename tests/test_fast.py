@@ -52,7 +52,7 @@ def assert_same_run(one: Run, other: Run, folders: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=["prefix", "from the first block on"])
-@pytest.mark.parametrize("family", tiny.TINY_FAMILIES)
+@pytest.mark.parametrize("family", tiny.DISTINCT_FAMILIES)
 def test_each_part_and_all_together_equal_stock_training(family: str, layers: tuple[int, ...], tmp_path: Path) -> None:
     base = base_of(family)
     stock = run(base, tmp_path, "stock", FastSettings.baseline(), layers)

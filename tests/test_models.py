@@ -20,7 +20,7 @@ from layercard.models.load import describe, load_model, wrap_model
 from layercard.models.losses import labelled_logits, labelled_losses
 from layercard.models.stored import fingerprint
 from layercard.models.streamed import open_model
-from tiny import LAYERS, TINY_FAMILIES, VOCAB, build_tiny, tiny_tokenizer
+from tiny import DISTINCT_FAMILIES, LAYERS, VOCAB, build_tiny, tiny_tokenizer
 
 
 def make_batch(lengths: list[int], prompts: list[int], seed: int = 0, pad_id: int = 1) -> Batch:
@@ -36,7 +36,7 @@ def make_batch(lengths: list[int], prompts: list[int], seed: int = 0, pad_id: in
 
 
 class TestLabelledLosses:
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
     def test_mean_equals_the_loss_of_transformers(self, family: str) -> None:
         model = build_tiny(family)
         batch = make_batch([9, 14, 5], [4, 11, 1])
@@ -45,7 +45,7 @@ class TestLabelledLosses:
         assert rows.tolist() == [0] * 5 + [1] * 3 + [2] * 4
         torch.testing.assert_close(losses.mean(), theirs, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
     def test_each_equals_the_row_alone_without_padding(self, family: str) -> None:
         model = build_tiny(family)
         lengths, prompts = [9, 14, 5], [4, 11, 1]
@@ -56,7 +56,7 @@ class TestLabelledLosses:
             slow = [-model(input_ids=ids[:, :at]).logits[0, -1].float().log_softmax(-1)[ids[0, at]] for at in range(max(prompt, 1), length)]
             torch.testing.assert_close(losses[rows == row], torch.stack(slow), rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
     def test_gradients_equal_those_of_transformers(self, family: str) -> None:
         model = build_tiny(family)
         batch = make_batch([7, 10], [3, 6])
@@ -102,7 +102,7 @@ class TestLabelledLosses:
         )
         torch.testing.assert_close(labelled_losses(model, narrow)[0], labelled_losses(model, wide)[0])
 
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
     def test_the_head_runs_only_on_positions_before_a_label(self, family: str) -> None:
         model = build_tiny(family)
         seen: list[int] = []
@@ -213,7 +213,7 @@ class TestLoadModel:
         ids = torch.tensor([[7, 9, 30]])
         torch.testing.assert_close(base.model(input_ids=ids).logits, build_tiny("llama")(input_ids=ids).logits)
 
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
     def test_every_family_survives_a_folder(self, family: str, tmp_path: Path) -> None:
         build_tiny(family).save_pretrained(tmp_path)
         tiny_tokenizer().save_pretrained(tmp_path)

@@ -121,7 +121,7 @@ def assert_as_stock(
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", tiny.TINY_FAMILIES)
+@pytest.mark.parametrize("family", tiny.DISTINCT_FAMILIES)
 def test_training_is_that_of_stock_peft(family: str, side: str) -> None:
     cache = assert_as_stock(family, epochs(side))
     assert cache.active and not cache.untouched
@@ -210,7 +210,7 @@ def test_with_gradient_checkpointing(reentrant: bool, names: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize("names", [(), ("packed",)], ids=["padded", "packed"])
-@pytest.mark.parametrize("family", tiny.TINY_FAMILIES)
+@pytest.mark.parametrize("family", tiny.DISTINCT_FAMILIES)
 def test_only_what_is_missing_is_computed(family: str, names: tuple[str, ...]) -> None:
     model, rows = adapted(family), records()
     with torch.no_grad():
@@ -232,7 +232,7 @@ def packed_row(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids[None], "position_ids": positions[None], "labels": labels[None], "use_cache": False}
 
 
-@pytest.mark.parametrize("family", tiny.TINY_FAMILIES)
+@pytest.mark.parametrize("family", tiny.DISTINCT_FAMILIES)
 def test_rows_packed_by_the_user(family: str) -> None:
     """Records in one row are told apart where the model tells them apart; where it does not, the row is one record."""
     model, rows = adapted(family), records()

@@ -15,7 +15,7 @@ from layercard.models.load import BaseModel, describe, wrap_model
 from layercard.profiling.profile import profile_records as profile, split_records
 from layercard.settings import ProfileSettings
 from test_capture import assert_same, examples, state
-from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
+from tiny import DISTINCT_FAMILIES, build_tiny, tiny_tokenizer
 
 LENGTHS = (9, 6, 12, 7, 5, 11, 8, 10, 14, 13, 9, 8)
 MEASURES = [
@@ -47,7 +47,7 @@ def card() -> LayerCard:
     return profile(base_of(), dataset(), ProfileSettings(rank=2, batch_size=3, cost=False))
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_every_family_gets_a_whole_card(family: str) -> None:
     base = base_of(family)
     before = state(base.model)

@@ -61,6 +61,8 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=None),
 }
 TINY_FAMILIES = list(_CONFIGS)
+DISTINCT_FAMILIES = ["llama", "gemma3", "gpt2", "gpt_neox", "opt"]
+"""One family of each kind of block: the others run as Llama does. What holds for every family is in `architectures/`."""
 
 
 def build_tiny(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -84,16 +84,15 @@ class Explorer:
     # ---- placements
 
     def explore(self, uploaded: Sequence[Entry], key: str | None, *controls: Any, patient: bool = False) -> tuple[Any, ...]:
-        """The `Choice` for what the controls say, its tiles, downloads and figures; `patient` searches as long as `layercard select`."""
+        """The `Choice` for what the controls say, its tiles and downloads; `patient` searches as long as `layercard select`."""
         entry = self.card(uploaded, key)
         if entry is None or entry.card is None:
             problem = "open a card, or make one on the tab Profile"
-            return Choice(None, problem), views.note(problem), "", None, None
+            return Choice(None, problem), views.note(problem), ""
         started, asked = time.perf_counter(), files.wishes(*controls[:-2])
         choice = files.choose(entry.card, asked, PATIENT if patient else files.SECONDS)
         tiles = views.tiles(choice, time.perf_counter() - started)
-        downloads = views.take_away(choice, files.command_line(asked, entry.place))
-        return choice, tiles, downloads, *self._figures(entry, choice, None, controls)
+        return choice, tiles, views.take_away(choice, files.command_line(asked, entry.place))
 
     def by_hand(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, layers: Sequence[str], *controls: Any) -> tuple[Any, ...]:
         """What changes with picked layers against the chosen ones, the downloads of their placement, and figures."""
@@ -107,13 +106,17 @@ class Explorer:
             words = views.tiles(hand)
         else:
             words = views.change_table(files.changes(choice.placement, hand.placement))
-        return words, views.take_away(hand), *self._figures(entry, choice, hand, controls)
+        return words, views.take_away(hand), *self.figures(uploaded, key, choice, *controls, hand=hand)
 
-    def _figures(self, entry: Entry, choice: Choice, hand: Choice | None, controls: Sequence[Any]) -> tuple[Any, Any]:
+    def figures(
+        self, uploaded: Sequence[Entry], key: str | None, choice: Choice, *controls: Any, hand: Choice | None = None
+    ) -> tuple[Any, Any]:
         """The front with the choice on it, and a measure over depth with the layers marked."""
         *sliders, measure, cost = controls
+        entry = self.card(uploaded, key)
+        if entry is None or entry.card is None:
+            return None, None
         names = [key for _, key in self.measures(entry)]
-        assert entry.card is not None
         over_depth = views.depth(entry.card, measure if measure in names else names[0], (hand or choice).layers)
         return views.front(self._fronts.get(entry.digest), cost, choice, hand, files.wishes(*sliders)), over_depth
 

@@ -71,7 +71,7 @@ class Page:
         self._measure = gr.Dropdown([], label="Over depth", elem_id="measure")
         depth = gr.Plot(show_label=False, elem_id="depth")
         self._controls: list[Any] = [objective, self._k, kept, *limits, self._measure, which]  # as `Explorer` takes them
-        self._explored = [self._choice, tiles, downloads, self._front, depth]
+        self._explored, self._drawn = [self._choice, tiles, downloads], [self._front, depth]
 
     def _hand_tab(self) -> None:
         gr.HTML(views.note("Pick layers and see what changes against the placement on the tab Select. Layer 0 is at the input."))
@@ -130,7 +130,8 @@ class Page:
         opened = [self._roadmap, self._k, self._measure, self._layers, self._best, self._first, self._second]
         asked = [*opened_card, *self._controls]
         explore = (explorer.explore, asked, self._explored)
-        settle = (self._settled, [*asked, self._choice], self._explored)
+        draw = (explorer.figures, [*opened_card, self._choice, *self._controls], self._drawn)
+        settle = (self._settled, [*asked, self._choice], [*self._explored, *self._drawn])
         by_hand = (explorer.by_hand, [*opened_card, self._choice, self._layers, *self._controls], self._hand)
         save = (explorer.saves, [*opened_card, self._choice, self._currency, *self._figures], self._saved)
 
@@ -144,9 +145,9 @@ class Page:
         ):
             shown = event.then(self._opened, opened_card, opened, **_ONCE).then(*explore, **_ONCE).then(*save, **_ONCE)
             front = shown.then(self._made_front, opened_card, [self._front], show_progress="minimal", api_visibility="private")
-            front.then(*explore, **_ONCE).then(*settle, **_ONCE).then(*by_hand, **_ONCE)
+            front.then(*draw, **_ONCE).then(*settle, **_ONCE).then(*by_hand, **_ONCE)
         for widget in self._controls:
-            widget.input(*explore, **_FAST).then(*settle, **_ONCE).then(*by_hand, **_ONCE).then(*save, **_ONCE)
+            widget.input(*explore, **_FAST).then(*draw, **_ONCE).then(*settle, **_ONCE).then(*by_hand, **_ONCE).then(*save, **_ONCE)
         self._layers.change(*by_hand, **_FAST)
         for button in self._starts:
             button.click(explorer.start_from, [*opened_card, self._choice, button], [self._layers], **_ONCE)
@@ -195,7 +196,8 @@ class Page:
         *asked, choice = controls
         if choice.placement is None or choice.placement.predicted["solver"]["status"] == "optimal":
             return (gr.skip(),) * 5
-        return self._explorer.explore(uploaded, key, *asked, patient=True)
+        explored = self._explorer.explore(uploaded, key, *asked, patient=True)
+        return *explored, *self._explorer.figures(uploaded, key, explored[0], *asked)
 
     def _made_front(self, uploaded: list[Entry], key: str | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         """Make the front of the card, once, with a bar over the figure; the next step draws it."""

@@ -179,7 +179,8 @@ def front(of: Front | None, cost: Any, choice: Choice, hand: Choice | None, aske
     if of is None:
         figure.update_xaxes(range=[0, 105])
         figure.update_yaxes(range=[0, 105])
-    return _clear(figure, height=420, margin={"b": 110}, legend={"y": -0.32})
+    # Below the axis title there is room for four lines of names, which a telephone needs.
+    return _clear(figure, height=460, margin={"b": 140}, legend={"yref": "container", "y": 0, "yanchor": "bottom"})
 
 
 def depth(card: LayerCard, measure: str, layers: Sequence[int]) -> "Figure":
