@@ -1,5 +1,7 @@
 """`layercard run` and `layercard tune`: where and how to adapt, chosen by short trainings on the user's own data."""
 
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +58,7 @@ def run(
             out().print("\n".join(plan_only(base, dataset, output, **how).lines()), soft_wrap=True)
             return
         result = go(base, dataset, output, **how, **more, tell=say)
-        page = write_report(output)
+        write_report(output, [shlex.join(["layercard", *sys.argv[1:]])])
     rows = {
         "Chosen": f"{result.chosen.name} · {len(result.chosen.layers)} layers · {result.chosen.modules} modules · "
         f"learning rate {result.chosen.learning_rate:.3g}",
@@ -64,7 +66,7 @@ def run(
         "Loss": f"{result.measured.loss_before:.4f} → {result.measured.loss_after:.4f} nats per labelled token",
         "Time": " · ".join(f"{name} {value:.0f} s" for name, value in result.seconds.model_dump().items() if value >= 0.5),
         "Memory": f"{result.peak_memory_bytes / 2**20:,.0f} MiB above the base model",
-        "Files": " · ".join(str(path) for path in (output / ADAPTER, page and output / REPORT_FILE, output / "result.json") if path),
+        "Files": " · ".join(str(path) for path in (output / ADAPTER, output / REPORT_FILE, output / "result.json")),
         "Result": result.line(),
     }
     then = ["eval", model, *(opt.data_options(valid) if valid else ["--data", "FILE"]), "--adapter", str(output / ADAPTER)]

@@ -21,6 +21,8 @@ from layercard.report.trials import TrialGroup, grouped, mean, plain_name, task_
 from layercard.report.words import MEASURES, amount, counted, device_of, measured, size, template, title_of
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
+from layercard.training.records import Run
+from layercard.trials.result import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -139,6 +141,42 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
         provenance=_provenance(sources),
         commands=list(commands),
     )
+
+
+def result_page(result: Result, run: Run, heats: Mapping[str, Any] | None = None, commands: Sequence[str] = ()) -> str:
+    """The page of a finished `layercard run`: what was chosen and why, what it gave, and what all layers would have given.
+
+    Args:
+        result: Its result.
+        run: The record of the full training, for its loss curve.
+        heats: The table of the race (`title`, `columns`, `rows`); `None` where there was none.
+        commands: Command lines that made all this.
+    """
+    before, after, every = result.measured.loss_before, result.measured.loss_after, result.all_layers
+    between = "" if result.measured.interval is None else "{:.3f}–{:.3f}".format(*result.measured.interval)
+    said = f"{before:.3f} to {after:.3f} nats per labelled token, on {result.valid['records']:,} held-out records"
+    tiles = [Tile("Loss reduction", f"{result.measured.loss_reduction:.3f}", between, said, "measured")]
+    if every.source == "estimated":
+        ends = every.loss_reduction
+        span = "" if ends.low is None or ends.high is None else f"{ends.low:.3f}–{ends.high:.3f}"
+        tiles.append(Tile("All layers", f"{ends.value:.3f}", span, "loss reduction, from the heats of the race", "predicted"))
+    step = f"{result.steps} steps of {result.step_seconds:.2f} s"
+    faster = f"; all layers took {every.step_seconds:.2f} s a step" if every.source != "measured" and every.step_seconds else ""
+    tiles.append(Tile("Time", amount(result.seconds.total) + " s", "", f"{step}{faster}; search {result.seconds.search:.0f} s", "measured"))
+    share = f"; {100 * result.peak_memory_bytes / every.peak_memory_bytes:.0f} % of all layers'" if every.peak_memory_bytes else ""
+    tiles.append(Tile("Peak memory", size(result.peak_memory_bytes), "", f"above the frozen model{share}", "measured"))
+    drawn, shown = {}, {}
+    if len(run.curve) > 1:
+        points = ([moment.seconds for moment in run.curve], [moment.loss for moment in run.curve])
+        drawn["loss"] = plots.loss_curves({result.chosen.name: points})
+    if heats is not None:
+        shown["race"] = tables.result_table(dict(heats))
+    chosen = f"{result.chosen.name}: layers {listed(result.chosen.layers)}, learning rate {result.chosen.learning_rate:.3g}. {result.why}."
+    settings = {name: value for name, value in result.settings.items() if value is not None}
+    parts: dict[str, Any] = dict.fromkeys(("card", "calculator", "roadmap"))
+    parts |= {"provenance": {"Model": result.model, "Data": result.data, "Held out": result.valid, "Settings": settings}}
+    parts |= {"tiles": tiles, "warnings": result.notes, "commands": list(commands), "held_out": True, "result": result}
+    return _render(None, {}, drawn, shown, title=str(result.model["name"]), verdict=f"{result.line().capitalize()}.", lead=chosen, **parts)
 
 
 def front_page(front: Front) -> str:

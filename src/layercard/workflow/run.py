@@ -33,7 +33,7 @@ from layercard.models.load import BaseModel, Progress, describe
 from layercard.models.losses import RecordLosses
 from layercard.profiling.profile import profile_records
 from layercard.records import Estimate
-from layercard.report.page import report_page
+from layercard.report.page import report_page, result_page
 from layercard.report.sources import read_sources
 from layercard.selection.budgets import Budgets
 from layercard.selection.placement import Placement
@@ -44,19 +44,21 @@ from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import PLAN as TRAIN_PLAN, RUN_FILE, train
 from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Race, Shape, race, race_shape, usual_rate
+from layercard.trials.result import AllLayers, Chosen, Measured, Result, Seconds
 from layercard.trials.trial import Task
 from layercard.trials.workers import Workers
-from layercard.workflow.result import AllLayers, Chosen, Measured, Result, Seconds
 
 PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE = "plan.json", "card.json", "race.json", "placement.json", "result.json"
-ADAPTER, REPORT_FILE, TIMING, RACE = "adapter", "report.html", "timing", "race"
-FILES = (PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE, ADAPTER, REPORT_FILE, TIMING, RACE, f"{CARD_FILE}.state")
+ADAPTER, REPORT_FILE, CARD_PAGE, TIMING, RACE = "adapter", "report.html", "card.html", "timing", "race"
+FILES = (PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE, ADAPTER, REPORT_FILE, CARD_PAGE, TIMING, RACE, f"{CARD_FILE}.state")
 """All that a run leaves in its folder."""
 LEAST_RECORDS = 16
 """Records below which nothing can be chosen or judged."""
 HELD_OUT = (0.1, 16, 300)
 """Share of the records that a split holds out, the least and the most of them."""
 TIMED_STEPS = 4
+MOMENTS = 6
+"""Points of the loss curve of the full training."""
 CARD_SHARE = 0.4
 """Part of the search that a card may take; the race has the rest."""
 CARD_STEPS = 0.9
@@ -262,7 +264,8 @@ def run(
         full = replace(training, steps=choice.plan.steps, epochs=None, learning_rate=choice.chosen.learning_rate)
         how: dict[str, Any] = {"valid": choice.valid, "fast": fast, "before": choice.before, "progress": progress}
         begun = (output / ADAPTER / TRAIN_PLAN).exists() or (output / ADAPTER / RUN_FILE).exists()
-        trained = train(base, choice.placement, choice.data, output / ADAPTER, full, **how, resume=begun, force=not begun)
+        moments = sorted({max(1, choice.plan.steps * part // MOMENTS) for part in range(1, MOMENTS)})
+        trained = train(base, choice.placement, choice.data, output / ADAPTER, full, **how, moments=moments, resume=begun, force=not begun)
         result = _result(base, choice, trained, {**training.to_json(), **settings.to_json()})
         result.save(output / RESULT_FILE, force=True)
         return result
@@ -304,12 +307,32 @@ def plan_only(
         return plan_run(data, settings, training, _timed(base, data, training, fast, output / TIMING, progress))
 
 
-def write_report(output: Path) -> Path | None:
-    """The report of a finished run as a page; `None` without a card, which the page is about."""
-    if not (output / CARD_FILE).exists():
-        return None
-    sources = read_sources([output / CARD_FILE, output / PLACEMENT_FILE, output / ADAPTER])
-    return write_text(output / REPORT_FILE, report_page(sources), force=True)
+def write_report(output: Path, commands: Sequence[str] = ()) -> Path:
+    """The pages of a finished run: `report.html`, and `card.html` where there is a card."""
+    result, trained = Result.load(output / RESULT_FILE), Run.load(output / ADAPTER / RUN_FILE)
+    heats = None
+    if (output / RACE_FILE).exists():
+        raced = Race.load(output / RACE_FILE)
+        columns = ["Candidate", "Modules", "Layers", "Steps", "Learning rate", "Loss", "Seconds a step", "Memory, MiB"]
+        rows = [
+            [
+                heat.entrant.name,
+                heat.entrant.modules,
+                len(heat.entrant.layers),
+                heat.steps,
+                f"{heat.learning_rate:.3g}",
+                "diverged" if heat.loss is None else f"{heat.loss:.4f}",
+                f"{heat.step_seconds:.2f}",
+                round(heat.peak_memory_bytes / 2**20),
+            ]
+            for heat in raced.heats
+        ]
+        title = f"Heats of the race, judged on {raced.held_out_records} held-out records (loss before: {raced.loss_before:.4f})"
+        heats = {"title": title, "columns": columns, "rows": rows}
+    if (output / CARD_FILE).exists():
+        sources = read_sources([output / CARD_FILE, output / PLACEMENT_FILE, output / ADAPTER])
+        write_text(output / CARD_PAGE, report_page(sources), force=True)
+    return write_text(output / REPORT_FILE, result_page(result, trained, heats, commands), force=True)
 
 
 def clear(output: Path) -> None:

@@ -46,6 +46,11 @@ class Seconds(Part):
     evaluate: float = 0.0
     total: float = 0.0
 
+    @property
+    def search(self) -> float:
+        """What came before the training itself."""
+        return self.timing + self.profile + self.race
+
 
 class Result(Record):
     """The result of a whole run."""
