@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from layercard.adapters.lora_config import MLX_BLOCKS
 from layercard.errors import PlacementError, one_line
 from layercard.files import check_file, read_json, shown
 from layercard.models.adapted import quiet_peft, unchanged
 from layercard.models.layers import find_blocks
+from layercard.models.module_sets import MLX_BLOCKS
 from layercard.records import first_problem
 from layercard.selection.placement import Placement
 

@@ -23,13 +23,6 @@ CHOSEN = (
     "alpha_pattern",
 )
 """Arguments of `LoraConfig` that choose modules or their ranks, which is the placement's to do."""
-MLX_BLOCKS = {
-    "model.layers": "model.layers",
-    "model.language_model.layers": "language_model.model.layers",
-    "transformer.h": "model.h",
-    "gpt_neox.layers": "model.h",
-}
-"""Where transformers has the blocks, and where mlx-lm has them; below the block both have the same names."""
 
 
 def lora_arguments(

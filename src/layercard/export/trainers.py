@@ -12,10 +12,11 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from layercard.adapters.lora_config import CHOSEN, MLX_BLOCKS, check_settings, full_paths, patterns
+from layercard.adapters.lora_config import CHOSEN, check_settings, full_paths, patterns
 from layercard.errors import ExportError
 from layercard.export.config_text import ABSENT, lookup
 from layercard.files import shown
+from layercard.models.module_sets import MLX_BLOCKS
 from layercard.selection.placement import Placement
 from layercard.settings import integer_if_whole
 

@@ -1,4 +1,4 @@
-"""Sets of modules within a layer, by what they do in it: the other half of a placement, beside the layers."""
+"""Names of modules: sets of them within a layer by what they do in it, and what other libraries call the blocks."""
 
 import re
 from collections import Counter
@@ -15,6 +15,13 @@ MODULE_SETS = {
     "down": "the last module of the feed-forward part (down_proj)",
 }
 """The sets by name, and what is in each."""
+MLX_BLOCKS = {
+    "model.layers": "model.layers",
+    "model.language_model.layers": "language_model.model.layers",
+    "transformer.h": "model.h",
+    "gpt_neox.layers": "model.h",
+}
+"""Where transformers has the blocks, and where mlx-lm has them; below the block both have the same names."""
 _MIXES_TOKENS = re.compile(
     r"(^|[._])(\w*attn|\w*attention|mixer|mamba|ssm|conv|recurrent|temporal_block|time_mix\w*|att)([._]|$)", re.IGNORECASE
 )
