@@ -101,7 +101,8 @@ class Page:
                     gr.HTML(f"<h3 style='margin:0'>{title}</h3>")
                     for name in names:
                         # A number cannot be empty, so a figure that may be is typed as text.
-                        default, unit = FIGURES[name].default, FIGURES[name].json_schema_extra["unit"]
+                        extra: Any = FIGURES[name].json_schema_extra
+                        default, unit = FIGURES[name].default, str(extra["unit"])
                         empty = "" if default is not None else "empty: as measured" if name in MEASURED_FIGURES else "empty: none"
                         label = ", ".join(filter(None, (FIGURES[name].title, unit, empty)))
                         field = gr.Number if default is not None else gr.Textbox

@@ -157,7 +157,7 @@ CHOSEN, HAND, LINE = "#c2410c", "#7c3aed", "#6b7280"
 
 def front(of: Front | None, cost: Any, choice: Choice, hand: Choice | None, asked: Wishes) -> "Figure":
     """A front with the chosen placement, the one picked by hand, and what was asked for as lines; without its points while it is made."""
-    figure = plots.front(of or Front(model={}, cost_source="", fronts={cost: ()}, baselines=()), cost)  # type: ignore[arg-type]
+    figure = plots.front(of or Front(model={}, cost_source="", fronts={cost: ()}, baselines=()), cost)
     for each, name, symbol, colour in ((choice, "chosen", "diamond", CHOSEN), (hand, "by hand", "x", HAND)):
         if each is not None and each.placement is not None:
             performance = Estimate(**each.placement.predicted["performance_kept"])
