@@ -5,8 +5,9 @@ from pathlib import Path
 
 import typer
 
+from layercard.commands.options import check_folder
 from layercard.commands.terminal import out
-from layercard.errors import CardError, OutputError, PlacementError
+from layercard.errors import CardError, PlacementError
 from layercard.settings import setting
 
 
@@ -24,10 +25,7 @@ def demo(
     Profile, show, select, compare the selected layers with all, and write a report. Finished parts are used again when the demo is run
     a second time.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {output}: {error.strerror}; choose another with --output") from None
+    check_folder(output, resume=True, force=force)
     card, placement, runs, page = (output / name for name in ("card.json", "placement.json", "compare", "card.html"))
     reused = not force and _fits(card, placement, model, records, k)
 
