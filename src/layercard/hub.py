@@ -42,4 +42,4 @@ def within(seconds: float, ask: Callable[[], T]) -> T:
         raise TimeoutError(f"no whole answer within {seconds:g} s") from None
     if error is not None:
         raise error
-    return value  # type: ignore[no-any-return]
+    return value

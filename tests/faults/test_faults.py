@@ -244,8 +244,8 @@ def without(value: Any, *names: str) -> Any:
 @pytest.mark.timeout(300)
 def test_a_killed_app_takes_its_profile_along(place: Path, tmp_path: Path) -> None:
     """Neither the process, nor its folder, nor half a card is left."""
-    script = "import sys, time; from pathlib import Path; from layercard.report.app.jobs import Jobs\n"
-    script += "job = Jobs(Path(sys.argv[1]), Path(sys.argv[2])).start(Path(sys.argv[3]), sys.argv[4], 16)\n"
+    script = "import sys, time; from pathlib import Path; from layercard.report.app.jobs import profile_job\n"
+    script += "job = profile_job(Path(sys.argv[3]), sys.argv[4], 16, Path(sys.argv[1]), Path(sys.argv[2]))\n"
     script += "print(job._process.pid, flush=True); time.sleep(600)"
     cards, work = tmp_path / "cards", tmp_path / "work"
     for folder in (cards, work):

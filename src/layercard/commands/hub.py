@@ -37,11 +37,12 @@ def pull(
         with Display() as display:
             described = describe(opt.load(model, loading, display))
     if name is None and described is not None:
-        name, *others = find(described["fingerprint"]) or [None]
-        if name is None:
+        names = find(described["fingerprint"])
+        if not names:
             raise HubError(f"the hub has no card of {model}'s weights; make one with `layercard profile`, and push it")
-        if others:
-            raise HubError(f"the hub has {1 + len(others)} cards of {model}'s weights: {name}, {', '.join(others)}; name the one you mean")
+        if len(names) > 1:
+            raise HubError(f"the hub has {len(names)} cards of {model}'s weights: {', '.join(names)}; name the one you mean")
+        name = names[0]
     card = pull_card(str(name), revision=revision)
     if described is not None:
         card.check_model(described)

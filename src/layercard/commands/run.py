@@ -47,7 +47,7 @@ def run(
     All layers always take part, and may win. Interrupted, the same command goes on where it was.
     """
     sources = (data, valid, records, valid_records)
-    how = {"settings": choice, "training": settings, "fast": fast}
+    how: dict[str, Any] = {"settings": choice, "training": settings, "fast": fast}
     with Display() as display:
         base, dataset, held_out, more = _opened(model, sources, reading, loading, output, workers, ray, force and not only_plan, display)
         from layercard.report.terminal import pairs

@@ -47,7 +47,7 @@ def out() -> Console:
 
 def say(line: str) -> None:
     """Write one line on stderr."""
-    sys.stderr.write(f"{visible(' '.join(line.split()))}\n")
+    sys.stderr.write(f"{visible(' '.join(line.splitlines()))}\n")
 
 
 def emit_json(value: dict[str, Any]) -> None:
