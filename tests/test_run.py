@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import layercard
 from layercard.commands.main import run as command
 from layercard.errors import TrainingError
 from layercard.models.losses import RecordLosses
@@ -170,3 +171,10 @@ def test_workers_come_to_the_same_choice(arguments, tmp_path, capsys):
     assert chosen[0]["chosen"]["learning_rate"] == pytest.approx(chosen[1]["chosen"]["learning_rate"], rel=1e-3)
     losses = [[heat["loss"] for heat in race["heats"]] for race in chosen]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_from_python(tiny_folder, tmp_path):
+    records = tiny_records(40)
+    result = layercard.run(str(tiny_folder), records, tmp_path / "out", training=layercard.TrainSettings(steps=12))
+    assert result.measured.loss_after < result.measured.loss_before
+    assert result.steps == 12 and result.verdict in ("adapt", "all layers")

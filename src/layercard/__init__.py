@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     from layercard.selection.placement import Placement as Placement
     from layercard.selection.select import select as select
     from layercard.serving.shared_prefix import SharedPrefix as SharedPrefix
-    from layercard.settings import FastSettings as FastSettings, ProfileSettings as ProfileSettings, TrainSettings as TrainSettings
+    from layercard.settings import (
+        FastSettings as FastSettings,
+        ProfileSettings as ProfileSettings,
+        RunSettings as RunSettings,
+        TrainSettings as TrainSettings,
+    )
+    from layercard.workflow.run import run as run
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the program that imports it listens
 # PEFT imports bitsandbytes where it is installed, which warns then that it finds no faster kernel for some CPUs.
@@ -66,7 +72,8 @@ _NAMES = {
     "selection.placement": "Placement",
     "selection.select": "select",
     "serving.shared_prefix": "SharedPrefix",
-    "settings": "FastSettings ProfileSettings TrainSettings",
+    "settings": "FastSettings ProfileSettings RunSettings TrainSettings",
+    "workflow.run": "run",
 }
 """The public names of each module."""
 _HOMES = {name: f"layercard.{module}" for module, names in _NAMES.items() for name in names.split()}

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from layercard.adapters.apply import place
 from layercard.card.card import LayerCard
-from layercard.data.load import Dataset
+from layercard.data.formats import Source
+from layercard.data.load import Dataset, load_data
 from layercard.errors import DataError, OutputError, TrainingError
 from layercard.files import LOCK_FILE, alone, read_json, write_json, write_text
-from layercard.models.load import BaseModel, Progress, describe
+from layercard.models.load import BaseModel, Progress, describe, load_model, wrap_model
 from layercard.models.losses import RecordLosses
 from layercard.profiling.profile import profile_records
 from layercard.records import Estimate
@@ -220,11 +222,12 @@ def tune(
 
 
 def run(
-    base: BaseModel,
-    data: Dataset,
+    model: BaseModel | PreTrainedModel | str,
+    data: Dataset | Source,
     output: str | Path,
     *,
-    valid: Dataset | None = None,
+    tokenizer: Any = None,
+    valid: Dataset | Source | None = None,
     settings: RunSettings | None = None,
     training: TrainSettings | None = None,
     fast: FastSettings | None = None,
@@ -236,10 +239,11 @@ def run(
     """Choose where and how to adapt by measuring on these records, train to the full length, and say what it gave.
 
     Args:
-        base: The frozen base model.
-        data: Records to train on.
+        model: The base model: what `load_model` gives, its name, or a transformers model, then with its `tokenizer`.
+        data: Records to train on: a `Dataset`, or what `load_data` takes.
         output: The folder that gets every file; where it holds a part of this run, that part is not done again.
-        valid: Held-out records; a tenth of `data` when not given.
+        tokenizer: Only for a transformers model.
+        valid: Held-out records, given as `data` is; a tenth of `data` when not given.
         settings: How to choose, and within what limits.
         training: The full-length training: steps or epochs, batch, rank. A learning rate in it is taken and not searched.
         fast: Which work training leaves out; all that is exact when not given.
@@ -256,8 +260,14 @@ def run(
         TrainingError: A limit that leaves no time to train, or as `train`.
     """
     settings, training, output = settings or RunSettings(), training or TrainSettings(), Path(output)
+    base = wrap_model(model, tokenizer) if isinstance(model, PreTrainedModel) else load_model(model) if isinstance(model, str) else model
+
+    def read(records: Dataset | Source) -> Dataset:
+        return records if isinstance(records, Dataset) else load_data(records, base.tokenizer, classes=base.classes)
+
+    data, held_out = read(data), None if valid is None else read(valid)
     with alone(output):
-        made: dict[str, Any] = {"valid": valid, "settings": settings, "training": training, "fast": fast, "progress": progress}
+        made: dict[str, Any] = {"valid": held_out, "settings": settings, "training": training, "fast": fast, "progress": progress}
         choice = tune(base, data, output, **made, workers=workers, open_records=open_records, tell=tell)
         if (output / RESULT_FILE).exists():
             return Result.load(output / RESULT_FILE)
