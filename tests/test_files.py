@@ -154,6 +154,13 @@ def test_json_that_cannot_be_used_is_said_in_one_line(data: bytes, words: str, t
         read_json(tmp_path / "x.json", CardError, "card")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), pytest.param(10**5000, id="digits")])
+def test_numbers_that_json_has_not_are_not_written(value: float, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="a number that JSON cannot"):
+        write_json(tmp_path / "x.json", {"a": [value]})
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_that_are_not_text_can_be_written(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"source": os.fsdecode(b"\xff.jsonl"), "pair": "\U0001f600"})
     assert read_json(tmp_path / "x.json", CardError, "card") == {"source": "?.jsonl", "pair": "\U0001f600"}

@@ -37,7 +37,7 @@ def test_what_is_missing_or_broken_is_said(storage: Storage) -> None:
     _put(storage, "a.json", b'{"a": ')
     with pytest.raises(BenchmarkError, match="is no whole run"):
         storage.read("a.json", "run")
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(OutputError, match="JSON"):
         storage.write("b.json", {"a": float("nan")})
     assert not storage.exists("b.json")
 

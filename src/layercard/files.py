@@ -54,6 +54,8 @@ def _file_at(path: Path) -> os.stat_result | None:
             there = path.stat()
         except FileNotFoundError:
             return None
+        except ValueError as error:  # a name with a zero byte
+            raise OutputError(f"cannot write {path}: {error}; choose another output") from error
     if stat.S_ISDIR(there.st_mode):
         raise OutputError(f"{path} is a folder; name a file to write")
     if not stat.S_ISREG(there.st_mode):
@@ -73,8 +75,6 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {room}choose another output") from error
-    except ValueError as error:  # a name with a zero byte
-        raise OutputError(f"cannot write {path}: {error}; choose another output") from error
 
 
 @contextmanager
@@ -170,8 +170,15 @@ def write_json(path: str | Path, value: dict[str, Any], *, force: bool = False) 
 
 
 def json_text(value: dict[str, Any]) -> str:
-    """A JSON object as the files of this package hold it; NaN and infinity raise `ValueError`."""
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """A JSON object as the files of this package hold it.
+
+    Raises:
+        OutputError: It holds a number that JSON or Python cannot write: NaN, infinity, or one of thousands of digits.
+    """
+    try:
+        return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise OutputError(f"the result holds a number that JSON cannot ({error}); look at the records and rates") from error
 
 
 def read_json(path: str | Path, error: type[LayercardError], what: str) -> dict[str, Any]:

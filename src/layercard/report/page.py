@@ -201,7 +201,15 @@ def _render(
     figures = {name: figure.to_plotly_json() for name, figure in drawn.items()}
     for value in figures.values():
         value["layout"].pop("template", None)  # plotly's own theme
-    parts |= {"front": front, "placements": placements, "figures": figures, "tables": shown, "how_predicted": PREDICTED}
+    parts = {
+        "result": None,
+        **parts,
+        "front": front,
+        "placements": placements,
+        "figures": figures,
+        "tables": shown,
+        "how_predicted": PREDICTED,
+    }
     titles = {name: title for name, (_, title) in plots.COSTS.items()}
     return template("page.html.j2", amount=amount).render(front_titles=titles, plotly_js=Markup(plotly_js()), **parts)
 

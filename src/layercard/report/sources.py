@@ -7,7 +7,7 @@ from typing import Any
 
 from layercard.card.card import LayerCard
 from layercard.card.numbers import Json
-from layercard.errors import PlacementError, ReportError
+from layercard.errors import OutputError, PlacementError, ReportError
 from layercard.files import json_text, read_json, shown
 from layercard.records import Record
 from layercard.report.trials import Trial, compared, of_comparison, of_run, of_trial
@@ -77,7 +77,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
         for file, value, counted_elsewhere in _values(path):
             try:
                 json_text(value)
-            except ValueError:
+            except OutputError:
                 raise ReportError(f"{file} holds NaN or an infinite number, which nothing measured is; make it again") from None
             kind = _take(sources, file, value, shares, named=file == path, counted_elsewhere=counted_elsewhere)
             if kind is None:
