@@ -456,8 +456,8 @@ class TestRefusals:
             ("a.csv", b"prompt,completion\na,\n", "line 2: completion is empty"),
             ("a.jsonl", GOOD.encode() + b'\n{"prompt": "caf\xe9"}', "line 2: no UTF-8 at byte 16"),
             ("a.jsonl", GOOD.encode("utf-16"), "it looks like UTF-16); save the file as UTF-8"),
-            ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:40], "cannot be read"),
-            ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:20] + b"x" * 40, "cannot be read"),
+            ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:40], "cannot be read"),
+            ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:20] + b"x" * 40, "cannot be read"),
             ("a.parquet", b"PAR1", "cannot be read as Parquet"),
         ],
     )

@@ -60,14 +60,15 @@ def test_race_fits_its_budget():
 
 @pytest.mark.parametrize("text", ["60", "8", "1e3", "half", "-3m", "nan m", "5parsecs"])
 def test_bare_limits_are_refused(text):
-    with pytest.raises(TrainingError, match="unit"):
-        RunSettings(max_time=text)
+    for name in ("max_time", "max_memory", "search", "tolerance"):
+        with pytest.raises(TrainingError, match="unit"):
+            RunSettings(**{name: text})
 
 
 @pytest.fixture
 def arguments(tiny_folder: Path, tmp_path: Path) -> list[str]:
     data = write_records(tmp_path / "data.jsonl", tiny_records(60))
-    return ["run", str(tiny_folder), "--data", str(data), "-o", str(tmp_path / "out"), "--epochs", "6", "--search", "1.5", "--json"]
+    return ["run", str(tiny_folder), "--data", str(data), "-o", str(tmp_path / "out"), "--epochs", "6", "--search", "150%", "--json"]
 
 
 def files(folder: Path) -> dict[str, object]:

@@ -286,14 +286,26 @@ class RunSettings(Settings, group="Choice"):
         "What the choice is cheap in, among all that are as good: time, memory, or quality (the best, whatever it costs).",
         choices=("time", "memory", "quality"),
     )
-    tolerance: float = setting(0.01, "How far above the best loss is as good, as a share of it.", low=0, high=0.5)
-    search: float = setting(0.2, "Share of the training time that card and race may take.", low=0, high=10)
+    tolerance: str = setting("1%", "How far above the best loss is as good, as a share of it.", metavar="SHARE")
+    search: str = setting("20%", "Share of the training time that card and race may take.", metavar="SHARE")
     max_time: str | None = setting(None, "The whole run may take so long: 90s, 30m, 2h.", metavar="TIME")
     max_memory: str | None = setting(None, "Memory of training above the frozen model: 500MB, 8GB.", metavar="SIZE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.max_seconds(), self.max_memory_bytes()
+        self.max_seconds(), self.max_memory_bytes(), self.search_share(), self.tolerance_share()
+
+    def search_share(self) -> float:
+        """`search` from 0 on.
+
+        >>> RunSettings(search="150%").search_share()
+        1.5
+        """
+        return _amount("search", self.search, {"%": 0.01}, "20% or 100%", least=0.0) or 0.0
+
+    def tolerance_share(self) -> float:
+        """`tolerance` from 0 on."""
+        return _amount("tolerance", self.tolerance, {"%": 0.01}, "1% or 0.5%", least=0.0) or 0.0
 
     def max_seconds(self) -> float | None:
         """`max_time` in seconds.
@@ -309,16 +321,16 @@ class RunSettings(Settings, group="Choice"):
         return _amount("max_memory", self.max_memory, units, "500MB or 8GB")
 
 
-def _amount(name: str, text: str | None, units: dict[str, float], forms: str) -> float | None:
-    """A positive amount with its unit, which it must have: a bare number could be any."""
+def _amount(name: str, text: str | None, units: dict[str, float], forms: str, least: float = 1e-9) -> float | None:
+    """An amount with its unit, which it must have: a bare number could be any."""
     if text is None:
         return None
-    match = re.fullmatch(r"([\d.]+)\s*([a-z]+)", str(text).strip().lower())
+    match = re.fullmatch(r"([\d.]+)\s*([a-z]+|%)", str(text).strip().lower())
     try:
-        number = float(match[1]) if match else 0.0
+        number = float(match[1]) if match else -1.0
     except ValueError:
-        number = 0.0
-    if not match or match[2] not in units or not 0 < number < 1e12:
+        number = -1.0
+    if not match or match[2] not in units or not least <= number < 1e12:
         raise TrainingError(f"{name} {str(text)[:40]!r} cannot be read; give a number with its unit, such as {forms}")
     return number * units[match[2]]
 

@@ -207,7 +207,7 @@ def tune(
         task = race_task(base, data, valid, before, fast, plan.race)
         opener = task if open_records is None else partial(_opened, open_records, training.seed, fast, plan.race)
         course = Course(opener, training, plan.steps, output / RACE, workers or Workers(), progress)
-        how: dict[str, Any] = {"objective": settings.objective, "tolerance": settings.tolerance, "left_out": left_out}
+        how: dict[str, Any] = {"objective": settings.objective, "tolerance": settings.tolerance_share(), "left_out": left_out}
         how |= {"search_rate": training.learning_rate is None, "max_memory": settings.max_memory_bytes()}
         about = {"model": describe(base), "data": describe_data(data)}
         raced = race(course, entrants, plan.race, task.losses["valid"], about=about, **how)
@@ -365,7 +365,7 @@ def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, time
     steps = training.total_steps(len(data))
     limit = settings.max_seconds()
     if limit is not None:
-        affordable = math.floor(limit / (1 + settings.search) / step)
+        affordable = math.floor(limit / (1 + settings.search_share()) / step)
         if affordable < TIMED_STEPS:
             raise TrainingError(
                 f"--max-time {duration(limit)} leaves {affordable} steps of {step:.1f} s; "
@@ -375,7 +375,7 @@ def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, time
             notes.append(f"{steps} steps would take {duration(steps * step)}; --max-time {duration(limit)} leaves {affordable}")
             steps = affordable
     # The learning rate matters most, so the race comes first and the card has what a full race leaves.
-    search, per_step = settings.search * steps, training.batch_size * training.accumulation
+    search, per_step = settings.search_share() * steps, training.batch_size * training.accumulation
     card_steps = CARD_STEPS * per_step / 8  # steps of all layers that a card takes for each of its records
     records = min(CARD_RECORDS[1], len(data), int(CARD_SHARE * search / card_steps))
     shape = race_shape(steps, search - records * card_steps, per_step) if records >= CARD_RECORDS[0] else None
@@ -383,7 +383,7 @@ def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, time
         records, shape = 0, race_shape(steps, search, per_step)
         notes.append("the search is too short for a card: candidates come from the rules")
     if shape is None:
-        notes.append("the search is too short for a race: layers and learning rate come from the rules (--search 0.5 would allow more)")
+        notes.append("the search is too short for a race: layers and learning rate come from the rules (--search 50% would allow more)")
     return Plan(steps, step, records, shape, search * step, tuple(notes))
 
 
