@@ -28,6 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 IGNORED = {"versions", "phases", "started", "train_seconds", "peak_memory_bytes", "time_share", "adapter_bytes", "gap", "machine", "curve"}
+IGNORED |= {"sketch", "rounded"}
 """Keys whose values depend on the clock, the machine or the versions of libraries; losses in a curve stand elsewhere, too."""
 TOLERANCE = {"cards": (1e-4, 1e-7), "adapters": (1e-3, 1e-5), "cards/smollm2": (5e-3, 1e-4)}
 """Relative and absolute tolerance by name or folder. Training multiplies the rounding of a CPU's kernels (Adam divides by small gradients),

@@ -1,6 +1,7 @@
 """A model is itself in any type: what was made in one serves in another."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from layercard.adapters.apply import loaded
+from layercard.adapters.apply import check_model, loaded, place
 from layercard.commands.main import run
 from layercard.data.load import load_data
+from layercard.errors import BenchmarkError, PlacementError
 from layercard.models.load import load_model, wrap_model
+from layercard.profiling.profile import plan_of
 from layercard.selection.placement import Placement
-from layercard.settings import TrainSettings
+from layercard.settings import ProfileSettings, TrainSettings
 from layercard.training.evaluate import evaluate
 from layercard.training.train import train
+from layercard.trials.trial import Task, Trial, run_trials
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 
 
@@ -86,3 +90,54 @@ def test_card_in_float32_training_in_four_bits_and_evaluation_in_float32(folder:
             before = evaluate(other, data, with_generation=False).loss
             with loaded(other, tmp_path / name) as adapted:
                 assert evaluate(other, data, model=adapted, with_generation=False).loss < before
+
+
+@pytest.mark.parametrize("kind", ["four bits", "GGUF", "GGUF in float16"])
+def test_files_made_for_a_model_serve_its_rounded_copies_with_a_note(
+    kind: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the weights that were rounded are not at hand: a folder in 4 bits from somebody else, a GGUF file."""
+    base = load_model(folder, device="cpu")
+    placement = place(base, [0, 2])
+    if kind == "four bits":
+        quantised = four_bits(folder)
+        quantised.model.name_or_path = ""
+        copies = [wrap_model(quantised.model, tiny_tokenizer(), name="from somebody else")]
+    else:  # the file's numbers are those of the model in 8 bits
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                scale = module.weight.data.abs().amax(dim=1, keepdim=True) / 127
+                module.weight.data = (module.weight.data / scale).round() * scale
+        dtype = "float16" if "16" in kind else "float32"
+        model.name_or_path = ""
+        monkeypatch.setattr("layercard.models.load.read_gguf", lambda path, dtype: (model.to(dtype), tiny_tokenizer()))
+        (tmp_path / "model.gguf").touch()
+        copies = [load_model(tmp_path / "model.gguf", device="cpu", dtype=dtype)]
+    other = wrap_model(build_tiny("llama", seed=1), tiny_tokenizer(), name="other")
+    for copy in copies:
+        assert copy.rounded and copy.fingerprint != base.fingerprint
+        for here, made in ((copy, placement), (base, place(copy, [0, 2]))):
+            caplog.clear()
+            check_model(here, made)
+            assert "taken for the same model" in caplog.text
+        with pytest.raises(PlacementError, match="with other weights; select again"):
+            check_model(other, place(copy, [0]))
+    # Of two models in full, a small difference is a difference.
+    with torch.no_grad():
+        tuned = AutoModelForCausalLM.from_pretrained(folder)
+        tuned.model.layers[0].mlp.up_proj.weight *= 1.01
+    with pytest.raises(PlacementError, match="with other weights"):
+        check_model(wrap_model(tuned, tiny_tokenizer(), name="tuned"), placement)
+
+
+def test_what_is_resumed_or_compared_is_of_one_type(folder: Path, tmp_path: Path) -> None:
+    data, settings = tmp_path / "data.jsonl", TrainSettings(steps=2, save_steps=1)
+    float32, bfloat16 = (load_model(folder, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    records = load_data(data, float32.tokenizer)
+    assert plan_of(float32, records, ProfileSettings()) != plan_of(bfloat16, records, ProfileSettings())
+    task = Task("tiny", float32, records, {"test": records})
+    trials = [Trial("tiny", (1,), settings)]
+    run_trials(trials, task, tmp_path / "trials")
+    with pytest.raises(BenchmarkError, match="was made in float32, now the model is in bfloat16"):
+        run_trials(trials, replace(task, base=bfloat16), tmp_path / "trials")

@@ -209,7 +209,8 @@ class TestLoadModel:
         assert base.name == str(tiny_folder)
         assert not base.model.training and base.device.type == "cpu"
         assert next(base.model.parameters()).dtype == torch.float32
-        assert describe(base) == {"name": str(tiny_folder), "fingerprint": base.fingerprint, "layers": LAYERS}
+        about = {"name": str(tiny_folder), "fingerprint": base.fingerprint, "layers": LAYERS, "rounded": False, "sketch": base.sketch}
+        assert describe(base) == about
         ids = torch.tensor([[7, 9, 30]])
         torch.testing.assert_close(base.model(input_ids=ids).logits, build_tiny("llama")(input_ids=ids).logits)
 

@@ -16,6 +16,7 @@ from layercard import checkpoint as saved, checkpoint as state_module, processes
 from layercard.checkpoint import State, check_folder, discard, opened
 from layercard.errors import LayercardError, OutputError
 from layercard.files import alone, replacing
+from layercard.models.streamed import open_model
 from layercard.profiling.fit import FitSums
 from layercard.profiling.profile import profile_records as profile
 from layercard.settings import ProfileSettings
@@ -189,16 +190,26 @@ def stopping(after: int) -> Callable[[str, int, int], None]:
 
 
 @pytest.mark.parametrize("snapshots", [True, False])
-def test_a_profile_interrupted_again_and_again_is_the_same_card(snapshots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = ProfileSettings(rank=2, batch_size=3, probe="train", probe_steps=4, cost=False)
-    whole = profile(base_of(), dataset(), how)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_profile_interrupted_again_and_again_is_the_same_card(
+    streamed: bool, snapshots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of()
+    base.model.save_pretrained(tmp_path / "model")
+    base.tokenizer.save_pretrained(tmp_path / "model")
+
+    def model() -> Any:
+        return open_model(tmp_path / "model", device="cpu") if streamed else base
+
+    how = ProfileSettings(rank=2, batch_size=3, probe="step" if streamed else "train", probe_steps=4, cost=False)
+    whole = profile(model(), dataset(), how)
     if snapshots:
         monkeypatch.setattr(state_module, "EVERY", 0.0)
         monkeypatch.setattr(state_module, "SHARE", 0.0)
     folder, interrupts, after = tmp_path / "card.json.state", 0, 2
     while True:
         try:
-            card = profile(base_of(), dataset(), how, stopping(after), state=folder)
+            card = profile(model(), dataset(), how, stopping(after), state=folder)
             break
         except Stopped:
             interrupts, after = interrupts + 1, after + 1
@@ -220,11 +231,22 @@ def test_finished_parts_are_not_made_again(tmp_path: Path, monkeypatch: pytest.M
     assert "fit pass" in phases
 
 
-def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
-    how, folder = ProfileSettings(rank=2, batch_size=3, cost=False), tmp_path / "state"
+@pytest.mark.parametrize("damage", ["cut", "one bit", "header", "empty"])
+def test_a_damaged_part_is_made_again(damage: str, tmp_path: Path) -> None:
+    how, folder = ProfileSettings(rank=2, batch_size=3, probe="none", cost=False), tmp_path / "state"
     card = profile(base_of(), dataset(), how, state=folder)
     for path in folder.glob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        data = bytearray(path.read_bytes())
+        if damage == "cut":
+            del data[len(data) // 2 :]
+        elif damage == "one bit":
+            data[-3] ^= 64
+        elif damage == "header":  # readable JSON that says something else
+            data = data.replace(rb"\"of\": \"0\"", rb"\"of\": \"1\"")
+        else:
+            data.clear()
+        assert bytes(data) != path.read_bytes() or path.stem == "phases"
+        path.write_bytes(data)
     assert profile(base_of(), dataset(), how, state=folder).to_json() == card.to_json()
 
 

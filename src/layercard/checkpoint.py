@@ -31,7 +31,7 @@ EVERY = 30.0
 """Least seconds between two snapshots of a pass."""
 SHARE = 20.0
 """The time between two snapshots is at least so many times the time that writing one took."""
-_HEADER = "value"
+_HEADER, _DIGEST = "value", "sha256"
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,36 @@ def write(path: Path, form: Form, value: Any, **labels: str) -> None:
         OSError: It cannot be written.
     """
     text, tensors = form.pack(value)
+    tensors = _unshared(tensors)
     try:
-        save_file(_unshared(tensors), path, {_HEADER: text, **labels})
+        save_file(tensors, path, {_HEADER: text, _DIGEST: _content_digest(text, tensors), **labels})
     except SafetensorError as error:
         raise OSError(one_line(error)) from error
 
 
 def read(path: Path, form: Form, **labels: str) -> Any:
-    """The value in a file with these labels; `None` where there is no such file, its labels differ, or it is damaged."""
+    """The value in a file with these labels; `None` where there is no such file, its labels differ, or a single bit of it is damaged."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             if any(header.get(name) != label for name, label in labels.items()):
                 return None
-            return form.unpack(header[_HEADER], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        is_whole = header[_DIGEST] == _content_digest(header[_HEADER], tensors)
+        return form.unpack(header[_HEADER], tensors) if is_whole else None
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
+
+
+def _content_digest(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of a value's JSON text and of its tensors, contiguous and on the CPU."""
+    sha256 = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def to_bytes(form: Form, value: Any) -> bytes:

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from layercard.adapters.files import check_loads, load_weights, read_adapter, saved_modules, saved_placement, wrapped_by_peft
+from layercard.card.card import check_same_model
 from layercard.card.numbers import listed
 from layercard.errors import PlacementError, one_line
 from layercard.files import read_json
@@ -79,12 +80,7 @@ def without_experts(placement: Placement) -> Placement:
 
 def check_model(base: BaseModel, placement: Placement) -> None:
     """Raise `PlacementError` unless `placement` was made for the weights of `base`."""
-    fingerprint = placement.model.get("fingerprint")
-    if fingerprint != base.fingerprint:
-        raise PlacementError(
-            f"the placement is for {placement.model.get('name')!r} (fingerprint {fingerprint}), but {base.name!r} has fingerprint "
-            f"{base.fingerprint}; select again from a card of this model"
-        )
+    check_same_model(placement.model, describe(base), "placement", PlacementError, "select again from a card of this model")
 
 
 def apply(

@@ -1,13 +1,19 @@
 """The Layer Card: what profiling found, as one versioned JSON value that describes itself."""
 
+import logging
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, FiniteFloat, model_validator
+import numpy as np
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from layercard.card.numbers import best_layers, framed, numbered, stability_words, with_interval
 from layercard.cost.model import CostModel, Shape
-from layercard.errors import CardError
+from layercard.errors import CardError, LayercardError, TrainingError
+from layercard.files import shown
 from layercard.records import Estimate, Part, Record
+from layercard.settings import ProfileSettings, check
 
 NOTEBOOK_COLUMNS = {
     "gain_estimate": "Gain estimate",
@@ -16,6 +22,8 @@ NOTEBOOK_COLUMNS = {
     "resnorm": "Resnorm",
 }
 """Measures that a notebook shows of the best layers; those that a card lacks are left out."""
+MOST_ROUNDING = 0.3
+"""Share by which rounding moves weights at most: 4 bits move them by about a tenth, and other models are 1.4 apart."""
 MOST = 2**50
 """Records or tokens that a card may count."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -24,11 +32,46 @@ Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class ModelInfo(Part):
-    """The profiled model: the name it was asked for by, a hash of its weights, its number of blocks."""
+    """The profiled model: the name it was asked for by, a hash of its weights, its number of blocks.
+
+    `rounded` says that they are a rounding of others, to 8 or 4 bits; the `sketch` tells which (`rounding_between`).
+    """
 
     name: str
     fingerprint: str
     layers: Annotated[int, Field(ge=1, le=100_000)]
+    rounded: bool = False
+    sketch: Annotated[str, Field(pattern="^([0-9a-f]{4})*$", max_length=1000)] = ""
+
+
+def rounding_between(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """How far the weights of two `model` objects lie apart, as a share: 0 for the same, infinity for those of different models.
+
+    What lies between is a rounding to 8 or 4 bits, and only where one of the two is said to be `rounded`.
+    """
+    if a.get("fingerprint") == b.get("fingerprint"):
+        return 0.0
+    sketches = [np.frombuffer(bytes.fromhex(each["sketch"]), "<f2").astype(float) for each in (a, b) if isinstance(each.get("sketch"), str)]
+    if not (a.get("rounded") or b.get("rounded")) or len(sketches) < 2 or not 0 < len(sketches[0]) == len(sketches[1]):
+        return math.inf
+    share = float(np.linalg.norm(sketches[0] - sketches[1]) / max(np.linalg.norm(sketches[0]), 1e-9))
+    return share if share < MOST_ROUNDING and a.get("layers") == b.get("layers") else math.inf
+
+
+def check_same_model(made: Mapping[str, Any], here: Mapping[str, Any], noun: str, error: type[LayercardError], mend: str) -> None:
+    """Raise `error` unless what was `made` for one `model` object serves for the one `here`; a rounding between them is logged."""
+    share = rounding_between(made, here)
+    if share == math.inf:
+        theirs, ours = (f"{each.get('name')} ({each.get('fingerprint')}, {each.get('layers')} layers)" for each in (made, here))
+        earlier = "" if made.get("sketch") else "; versions before this one made other fingerprints"
+        raise error(f"the {noun} is of {theirs}, the model is {ours}, with other weights{earlier}; {mend}")
+    if share:
+        logging.getLogger(__name__).warning(
+            "the %s is of %s; the weights here are %.1f %% from those, as 8 or 4 bits are: taken for the same model",
+            noun,
+            made.get("name"),
+            100 * share,
+        )
 
 
 class DataInfo(Part):
@@ -135,6 +178,20 @@ class LayerCard(Record):
     cost: CostModel | None = None
     phases: tuple[PhaseInfo, ...] = ()
 
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            for field in ProfileSettings.fields():
+                if field.name in settings:
+                    check(field.name, settings[field.name], field.type, field.metadata)
+        except TrainingError as problem:
+            raise ValueError(str(problem)) from None
+        for name in ("dtype", "device"):
+            if not isinstance(settings.get(name, ""), str):
+                raise ValueError(f"{name} is {shown(settings[name])}, not a text")
+        return settings
+
     @model_validator(mode="after")
     def _shapes(self) -> "LayerCard":
         depth = self.model.layers
@@ -182,13 +239,9 @@ class LayerCard(Record):
         """Make sure that the card belongs to a model, given as `layercard.models.load.describe` does.
 
         Raises:
-            CardError: The weights differ.
+            CardError: The weights differ by more than rounding.
         """
-        if self.model.fingerprint != model["fingerprint"]:
-            raise CardError(
-                f"the card is of {self.model.name} ({self.model.fingerprint}, {self.model.layers} layers), the model is {model['name']} "
-                f"({model['fingerprint']}, {model['layers']} layers); profile this model first"
-            )
+        check_same_model(self.model.model_dump(), model, "card", CardError, "profile this model first")
 
     def _repr_html_(self) -> str:
         """What a notebook shows: model, data, warnings and the best single layers with their intervals, all escaped."""

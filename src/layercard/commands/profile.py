@@ -79,7 +79,7 @@ def profile(
     with Display() as display:
         streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
         base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True)
-        dataset = opt.read(data, base, records, reading, first_day(state / PLAN_FILE))
+        dataset = opt.read(data, base, records, reading, first_day(*() if force else (state / PLAN_FILE,)))
         card = None
         if reuse:
             card, source, reasons = reusable(base, dataset, settings, folder, display)

@@ -38,8 +38,7 @@ def keep(card: LayerCard, folder: Path) -> Path:
 def misfit(card: LayerCard, fingerprint: str, dataset: Dataset, settings: ProfileSettings) -> str:
     """Why a card cannot stand for the one that would be made; empty where it can.
 
-    What was timed (`settings.cost`) does not count: it is measured anew where it is wanted. `fingerprint` is that of the model at hand,
-    and differs between dtypes too.
+    What was timed (`settings.cost`) does not count: it is measured anew where it is wanted. `fingerprint` is that of the model at hand.
     """
     if card.model.fingerprint != fingerprint:
         return f"it is of other weights ({card.model.fingerprint})"

@@ -1,5 +1,6 @@
 """`layercard verify`: whether an adapter or configuration adapts what it was meant to."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ def verify(
     given_layers = None if layers is None else parse_layers(layers)
     from layercard.adapters.files import read_adapter, saved_placement
     from layercard.adapters.verify import base_difference, verify_adapter, verify_config
+    from layercard.card.card import rounding_between
     from layercard.card.numbers import listed
     from layercard.export.read import peft_config
+    from layercard.models.load import describe
     from layercard.models.skeleton import skeleton
     from layercard.report.terminal import pairs
     from layercard.selection.placement import Placement
@@ -56,7 +59,9 @@ def verify(
         fingerprint = None
         if chosen is not None and (weights or (of_peft and base_difference(read_adapter(adapter, empty).config, chosen, model, None))):
             try:
-                fingerprint = opt.load(model, LoadSettings("cpu", dtype), display).fingerprint
+                described = describe(opt.load(model, LoadSettings("cpu", dtype), display))
+                is_same = rounding_between(chosen.model, described) < math.inf
+                fingerprint = chosen.model["fingerprint"] if is_same else described["fingerprint"]
             except ModelError:
                 if weights:
                     raise

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from layercard.hub import hub_answers
 from layercard.models.embedded import EMBEDDED, embedded_folder
 from layercard.models.gguf import read_gguf
 from layercard.models.layers import Block, find_blocks, transformers_model
-from layercard.models.stored import Weights, digest, find_sources, fingerprint, fingerprint_paths, weight_files
+from layercard.models.stored import Weights, digest, find_sources, fingerprint, fingerprint_paths, sketch, weight_files
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, how much is done and how much there is."""
@@ -60,13 +60,18 @@ _CHOICES = f"name a folder with safetensors, a .gguf file, a hub id or {EMBEDDED
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model in eval mode: the name it was asked for by, its `fingerprint`, and its decoder blocks, index 0 at the input."""
+    """A base model in eval mode: the name it was asked for by, its `fingerprint`, and its decoder blocks, index 0 at the input.
+
+    Where its weights are `rounded` from others that are not at hand (to 8 or 4 bits, or GGUF), its `sketch` tells what model it is.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     name: str
     fingerprint: str
     blocks: tuple[Block, ...]
+    rounded: bool = False
+    sketch: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +126,8 @@ def load_model(
         progress("load", 0, 1)
         model, tokenizer = _read_model(place, DTYPES[dtype], trust_remote_code)
         base = wrap_model(model.to(target), tokenizer, name=name)
+        if name == EMBEDDED or place.lower().endswith(".gguf"):
+            base = replace(base, rounded=True)
     progress("load", 1, 1)
     return base
 
@@ -154,7 +161,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str = "in-memory
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
-    return BaseModel(model.eval(), tokenizer, name, identity(model), blocks)
+    return BaseModel(model.eval(), tokenizer, name, *identity(model, blocks))
 
 
 def locate(name: str, progress: Progress | None = None) -> str:
@@ -171,6 +178,8 @@ def locate(name: str, progress: Progress | None = None) -> str:
         if path.suffix.lower() == ".gguf":
             return str(path)
         raise ModelError(f"{name} is a file but not a .gguf file; {_CHOICES}")
+    if path.exists():  # reading a pipe or a device would never end
+        raise ModelError(f"{name} is not a regular file; {_CHOICES}")
     hint = _spelling_hint(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1 or path.suffix == ".gguf"
     if looks_local or (hint and "/" not in name):
@@ -315,23 +324,27 @@ def empty_model(name: str, config: PreTrainedConfig, dtype: torch.dtype, trust_r
     return model.eval()
 
 
-def identity(model: PreTrainedModel) -> str:
-    """The fingerprint of a model's weights as they are stored, whatever type it is in now.
+def identity(model: PreTrainedModel, blocks: tuple[Block, ...]) -> tuple[str, tuple[Block, ...], bool, str]:
+    """The last four fields of a `BaseModel`; the fingerprint is of the weights as they are stored, whatever type they are in now.
 
     From float32, bfloat16 and float64 it can be told (`fingerprint`). float16 and quantised weights have lost what it is made of; so it
     comes from the files that the model was loaded from, where they are at hand and agree with all that can be compared. Where not, it is
-    that of the weights as they are.
+    that of the weights as they are, which are `rounded` then.
     """
     saved = model.state_dict()
     lossy = any(tensor.dtype in LOSSY or not tensor.is_floating_point() for tensor in saved.values() if isinstance(tensor, torch.Tensor))
-    folder = Path(str(model.name_or_path or ""))
-    if not lossy or not (folder / "config.json").is_file():
-        return fingerprint(model)
+    stored = stored_fingerprint(str(model.name_or_path or ""), saved) if lossy else None
+    return stored or fingerprint(model), blocks, lossy and stored is None, sketch(model, blocks)
+
+
+def stored_fingerprint(name: str, saved: dict[str, Any]) -> str | None:
+    """The fingerprint of the weights in a local folder, or of a hub id in the cache; `None` where they are not those of a state that was
+    rounded from them, or cannot be read."""
     try:
-        weights = Weights(weight_files(folder))
-        config = read_config(folder, trust_remote_code=False)
+        folder = Path(name) if not name or (Path(name) / "config.json").is_file() else Path(snapshot(name, online=False))
+        weights, config = Weights(weight_files(folder)), read_config(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
-            return fingerprint(model)
+            return None
         skeleton = empty_model(str(folder), config, torch.bfloat16, trust_remote_code=False)
         sources = find_sources(skeleton, weights, str(folder))
 
@@ -345,7 +358,7 @@ def identity(model: PreTrainedModel) -> str:
 
         return digest(tensors())
     except (ModelError, KeyError):  # pickled, quantised or changed weights, or files under other names
-        return fingerprint(model)
+        return None
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -369,8 +382,9 @@ def shared_keys(model: nn.Module) -> str:
 
 
 def describe(base: BaseModel) -> dict[str, Any]:
-    """The `model` object of cards and placements: name, fingerprint, number of layers."""
-    return {"name": base.name, "fingerprint": base.fingerprint, "layers": len(base.blocks)}
+    """The `model` object of cards and placements, as `layercard.card.card.ModelInfo` has it."""
+    layers = len(base.blocks)
+    return {"name": base.name, "fingerprint": base.fingerprint, "layers": layers, "rounded": base.rounded, "sketch": base.sketch}
 
 
 def find_device(name: str) -> torch.device:

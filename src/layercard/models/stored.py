@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from layercard.errors import ModelError
-from layercard.files import read_json
+from layercard.files import check_file, read_json
+from layercard.models.layers import Block
 
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000
 """Bytes; what safetensors itself allows."""
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 SAFETENSORS_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+SKETCHED = 16
+"""Linear modules of which `sketch` takes a number."""
 
 
 # Tensors in files
@@ -101,6 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, each checked against the file's size."""
+    check_file(path, ModelError, "safetensors file")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -199,6 +203,8 @@ def find_sources(model: PreTrainedModel, weights: Weights, name: str) -> dict[st
         )
     for path, value in parameters:
         (first, *_), shape = sources[path].stored, tuple(value.shape)
+        if value.is_floating_point() and not weights.tensors[first[0]].dtype.is_floating_point:
+            raise ModelError(f"{name}: {first[0]} is stored as whole numbers, and its model is not quantised; use a whole model")
         if sources[path].converter is None and weights.tensors[first[0]].shape != shape:
             raise ModelError(f"{name}: {first[0]} is stored as {weights.tensors[first[0]].shape}, not {shape}; use a whole model")
     return sources
@@ -237,3 +243,31 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]], *, exact: bool = False) 
         sha256.update(f"{path} {tuple(numbers.shape)} {numbers.dtype}\n".encode())
         sha256.update(numbers.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()[:16]
+
+
+@torch.no_grad()
+def sketch(model: PreTrainedModel, blocks: Sequence[Block], read: Callable[[str], torch.Tensor] | None = None) -> str:
+    """64 hex digits by which a model is known after its weights were rounded to 8 or 4 bits (`layercard.card.card.rounding_between`).
+
+    Sixteen linear modules give a float16 each: a random projection of what a random input gives, as a share of its length, so that it is
+    about 1 in size and moves by as much as the weights do. `read` gives weights that are on disk. Empty where quantised modules cannot run.
+    """
+    modules = [module for block in blocks for module in block.linear_modules]
+    numbers = []
+    for module in (modules[number * len(modules) // SKETCHED] for number in range(min(SKETCHED, len(modules)))):
+        weight = read(f"{module.path}.weight") if read else module.module._parameters.get("weight")
+        x_i, projection_o = (
+            torch.randn(width, generator=torch.Generator().manual_seed(0)) for width in (module.in_features, module.out_features)
+        )
+        if weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.ndim == 2:
+            weight = weight.detach().to(torch.bfloat16).float().cpu()  # as in the fingerprint
+            y_o = x_i @ weight if module.transposed else weight @ x_i
+        else:  # what a quantised module holds only the module itself can read; its bias is taken off again
+            x_ti = torch.stack([x_i, torch.zeros_like(x_i)]).to(model.device, model.dtype)
+            try:
+                y_to = module.module(x_ti)
+            except (RuntimeError, NotImplementedError):  # kernels that are for another device
+                return ""
+            y_o = (y_to[0] - y_to[1]).float().cpu()
+        numbers.append(float(projection_o @ y_o / y_o.norm().clamp(min=torch.finfo(torch.float32).tiny)))
+    return torch.tensor(numbers, dtype=torch.float32).nan_to_num().half().numpy().tobytes().hex()

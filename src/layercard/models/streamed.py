@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from layercard.errors import ModelError
 from layercard.hub import hub_answers
+from layercard.models.embedded import EMBEDDED
 from layercard.models.layers import Block, find_blocks
 from layercard.models.load import (
     DTYPES,
@@ -33,7 +34,7 @@ from layercard.models.load import (
     shared_keys,
     snapshot,
 )
-from layercard.models.stored import Source, Weights, digest, find_sources, fingerprint_paths, weight_files
+from layercard.models.stored import Source, Weights, digest, find_sources, fingerprint_paths, sketch, weight_files
 
 
 def stored_bytes(name: str, dtype: str) -> int:
@@ -81,6 +82,16 @@ class StreamedModel:
     def in_memory(cls, base: BaseModel) -> "StreamedModel":
         """A model in memory with the same interface; nothing needs to be read."""
         return cls(base, Weights([]), {}, base.model.dtype, base.device)
+
+    @property
+    def reading(self) -> dict[str, int]:
+        """What was read, and the most that was in memory, as a card says it."""
+        return {"bytes_read": self.weights.bytes_read, "peak_weights_bytes": self.peak_bytes}
+
+    def go_on(self, reading: dict[str, int]) -> None:
+        """Count on from where an interrupted process stood; what was read since, to get there again, does not count twice."""
+        self.weights.bytes_read = reading["bytes_read"]
+        self.peak_bytes = max(self.peak_bytes, reading["peak_weights_bytes"])
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -212,17 +223,20 @@ def open_model(
     for module in model.modules():
         module._buffers.update({key: buffer.to(target) for key, buffer in module._buffers.items() if buffer is not None})
 
-    # The fingerprint is that of `fingerprint`, from one tensor after another.
+    # The fingerprint is that of `fingerprint`, from one tensor after another, as they are stored.
     sources = find_sources(model, weights, name)
     paths = fingerprint_paths(model, model.state_dict())
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for number, path in enumerate(paths, 1):
-            yield path, sources[path].read(weights, kind)
+            yield path, sources[path].read(weights)
             if progress:
                 progress("fingerprint", number, len(paths))
 
-    base = BaseModel(model, tokenizer, name, digest(tensors()), find_blocks(model))
+    blocks = find_blocks(model)
+    fingerprint = digest(tensors())
+    drawn = sketch(model, blocks, lambda path: sources[path].read(weights))
+    base = BaseModel(model, tokenizer, name, fingerprint, blocks, rounded=name == EMBEDDED, sketch=drawn)
     return StreamedModel(base, weights, sources, kind, target)
 
 

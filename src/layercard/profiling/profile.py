@@ -209,10 +209,11 @@ def profile_records(
             if boundaries is not None:
                 stack.enter_context(alone(boundaries))
             between = Boundaries(boundaries)
-            fit, held_out = parts.once(
+            fit, held_out, reading = parts.once(
                 "passes",
                 lambda: stream_passes(streamed, fit_examples, held_out_examples, settings, between, progress, parts, phases),
             )
+            streamed.go_on(reading)
         else:
             fit = once("fit", lambda: fit_pass(base, fit_examples, settings, progress, parts))
             for name in ("fit-pass", "steps"):
@@ -220,17 +221,22 @@ def profile_records(
             held_out = once("held-out", lambda: held_out_pass(base, held_out_examples, fit, settings, progress, parts))
 
         # Step 3: what each layer's step does to the held-out loss.
-        def probe_steps() -> StepProbe:
+        def probe_steps() -> tuple[StepProbe, dict[str, int]]:
             steps, slopes = scaled_steps(fit, held_out)
             examples = held_out_examples[: settings.probe_records]
             if streamed:
-                return stream_step_probe(streamed, steps, slopes, examples, settings.batch_size, between, progress, parts)
+                probe = stream_step_probe(streamed, steps, slopes, examples, settings.batch_size, between, progress, parts)
+                return probe, streamed.reading
             entered = ReplayedSet(base, examples, range(len(base.blocks)), settings.batch_size, progress=progress)
             probe = step_probe(base, steps, slopes, entered, progress, parts)
             _check_replay(base, probe, held_out)
-            return probe
+            return probe, {}
 
-        probe = once("step-probe", probe_steps) if settings.probe != "none" else None
+        probe: StepProbe | None = None
+        if settings.probe != "none":
+            probe, reading = once("step-probe", probe_steps)
+            if streamed:
+                streamed.go_on(reading)
 
         # Step 4: what a few training steps in each layer do.
         trained: TrainingProbe | None = None
@@ -252,8 +258,7 @@ def profile_records(
         # Step 5: the card, and what placements cost on this machine.
         card = assemble_card(base, dataset, made_with, fit, held_out, probe, trained)
         if streamed:
-            read = {"bytes_read": streamed.weights.bytes_read, "peak_weights_bytes": streamed.peak_bytes}
-            card = card.model_copy(update={"settings": card.settings | {"device": streamed.device.type, "stream": read}})
+            card = card.model_copy(update={"settings": card.settings | {"device": streamed.device.type, "stream": streamed.reading}})
         if not settings.cost:
             return card
         if streamed:
@@ -280,6 +285,7 @@ def plan_of(base: BaseModel, dataset: Dataset, settings: ProfileSettings) -> dic
     return {
         "schema": SCHEMA,
         "model": base.fingerprint,
+        "dtype": str(base.model.dtype),
         **({"day": dataset.day} if dataset.day else {}),
         "data": dataset.fingerprint,
         "records": len(dataset),

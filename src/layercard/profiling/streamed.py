@@ -46,8 +46,8 @@ def stream_passes(
     progress: Progress | None,
     state: State,
     phases: Phases,
-) -> tuple[Fit, HeldOut]:
-    """`fit_pass` and `held_out_pass` over a model on disk.
+) -> tuple[Fit, HeldOut, dict[str, int]]:
+    """`fit_pass` and `held_out_pass` over a model on disk, and what was read until then (`StreamedModel.reading`).
 
     Hidden states and gradients are kept in `between`, and finished blocks from time to time in `state`: a later call runs forward only to
     the block that comes next. `progress` is told of blocks, forward and backward; `phases` note time and memory.
@@ -72,8 +72,8 @@ def stream_passes(
 
     def snapshot() -> dict[str, Any]:
         cpu = torch.device("cpu")
-        numbers = {kind: range(len(walk.batches)) for kind, walk in walks.items()}
-        return done | {"gradients": {kind: [between.get(kind, n, done["next"], cpu) for n in numbers[kind]] for kind in walks}}
+        gradients = {kind: [between.get(kind, n, done["next"], cpu) for n in range(len(walk.batches))] for kind, walk in walks.items()}
+        return done | {"reading": streamed.reading, "gradients": gradients}
 
     empty = {"next": depth, "sums": FitSums(), "held_out": HeldOut.empty(depth, len(held_out_examples), samples), "layers": {}}
     done: dict[str, Any] = state.load(PASSES) or empty
@@ -88,6 +88,8 @@ def stream_passes(
         # Step 1: forward, as far as backward has not come down yet.
         with phases.phase("forward"):
             forward(streamed, (fit, held), progress, until=done["next"])
+        if "reading" in done:
+            streamed.go_on(done["reading"])
 
         # Step 2: the losses, and the gradients of what leaves the last block.
         if done["next"] == depth:
@@ -147,7 +149,8 @@ def stream_passes(
                 if progress:
                     progress("backward", depth - block.index, depth)
     between.clear()
-    return Fit(tokens, sums.labelled, sums.nats / sums.labelled, [layers[str(index)] for index in range(depth)]), held_out
+    of_layers = [layers[str(index)] for index in range(depth)]
+    return Fit(tokens, sums.labelled, sums.nats / sums.labelled, of_layers), held_out, streamed.reading
 
 
 def stream_step_probe(
@@ -172,7 +175,7 @@ def stream_step_probe(
     def snapshot() -> dict[str, Any]:
         cpu = torch.device("cpu")
         hidden = [[between.get(f"step-{layer}", number, done["next"], cpu) for number in numbers] for layer in range(done["next"])]
-        return done | {"hidden": hidden}
+        return done | {"reading": streamed.reading, "hidden": hidden}
 
     done = state.load(PROBE) or {
         "trial": 0,
@@ -188,6 +191,8 @@ def stream_step_probe(
         forward(streamed, (walk,))
         with streamed.loaded([streamed.head()]):
             before = _losses(walk, "probe")
+        if "reading" in done:
+            streamed.go_on(done["reading"])
         for trial in range(done["trial"], 2):
             # Once through all blocks: a batch goes on with the steps of the layers below, and begins with the block's own.
             for block in streamed.blocks[done["next"] :]:

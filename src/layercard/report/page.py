@@ -343,7 +343,7 @@ def _provenance(sources: Sources) -> dict[str, Json]:
     machine = card.cost.model_dump(include={"device", "threads", "source", "batch_size", "tokens", "rank", "dtype"}) if card.cost else {}
     runs = ", ".join(dict.fromkeys(run.machine for run in sources.trials if run.machine))
     parts = {
-        "Model": card.model.model_dump(),
+        "Model": card.model.model_dump(exclude={"rounded", "sketch"}),
         "Data": card.data.model_dump(exclude_none=True),
         "Settings": card.settings,
         "Versions": card.versions,

@@ -4,6 +4,7 @@ For every pair of cards: Spearman's rank correlation of each measure's layer pro
 and what is lost on B when its layers are chosen from A's card, as B's card predicts it. Then a verdict in words.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, ClassVar, Literal
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from layercard.card.card import LayerCard
+from layercard.card.card import LayerCard, rounding_between
 from layercard.errors import CardError, suggestion
 from layercard.records import Estimate, Part, Record
 from layercard.selection.select import performance_kept, probe_measure, select, set_similarity
@@ -170,7 +171,7 @@ def check_cards(cards: Sequence[tuple[str, LayerCard]], across_dtypes: bool = Fa
     name, card = cards[0]
     model, dtype = card.model, card.settings.get("dtype")
     for other_name, other in cards[1:]:
-        if model.fingerprint == other.model.fingerprint:
+        if rounding_between(model.model_dump(), other.model.model_dump()) < math.inf:
             continue
         # Other weights: one model in two dtypes passes where that is wanted. A model's folder or owner may have another name.
         fingerprints, other_dtype = f"fingerprints {model.fingerprint} and {other.model.fingerprint}", other.settings.get("dtype")

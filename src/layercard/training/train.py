@@ -24,7 +24,7 @@ from layercard.data.checks import check_ids
 from layercard.data.load import Dataset
 from layercard.errors import OutputError, TrainingError
 from layercard.fast.fast_training import fast_training
-from layercard.files import LOCK_FILE, alone, read_json, write_json
+from layercard.files import LOCK_FILE, alone, read_json, shown, write_json
 from layercard.measure import Phases
 from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
@@ -189,6 +189,7 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
     return {
         "schema": "layercard-plan/1",
         "model": base.fingerprint,
+        "dtype": str(base.model.dtype),
         "layers": list(placement.layers),
         "paths": sorted(placement.paths),
         "parameters": sorted(placement.parameters),
@@ -204,8 +205,14 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
 
 def first_day(*plans: Path) -> date | None:
     """The day that the chat template printed when the run of one of these plans began, so that it is resumed with the same tokens."""
-    days = [read_json(path, TrainingError, "plan").get("day") for path in plans if path.exists()]
-    return next((date.fromisoformat(day) for day in days if day), None)
+    for path in plans:
+        day = read_json(path, TrainingError, "plan").get("day") if path.exists() else None
+        try:
+            if day:
+                return date.fromisoformat(day)
+        except (TypeError, ValueError):
+            raise TrainingError(f"{path} says that its day is {shown(day)}; start over with --force") from None
+    return None
 
 
 def _open_folder(output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool, lock: ExitStack) -> Run | None:

@@ -179,11 +179,14 @@ def run_trials(
     if not isinstance(task, Task):
         return records
     model, data = describe(task.base), describe_data(task.train)
+    dtype = str(task.base.model.dtype).removeprefix("torch.")
     for trial, record in zip(trials, records, strict=True):
         for there, here, name in ((record.model, model, "name"), (record.data, data, "source")):
             if there.get("fingerprint") != here["fingerprint"]:
                 was, now = (f"{each.get(name)} ({each.get('fingerprint')})" for each in (there, here))
                 raise BenchmarkError(f"{storage.named(trial.file)} was made with {was}, now it is {now}; name another folder")
+        if (before := record.model.get("dtype", dtype)) != dtype:
+            raise BenchmarkError(f"{storage.named(trial.file)} was made in {before}, now the model is in {dtype}; name another folder")
     return records
 
 

@@ -442,6 +442,7 @@ def _same_run(output: Path, base: BaseModel, data: Dataset, valid: Dataset, sett
     plan = {
         "schema": "layercard-plan/1",
         "model": base.fingerprint,
+        "dtype": str(base.model.dtype),
         "day": data.day or valid.day,
         "data": data.fingerprint,
         "valid": valid.fingerprint,
