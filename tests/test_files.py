@@ -82,6 +82,21 @@ def test_a_pipe_in_a_models_folder_is_not_waited_for(name: str, tmp_path: Path) 
 
 
 @pytest.mark.timeout(60)
+def test_a_pipe_in_the_place_of_a_model_is_not_waited_for(tmp_path: Path) -> None:
+    from layercard.models.gguf import read_gguf
+    from layercard.models.load import locate
+    from layercard.models.stored import Weights
+
+    for name in ("model.gguf", "model.safetensors", "model.json"):
+        os.mkfifo(tmp_path / name)
+        for read in (lambda path: locate(str(path)), read_gguf, lambda path: Weights([path])):
+            with pytest.raises(ModelError, match=f"{name} is not a regular file"):
+                read(tmp_path / name)
+    with pytest.raises(ModelError, match="/dev/zero is not a regular file"):
+        locate("/dev/zero")
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("config", [{"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 10**9}}])
 def test_more_layers_than_any_model_has_are_not_built(config: dict[str, Any], tmp_path: Path) -> None:
     from layercard.models.load import locate

@@ -153,6 +153,10 @@ def test_a_card_survives_the_disk_and_refuses_what_is_broken(card: LayerCard, tm
         ({"layers": value["layers"][:2]}, "layers must be 0 to 2 in order, found 2"),
         ({"coupling": [[1.0]]}, "coupling must be 3 by 3"),
         ({"model": {"name": "x", "fingerprint": "y", "layers": "many"}}, "model.layers"),
+        ({"settings": {"probe": 5}}, "settings: probe 5 is unknown"),
+        ({"settings": {"rank": "8"}}, "settings: rank is '8'; give a whole number from 1"),
+        ({"settings": {"seed": 1e308}}, "settings: seed is"),
+        ({"settings": {"dtype": []}}, r"settings: dtype is \[\], not a text"),
     ):
         with pytest.raises(CardError, match=message):
             LayerCard.from_json({**value, **change}, "card.json")

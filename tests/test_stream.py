@@ -176,6 +176,7 @@ def with_first(**changes: Any) -> Any:
         (with_first(shape=[10**9, 10**9]), "places"),
         (with_first(shape="x"), "places"),
         (with_first(dtype="F8_E4M3"), "quantised weights cannot be streamed"),
+        (with_first(dtype="I32"), "stored as whole numbers, and its model is not quantised"),
         (with_first(data_offsets=7), "nothing usable"),
         (renamed, "hold no model.layers.0.self_attn.q_proj.weight"),
     ],

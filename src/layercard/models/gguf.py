@@ -13,16 +13,16 @@ import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from layercard.errors import ModelError, one_line
+from layercard.files import check_file
 
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Types of numbers, as `struct` names them."""
@@ -92,14 +92,8 @@ def _without_bars() -> Iterator[None]:
         tqdm.__init__ = original
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself.
-
-    Attributes:
-        fields: Numbers and texts by name; of an array its length.
-        tensors: Shapes by name, the fastest dimension first, as the file has them.
-    """
+class Header(NamedTuple):
+    """What a file says of itself: its fields by name (of an array the length), and the shapes of its tensors, fastest dimension first."""
 
     fields: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
@@ -116,76 +110,71 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a GGUF file."""
+    """Read the header of a GGUF file from its beginning to its end."""
+    check_file(path, ModelError, "GGUF file")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _HeaderReader(path, data).header()
+            return _header(path, data)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise ModelError(f"{path} cannot be read as a GGUF model ({error}); name a whole file") from None
 
 
-class _HeaderReader:
-    """Reads a header from its beginning to its end."""
+def _header(path: Path, data: mmap.mmap) -> Header:
+    order, position = "<", 0
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.position, self.order = path, data, 0, "<"
+    def damaged(what: str) -> ModelError:
+        return ModelError(
+            f"{path} cannot be read as a GGUF model (byte {position:,}: {what}); it is damaged or cut short, so fetch it again"
+        )
 
-    def header(self) -> Header:
-        if self.take(4) != b"GGUF":
-            raise ModelError(f"{self.path} cannot be read as a GGUF model (it does not begin with GGUF); name a .gguf file")
-        version = self.number("I")
-        if version & 0xFFFF == 0:  # written on a machine that puts the high byte first
-            self.order, version = ">", version >> 16 & 0xFF
-        if version not in (2, 3):
-            raise ModelError(f"{self.path} cannot be read as a GGUF model (version {version}); versions 2 and 3 can be read, so convert it")
-        tensors, fields = self.checked(self.number("Q"), 24), self.checked(self.number("Q"), 13)
-        values = {self.text(): self.value(self.number("I")) for _ in range(fields)}
-        return Header(values, dict(self.tensor() for _ in range(tensors)))
-
-    def tensor(self) -> tuple[str, tuple[int, ...]]:
-        name, dimensions = self.text(), self.number("I")
-        if dimensions > MOST_DIMENSIONS:
-            raise self.damaged(f"a tensor of {dimensions} dimensions")
-        shape = tuple(self.number("Q") for _ in range(dimensions))
-        self.take(12)  # type and offset
-        return name, shape
-
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
-            return self.text()
-        if kind in NUMBERS:
-            return self.number(NUMBERS[kind])
-        if kind != ARRAY:
-            raise self.damaged(f"a field of type {kind}")
-        kind, count = self.number("I"), self.number("Q")
-        if kind == STRING:
-            for _ in range(self.checked(count, 8)):
-                self.take(self.number("Q"))
-        elif kind in NUMBERS:
-            self.take(count * struct.calcsize(NUMBERS[kind]))
-        else:
-            raise self.damaged(f"an array of type {kind}")
-        return int(count)
-
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "replace")
-
-    def number(self, kind: str) -> Any:
-        return struct.unpack(self.order + kind, self.take(struct.calcsize("=" + kind)))[0]
-
-    def take(self, count: int) -> bytes:
-        self.checked(count, 1)
-        self.position += count
-        return self.data[self.position - count : self.position]
-
-    def checked(self, count: int, size: int) -> int:
+    def checked(count: int, size: int) -> int:
         """`count`, if the rest of the file can hold so many things of at least `size` bytes."""
-        left = len(self.data) - self.position
+        left = len(data) - position
         if count * size > left:
-            raise self.damaged(f"it says that {count:,} things follow, and {left:,} bytes do")
+            raise damaged(f"it says that {count:,} things follow, and {left:,} bytes do")
         return count
 
-    def damaged(self, what: str) -> ModelError:
-        return ModelError(
-            f"{self.path} cannot be read as a GGUF model (byte {self.position:,}: {what}); it is damaged or cut short, so fetch it again"
-        )
+    def take(count: int) -> bytes:
+        nonlocal position
+        position += checked(count, 1)
+        return data[position - count : position]
+
+    def number(kind: str = "I") -> Any:
+        return struct.unpack(order + kind, take(struct.calcsize("=" + kind)))[0]
+
+    def text() -> str:
+        return take(number("Q")).decode("utf-8", "replace")
+
+    def value() -> Any:
+        kind = number()
+        if kind in NUMBERS or kind == STRING:
+            return text() if kind == STRING else number(NUMBERS[kind])
+        if kind != ARRAY:
+            raise damaged(f"a field of type {kind}")
+        kind, count = number(), number("Q")
+        if kind not in NUMBERS and kind != STRING:
+            raise damaged(f"an array of type {kind}")
+        if kind == STRING:
+            for _ in range(checked(count, 8)):
+                take(number("Q"))
+        else:
+            take(count * struct.calcsize(NUMBERS[kind]))
+        return int(count)
+
+    def tensor() -> tuple[str, tuple[int, ...]]:
+        name, dimensions = text(), number()
+        if dimensions > MOST_DIMENSIONS:
+            raise damaged(f"a tensor of {dimensions} dimensions")
+        shape = tuple(number("Q") for _ in range(dimensions))
+        take(12)  # type and offset
+        return name, shape
+
+    if take(4) != b"GGUF":
+        raise ModelError(f"{path} cannot be read as a GGUF model (it does not begin with GGUF); name a .gguf file")
+    version = number()
+    if version & 0xFFFF == 0:  # written on a machine that puts the high byte first
+        order, version = ">", version >> 16 & 0xFF
+    if version not in (2, 3):
+        raise ModelError(f"{path} cannot be read as a GGUF model (version {version}); versions 2 and 3 can be read, so convert it")
+    tensors, fields = checked(number("Q"), 24), checked(number("Q"), 13)
+    return Header({text(): value() for _ in range(fields)}, dict(tensor() for _ in range(tensors)))

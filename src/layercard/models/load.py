@@ -331,8 +331,12 @@ def identity(model: PreTrainedModel, blocks: tuple[Block, ...]) -> tuple[str, tu
     comes from the files that the model was loaded from, where they are at hand and agree with all that can be compared. Where not, it is
     that of the weights as they are, which are `rounded` then.
     """
-    saved = model.state_dict()
-    lossy = any(tensor.dtype in LOSSY or not tensor.is_floating_point() for tensor in saved.values() if isinstance(tensor, torch.Tensor))
+    saved, linear = model.state_dict(), {module.path for block in blocks for module in block.linear_modules}
+    lossy = any(
+        tensor.dtype in LOSSY or (path.rpartition(".")[0] in linear and not tensor.is_floating_point())
+        for path, tensor in saved.items()
+        if isinstance(tensor, torch.Tensor)
+    )
     stored = stored_fingerprint(str(model.name_or_path or ""), saved) if lossy else None
     return stored or fingerprint(model), blocks, lossy and stored is None, sketch(model, blocks)
 

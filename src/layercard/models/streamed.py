@@ -101,8 +101,7 @@ class StreamedModel:
     @contextmanager
     def loaded(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """The weights of some modules in memory, what they share in it once; gone when the block ends."""
-        if not self._paths:
-            self._paths.update({module: path for path, module in self.base.model.named_modules()})
+        paths = self._module_paths()
         replaced: list[tuple[dict[str, Any], str, Any]] = []
         read: dict[str, Any] = {}  # by source
         before = self.resident_bytes
@@ -110,7 +109,7 @@ class StreamedModel:
             for module in (inner for outer in modules for inner in outer.modules()):
                 for tensors in (module._parameters, module._buffers):
                     for name, tensor in list(tensors.items()):
-                        source = self.sources.get(".".join(filter(None, (self._paths.get(module, "?"), name))))
+                        source = self.sources.get(".".join(filter(None, (paths.get(module, "?"), name))))
                         if tensor is None or source is None:
                             continue
                         if source.path not in read:
@@ -132,19 +131,19 @@ class StreamedModel:
         What lies below stays on disk. In its place stand weights of the same shape, type and device that are all zero and take no memory,
         so that libraries find what they expect.
         """
-        upper = [*(block.module for block in self.blocks[lowest:]), *self.outside(), self.head()]
-        self._hold({self.sources[path].path for outer in upper for path in self._stored_in(outer)})
+        self._hold({source.path for source in self._sources_from(lowest)})
 
     def hold_places(self) -> None:
         """Put weights that take no memory where none are loaded, as `load_from` does, so that adapters can be put on."""
         self._hold(set())
 
     def _hold(self, wanted: set[str]) -> None:
+        self._module_paths()  # before adapters come between
         held: dict[str, torch.Tensor] = {}
-        self._stored_in(self.base.model)  # remembers which module stands where before adapters come between
         for path, source in self.sources.items():
-            module = self.base.model.get_submodule(path.rpartition(".")[0])
-            tensors: dict[str, Any] = module._parameters if path.rpartition(".")[2] in module._parameters else module._buffers
+            parent, _, name = path.rpartition(".")
+            module = self.base.model.get_submodule(parent)
+            tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
             if source.path not in held:
                 if source.path in wanted:
                     held[source.path] = source.read(self.weights, self.dtype, self.device)
@@ -153,25 +152,29 @@ class StreamedModel:
                     held[source.path] = torch.zeros(1, dtype=self.dtype, device=self.device).expand(source.shape)
                 if tensors is module._parameters:
                     held[source.path] = nn.Parameter(held[source.path], requires_grad=False)
-            tensors[path.rpartition(".")[2]] = held[source.path]
+            tensors[name] = held[source.path]
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
 
     def bytes_from(self, lowest: int) -> int:
         """Bytes of what `load_from` reads."""
-        upper = [*(block.module for block in self.blocks[lowest:]), *self.outside(), self.head()]
-        sources = {self.sources[path].path: self.sources[path] for outer in upper for path in self._stored_in(outer)}
-        return sum(math.prod(source.shape) * self.dtype.itemsize for source in sources.values())
+        return sum(math.prod(source.shape) * self.dtype.itemsize for source in self._sources_from(lowest))
 
-    def _stored_in(self, outer: nn.Module) -> list[str]:
-        """Names in the model of what is stored of a module and of those inside it."""
-        if not self._paths:
-            self._paths.update({module: path for path, module in self.base.model.named_modules()})
-        names = [
-            ".".join(filter(None, (self._paths[module], name)))
+    def _sources_from(self, lowest: int) -> list[Source]:
+        """The sources of what runs from block `lowest` on, each once."""
+        upper, paths = [*(block.module for block in self.blocks[lowest:]), *self.outside(), self.head()], self._module_paths()
+        names = (
+            ".".join(filter(None, (paths[module], name)))
+            for outer in upper
             for module in outer.modules()
             for name in (*module._parameters, *module._buffers)
-        ]
-        return [name for name in names if name in self.sources]
+        )
+        return list({self.sources[name].path: self.sources[name] for name in names if name in self.sources}.values())
+
+    def _module_paths(self) -> dict[nn.Module, str]:
+        """Where each module stood when this was first asked."""
+        if not self._paths:
+            self._paths.update({module: path for path, module in self.base.model.named_modules()})
+        return self._paths
 
     def head(self) -> nn.Module:
         """The output head."""
