@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from layercard.adapters.apply import adapted, loaded, place
 from layercard.data.load import IGNORED, Dataset, collate, load_data, shuffled
-from layercard.errors import OutputError, PlacementError, TrainingError
+from layercard.errors import DataError, OutputError, PlacementError, TrainingError
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
 from layercard.selection.placement import Placement
@@ -254,12 +256,39 @@ def test_an_output_is_kept_unless_forced(run: Callable[..., Run], tmp_path: Path
     run("a", force=True)
     with pytest.raises(OutputError, match=r"finished run; .*--force"):
         run("a")
-    (tmp_path / "a" / "notes.txt").write_text("mine")
+
+
+def test_an_adapter_stays_until_its_replacement_is_finished(
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, longer = tmp_path / "a", replace(FAST, steps=6, save_steps=2)
+    first = run("a")
+    (out / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     with pytest.raises(KeyboardInterrupt):
-        run("a", force=True, progress=stop_at(1))
-    assert not (tmp_path / "a" / "run.json").exists()
-    assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+        run("a", longer, force=True, progress=stop_at(5))
+    with pytest.raises(TrainingError, match="the loss is"):
+        run("a", replace(FAST, learning_rate=1e30, max_grad_norm=0.0, scheduler="constant"), force=True)
+    with pytest.raises(KeyboardInterrupt):
+        run("a", longer, force=True, progress=stop_at(5))
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert run("a", resume=True) == first
+
+    # The new one goes on, and is put in place also where a first attempt at that was cut short.
+    whole = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda path, to: 1 / 0 if path.parent.name == ".new" and path.name == "run.json" else whole(path, to)
+    )
+    steps: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        run("a", longer, resume=True, progress=lambda phase, done, total: steps.append(done))
+    monkeypatch.undo()
+    assert steps == [5, 6]
+    assert run("a", longer, resume=True).steps == 6
+    run("undisturbed", longer)
+    assert_equal_adapters(out, tmp_path / "undisturbed")
+    assert sorted(path.name for path in out.iterdir()) == sorted([*before, "checkpoints"])
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_folders_that_are_no_run(run: Callable[..., Run], tmp_path: Path) -> None:
@@ -288,11 +317,98 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_base: BaseModel, data: Data
         if done == total:
             next(w for name, w in tiny_base.model.named_parameters() if "lora_B" in name).data.fill_(float("inf"))
 
-    with pytest.raises(TrainingError, match=r"lora_B.* is not finite after training"):
+    with pytest.raises(TrainingError, match=r"lora_B.* is not finite after training; lower the learning rate \(0.01\) or alpha \(16\)$"):
         train(tiny_base, place(tiny_base, [1]), data, tmp_path / "b", FAST, progress=spoil)
     assert not list(tmp_path.glob("?/run.json"))
     assert not list(tmp_path.glob("?/adapter_model.safetensors"))
     assert_same(before, state_of(tiny_base.model))
+
+
+def test_adapters_that_do_not_learn(run: Callable[..., Run], tiny_base: BaseModel, tmp_path: Path) -> None:
+    """A huge alpha makes gradients that overflow; a module whose output is multiplied by zero has none."""
+    with pytest.raises(TrainingError, match=r"the gradient's norm is inf at step 1; lower the learning rate \(0.01\) or alpha \(1e\+38\)$"):
+        huge = replace(FAST)
+        object.__setattr__(huge, "alpha", 1e38)  # more than the settings let through
+        run("a", huge)
+    assert not (tmp_path / "a" / "adapter_model.safetensors").exists()
+    state = {name: weight.clone() for name, weight in tiny_base.model.state_dict().items()}
+    layer = tiny_base.model.model.layers[1]
+    try:
+        layer.mlp.gate_proj.weight.data.zero_()
+        layer.mlp.up_proj.weight.data.zero_()  # neither can leave zero while the other's output is zero
+        base = wrap_model(tiny_base.model, tiny_tokenizer(), name="idle")
+        data = load_data(str(write_records(tmp_path / "idle.jsonl", tiny_records(10))), base.tokenizer)
+        record = train(base, place(base, [1]), data, tmp_path / "b", replace(FAST, steps=21))
+        few = [note for note in record.notes if "still zero after 20 steps" in note]
+        assert len(few) == 1 and "model.layers.1.mlp.down_proj.lora_B" in few[0]
+        for weight in layer.parameters():
+            weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+        base = wrap_model(tiny_base.model, tiny_tokenizer(), name="zero")
+        paths = [path for path in place(base, [1]).paths if path.endswith(("gate_proj", "up_proj"))]
+        with pytest.raises(TrainingError, match=r"no adapter has learnt anything in 4 steps: .*lora_B are zero"):
+            train(base, place(base, [1]).changed(paths=tuple(paths)), data, tmp_path / "c", FAST)
+    finally:
+        tiny_base.model.load_state_dict(state)
+
+
+def test_the_adapter_of_the_lowest_held_out_loss_is_kept(run: Callable[..., Run], valid: Dataset, tmp_path: Path) -> None:
+    """At a rate far too high the held-out loss turns: the run stops, and is the same when it was interrupted on the way."""
+    settings = replace(FAST, steps=40, learning_rate=0.08, scheduler="constant", patience=2, save_steps=3)
+    watched = run("a", settings, valid=valid)
+    losses = {moment.step: moment.loss for moment in watched.curve if moment.step}
+    best = min(losses, key=losses.__getitem__)
+    assert list(losses) == list(range(4, watched.steps + 1, 4))
+    assert best == watched.steps - 8 < 32
+    assert watched.loss_after == pytest.approx(losses[best], rel=1e-6)
+    line = f"training stopped after step {watched.steps} of 40; the held-out loss was lowest ({losses[best]:.4f}) after step {best}"
+    assert watched.notes == [f"{line}, whose adapter is kept"]
+    for step in (6, best + 5, watched.steps):
+        with pytest.raises(KeyboardInterrupt):
+            run(f"at {step}", settings, valid=valid, progress=stop_at(step))
+        again = run(f"at {step}", settings, valid=valid, resume=True)
+        assert_equal_adapters(tmp_path / "a", tmp_path / f"at {step}")
+        assert (again.losses, again.notes, again.loss_after) == (watched.losses, watched.notes, watched.loss_after)
+    gentle = run("b", replace(settings, learning_rate=1e-3, steps=7), valid=valid)
+    assert gentle.steps == 7 and gentle.notes[0].startswith("training took all 7 steps; ")
+    with pytest.raises(TrainingError, match="patience watches the loss on held-out records, and there are none"):
+        run("c", settings)
+
+
+@pytest.mark.parametrize(
+    "file", ["trainer_state.json", "optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "log.json", "scheduler.pt"]
+)
+def test_a_damaged_checkpoint_is_named_in_one_line(file: str, run: Callable[..., Run], tmp_path: Path) -> None:
+    settings = replace(FAST, steps=6, save_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("a", settings, progress=stop_at(5))
+    newest = tmp_path / "a" / "checkpoints" / "checkpoint-4"
+    for content in (b"", b"{", (newest / file).read_bytes()[: (newest / file).stat().st_size // 2]):
+        (newest / file).write_bytes(content)
+        with pytest.raises(TrainingError, match=r"checkpoint-4") as caught:
+            run("a", settings, resume=True)
+        assert "\n" not in str(caught.value) and "cannot write" not in str(caught.value)
+    shutil.rmtree(newest)
+    assert run("a", settings, resume=True).steps == 6
+
+
+def test_a_full_disk_while_the_adapter_is_written(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", full)
+        with pytest.raises(OutputError, match=r"cannot write the adapter to .*No space left on device.*; make room, then pass --resume"):
+            run("a")
+    assert run("a", resume=True).steps == 4
+
+
+def test_records_longer_than_learned_positions_are_refused(tmp_path: Path) -> None:
+    for family, limit in (("gpt2", 512), ("opt", 512)):
+        base = base_of(family)
+        long = load_data(str(write_records(tmp_path / "long.jsonl", [{"prompt": "a" * 600, "completion": "b"}])), base.tokenizer)
+        with pytest.raises(DataError, match=f"record 1: 60[0-9] tokens, and the model has {limit} positions"):
+            train(base, place(base, [1]), long, tmp_path / "a", FAST)
 
 
 def test_running_out_of_memory_says_what_to_do(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

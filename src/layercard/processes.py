@@ -4,7 +4,9 @@ Both launchers number the processes in the environment (`RANK` of `WORLD_SIZE`, 
 prints; the others compute their share. Functions that exchange something must be called by all processes.
 """
 
+import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,14 +52,33 @@ def joined(device: "torch.device") -> Iterator[None]:
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    failure: BaseException | None = None
     try:
         yield
-    except RuntimeError as error:
-        if "onnection" not in str(error):
+    except BaseException as error:
+        failure = error
+        if not isinstance(error, RuntimeError) or "onnection" not in str(error):
             raise
         raise errors.TrainingError("another process of this run has ended; mend what it says, then start the run again") from error
     finally:
-        dist.destroy_process_group()
+        _disconnect(failure)
+
+
+def _disconnect(failure: BaseException | None) -> None:
+    """Leave the other processes, and end the threads that exchanged tensors with them.
+
+    Such a thread lets go of the last tensors by itself, for which it needs Python. One that is late, on a busy machine, finds the
+    interpreter going down, and the whole process ends with "terminate called without an active exception" and the status of an abort.
+    The threads end with their group, and the group with the last object that knows it: a model in `DistributedDataParallel` stands in
+    a circle of references, and after a failure in the frames of its traceback as well.
+    """
+    import torch.distributed as dist
+
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def wait() -> None:

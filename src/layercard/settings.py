@@ -201,6 +201,11 @@ class TrainSettings(Settings, group="Training"):
     bf16: bool = setting(False, "Compute in bfloat16 where it is safe; adapters stay float32.")
     report_to: str = setting("none", "Where the trainer logs to: none, tensorboard, wandb, …", metavar="NAMES")
     save_steps: int = setting(100, "A checkpoint after every so many steps; 0 for none.", low=0, option="")
+    patience: int | None = setting(
+        None,
+        "Measure the held-out loss ten times in the run, keep the adapter of the lowest, and stop when N in a row were no better.",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:

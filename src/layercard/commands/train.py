@@ -51,7 +51,7 @@ def train(
     from layercard.models.streamed import open_model
     from layercard.report.terminal import pairs
     from layercard.training.streamed import train_streamed
-    from layercard.training.train import PLAN, first_day, train as run
+    from layercard.training.train import NEW, PLAN, first_day, train as run
 
     phases = Phases()
     with Display() as display:
@@ -59,7 +59,7 @@ def train(
             streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
             base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True)
         with phases.phase("data"):
-            day = first_day(output / PLAN) if resume else None
+            day = first_day(output / NEW / PLAN, output / PLAN) if resume else None
             dataset = opt.read(data, base, records, reading, day)
             held_out = opt.read(valid, base, valid_records, reading, day) if valid else None
         chosen = chosen if experts else without_experts(chosen)
@@ -79,6 +79,8 @@ def train(
     if record.fast["did"]:
         rows["Left out"] = "\n".join(record.fast["did"].values())
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
+    if record.notes:
+        rows["Note"] = "\n".join(record.notes)
     rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
     then = ("eval", model, *opt.data_options(valid or ["…"]), "--adapter", output)
     show_result(record, as_json, pairs(rows), then=then)

@@ -83,6 +83,8 @@ def _obstacle(parts: Anatomy) -> str:
         return f"the loss of {parts.name} is not the cross entropy of the next token"
     if parts.multimodal:
         return f"{parts.name} puts pictures or sound among its tokens"
+    if parts.config.to_dict().get("z_loss_coefficient"):
+        return f"the loss of {parts.name} has a z-loss in it, which takes the logits of all positions"
     return "" if parts.causal.get_output_embeddings() is not None else f"{parts.name} has no head"
 
 

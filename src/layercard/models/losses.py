@@ -1,9 +1,13 @@
-"""Logits and losses of labelled tokens, their sums by record, and one training step, for profiling, timing, training and evaluation."""
+"""Logits and losses of labelled tokens, their sums by record, and one training step, for profiling, timing, training and evaluation.
+
+There is one loss: the cross entropy of all labelled tokens of an update, divided once by their number. What a model adds to it by itself
+(a router's auxiliary loss, a z-loss, label smoothing) is left out everywhere, since routers are frozen; `extra_loss` says when.
+"""
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +72,60 @@ def keeps_logits(model: nn.Module) -> bool:
     forwards = (inner.forward, *(type(module).forward for module in below))
     takes, *taken_below = ("logits_to_keep" in inspect.signature(forward).parameters for forward in forwards)
     return takes and not any(taken_below)
+
+
+@contextmanager
+def without_router_logits(model: nn.Module) -> Iterator[None]:
+    """Switch `output_router_logits` off for the length of a `with` block: models add the router's loss to theirs only where it is on."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    configs |= {id(text): text for text in [config.get_text_config() for config in configs.values()]}
+    on = [config for config in configs.values() if vars(config).get("output_router_logits")]
+    for config in on:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in on:
+            config.output_router_logits = True
+
+
+def extra_loss(model: nn.Module, batch: Batch) -> str:
+    """One line where a model's own loss is more than cross entropy, as measured on a batch without padding; empty where it is not.
+
+    A classifier is never asked, nor a model that takes no labels; one whose own loss fails has none that could be left out.
+    """
+    causal = transformers_model(model)
+    if causal is None or is_classifier(causal) or "labels" not in inspect.signature(type(causal).forward).parameters:
+        return ""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            plain = float(labelled_losses(model, batch)[0].mean())
+            own = float(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False).loss)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
+        return ""
+    finally:
+        model.train(training)
+    if abs(own - plain) <= (1e-4 if causal.dtype == torch.float32 else 2e-2) * abs(plain) or not math.isfinite(own):
+        return ""
+    values = causal.config.get_text_config().to_dict() | causal.config.to_dict()
+    terms = [
+        f"{name} {value:g}"
+        for name, value in values.items()
+        if ("loss" in name or "smoothing" in name) and isinstance(value, int | float) and not isinstance(value, bool) and value
+    ]
+    measured = f"{own:.4f} and not {plain:.4f} on a record"
+    return (
+        f"the loss of {type(causal).__name__} is more than cross entropy ({', '.join([*terms, measured])}); what it adds is left out: "
+        "adapters learn by the cross entropy of labelled tokens"
+    )
+
+
+def precision_advice(model: nn.Module) -> str:
+    """What to add to the advice on numbers that are not finite: `, or use --dtype float32`, unless all weights are in float32 or wider."""
+    narrow = any(weight.is_floating_point() and weight.element_size() < 4 for weight in model.parameters())
+    return ", or use --dtype float32" if narrow else ""
 
 
 @dataclass(frozen=True)

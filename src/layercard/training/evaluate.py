@@ -17,7 +17,7 @@ from layercard.data.load import IGNORED, Batch, Dataset, Example, batches
 from layercard.errors import DataError, ModelError
 from layercard.measure import Phases
 from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
-from layercard.models.losses import RecordLosses, record_losses
+from layercard.models.losses import RecordLosses, precision_advice, record_losses
 from layercard.statistics.ratios import ratio_interval
 from layercard.training.records import Evaluation, Interval
 
@@ -127,7 +127,8 @@ def held_out_losses(
         model.train(training)
     broken = (~losses.nats.isfinite()).nonzero()
     if len(broken) > 0:
-        raise ModelError(f"the loss on record {int(broken[0]) + 1} of {dataset.source} is not finite; use float32 or a lower learning rate")
+        advice = f"check the weights and the record, or lower the learning rate{precision_advice(model)}"
+        raise ModelError(f"the loss on record {int(broken[0]) + 1} of {dataset.source} is not finite; {advice}")
     return losses
 
 

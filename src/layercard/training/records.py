@@ -45,6 +45,7 @@ class Run(Record):
     tokens_seen: int
     losses: list[float]  # training loss of each step
     curve: list[Moment] = Field(default_factory=list)  # held-out loss before training, at the moments asked for, and at the end
+    notes: list[str] = Field(default_factory=list)  # what else a user should know of the run, a line each
     train_seconds: float  # time within steps
     peak_memory_bytes: int  # above the frozen model: adapters, optimiser, gradients and activations
     layers_in_backward: str  # blocks from the lowest adapted one up, of all blocks: "5/30"

@@ -21,14 +21,14 @@ from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, WEIGHTS_FILE
 from layercard.adapters.methods import configuration
 from layercard.adapters.start import begin, save_adapter
 from layercard.data.checks import check_ids
-from layercard.data.load import Dataset
+from layercard.data.load import Dataset, collate
 from layercard.errors import OutputError, TrainingError
 from layercard.fast.fast_training import fast_training
 from layercard.files import LOCK_FILE, alone, read_json, shown, write_json
 from layercard.measure import Phases
 from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
-from layercard.models.losses import RecordLosses
+from layercard.models.losses import RecordLosses, extra_loss, without_router_logits
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
@@ -39,7 +39,11 @@ RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
 PLAN = f"{CHECKPOINTS}/plan.json"
 """In the folder of a run: what decides about its result."""
-EARLIER: dict[str, Any] = {"day": None, "processes": 1, "method": "lora", "parameters": [], "ranks": {}, "alphas": {}}
+NEW = ".new"
+"""Folder in that of a finished run where the one that replaces it works until it is finished, too."""
+FILES = (CHECKPOINTS, PLACEMENT_FILE, CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
+"""What a run writes into its folder."""
+EARLIER: dict[str, Any] = {"day": None, "processes": 1, "method": "lora", "parameters": [], "ranks": {}, "alphas": {}, "patience": None}
 """What a plan means that was written before it had these keys."""
 PACKAGES = ("layercard", "torch", "transformers", "peft", "accelerate")
 
@@ -76,14 +80,14 @@ def train(
         data: Records to train on.
         output: The folder to write.
         settings: How to train; the defaults of `TrainSettings` when not given.
-        valid: Held-out records: gives the losses before and after.
+        valid: Held-out records: gives the losses before and after, and what `settings.patience` watches.
         fast: Which work to leave out (`layercard.fast`); all that is exact when not given. It decides about time and memory, not about
             the result, so a run may be resumed with other ones.
         before: Losses of `base` on `valid` where they are known already, so that several runs need not measure them again.
         moments: Steps after which the held-out loss is measured too, for `Run.curve`; the result is the same without.
         resume: Go on with an unfinished run of the same settings in `output`, from its last whole checkpoint, to the same adapter that
             an undisturbed run gives. A finished one is returned as it is; where there is none, a new one starts.
-        force: Replace a run in `output`.
+        force: Replace a run in `output`; an adapter that is there stays until the new one is finished.
         progress: Told of the phases `loss before` (records), `train` (steps) and `loss after` (records).
         phases: What was measured of the run before it came here (`load`); its own phases are added.
 
@@ -95,8 +99,7 @@ def train(
         DataError, ModelError: As `held_out_losses`.
     """
     settings, fast, phases, output = settings or TrainSettings(), fast or FastSettings(), phases or Phases(), Path(output)
-    steps, count, checkpoints = settings.total_steps(len(data)), processes.count(), output / CHECKPOINTS
-
+    steps, count = settings.total_steps(len(data)), processes.count()
     if settings.learning_rate is None:
         settings = replace(settings, learning_rate=placement.learning_rate or settings.rate)
 
@@ -107,13 +110,16 @@ def train(
     check_ids(base.model, data)
     if settings.batch_size % count:
         raise TrainingError(f"{count} processes cannot share a batch of {settings.batch_size} evenly; give a multiple of {count}")
+    if settings.patience is not None and valid is None:
+        raise TrainingError("patience watches the loss on held-out records, and there are none; give some (--valid), or leave it out")
 
     with processes.joined(base.device), ExitStack() as lock:
         # Step 2: take the folder for this run alone, or return the finished run that it holds.
         plan = _plan(base, placement, data, valid, settings)
-        finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force, lock))
+        folder, finished = processes.by_first(lambda: _open_folder(output, placement, plan, resume, force, lock))
         if finished is not None:
             return finished
+        checkpoints = folder / CHECKPOINTS
         started = datetime.now(UTC).isoformat(timespec="seconds")
         progress = progress if processes.is_first() else None
 
@@ -122,8 +128,14 @@ def train(
             with phases.phase("loss before"):
                 before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
         after = None
+        shortest = min((example for example in data.examples if example.labelled), key=lambda example: len(example.input_ids))
+        with quiet_libraries():
+            notes = [line for line in [extra_loss(base.model, collate([shortest], [0], base.pad_id).to(base.device))] if line]
         config = configuration(settings, steps, placement)
-        with _seeded(settings.seed), quiet_libraries(), quiet_peft(), adapted(base, placement, config) as model:
+        with ExitStack() as stack:
+            for manager in (_seeded(settings.seed), quiet_libraries(), quiet_peft(), without_router_logits(base.model)):
+                stack.enter_context(manager)
+            model = stack.enter_context(adapted(base, placement, config))
             resumed = resume and last_checkpoint(checkpoints) is not None
             with phases.phase("begin"):
                 begin(model, placement, data, base.pad_id, settings, checkpoints, resumed=resumed)
@@ -138,13 +150,15 @@ def train(
                     after = held_out_losses(model, base.pad_id, valid, progress=progress, phase="loss after")
             trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
             with phases.phase("save"):
-                processes.by_first(lambda: save_adapter(model, output, settings.method, checkpoints))
+                processes.by_first(lambda: save_adapter(model, folder, settings.method, checkpoints))
 
         # Step 4: the record, last of all, since a folder that has it is finished.
         held_out: dict[str, Any] = {}
         if valid is not None and before is not None and after is not None:
             records = {"labelled": before.tokens.int().tolist(), "nats_before": before.nats.tolist(), "nats_after": after.nats.tolist()}
-            curve = [(0, 0.0, before.loss), *log.curve, (len(log.losses), log.seconds, after.loss)]
+            curve = [(0, 0.0, before.loss), *log.curve]
+            if settings.patience is None:  # else the end is in it, and the adapter that was kept may be an earlier one
+                curve.append((len(log.losses), log.seconds, after.loss))
             held_out = {
                 "valid": describe_data(valid) | {"per_record": records, "accuracy": after.accuracy},
                 "curve": [Moment(step=step, seconds=seconds, loss=loss) for step, seconds, loss in curve],
@@ -164,18 +178,24 @@ def train(
             steps=len(log.losses),
             tokens_seen=log.tokens,
             losses=log.losses,
+            notes=notes + log.notes,
             train_seconds=log.seconds,
             peak_memory_bytes=log.peak_bytes,
             layers_in_backward=f"{len(base.blocks) - placement.layers[0]}/{len(base.blocks)}",
             fast=fast.to_json() | {"did": speed.to_json()},
             trainable_parameters=trainable,
-            adapter_bytes=(output / WEIGHTS_FILE).stat().st_size,
+            adapter_bytes=(folder / WEIGHTS_FILE).stat().st_size,
             processes=count,
             phases=phases.to_json(),
             versions=versions(),
             **held_out,
         )
-        processes.by_first(lambda: run.save(output / RUN_FILE, force=True))
+
+        def finish() -> None:
+            run.save(folder / RUN_FILE, force=True)
+            _take_place(output)
+
+        processes.by_first(finish)
         return processes.of_first(run)
 
 
@@ -215,54 +235,82 @@ def first_day(*plans: Path) -> date | None:
     return None
 
 
-def _open_folder(output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool, lock: ExitStack) -> Run | None:
-    """Make `output` ready for a run that has it alone until `lock` is closed; or give the record of the finished one to resume."""
+def _open_folder(
+    output: Path, placement: Placement, plan: dict[str, Any], resume: bool, force: bool, lock: ExitStack
+) -> tuple[Path, Run | None]:
+    """Take `output` for this run until `lock` is closed: the folder to work in, and the finished run to resume where there is one."""
     if resume and force:
         raise OutputError("resume goes on with a run and force replaces it; give one of them")
+    if output.is_file():
+        raise OutputError(f"{output} is a file; name a folder for the adapter")
+    folder = output
     try:
-        if not output.is_file():
-            lock.enter_context(alone(output))
-        occupied = output.is_file() or any(path.name != LOCK_FILE for path in output.iterdir())
+        lock.enter_context(alone(output))
+        _take_place(output)
+        occupied = any(path.name != LOCK_FILE for path in output.iterdir())
         if occupied and resume:
-            _check_plan(output, plan)
-            if (output / RUN_FILE).exists():
-                return Run.load(output / RUN_FILE)
+            folder = output / NEW if not _other_plan(output / NEW, plan) else output
+            other = _other_plan(folder, plan)
+            if other:
+                raise (TrainingError if (folder / PLAN).exists() else OutputError)(f"{output} {other}")
+            if (folder / RUN_FILE).exists():
+                return folder, Run.load(folder / RUN_FILE)
         elif occupied:
-            _clear(output, force)
-        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            names = [name for name in FILES if (output / name).exists()]
+            if not force:
+                raise OutputError(f"{output} {_occupied(names)}")
+            shutil.rmtree(output / NEW, ignore_errors=True)
+            if RUN_FILE in names or WEIGHTS_FILE in names:  # an adapter stays until the next one is finished
+                folder = output / NEW
+            else:
+                for name in names:
+                    _remove(output / name)
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write the folder {output}: {error.strerror or error}; choose another output") from error
-    write_json(output / PLAN, plan, force=True)
-    placement.save(output / PLACEMENT_FILE, force=True)
-    return None
+    write_json(folder / PLAN, plan, force=True)
+    placement.save(folder / PLACEMENT_FILE, force=True)
+    return folder, None
 
 
-def _check_plan(output: Path, plan: dict[str, Any]) -> None:
-    """Refuse to resume a run in `output` that has another plan."""
-    path = output / PLAN
+def _other_plan(folder: Path, plan: dict[str, Any]) -> str:
+    """Why the run in `folder` is not one of this plan, and what to do; empty where it is."""
+    path = folder / PLAN
     if not path.exists():
-        raise OutputError(f"{output} holds no run to resume; name the folder of an unfinished run, or pass --force to start one there")
+        return "holds no run to resume; name the folder of an unfinished run, or pass --force to start one there"
     earlier = EARLIER | read_json(path, TrainingError, "plan")
     for name, value in plan.items():
         if earlier.get(name) != value:
             was, now = (text if len(text) <= 40 else text[:37] + "…" for text in (str(earlier.get(name)), str(value)))
-            raise TrainingError(f"{output} is a run with {name} {was}, not {now}; resume it as it was, or pass --force")
+            return f"is a run with {name} {was}, not {now}; resume it as it was, or pass --force"
+    return ""
 
 
-def _clear(output: Path, force: bool) -> None:
-    """Remove an earlier run, its record first, or refuse to; other files stay."""
-    if not output.is_dir():
-        raise OutputError(f"{output} is a file; name a folder for the adapter")
-    names = [name for name in (RUN_FILE, WEIGHTS_FILE, CONFIG_FILE, PLACEMENT_FILE, CHECKPOINTS) if (output / name).exists()]
-    if not force:
-        if RUN_FILE in names:
-            raise OutputError(f"{output} holds a finished run; name another output or pass --force to replace it")
-        if CHECKPOINTS in names:
-            raise OutputError(f"{output} holds an unfinished run; pass --resume to go on with it or --force to start again")
-        raise OutputError(f"{output} is not empty; name another output or pass --force to write there")
-    for name in names:
-        path = output / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _occupied(names: list[str]) -> str:
+    """Why a folder with these files of a run is not written to."""
+    if RUN_FILE in names:
+        return "holds a finished run; name another output or pass --force to replace it"
+    if CHECKPOINTS in names:
+        return "holds an unfinished run; pass --resume to go on with it or --force to start again"
+    return "is not empty; name another output or pass --force to write there"
+
+
+def _take_place(output: Path) -> None:
+    """Put a finished run in `NEW` in the place of the earlier one; where a kill has cut this short, it is done again."""
+    if (output / NEW / RUN_FILE).exists():
+        for name in FILES:  # the record last of all: while it is in `NEW`, there is something to do
+            if (output / NEW / name).exists():
+                if name == CHECKPOINTS:
+                    _remove(output / name)
+                (output / NEW / name).replace(output / name)
+        shutil.rmtree(output / NEW)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -21,15 +21,19 @@ from transformers.trainer_callback import PrinterCallback
 from layercard import processes
 from layercard.adapters.methods import RankAllocation
 from layercard.data.load import IGNORED, Batch, Dataset, Example, collate, shuffled
-from layercard.errors import DivergedError, OutputError, ProcessError, TrainingError
+from layercard.errors import DivergedError, LayercardError, OutputError, ProcessError, TrainingError, one_line
 from layercard.files import read_json, write_json
 from layercard.measure import PeakMemory
 from layercard.models.load import Progress
-from layercard.models.losses import labelled_losses
-from layercard.settings import TrainSettings
+from layercard.models.losses import labelled_losses, precision_advice
+from layercard.settings import METHODS, TrainSettings
 
 LOG_FILE = "log.json"
 """Written into a checkpoint when all else is in it: a checkpoint without it was cut off while it was written."""
+IDLE_STEPS = 20
+"""An adapter that began at zero and is zero after so many steps will not learn."""
+MEASUREMENTS = 10
+"""How often the held-out loss is measured in a run that watches it (`TrainSettings.patience`)."""
 
 
 @dataclass
@@ -41,6 +45,17 @@ class TrainLog:
     tokens: int = 0  # padding not counted
     curve: list[tuple[int, float, float]] = field(default_factory=list)  # `Run.curve` as far as it was measured
     peak_bytes: int = 0  # see `Run.peak_memory_bytes`; the first process's
+    notes: list[str] = field(default_factory=list)  # what a user should know
+
+    def watched(self, steps: int) -> list[tuple[float, int]]:
+        """The held-out losses, each with its step, by which a run of so many steps is judged: ten, and that at its end."""
+        every = math.ceil(steps / MEASUREMENTS)
+        return [(loss, step) for step, _, loss in self.curve if step % every == 0 or step == steps]
+
+    def has_turned(self, patience: int, steps: int) -> bool:
+        """Whether the last `patience` of these losses were no better than one before them."""
+        losses = self.watched(steps)
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def fit(
@@ -59,25 +74,36 @@ def fit(
     """Train the adapters of `model`, with checkpoints in `folder`; with `resume` go on from the last whole one there.
 
     `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`). After the steps in
-    `moments` the log's `curve` gets what `measure` gives; that takes no part in the time of steps.
+    `moments` the log's `curve` gets what `measure` gives; that takes no part in the time of steps. With a `patience` in the settings
+    there are ten moments more; the model ends with the adapters of the lowest of these ten, and training stops when so many in a row
+    were no better than one before them.
 
     Raises:
         OutputError: A checkpoint cannot be written.
-        TrainingError: The loss or a trained weight is not finite, memory runs out, or the machine cannot train with these settings.
+        TrainingError: A loss, gradient or trained weight is not finite, nothing learns, a checkpoint is damaged, memory runs out, or the
+            machine cannot train with these settings.
     """
-    steps = settings.total_steps(len(data))
+    steps, patience = settings.total_steps(len(data)), settings.patience
     order = shuffled(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
     trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder, labels_only)
     watch = _Watch(trainer, progress, len(order) / len(data), moments, measure)
     trainer.add_callback(watch)
     checkpoint = last_checkpoint(folder) if resume else None
-    if checkpoint is not None:
-        logging.getLogger(__name__).info("going on from %s", checkpoint)
-        trainer.log_so_far = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        explained = _explained(error, settings, folder)
+        if checkpoint is not None:
+            logging.getLogger(__name__).info("going on from %s", checkpoint)
+            trainer.log_so_far = TrainLog(**read_json(checkpoint / LOG_FILE, TrainingError, "checkpoint"))
+        if checkpoint is None or patience is None or not trainer.log_so_far.has_turned(patience, steps):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        log = trainer.log_so_far
+        if patience is not None:
+            (loss, best), done = min(log.watched(steps)), len(log.losses)
+            checkpoint, watch.trains = folder / f"checkpoint-{best}", False  # one that is read from here on
+            trainer._load_from_checkpoint(str(checkpoint), model)
+            ending = f"training stopped after step {done} of {steps}" if done < steps else f"training took all {steps} steps"
+            log.notes.append(f"{ending}; the held-out loss was lowest ({loss:.4f}) after step {best}, whose adapter is kept")
+    except Exception as error:
+        explained = _explained(error, settings, folder, None if watch.trains else checkpoint)
         if explained is None:
             raise
         raise explained from error
@@ -85,17 +111,15 @@ def fit(
         watch.peak.stop()
     broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
     if broken:
-        raise DivergedError(f"{broken[0]} is not finite after training; lower the learning rate ({settings.rate:g})")
+        raise DivergedError(f"{broken[0]} is not finite after training; {trainer.advice()}")
     return trainer.log_so_far
 
 
-def _explained(error: Exception, settings: TrainSettings, folder: Path) -> Exception | None:
-    """An error of this package in place of one whose cause is known: the disk, memory, or another process."""
-    message, alone = " ".join(str(error).split()), processes.count() == 1
-    if isinstance(error, (OSError, SafetensorError)) or "inline_container" in message or "PytorchStreamWriter" in message:
-        full = shutil.disk_usage(folder).free < 2**20  # torch does not say why it could not write
-        reason = "No space left on device" if full else message
-        return OutputError(f"cannot write a checkpoint to {folder}: {reason}; make room, then pass --resume")
+def _explained(error: Exception, settings: TrainSettings, folder: Path, reading: Path | None) -> Exception | None:
+    """An error of this package in place of one whose cause is known: the disk, memory, another process, or the checkpoint being read."""
+    message, alone = one_line(error, 300), processes.count() == 1
+    if isinstance(error, LayercardError):
+        return None
     if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in message:
         kind, who = (TrainingError, "") if alone else (ProcessError, f"process {processes.rank()}: ")
         return kind(
@@ -104,6 +128,15 @@ def _explained(error: Exception, settings: TrainSettings, folder: Path) -> Excep
         )
     if not alone and "onnection" in message:
         return TrainingError("another process of this run has ended; mend what it says, then pass --resume")
+    if reading is not None:
+        return TrainingError(
+            f"the checkpoint {reading} cannot be read ({message}); remove that folder and pass --resume to go on from the one before it, "
+            "or start again with --force"
+        )
+    if isinstance(error, (OSError, SafetensorError)) or "inline_container" in message or "PytorchStreamWriter" in message:
+        full = shutil.disk_usage(folder).free < 2**20  # torch does not say why it could not write
+        reason = "No space left on device" if full else message
+        return OutputError(f"cannot write a checkpoint to {folder}: {reason}; make room, then pass --resume")
     return None
 
 
@@ -144,7 +177,7 @@ class AdapterTrainer(Trainer):
         super().__init__(model=model, args=arguments, train_dataset=examples, data_collator=inputs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss below is already divided over the accumulated batch
-        self.learning_rate = settings.rate
+        self.settings = settings
         self.labels_only = labels_only
         self.allocation = RankAllocation.of(model)
         self.log_so_far = TrainLog()
@@ -193,7 +226,13 @@ class AdapterTrainer(Trainer):
     def check_loss(self, loss: float, step: int) -> None:
         """Raise `DivergedError` if the loss is not finite."""
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {step}; lower the learning rate ({self.learning_rate:g}) or use float32")
+            raise DivergedError(f"the loss is {loss} at step {step}; {self.advice()}")
+
+    def advice(self) -> str:
+        """What to do about numbers that are not finite."""
+        scale = f" or alpha ({self.settings.alpha:g})" if "alpha" in METHODS[self.settings.method] else ""
+        bf16 = ", or train without --bf16" if self.settings.bf16 else ""
+        return f"lower the learning rate ({self.settings.rate:g}){scale}{bf16 or precision_advice(self.model)}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the walk over all parameters that it needs would be timed with every step."""
@@ -216,7 +255,7 @@ class AdapterTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Keeps the log, reports progress and marks checkpoints as whole."""
+    """Keeps the log, reports progress, marks checkpoints as whole, and looks whether adapters learn and when to stop."""
 
     def __init__(
         self,
@@ -231,8 +270,19 @@ class _Watch(TrainerCallback):
         self.heaviest = heaviest_step(trainer.train_dataset, trainer.args.per_device_train_batch_size, batches)
         self.peak = PeakMemory(trainer.args.device)
         self.start = 0.0
+        self.trains = False  # whether a first step has begun, so that no checkpoint is being read any more
+        # AdaLoRA may turn a module off by itself.
+        weights = trainer.model.named_parameters() if trainer.allocation is None else ()
+        self.zeros = {name: weight for name, weight in weights if weight.requires_grad and not weight.any()}
+        if trainer.settings.patience is not None:
+            steps = trainer.args.max_steps
+            self.moments |= {step for step in range(1, steps + 1) if step % math.ceil(steps / MEASUREMENTS) == 0 or step == steps}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._protect_best(args, state)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trains = True
         if state.global_step == self.heaviest:
             self.peak.start()
         self.start = time.perf_counter()
@@ -256,11 +306,43 @@ class _Watch(TrainerCallback):
             weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
             states = [value for state in trainer.optimizer.state_dict()["state"].values() for value in state.values()]
             log.peak_bytes = self.peak.bytes + sum(value.nbytes for value in (*weights, *states) if isinstance(value, torch.Tensor))
-        if self.measure is not None and state.global_step in self.moments:
-            log.curve.append((state.global_step, log.seconds, self.measure()))
         state.epoch = self.epochs * state.global_step / state.max_steps
         if self.progress is not None:
             self.progress("train", state.global_step, state.max_steps)
+        if state.global_step == min(IDLE_STEPS, state.max_steps):
+            self._look_at_zeros(state.global_step)
+        if self.measure is not None and state.global_step in self.moments:
+            log.curve.append((state.global_step, log.seconds, processes.of_first(self.measure())))
+        patience = trainer.settings.patience
+        if patience is not None and state.global_step in [step for _, step in log.watched(state.max_steps)]:
+            # A checkpoint goes with every loss that counts, so that the adapter of the best can be had again.
+            self._protect_best(args, state)
+            control.should_save = True
+            control.should_training_stop = control.should_training_stop or log.has_turned(patience, state.max_steps)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        norm = kwargs.get("logs", {}).get("grad_norm")
+        if norm is not None and not math.isfinite(norm):
+            raise DivergedError(f"the gradient's norm is {norm} at step {state.global_step}; {self.trainer.advice()}")
+
+    def _protect_best(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Tell `Trainer` which checkpoint it must not remove; the folder may have been moved since its state was saved."""
+        losses = self.trainer.log_so_far.watched(state.max_steps) if self.trainer.settings.patience is not None else []
+        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{min(losses)[1]}") if losses else None
+
+    def _look_at_zeros(self, step: int) -> None:
+        """Report adapters that began at zero and still are; raise `TrainingError` if all are."""
+        idle = [name for name, weight in self.zeros.items() if not weight.any()]
+        if not idle:
+            return
+        names = [name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default") for name in idle]
+        few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        steps = f"{step} step{'s' if step > 1 else ''}"
+        if len(idle) == len(self.zeros):
+            raise TrainingError(f"no adapter has learnt anything in {steps}: {few} are zero; {self.trainer.advice()}, or check the records")
+        line = f"{few} {'are' if len(idle) > 1 else 'is'} still zero after {steps}: no gradient reaches such modules; leave them out"
+        logging.getLogger(__name__).warning(line)
+        self.trainer.log_so_far.notes.append(line)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         processes.wait()  # each has written the state of its own random numbers
@@ -290,7 +372,7 @@ def training_arguments(settings: TrainSettings, steps: int, folder: Path, device
             gradient_accumulation_steps=settings.accumulation,
             learning_rate=settings.rate,
             lr_scheduler_type=settings.scheduler,
-            warmup_steps=math.ceil(settings.warmup_ratio * steps),
+            warmup_steps=math.ceil(settings.warmup_ratio * steps) if steps > 1 else 0,  # warming up, a first step has a rate of 0
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             optim="adamw_torch",
