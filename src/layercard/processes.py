@@ -51,6 +51,7 @@ def joined(device: "torch.device") -> Iterator[None]:
     if count() == 1 or dist.is_initialized():
         yield
         return
+
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     failure: BaseException | None = None
     try:
@@ -69,8 +70,8 @@ def _disconnect(failure: BaseException | None) -> None:
 
     Such a thread lets go of the last tensors by itself, for which it needs Python. One that is late, on a busy machine, finds the
     interpreter going down, and the whole process ends with "terminate called without an active exception" and the status of an abort.
-    The threads end with their group, and the group with the last object that knows it: a model in `DistributedDataParallel` stands in
-    a circle of references, and after a failure in the frames of its traceback as well.
+    The threads end with their group, and the group with the last object that knows it: a model in `DistributedDataParallel`, which
+    stands in a circle of references, and after a failure in the frames of its traceback as well.
     """
     import torch.distributed as dist
 
