@@ -156,7 +156,7 @@ class Course:
         trials = []
         for entrant in entrants:
             rate = float(f"{moved(entrant.learning_rate, self.steps, steps):.4g}")
-            how = replace(self.settings, steps=steps, epochs=None, learning_rate=rate, save_steps=0, report_to="none")
+            how = replace(self.settings, steps=steps, epochs=None, learning_rate=rate, save_steps=0, report_to="none", patience=None)
             trials.append(Trial("race", entrant.layers, how, modules=entrant.modules, split="valid"))
         records = run_trials(trials, self.task, self.folder, self.workers, self.progress)
         return [_heat_of(record, entrant) for record, entrant in zip(records, entrants, strict=True)]

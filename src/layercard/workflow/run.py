@@ -59,8 +59,8 @@ LEAST_RECORDS = 16
 HELD_OUT = (0.1, 16, 300)
 """Share of the records that a split holds out, the least and the most of them."""
 TIMED_STEPS = 4
-MOMENTS = 6
-"""Points of the loss curve of the full training."""
+PATIENCE = 2
+"""Measurements of the held-out loss without a better one after which the full training stops, unless told."""
 CARD_SHARE = 0.4
 """Part of the search that a card may take; the race has the rest."""
 CARD_STEPS = 0.9
@@ -271,11 +271,11 @@ def run(
         choice = tune(base, data, output, **made, workers=workers, open_records=open_records, tell=tell)
         if (output / RESULT_FILE).exists():
             return Result.load(output / RESULT_FILE)
-        full = replace(training, steps=choice.plan.steps, epochs=None, learning_rate=choice.chosen.learning_rate)
+        patience = PATIENCE if training.patience is None else training.patience
+        full = replace(training, steps=choice.plan.steps, epochs=None, learning_rate=choice.chosen.learning_rate, patience=patience)
         how: dict[str, Any] = {"valid": choice.valid, "fast": fast, "before": choice.before, "progress": progress}
         begun = (output / ADAPTER / TRAIN_PLAN).exists() or (output / ADAPTER / RUN_FILE).exists()
-        moments = sorted({max(1, choice.plan.steps * part // MOMENTS) for part in range(1, MOMENTS)})
-        trained = train(base, choice.placement, choice.data, output / ADAPTER, full, **how, moments=moments, resume=begun, force=not begun)
+        trained = train(base, choice.placement, choice.data, output / ADAPTER, full, **how, resume=begun, force=not begun)
         result = _result(base, choice, trained, {**training.to_json(), **settings.to_json()})
         result.save(output / RESULT_FILE, force=True)
         return result
@@ -472,7 +472,7 @@ def _timed(base: BaseModel, data: Dataset, training: TrainSettings, fast: FastSe
         return Run.load(folder / RUN_FILE)
     placement = place(base, range(len(base.blocks)), objective="all layers")
     rate = usual_rate(base.model.get_input_embeddings().weight.shape[1], TIMED_STEPS)
-    settings = replace(training, steps=TIMED_STEPS, epochs=None, learning_rate=rate, save_steps=0, report_to="none")
+    settings = replace(training, steps=TIMED_STEPS, epochs=None, learning_rate=rate, save_steps=0, report_to="none", patience=None)
     told = progress and (lambda phase, done, total: progress("time a few steps", done, total))
     return train(base, placement, data, folder, settings, fast=fast, force=folder.exists(), progress=told)
 
@@ -523,6 +523,7 @@ def _result(base: BaseModel, choice: Choice, trained: Run, settings: dict[str, A
         all_layers=AllLayers(**every),
         steps=trained.steps,
         planned_steps=choice.plan.steps,
+        stopped=next((note for note in trained.notes if note.startswith("training stopped")), ""),
         seconds=Seconds(**seconds, total=sum(seconds.values())),
         step_seconds=step,
         peak_memory_bytes=trained.peak_memory_bytes,
