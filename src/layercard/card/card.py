@@ -54,7 +54,7 @@ def rounding_between(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     sketches = [np.frombuffer(bytes.fromhex(each["sketch"]), "<f2").astype(float) for each in (a, b) if isinstance(each.get("sketch"), str)]
     if not (a.get("rounded") or b.get("rounded")) or len(sketches) < 2 or not 0 < len(sketches[0]) == len(sketches[1]):
         return math.inf
-    share = float(np.linalg.norm(sketches[0] - sketches[1]) / max(np.linalg.norm(sketches[0]), 1e-9))
+    share = float(np.linalg.norm(sketches[0] - sketches[1])) / max(float(np.linalg.norm(sketches[0])), 1e-9)
     return share if share < MOST_ROUNDING and a.get("layers") == b.get("layers") else math.inf
 
 

@@ -355,8 +355,8 @@ def stored_fingerprint(name: str, saved: dict[str, Any]) -> str | None:
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for path in fingerprint_paths(skeleton, skeleton.state_dict()):
                 stored, here = sources[path].read(weights), saved.get(path)
-                comparable = here is not None and here.is_floating_point() and here.shape == stored.shape
-                if comparable and not torch.equal(stored.to(here.dtype), here.cpu()):
+                comparable = isinstance(here, torch.Tensor) and here.is_floating_point() and here.shape == stored.shape
+                if isinstance(here, torch.Tensor) and comparable and not torch.equal(stored.to(here.dtype), here.cpu()):
                     raise ModelError(f"{path} is not what is stored")
                 yield path, stored
 
