@@ -5,6 +5,7 @@ prints; the others compute their share. Functions that exchange something must b
 """
 
 import gc
+import importlib
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,8 @@ def joined(device: "torch.device") -> Iterator[None]:
     if count() == 1 or dist.is_initialized():
         yield
         return
-
+    # Before there is a group: where this is imported later, default arguments of its functions hold the group for good.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     failure: BaseException | None = None
     try:
