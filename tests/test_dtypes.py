@@ -1,6 +1,7 @@
 """A model is itself in any type: what was made in one serves in another."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from layercard.adapters.apply import check_model, loaded, place
 from layercard.commands.main import run
@@ -141,3 +142,24 @@ def test_what_is_resumed_or_compared_is_of_one_type(folder: Path, tmp_path: Path
     run_trials(trials, task, tmp_path / "trials")
     with pytest.raises(BenchmarkError, match="was made in float32, now the model is in bfloat16"):
         run_trials(trials, replace(task, base=bfloat16), tmp_path / "trials")
+
+
+def test_folders_in_four_and_eight_bits_through_the_command_line(
+    folder: Path, tmp_path: Path, layercard: Callable[..., tuple[int, str, str]]
+) -> None:
+    """As others upload them: nothing names the model that was rounded."""
+    pytest.importorskip("bitsandbytes", reason="4-bit maps need bitsandbytes: pip install 'layercard[quantised]'")
+    for bits in ("4bit", "8bit"):
+        how = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit", bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32)
+        model.save_pretrained(tmp_path / bits)
+        tiny_tokenizer().save_pretrained(tmp_path / bits)
+    data, card, placement = ("--data", tmp_path / "data.jsonl"), tmp_path / "card.json", tmp_path / "placement.json"
+    assert layercard("profile", folder, *data, "--no-cost", "--probe", "none", "-o", card)[0] == 0
+    assert layercard("select", card, "--k", "2", "-o", placement)[0] == 0
+    for name in (folder, tmp_path / "4bit", tmp_path / "8bit"):
+        adapter = tmp_path / f"adapter-{name.name}"
+        status, _, err = layercard("train", name, *data, "--placement", placement, "--steps", "2", "-o", adapter)
+        assert status == 0 and ("taken for the same model" in err) == (name != folder)
+        for other in (folder, tmp_path / "4bit", tmp_path / "8bit"):
+            assert layercard("eval", other, *data, "--adapter", adapter)[0] == 0

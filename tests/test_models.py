@@ -1,7 +1,6 @@
 """Loading by name, the fingerprint, and the losses of labelled tokens against transformers' own loss."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -163,20 +162,15 @@ class TestFingerprint:
             weight.data.copy_(kept)
         assert fingerprint(model, exact=True) == first
 
-    def test_swapped_rows_and_seeds_change_it(self) -> None:
-        model = build_tiny("llama")
-        first = fingerprint(model)
-        with torch.no_grad():
-            weight = model.model.layers[0].self_attn.q_proj.weight
-            weight.copy_(weight.flip(0))
-        assert len({first, fingerprint(model), fingerprint(build_tiny("llama", seed=1))}) == 3
-
     @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
     def test_it_is_that_of_the_weights_as_stored(self, stored: str, tmp_path: Path) -> None:
         build_tiny("llama").to(getattr(torch, stored)).save_pretrained(tmp_path)
         tiny_tokenizer().save_pretrained(tmp_path)
         kinds = ("float32", "bfloat16", "float16", "auto")
-        prints = {load_model(tmp_path, device="cpu", dtype=kind).fingerprint for kind in kinds}
+        loaded = {kind: load_model(tmp_path, device="cpu", dtype=kind) for kind in kinds}
+        for kind, base in loaded.items():
+            assert base.model.dtype == getattr(torch, stored if kind == "auto" else kind)
+        prints = {base.fingerprint for base in loaded.values()}
         assert prints == {open_model(str(tmp_path), device="cpu").base.fingerprint} and len(prints) == 1
 
         # Weights that were changed in memory are other weights, also where their type has lost a part of them.
@@ -232,15 +226,6 @@ class TestLoadModel:
         with pytest.raises(ModelError, match="cannot be read as a causal language model"):
             load_model(tmp_path, device="cpu")
 
-    @pytest.mark.parametrize(
-        ("dtype", "expected"),
-        [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("auto", torch.bfloat16), ("float32", torch.float32)],
-    )
-    def test_dtypes(self, dtype: str, expected: torch.dtype, tmp_path: Path) -> None:
-        build_tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path)
-        tiny_tokenizer().save_pretrained(tmp_path)
-        assert next(load_model(tmp_path, device="cpu", dtype=dtype).model.parameters()).dtype == expected
-
     def test_the_random_state_is_left_alone_and_loading_is_quiet_again_afterwards(self, tiny_folder: Path) -> None:
         torch.manual_seed(5)
         expected = torch.rand(3)
@@ -250,13 +235,6 @@ class TestLoadModel:
         torch.testing.assert_close(torch.rand(3), expected)
         with pytest.raises(ModelError):
             load_model(tiny_folder / "missing", device="cpu")
-        assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
-
-    def test_quiet_libraries_restores_after_an_error(self) -> None:
-        before = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-        with pytest.raises(RuntimeError), models.quiet_libraries():
-            assert hf_logging.get_verbosity() == logging.CRITICAL and not hf_logging.is_progress_bar_enabled()
-            raise RuntimeError
         assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == before
 
     def test_pad_id_falls_back_to_the_end_token_and_then_to_zero(self) -> None:

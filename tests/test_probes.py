@@ -19,10 +19,9 @@ import torch
 from cards import fake_card
 from layercard import checkpoint as saved
 from layercard.card.card import LayerCard
-from layercard.checkpoint import discard
 from layercard.commands.main import run
 from layercard.commands.reproduce import command_lines
-from layercard.errors import OutputError, TrainingError
+from layercard.errors import TrainingError
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
 from layercard.profiling import training_probe as halving
@@ -249,13 +248,6 @@ def test_an_interrupted_probe_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir() if path.suffix != ".safetensors"} == {"plan.json"}
 
 
-def test_a_whole_state_is_read_and_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, folder = base_of(), tmp_path / "state"
-    found = probe_of(base, folder=folder)
-    monkeypatch.setattr(halving, "adapting", None)
-    assert_equal(probe_of(base, folder=folder), found)
-
-
 @pytest.mark.parametrize("other", ["model", "data", "settings"])
 def test_a_state_of_something_else_is_not_used(tmp_path: Path, other: str) -> None:
     folder = tmp_path / "state"
@@ -264,16 +256,6 @@ def test_a_state_of_something_else_is_not_used(tmp_path: Path, other: str) -> No
     settings = ProbeTraining(**{**SETTINGS.__dict__, "seed": 4}) if other == "settings" else SETTINGS
     found = probe_of(base, settings, folder=folder, key="more data" if other == "data" else "data")
     assert_equal(found, probe_of(base, settings))
-
-
-def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "state"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("mine")
-    for use in (lambda: probe_of(base_of(), folder=folder), lambda: discard(folder)):
-        with pytest.raises(OutputError, match="move it away"):
-            use()
-    assert (folder / "thesis.txt").read_text() == "mine"
 
 
 def test_a_loss_that_is_not_finite_is_named() -> None:

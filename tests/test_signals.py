@@ -1,7 +1,5 @@
 """The two passes over the records: coupling against an explicit Gauss-Newton matrix, and what must not matter."""
 
-import copy
-
 import pytest
 import torch
 from torch.func import functional_call
@@ -79,20 +77,6 @@ def test_padding_and_batch_split_change_nothing(batch_size: int) -> None:
     torch.testing.assert_close(held.nats, held_again.nats)
     torch.testing.assert_close(held.tokens, torch.tensor(LENGTHS).double())
     assert fit.loss == pytest.approx(again.loss)
-
-
-def test_module_gradient_norm_is_that_of_autograd() -> None:
-    base = base_of()
-    fit, _ = passes(base)
-    made = examples(LENGTHS, seed=1)
-    model = copy.deepcopy(base.model)
-    logits, targets, _ = labelled_logits(model, batch_of(made))
-    torch.nn.functional.cross_entropy(logits, targets).backward()
-    for layer in fit.layers:
-        for m in layer.modules:
-            gradient = model.get_parameter(f"{m.module.path}.weight").grad
-            assert gradient is not None
-            assert m.gradient_squared == pytest.approx(float(gradient.square().sum()), rel=1e-6)
 
 
 def test_held_out_contributions_estimate_the_fit_quantities() -> None:
