@@ -16,7 +16,7 @@ from layercard.data.load import load_data
 from layercard.files import write_json
 from layercard.models.load import BaseModel, load_model
 from layercard.profiling.step_probe import ReplayedSet
-from layercard.profiling.training_probe import ProbeTraining, trained
+from layercard.profiling.training_probe import ProbeTraining, adapting
 
 LAYERS = (0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 29)
 BATCH = {"e2e": 4, "webnlg": 4, "gsm8k": 2}
@@ -43,7 +43,8 @@ def measure(base: BaseModel, task: str, layers: tuple[int, ...], settings: Probe
     replayed = ReplayedSet(base, ordered, missing, settings.batch_size, by_length=False)
     for layer in missing:
         started = time.perf_counter()
-        with trained(base, [layer], replayed, settings):
+        with adapting(base, [layer], settings) as adaptation:
+            adaptation.advance(replayed, settings.steps)
             after = held_out.losses(layer)
         write_json(
             run_file(task, layer, settings.seed),

@@ -98,7 +98,7 @@ def test_inputs_are_dropped_as_backward_goes_on() -> None:
     batch = batch_of(examples())
     held = []
     with capturing(model, find_blocks(model)) as capture:
-        capture.start(batch.attention_mask, lambda p, a, d, _: held.append(capture.kept))
+        capture.start(batch.attention_mask, lambda p, a, d, _: held.append(len(capture._inputs)))
         labelled_losses(model, batch)[0].sum().backward()
     assert held == sorted(held, reverse=True) and held[-1] == 0
 

@@ -34,7 +34,6 @@ from layercard.profiling.training_probe import (
     adapting,
     better_half,
     rungs,
-    trained,
     training_probes,
 )
 from layercard.settings import ProfileSettings
@@ -115,7 +114,8 @@ def test_training_probe_equals_stock_peft_on_the_whole_model() -> None:
     before = state(base.model)
     entered = ReplayedSet(base, train, [layer], 2, by_length=False)
     held_out = ReplayedSet(base, examples(LENGTHS, seed=2), [layer], 3)
-    with trained(base, [layer], entered, settings):
+    with adapting(base, [layer], settings) as adaptation:
+        adaptation.advance(entered, settings.steps)
         found = held_out.losses(layer).loss
     assert_same(before, state(base.model))
 
@@ -167,7 +167,8 @@ def test_every_layer_reaches_what_training_it_alone_reaches(family: str) -> None
             alone = held_out.losses(layer)
         torch.testing.assert_close(probe.after[layer], alone.nats, rtol=1e-6, atol=1e-6)
     best = probe.steps.index(8)
-    with trained(base, [best], train, SETTINGS):
+    with adapting(base, [best], SETTINGS) as adaptation:
+        adaptation.advance(train, SETTINGS.steps)
         alone = held_out.losses(best)
     torch.testing.assert_close(probe.after[best], alone.nats, rtol=1e-6, atol=1e-6)
     gains = probe.gain(torch.ones(len(LENGTHS)))

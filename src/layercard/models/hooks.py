@@ -137,11 +137,6 @@ class Capture:
         self._token_numbers = None if self.mask is None else self.mask.cumsum(0) - 1
         self.sink, self.keep = sink, keep
 
-    @property
-    def kept(self) -> int:
-        """Number of inputs that are kept for a backward pass."""
-        return len(self._inputs)
-
     def clear(self) -> None:
         """Drop what is kept for a further backward pass."""
         self._inputs.clear()

@@ -67,11 +67,6 @@ class ReplayedSet:
         """Loss of each record, with the blocks from `layer` on as they are now; no gradient."""
         return record_losses(self.base.model, self.batches, self.records, lambda number: self.entered(number, layer))
 
-    def forward(self, number: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`labelled_losses` of a batch, run from block `layer` on."""
-        with self.entered(number, layer):
-            return labelled_losses(self.base.model, self.batches[number])
-
     def entered(self, number: int, layer: int) -> AbstractContextManager[None]:
         """Let a forward pass over a batch run from block `layer` on."""
         layer = 0 if self.all_blocks else layer

@@ -114,24 +114,12 @@ class Adaptation:
 
 @contextmanager
 def adapting(base: BaseModel, layers: Sequence[int], settings: ProbeTraining) -> Iterator[Adaptation]:
-    """The model with new adapters in some layers; the base model is as before when the `with` block ends."""
+    """The model with new adapters in some layers; the base model is as before when the `with` block ends.
+
+    Only the blocks from the lowest of the layers on run. The gradients are those of plain PEFT on the whole model, to rounding.
+    """
     with lora_layers(base, layers, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as model:
         yield Adaptation(model, layers, settings)
-
-
-@contextmanager
-def trained(
-    base: BaseModel, layers: Sequence[int], train: ReplayedSet, settings: ProbeTraining, progress: Progress | None = None
-) -> Iterator[Any]:
-    """The PEFT model with adapters in some layers, trained; the base model is as before when the `with` block ends.
-
-    Only the blocks from the lowest of the layers on run: `train` keeps what enters them, in the order of training (`by_length=False`).
-    The gradients are those of plain PEFT on the whole model, to rounding.
-    """
-    name = f"train layer {layers[0]}" if len(layers) == 1 else f"train {len(layers)} layers"
-    with adapting(base, layers, settings) as adaptation:
-        adaptation.advance(train, settings.steps, (lambda step: progress(name, step, settings.steps)) if progress else None)
-        yield adaptation.model
 
 
 @dataclass(frozen=True)
