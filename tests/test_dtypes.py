@@ -1,6 +1,7 @@
 """A model is itself in any type: what was made in one serves in another."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from layercard.adapters.apply import check_model, loaded, place
+from layercard.card.card import rounding_between
 from layercard.commands.main import run
 from layercard.data.load import load_data
 from layercard.errors import BenchmarkError, PlacementError
@@ -163,3 +165,11 @@ def test_folders_in_four_and_eight_bits_through_the_command_line(
         assert status == 0 and ("taken for the same model" in err) == (name != folder)
         for other in (folder, tmp_path / "4bit", tmp_path / "8bit"):
             assert layercard("eval", other, *data, "--adapter", adapter)[0] == 0
+
+
+@pytest.mark.parametrize("sketch", ["zz", "3c0", "3c00", 5, None, ["3c00"], "7e00" * 16, "0" * 64])
+def test_an_odd_sketch_is_none(sketch: object) -> None:
+    model = {"name": "m", "fingerprint": "a", "layers": 3, "rounded": True, "sketch": "3c00" * 16}
+    assert rounding_between(model, {**model, "fingerprint": "b"}) == 0.0
+    for pair in ((model, {**model, "fingerprint": "b", "sketch": sketch}), ({**model, "sketch": sketch}, {**model, "fingerprint": "b"})):
+        assert rounding_between(*pair) == math.inf

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -51,11 +52,17 @@ def rounding_between(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     """
     if a.get("fingerprint") == b.get("fingerprint"):
         return 0.0
-    sketches = [np.frombuffer(bytes.fromhex(each["sketch"]), "<f2").astype(float) for each in (a, b) if isinstance(each.get("sketch"), str)]
-    if not (a.get("rounded") or b.get("rounded")) or len(sketches) < 2 or not 0 < len(sketches[0]) == len(sketches[1]):
+    first, second = (_sketch(each.get("sketch")) for each in (a, b))
+    if not (a.get("rounded") or b.get("rounded")) or len(first) != len(second) or not first.any() or a.get("layers") != b.get("layers"):
         return math.inf
-    share = float(np.linalg.norm(sketches[0] - sketches[1])) / max(float(np.linalg.norm(sketches[0])), 1e-9)
-    return share if share < MOST_ROUNDING and a.get("layers") == b.get("layers") else math.inf
+    share = float(np.linalg.norm(first - second) / np.linalg.norm(first))
+    return share if share < MOST_ROUNDING else math.inf
+
+
+def _sketch(text: object) -> np.ndarray:
+    """The numbers of a sketch, none where it is not one: placements hold whatever was written there."""
+    is_sketch = isinstance(text, str) and re.fullmatch("([0-9a-f]{4}){1,250}", text)
+    return np.frombuffer(bytes.fromhex(str(text)) if is_sketch else b"", "<f2").astype(float)
 
 
 def check_same_model(made: Mapping[str, Any], here: Mapping[str, Any], noun: str, error: type[LayercardError], mend: str) -> None:
