@@ -27,7 +27,8 @@ GROUPS = {
     ),
     "Models and records": ("load_model", "load_data", "Dataset"),
     "Hub": ("push", "pull"),
-    "Settings": ("ProfileSettings", "TrainSettings", "FastSettings"),
+    "In one go": ("run",),
+    "Settings": ("ProfileSettings", "TrainSettings", "FastSettings", "RunSettings"),
     "Faster training": (
         "FastTraining",
         "fast_training",

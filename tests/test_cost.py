@@ -187,7 +187,7 @@ def test_a_cost_model_survives_the_disk_and_refuses_what_is_broken(tmp_path: Pat
     value = json.loads(path.read_text())
     assert value["schema"] == "layercard-cost/1"
     for change, message in (
-        ({"schema": "layercard/1"}, "is not 'layercard-cost/1'; make the cost model with `layercard cost`"),
+        ({"schema": "layercard/1"}, "is a card .*; a cost model is needed: make one with `layercard cost`"),
         ({"layers": []}, "layers: "),
         ({"embedding_seconds": -1.0}, "embedding_seconds: "),
         ({"source": "guessed"}, "source: "),

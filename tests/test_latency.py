@@ -138,7 +138,7 @@ def test_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     status, out, err = printed(capsys, "latency", tiny_folder, "--adapter", folder, *QUICK, "-o", path)
     assert (status, err) == (0, ""), err
     for word in ("Latency", "3 layers", "base", "all layers", "merged", "Tokens/s", "6 tokens, then 3 new ones", f"wrote {path}"):
-        assert word in out.replace("\n", " "), out
+        assert word in " ".join(out.split()), out
     kept = json.loads(path.read_text())
     assert [row["kind"] for row in kept["variants"]] == ["base", "adapter", "merged", "adapter", "merged"]
     assert kept["variants"][1]["layers"] == [2] and kept["variants"][3]["layers"] == list(range(LAYERS))
@@ -160,9 +160,9 @@ def test_what_is_no_adapter_is_one_line(tiny_folder: Path, tmp_path: Path, capsy
     foreign = save(base_of(), [4], tmp_path / "foreign", 1)
     cases = [
         (("absent-model", "--adapter", tmp_path / "absent"), "absent is no adapter"),
-        ((tiny_folder, "--adapter", foreign), "fingerprint"),
+        ((tiny_folder, "--adapter", foreign), "6 layers"),
         ((tiny_folder, "--placement", tmp_path / "absent.json"), "no such file"),
-        ((tiny_folder, "--placement", foreign / "placement.json"), "fingerprint"),
+        ((tiny_folder, "--placement", foreign / "placement.json"), "6 layers"),
         ((tiny_folder, "--prompt-tokens", 600), "exceed the 512 positions"),
         ((tiny_folder, "--new-tokens", 1), "--new-tokens"),
     ]

@@ -169,7 +169,7 @@ def test_absolute_budgets_need_a_measured_cost_and_then_mean_what_they_say() -> 
     assert by_seconds.predicted["step_time"]["seconds"] == pytest.approx(measured.step_time(by_seconds.layers))
     assert select(made_card(8)).predicted["step_time"]["seconds"] is None
     memory = measured.linear("memory").of(range(8))
-    for text in (f"{0.7 * memory}", f"{0.7 * memory / 2**20}MiB", f"{0.7 * memory / 1e6} MB", "70%"):
+    for text in (0.7 * memory, f"{0.7 * memory}B", f"{0.7 * memory / 2**20}MiB", f"{0.7 * memory / 1e6} MB", "70%"):
         assert Budgets(max_memory=text).resolve(measured)[0].limit == pytest.approx(0.7 * memory)
     assert Budgets(max_params="2M").resolve(measured)[0].limit == 2e6
     assert Budgets(max_latency="5ms").resolve(measured)[0].limit == pytest.approx(0.005)

@@ -400,7 +400,7 @@ def candidates(base: BaseModel, card: LayerCard | None, settings: RunSettings, s
     if card is not None:
         named.append(("balanced", select(card, objective="balanced").layers, "all"))
         if limit is not None and card.cost is not None:
-            within = Budgets(max_memory=str(int(limit)))
+            within = Budgets(max_memory=limit)
             named.append(("best within the memory", select(card, objective="performance", budgets=within).layers, "all"))
     else:
         named.append(("last half", half, "all"))
