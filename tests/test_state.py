@@ -16,7 +16,6 @@ from layercard import checkpoint as saved, checkpoint as state_module, processes
 from layercard.checkpoint import State, check_folder, discard, opened
 from layercard.errors import LayercardError, OutputError
 from layercard.files import alone, replacing
-from layercard.models.streamed import open_model
 from layercard.profiling.fit import FitSums
 from layercard.profiling.profile import profile_records as profile
 from layercard.settings import ProfileSettings
@@ -190,26 +189,16 @@ def stopping(after: int) -> Callable[[str, int, int], None]:
 
 
 @pytest.mark.parametrize("snapshots", [True, False])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_profile_interrupted_again_and_again_is_the_same_card(
-    streamed: bool, snapshots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = base_of()
-    base.model.save_pretrained(tmp_path / "model")
-    base.tokenizer.save_pretrained(tmp_path / "model")
-
-    def model() -> Any:
-        return open_model(tmp_path / "model", device="cpu") if streamed else base
-
-    how = ProfileSettings(rank=2, batch_size=3, probe="step" if streamed else "train", probe_steps=4, cost=False)
-    whole = profile(model(), dataset(), how)
+def test_a_profile_interrupted_again_and_again_is_the_same_card(snapshots: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = ProfileSettings(rank=2, batch_size=3, probe="train", probe_steps=4, cost=False)
+    whole = profile(base_of(), dataset(), how)
     if snapshots:
         monkeypatch.setattr(state_module, "EVERY", 0.0)
         monkeypatch.setattr(state_module, "SHARE", 0.0)
     folder, interrupts, after = tmp_path / "card.json.state", 0, 2
     while True:
         try:
-            card = profile(model(), dataset(), how, stopping(after), state=folder)
+            card = profile(base_of(), dataset(), how, stopping(after), state=folder)
             break
         except Stopped:
             interrupts, after = interrupts + 1, after + 1

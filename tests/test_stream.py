@@ -24,7 +24,7 @@ from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, wa
 from layercard.profiling.profile import profile_records as profile
 from layercard.settings import ProfileSettings
 from test_experts import build as with_experts
-from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
+from tiny import DISTINCT_FAMILIES, build_tiny, tiny_records, tiny_tokenizer, write_records
 
 SETTINGS = ProfileSettings(rank=4, batch_size=3, label_samples=2, probe_records=4, cost=False)
 
@@ -45,7 +45,7 @@ def comparable(card: LayerCard) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3", "gpt_neox", "opt", "phi3", "mistral"])
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_the_card_is_that_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / family, family, shard="40KB")
     base, streamed = load_model(folder), open_model(str(folder))
@@ -108,7 +108,7 @@ def test_an_interrupted_profile_goes_on_to_the_same_card(stop: tuple[str, int], 
     monkeypatch.setattr("layercard.checkpoint.SHARE", 0.0)
     folder = saved(tmp_path / "llama", "llama")
     data = data_for(tmp_path, tiny_tokenizer())
-    expected = comparable(profile(open_model(str(folder)), data, SETTINGS))
+    expected = profile(open_model(str(folder)), data, SETTINGS)
 
     def interrupt(phase: str, done: int, total: int) -> None:
         if (phase, done) == stop:
@@ -119,7 +119,7 @@ def test_an_interrupted_profile_goes_on_to_the_same_card(stop: tuple[str, int], 
     ran: list[tuple[str, int]] = []
     streamed = open_model(str(folder))
     card = profile(streamed, data, SETTINGS, lambda phase, done, _: ran.append((phase, done)), state=tmp_path / "state")
-    assert comparable(card) == expected
+    assert card.to_json() == expected.to_json()  # with what was read, and the most that was in memory
     if stop[0] != "forward":
         assert ("backward", 1) not in ran, "the last block was done before the interrupt"
     if stop[0] == "step probe":
