@@ -197,7 +197,7 @@ def test_what_the_hub_says_does_not_steer_the_terminal(hub: Hub, layercard: Laye
 
 def test_texts_of_a_card_are_no_markup() -> None:
     value = fake_card(depth=4, warnings=[NASTY])
-    value["model"]["name"] = value["data"]["source"] = value["versions"]["layercard"] = value["settings"]["probe"] = NASTY
+    value["model"]["name"] = value["data"]["source"] = value["versions"]["layercard"] = value["settings"]["device"] = NASTY
     page = readme(LayerCard.from_json(value), "ann/one")
     header, body = page.removeprefix("---\n").split("\n---\n", 1)
     yaml = pytest.importorskip("yaml").safe_load(header)
@@ -393,6 +393,8 @@ def test_profile_reuses(hub: Hub, layercard: Layercard, tiny_folder: Path, tiny_
     assert f"reused: {kept[0].relative_to(tmp_path)}" in second[2]
     assert LayerCard.load(tmp_path / "second.json") == LayerCard.load(tmp_path / "first.json")
     assert json.loads(second[1]) == LayerCard.load(tmp_path / "first.json").to_json()
+    half = layercard("profile", tiny_folder, "--data", tiny_file, "-o", "half.json", "--reuse", *options, "--dtype", "bfloat16")
+    assert "it was made in float32, and the model is in bfloat16: its numbers differ by rounding" in half[2]
     third = layercard("profile", tiny_folder, "--data", tiny_file, "-o", "third.json", "--reuse", *options, "--rank", "4")
     assert f"not reused: {kept[0].relative_to(tmp_path)}: it was made with rank 8 instead of 4" in third[2]
     assert len(list((tmp_path / "kept").rglob("*.json"))) == 2

@@ -210,7 +210,7 @@ def test_a_screen_reader_finds_its_way(whole: tuple[Sources, str]) -> None:
 @pytest.mark.parametrize("text", [EVIL, "\x1b[2J\u202egpj\ud800"])
 def test_hostile_text_stays_text(text: str) -> None:
     value = fake_card(6)
-    value["model"]["name"] = value["data"]["source"] = value["settings"]["ridge"] = value["units"]["resnorm"] = text
+    value["model"]["name"] = value["data"]["source"] = value["settings"]["device"] = value["units"]["resnorm"] = text
     sources = full(6, model=value["model"], data=value["data"], settings=value["settings"], units=value["units"], warnings=[text])
     sources.cards["card0"] = sources.card.model_copy(update={"cost": sources.card.cost.model_copy(update={"device": text})})
     named = Placement.from_json({**fake_placement(value, [1]), "objective": text, "reasons": {"1": text}})

@@ -87,6 +87,9 @@ def profile(
                 say(f"not reused: {reason}")
             version = "" if card is None else card.versions.get("layercard", "of no version")
             say(f"reused: {source}, made with layercard {version}" if card else "no card to reuse; profiling")
+            here = str(base.model.dtype).removeprefix("torch.")
+            if card is not None and card.settings.get("dtype") != here:
+                say(f"it was made in {card.settings.get('dtype')}, and the model is in {here}: its numbers differ by rounding")
         if card is None:
             if force and is_first():
                 discard(state)
