@@ -97,7 +97,9 @@ def test_a_pipe_in_the_place_of_a_model_is_not_waited_for(tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("config", [{"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 10**9}}])
+@pytest.mark.parametrize(
+    "config", [{"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 10**9}}, {"decoder_layers": 10**9}, {"num_local_experts": 10**9}]
+)
 def test_more_layers_than_any_model_has_are_not_built(config: dict[str, Any], tmp_path: Path) -> None:
     from layercard.models.load import locate
     from layercard.models.skeleton import read_config

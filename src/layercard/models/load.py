@@ -7,6 +7,7 @@ whole way; `wrap_model` takes a model that is in memory already. Whatever is wro
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -200,11 +201,11 @@ def _spelling_hint(name: str) -> str:
 
 
 def check_depth(config: Any, source: str) -> None:
-    """Refuse a configuration of more layers than any model has, at any depth of it, since building them would take days."""
+    """Refuse a configuration of more layers or experts than any model has, at any depth of it, since building them would take days."""
     for key, value in config.items():
         if isinstance(value, dict):
             check_depth(value, source)
-        elif key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers") and isinstance(value, int) and value > MOST_LAYERS:
+        elif isinstance(value, int) and value > MOST_LAYERS and re.fullmatch(r"(\w+_)?(layers?|blocks|depth|experts)", key):
             raise ModelError(f"{source}: {key} is {shown(value)}, more than any model has; mend its config.json")
 
 
