@@ -39,7 +39,7 @@ demo: setup
 	$(BIN)/layercard demo --output $(DEMO)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -m "not slow"
