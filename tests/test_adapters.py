@@ -34,7 +34,7 @@ from layercard.adapters.apply import adapted, apply, loaded, place, task_of
 from layercard.errors import PlacementError
 from layercard.models.adapted import adapted_paths, check_adapted
 from layercard.models.layers import find_blocks
-from layercard.models.load import BaseModel, wrap_model
+from layercard.models.load import BaseModel, describe, wrap_model
 from tiny import TINY_FAMILIES, build_tiny, tiny_tokenizer
 
 MAPS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -69,7 +69,7 @@ def test_place_takes_every_linear_map_of_the_layers(tiny_base: BaseModel) -> Non
     placement = place(tiny_base, range(1, 3), objective="last")
     assert placement.layers == (1, 2)
     assert placement.objective == "last"
-    assert placement.model == {"name": "tiny-llama", "fingerprint": tiny_base.fingerprint, "layers": 3}
+    assert placement.model == describe(tiny_base)
     assert len(placement.paths) == 14
     assert all(path.startswith(("model.layers.1.", "model.layers.2.")) for path in placement.paths)
     assert place(tiny_base, np.array([2, 0])).layers == (0, 2)
@@ -152,7 +152,7 @@ def test_a_trainable_weight_outside_the_adapters_is_an_error(tiny_base: BaseMode
 
 def test_a_placement_of_another_model_is_refused(tiny_base: BaseModel) -> None:
     other = place(wrap_model(build_tiny("llama", seed=1), tiny_tokenizer(), name="other"), [1])
-    with pytest.raises(PlacementError, match=f"'other'.*{tiny_base.fingerprint}") as caught, adapted(tiny_base, other):
+    with pytest.raises(PlacementError, match=f"is of other .*{tiny_base.fingerprint}.*other weights") as caught, adapted(tiny_base, other):
         pass
     assert "\n" not in str(caught.value)
 
@@ -198,7 +198,7 @@ def test_loaded_names_what_is_wrong_with_a_folder(tiny_base: BaseModel, tmp_path
         assert not any(weight.requires_grad for weight in model.parameters())
     assert_same(before, state_of(tiny_base.model))
     wider = wrap_model(tiny_model("llama", seed=3), tiny_tokenizer(), name="wider")
-    with pytest.raises(PlacementError, match="fingerprint"), loaded(wider, tmp_path):
+    with pytest.raises(PlacementError, match="with other weights"), loaded(wider, tmp_path):
         pass
     (tmp_path / "placement.json").unlink()
     deep = wrap_model(tiny_model("llama", hidden_size=64), tiny_tokenizer(), name="deep")

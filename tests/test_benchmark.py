@@ -274,7 +274,7 @@ def test_a_key_names_all_that_changes_the_result(settings: BenchSettings) -> Non
     placement = place(load_task(settings, "tiny").base, (1, 2))
     changes: dict[str, Any] = {"steps": 5, "batch_size": 4, "rank": 4, "alpha": 8.0, "learning_rate": 0.01, "seed": 1, "method": "dora"}
     changes |= {"accumulation": 2, "warmup_ratio": 0.1, "scheduler": "cosine", "weight_decay": 0.1, "max_grad_norm": 0.0}
-    changes |= {"dropout": 0.1, "bf16": True}
+    changes |= {"dropout": 0.1, "bf16": True, "patience": 2}
     others = [replace(usual, settings=replace(SETTINGS, **{name: value})) for name, value in changes.items()]
     others += [replace(usual, settings=replace(SETTINGS, steps=None, epochs=epochs)) for epochs in (None, 2.0)]
     others += [replace(usual, task="other"), replace(usual, layers=(1,)), replace(usual, modules="mlp"), replace(usual, split="valid")]

@@ -187,7 +187,7 @@ def test_bad_placements_are_refused_before_anything_is_trained(
         compare(tiny_base, [], data, valid, SETTINGS)
     with pytest.raises(PlacementError, match="share the folder 'last-1'"):
         compare(tiny_base, [*placements, ("last-1.json", placements[0][1])], data, valid, SETTINGS)
-    with pytest.raises(PlacementError, match="fingerprint"):
+    with pytest.raises(PlacementError, match="with other weights"):
         compare(tiny_base, [*placements, ("other", place(base_of("gpt2"), [1]))], data, valid, SETTINGS, output=tmp_path / "out")
     with pytest.raises(DataError, match="to measure on"):
         compare(tiny_base, placements, data, replace(valid, examples=()), SETTINGS)

@@ -80,7 +80,7 @@ def test_data_without_labels_and_losses_that_are_no_numbers_are_refused(tiny_bas
         evaluate(tiny_base, replace(data, examples=()))
     with torch.no_grad():
         next(tiny_base.model.parameters())[data.examples[4].input_ids[0]] = float("nan")
-    with pytest.raises(ModelError, match="not finite; use float32"):
+    with pytest.raises(ModelError, match="not finite; check the weights"):
         evaluate(tiny_base, data)
 
 
