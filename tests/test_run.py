@@ -94,6 +94,7 @@ def test_run_leaves_every_step_and_goes_on_after_interrupts(arguments, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(workflow, "train", refuse)
+        patch.setattr(workflow, "held_out_losses", refuse)
         assert command(arguments) == 0
     assert json.loads(capsys.readouterr().out) == result
     assert command([*arguments, "--rank", "4"]) == 2

@@ -25,7 +25,7 @@ from layercard.fast.prefix_pass import prefix_pass
 from layercard.fast.prefix_store import gigabytes
 from layercard.measure import Phases
 from layercard.models.load import Progress
-from layercard.models.losses import RecordLosses
+from layercard.models.losses import RecordLosses, precision_advice
 from layercard.models.streamed import StreamedModel
 from layercard.models.streamed_pass import BlockByBlock, Boundaries, walking
 from layercard.selection.placement import Placement
@@ -134,7 +134,7 @@ def streamed_losses(
                 right.index_add_(0, record, (logits.argmax(dim=1) == targets).double().cpu())
     between.clear()
     if not bool(nats.isfinite().all()):
-        raise TrainingError("the loss of a record is not finite; use --dtype bfloat16 or float32")
+        raise TrainingError(f"the loss of a record is not finite; check the weights and the records{precision_advice(streamed.base.model)}")
     return RecordLosses(nats, tokens, right)
 
 

@@ -31,13 +31,13 @@ from layercard.trials.trial import Opener, Trial, run_trials
 from layercard.trials.workers import Workers
 
 SHIFT = 0.35
-"""How the best learning rate falls with the number of steps, `steps ** -SHIFT`."""
+"""How the best learning rate falls with the number of steps, `steps ** -SHIFT`: assumed from few runs, not fitted (docs/run.md)."""
 SETTLED = 24
 """Steps below which the best learning rate no longer rises: there it is limited by what the first steps can bear."""
 USUAL = (0.9, 500)
 """The rule for a rate without a race: `USUAL[0] / width` for adapters in all layers and `USUAL[1]` steps; see `usual_rate`."""
 LAYERS_SHIFT = 0.3
-"""How the best learning rate grows as fewer layers are adapted, `share of layers ** -LAYERS_SHIFT`."""
+"""How the best learning rate grows as fewer layers are adapted, `share of layers ** -LAYERS_SHIFT`: assumed, not fitted."""
 SHORTEST, LONGEST = 8, 64
 """Steps of a heat: below, chance decides; above, more heats say more."""
 JUDGES = (16, 64)
@@ -48,7 +48,7 @@ LONGER = 3
 """How much longer the final is than the rounds before it."""
 FINALISTS = 2
 HEAT_NOISE = 0.015
-"""Standard deviation of the difference between two heats with the same records, as a share of the loss that training takes away."""
+"""Standard deviation of the difference between two heats with the same records, as a share of what training takes away: assumed."""
 CERTAIN = 0.9
 """Probability with which the chosen entrant must be within the tolerance of the best."""
 
@@ -101,11 +101,6 @@ class Race(Record):
     why: str
     seconds: float
     left_out: tuple[str, ...] = ()  # entrants that did not take part, and why
-
-    def final(self) -> list[Heat]:
-        """The heats that decided: those of the greatest length."""
-        longest = max((heat.steps for heat in self.heats), default=0)
-        return [heat for heat in self.heats if heat.steps == longest]
 
 
 def usual_rate(width: int, steps: int, share: float = 1.0) -> float:

@@ -45,7 +45,7 @@ from layercard.statistics.ratios import ratio_interval
 from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import PLAN as TRAIN_PLAN, RUN_FILE, train
-from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Race, Shape, race, race_shape, usual_rate
+from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Heat, Race, Shape, race, race_shape, usual_rate
 from layercard.trials.result import AllLayers, Chosen, Measured, Result, Seconds
 from layercard.trials.trial import Task
 from layercard.trials.workers import Workers
@@ -88,11 +88,6 @@ class Plan:
     race: Shape | None
     search_seconds: float
     notes: tuple[str, ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """The whole, at most: search, and training of all layers."""
-        return self.steps * self.step_seconds + (self.search_seconds if self.race else 0.0)
 
     def lines(self) -> list[str]:
         """The plan in words, a line a step."""
@@ -174,17 +169,36 @@ def tune(
 
     The folder gets `timing/`, `card.json`, `race/`, `race.json` and `placement.json`; what is there is not made again.
     """
-    settings, training, fast, output = settings or RunSettings(), training or TrainSettings(), fast or FastSettings(), Path(output)
-    tell = tell or logging.getLogger(__name__).info
+    settings, training, output = settings or RunSettings(), training or TrainSettings(), Path(output)
+    with alone(output):
+        data, valid, note = _begun(output, base, data, valid, settings, training)
+        how: dict[str, Any] = {"workers": workers, "open_records": open_records, "progress": progress, "tell": tell}
+        return _chosen(base, data, valid, output, settings, training, fast or FastSettings(), note=note, **how)
 
-    # Step 1: the records, and that the folder is of this run.
-    data, valid, split_note = split(data, valid, training.seed)
-    _same_run(output, base, data, valid, settings, training)
+
+def _chosen(
+    base: BaseModel,
+    data: Dataset,
+    valid: Dataset,
+    output: Path,
+    settings: RunSettings,
+    training: TrainSettings,
+    fast: FastSettings,
+    *,
+    note: str,
+    workers: Workers | None,
+    open_records: OpenRecords | None,
+    progress: Progress | None,
+    tell: Callable[[str], object] | None,
+) -> Choice:
+    """`tune` in a folder that is taken and begun."""
+    # Step 1: say what the records are, and measure the base on those that are held out.
+    tell = tell or logging.getLogger(__name__).info
     cut = f"; {data.truncated:,} are cut" if data.truncated else ""
     share = data.labelled_tokens / data.tokens
     tell(f"data: {len(data):,} records to train on, {data.tokens:,} tokens, {share:.0%} of them learnt; {len(valid):,} held out{cut}")
-    if split_note:
-        tell(split_note)
+    if note:
+        tell(note)
     before = held_out_losses(base.model, base.pad_id, valid, progress=progress, phase="loss before")
 
     # Step 2: time a few steps of all layers, and plan from that.
@@ -267,10 +281,11 @@ def run(
 
     data, held_out = read(data), None if valid is None else read(valid)
     with alone(output):
-        made: dict[str, Any] = {"valid": held_out, "settings": settings, "training": training, "fast": fast, "progress": progress}
-        choice = tune(base, data, output, **made, workers=workers, open_records=open_records, tell=tell)
+        data, held_out, note = _begun(output, base, data, held_out, settings, training)
         if (output / RESULT_FILE).exists():
             return Result.load(output / RESULT_FILE)
+        where: dict[str, Any] = {"workers": workers, "open_records": open_records, "progress": progress, "tell": tell}
+        choice = _chosen(base, data, held_out, output, settings, training, fast or FastSettings(), note=note, **where)
         patience = PATIENCE if training.patience is None else training.patience
         full = replace(training, steps=choice.plan.steps, epochs=None, learning_rate=choice.chosen.learning_rate, patience=patience)
         how: dict[str, Any] = {"valid": choice.valid, "fast": fast, "before": choice.before, "progress": progress}
@@ -312,8 +327,7 @@ def plan_only(
     """Time a few steps and say what `run` would do; the steps are kept in `output` for it."""
     settings, training, fast, output = settings or RunSettings(), training or TrainSettings(), fast or FastSettings(), Path(output)
     with alone(output):
-        data, valid, _ = split(data, valid, training.seed)
-        _same_run(output, base, data, valid, settings, training)
+        data, _, _ = _begun(output, base, data, valid, settings, training)
         return plan_run(data, settings, training, _timed(base, data, training, fast, output / TIMING, progress))
 
 
@@ -437,8 +451,11 @@ def _by_rule(entrants: Sequence[Entrant], settings: RunSettings) -> Entrant:
     return entrants[0]
 
 
-def _same_run(output: Path, base: BaseModel, data: Dataset, valid: Dataset, settings: RunSettings, training: TrainSettings) -> None:
-    """Write what decides about the run into a new folder, or refuse one that holds another."""
+def _begun(
+    output: Path, base: BaseModel, data: Dataset, valid: Dataset | None, settings: RunSettings, training: TrainSettings
+) -> tuple[Dataset, Dataset, str]:
+    """`split`, with what decides about the run written into a new folder; one that holds another run is refused."""
+    data, valid, note = split(data, valid, training.seed)
     plan = {
         "schema": "layercard-plan/1",
         "model": base.fingerprint,
@@ -458,12 +475,13 @@ def _same_run(output: Path, base: BaseModel, data: Dataset, valid: Dataset, sett
                     f"{output} is a run with {name} {earlier.get(name)}, not {value}; "
                     "give it as it was, name another output, or pass --force"
                 )
-        return
+        return data, valid, note
     output.mkdir(parents=True, exist_ok=True)
     others = [entry.name for entry in output.iterdir() if entry.name != LOCK_FILE]
     if others:
         raise OutputError(f"{output} is not empty (it holds {others[0]}); name another output")
     write_json(path, plan)
+    return data, valid, note
 
 
 def _timed(base: BaseModel, data: Dataset, training: TrainSettings, fast: FastSettings, folder: Path, progress: Progress | None) -> Run:
@@ -496,12 +514,18 @@ def _result(base: BaseModel, choice: Choice, trained: Run, settings: dict[str, A
     is_all = len(chosen.layers) == len(base.blocks) and chosen.modules == "all"
     low, high = trained.loss_reduction_interval or (trained.loss_reduction, trained.loss_reduction)
     step = trained.train_seconds / trained.steps
+    pair = None if is_all else _pair(raced, chosen, len(base.blocks))
     if is_all:
         reduction, source = Estimate(value=trained.loss_reduction, low=low, high=high), "measured"
         all_step, all_memory = step, trained.peak_memory_bytes
-    else:
-        reduction, source = _estimate_of_all(raced, chosen, len(base.blocks), trained)
+    elif raced is None or pair is None:
+        reduction, source = Estimate(value=trained.loss_reduction), "unknown"
         all_step, all_memory = timed.train_seconds / timed.steps, timed.peak_memory_bytes
+    else:
+        # Heats of one length are compared, since the first steps of a training take longer than the others.
+        mine, theirs = pair
+        reduction, source = _estimate_of_all(raced, mine, theirs, trained.loss_reduction), "estimated"
+        all_step, all_memory = step * theirs.step_seconds / mine.step_seconds, theirs.peak_memory_bytes
     every: dict[str, Any] = {"loss_reduction": reduction, "source": source, "step_seconds": all_step, "peak_memory_bytes": all_memory}
     seconds = {
         "timing": timed.train_seconds,
@@ -533,20 +557,24 @@ def _result(base: BaseModel, choice: Choice, trained: Run, settings: dict[str, A
     )
 
 
-def _estimate_of_all(raced: Race | None, chosen: Entrant, count: int, trained: Run) -> tuple[Estimate, Any]:
-    """What all layers would have taken away: as many nats more or less as in the longest heats that both ran."""
-    assert trained.loss_reduction is not None
+def _pair(raced: Race | None, chosen: Entrant, count: int) -> tuple[Heat, Heat] | None:
+    """The best heat of the chosen entrant and that of all layers and modules, of the greatest length that both ran."""
     heats = [heat for heat in raced.heats if heat.loss is not None] if raced else []
     alike = [heat for heat in heats if heat.entrant.name == chosen.name]
     every = [heat for heat in heats if len(heat.entrant.layers) == count and heat.entrant.modules == "all"]
     lengths = {heat.steps for heat in alike} & {heat.steps for heat in every}
-    if raced is None or not lengths:
-        return Estimate(value=trained.loss_reduction), "unknown"
-    longest = max(lengths)
-    mine = min((heat for heat in alike if heat.steps == longest), key=lambda heat: heat.result)
-    theirs = min((heat for heat in every if heat.steps == longest), key=lambda heat: heat.result)
-    # What one has over the other after a short heat is taken to last, in nats; noise is that of the heats over records, and of training.
-    value = trained.loss_reduction + mine.result - theirs.result
+    if not lengths:
+        return None
+    mine, theirs = (min((heat for heat in part if heat.steps == max(lengths)), key=lambda heat: heat.result) for part in (alike, every))
+    return mine, theirs
+
+
+def _estimate_of_all(raced: Race, mine: Heat, theirs: Heat, reduction: float) -> Estimate:
+    """What all layers would have taken away: what one heat has over the other is taken to last, in nats.
+
+    The interval has the noise of the two heats over records, and of training.
+    """
+    value = reduction + mine.result - theirs.result
     low, high = ratio_interval([a - b for a, b in zip(mine.nats, theirs.nats, strict=True)], raced.labelled)
-    half = math.hypot((high - low) / 2, 1.96 * HEAT_NOISE * trained.loss_reduction)
-    return Estimate(value=value, low=value - half, high=value + half), "estimated"
+    half = math.hypot((high - low) / 2, 1.96 * HEAT_NOISE * reduction)
+    return Estimate(value=value, low=value - half, high=value + half)
