@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,12 @@ from layercard.fast.prefix_store import Store, gigabytes
 from layercard.files import alone, read_json, write_json
 from layercard.models.load import Progress
 from layercard.models.streamed import StreamedModel
-from layercard.models.streamed_pass import BlockByBlock, Boundaries, walking
+from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 
 PASS = "pass"
 """Kind of the tensors between blocks, and the phase that progress is told of."""
 COPIES = 3
-"""Hidden states on disk at the worst moment: what entered a block, what leaves it, and what is kept."""
+"""Hidden states on disk at the worst moment: what entered the first block, what entered this one, and what leaves it."""
 
 
 def prefix_folder(streamed: StreamedModel, lowest: int, cache: Path) -> Path:
@@ -91,7 +92,14 @@ def prefix_pass(
     between = folder / f"between-{hashlib.sha256(b''.join(sorted(keys))).hexdigest()[:16]}"
     with alone(between):
         walk = BlockByBlock(streamed, rows, batch_size, Boundaries(between), PASS)
-        _walk(streamed, walk, lowest, between / "pass.json", progress)
+        # The block that comes next is noted behind each one, for a call after this one was killed.
+        state = between / "pass.json"
+        begin = int(read_json(state, TrainingError, "state of a pass").get("next", 0)) if state.exists() else 0
+        for number in range(len(walk.batches)) if begin else ():
+            walk.boundaries.adopt(PASS, number, begin)
+        how: dict[str, Any] = {"begin": begin, "until": lowest, "phase": PASS, "keep": False}
+        with torch.no_grad(), walking(streamed):
+            forward(streamed, [walk], progress, **how, after=lambda block: write_json(state, {"next": block}, force=True))
         for number, batch in enumerate(walk.batches):
             hidden = walk.hidden(number, lowest).cpu()
             for place, row in enumerate(batch.rows):
@@ -103,27 +111,6 @@ def prefix_pass(
         raise TrainingError(f"the hidden states in {folder} cannot be read back; remove the folder and give the same command again")
     shutil.rmtree(between, ignore_errors=True)
     return store
-
-
-def _walk(streamed: StreamedModel, walk: BlockByBlock, lowest: int, state: Path, progress: Progress | None) -> None:
-    """All batches through the blocks below `lowest`; `state` names the block that comes next."""
-    numbers = range(len(walk.batches))
-    begin = int(read_json(state, TrainingError, "state of a pass").get("next", 0)) if state.exists() else 0
-    for number in numbers if begin else ():
-        walk.boundaries.adopt(PASS, number, begin)
-    with torch.no_grad(), walking(streamed):
-        with streamed.loaded([streamed.base.model.get_input_embeddings()]):
-            walk.enter()
-        for number in numbers if begin else ():
-            walk.boundaries.drop(PASS, number, 0)
-        for block in streamed.blocks[begin:lowest]:
-            with streamed.loaded([block.module]):
-                walk.advance(block.index)
-            write_json(state, {"next": block.index + 1}, force=True)
-            for number in numbers:
-                walk.boundaries.drop(PASS, number, block.index)
-            if progress:
-                progress(PASS, block.index + 1, lowest)
 
 
 def key_of(example: Example, relative: bool) -> bytes:

@@ -22,12 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from layercard.data.load import IGNORED, Batch, Example, batches
 from layercard.errors import ModelError, OutputError
 from layercard.models.hooks import BlockArguments, block_input, frozen, pass_through, replaced
 from layercard.models.load import Progress
-from layercard.models.losses import keeps_logits, labelled_logits
+from layercard.models.losses import RecordLosses, keeps_logits, labelled_logits
 from layercard.models.streamed import StreamedModel
 
 LOGITS = 2**25
@@ -177,6 +178,20 @@ class BlockByBlock:
                 logits, targets, rows = labelled_logits(model, part)
             yield logits, targets, rows, chosen
 
+    def losses(self, kind: str) -> RecordLosses:
+        """Losses of the records where the last block gives what is kept as `kind`, without gradients; the head must be in memory."""
+        records = sum(len(batch.rows) for batch in self.batches)
+        nats, tokens, right = (torch.zeros(records, dtype=torch.float64) for _ in range(3))
+        with torch.no_grad():
+            for number, batch in enumerate(self.batches):
+                hidden = self.boundaries.get(kind, number, len(self.model.blocks), self.model.device)
+                for logits, targets, rows, _ in self.logits(number, hidden):
+                    record = torch.tensor(batch.rows)[rows.cpu()]
+                    nats.index_add_(0, record, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
+                    tokens.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
+                    right.index_add_(0, record, (logits.argmax(dim=1) == targets).double().cpu())
+        return RecordLosses(nats, tokens, right)
+
 
 def _portions(model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, torch.Tensor]]:
     """The batch with the labels of a few positions at a time, and which of its labelled tokens these are, `[M]`."""
@@ -197,14 +212,32 @@ def walking(model: StreamedModel) -> Iterator[None]:
         yield
 
 
-def forward(model: StreamedModel, walks: Sequence[BlockByBlock], progress: Progress | None = None, until: int | None = None) -> None:
-    """Let all batches through what is below the blocks, and through the blocks, or through those below `until`."""
+def forward(
+    model: StreamedModel,
+    walks: Sequence[BlockByBlock],
+    progress: Progress | None = None,
+    *,
+    begin: int = 0,
+    until: int | None = None,
+    phase: str = "forward",
+    keep: bool = True,
+    after: Callable[[int], object] = lambda block: None,
+) -> None:
+    """Let all batches through what is below the blocks, and through the blocks from `begin` on, or through those below `until`.
+
+    What enters block `begin` must be kept already where it is not 0. `after` is called behind each block with the number of the next one.
+    Without `keep` what entered a block is let go then, but for the first block: the head's pass starts with that (`BlockByBlock.logits`).
+    """
     with model.loaded([model.base.model.get_input_embeddings()]):
         for walk in walks:
             walk.enter()
-    for block in model.blocks[:until]:
+    for block in model.blocks[begin:until]:
         with model.loaded([block.module]):
             for walk in walks:
                 walk.advance(block.index)
+        after(block.index + 1)
+        for walk in walks if block.index and not keep else ():
+            for number in range(len(walk.batches)):
+                walk.boundaries.drop(walk.kind, number, block.index)
         if progress:
-            progress("forward", block.index + 1, len(model.blocks))
+            progress(phase, block.index + 1, len(model.blocks) if until is None else until)

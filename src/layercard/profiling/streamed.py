@@ -23,7 +23,6 @@ from layercard.data.load import IGNORED, Dataset, Example
 from layercard.measure import Phases
 from layercard.models.hooks import capturing, stepped
 from layercard.models.load import Progress
-from layercard.models.losses import RecordLosses
 from layercard.models.streamed import StreamedModel
 from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.profiling.fit import Fit, FitSums, LayerSignals, Step, solve_layer
@@ -190,7 +189,7 @@ def stream_step_probe(
     with torch.no_grad(), walking(streamed):
         forward(streamed, (walk,))
         with streamed.loaded([streamed.head()]):
-            before = _losses(walk, "probe")
+            before = walk.losses("probe")
         if "reading" in done:
             streamed.go_on(done["reading"])
         for trial in range(done["trial"], 2):
@@ -212,7 +211,7 @@ def stream_step_probe(
                 state.snapshot(PROBE, snapshot)
             with streamed.loaded([streamed.head()]):
                 for layer in range(depth):
-                    after[layer, trial] = _losses(walk, f"step-{layer}").nats
+                    after[layer, trial] = walk.losses(f"step-{layer}").nats
                     for number in numbers:
                         between.drop(f"step-{layer}", number, depth)
             done["next"] = 0
@@ -223,19 +222,6 @@ def stream_step_probe(
     between.clear()
     state.drop(PROBE)
     return StepProbe(alphas, before.nats, after, before.tokens)
-
-
-def _losses(walk: BlockByBlock, kind: str) -> RecordLosses:
-    """Losses of the records where the last block gives what is kept as `kind`; the head must be in memory."""
-    records = sum(len(batch.rows) for batch in walk.batches)
-    nats, tokens = torch.zeros(records, dtype=torch.float64), torch.zeros(records, dtype=torch.float64)
-    for number, batch in enumerate(walk.batches):
-        hidden = walk.boundaries.get(kind, number, len(walk.model.blocks), walk.model.device)
-        for logits, targets, rows, _ in walk.logits(number, hidden):
-            record = torch.tensor(batch.rows)[rows.cpu()]
-            nats.index_add_(0, record, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
-            tokens.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
-    return RecordLosses(nats, tokens)
 
 
 def folder_between_blocks(streamed: StreamedModel, dataset: Dataset, state: Path | None) -> Path | None:

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from layercard.adapters.apply import check_model, loaded
 from layercard.cost.estimate import free_bytes
@@ -27,7 +26,7 @@ from layercard.measure import Phases
 from layercard.models.load import Progress
 from layercard.models.losses import RecordLosses, precision_advice
 from layercard.models.streamed import StreamedModel
-from layercard.models.streamed_pass import BlockByBlock, Boundaries, walking
+from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import end_ids, evaluate, prompt_of
@@ -35,7 +34,9 @@ from layercard.training.records import Evaluation, Run
 from layercard.training.train import RUN_FILE, train
 
 STATES = ".hidden-states"
-"""Folder in the output for hidden states where no other is named."""
+"""How the folder beside the output begins that holds hidden states where no other is named."""
+EVALUATE = "evaluate"
+"""Kind of the tensors between blocks, and the phase that progress is told of."""
 
 
 def train_streamed(
@@ -123,19 +124,15 @@ def streamed_losses(
     streamed: StreamedModel, examples: Sequence[Example], batch_size: int, between: Boundaries, progress: Progress | None = None
 ) -> RecordLosses:
     """Losses of every record, each block read once for all of them."""
-    walk = _through(streamed, examples, batch_size, between, progress)
-    nats, tokens, right = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
-    with walking(streamed), streamed.loaded([streamed.head()]), torch.no_grad():
-        for number in range(len(walk.batches)):
-            for logits, targets, rows, _ in walk.logits(number, walk.hidden(number, len(streamed.blocks))):
-                record = torch.tensor(walk.batches[number].rows)[rows.cpu()]
-                nats.index_add_(0, record, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
-                tokens.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
-                right.index_add_(0, record, (logits.argmax(dim=1) == targets).double().cpu())
+    walk = BlockByBlock(streamed, examples, batch_size, between, EVALUATE)
+    with torch.no_grad(), walking(streamed):
+        forward(streamed, [walk], progress, phase=EVALUATE, keep=False)
+        with streamed.loaded([streamed.head()]):
+            losses = walk.losses(EVALUATE)
     between.clear()
-    if not bool(nats.isfinite().all()):
+    if not bool(losses.nats.isfinite().all()):
         raise TrainingError(f"the loss of a record is not finite; check the weights and the records{precision_advice(streamed.base.model)}")
-    return RecordLosses(nats, tokens, right)
+    return losses
 
 
 def continuations(
@@ -157,13 +154,14 @@ def continuations(
             Example((*ids, streamed.base.pad_id), (*[IGNORED] * len(ids), streamed.base.pad_id), {})
             for ids in ((*prompts[row], *written[row]) for row in going)
         ]
-        walk = _through(streamed, rows, batch_size, between, None)
-        following = [0] * len(rows)
-        with walking(streamed), streamed.loaded([streamed.head()]), torch.no_grad():
-            for number, batch in enumerate(walk.batches):
-                for logits, _, places, _ in walk.logits(number, walk.hidden(number, len(streamed.blocks))):
-                    for place, token in zip(places.tolist(), logits.argmax(dim=1).tolist(), strict=True):
-                        following[batch.rows[place]] = token
+        walk, following = BlockByBlock(streamed, rows, batch_size, between, EVALUATE), [0] * len(rows)
+        with torch.no_grad(), walking(streamed):
+            forward(streamed, [walk], keep=False)
+            with streamed.loaded([streamed.head()]):
+                for number, batch in enumerate(walk.batches):
+                    for logits, _, places, _ in walk.logits(number, walk.hidden(number, len(streamed.blocks))):
+                        for place, token in zip(places.tolist(), logits.argmax(dim=1).tolist(), strict=True):
+                            following[batch.rows[place]] = token
         between.clear()
         for row, token in zip(list(going), following, strict=True):
             if token in ends:
@@ -175,24 +173,6 @@ def continuations(
         if not going:
             break
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
-
-
-def _through(
-    streamed: StreamedModel, examples: Sequence[Example], batch_size: int, between: Boundaries, progress: Progress | None
-) -> BlockByBlock:
-    """The records behind the last block; what entered the blocks below is let go, but for the first, which the head's pass starts with."""
-    walk = BlockByBlock(streamed, examples, batch_size, between, "evaluate")
-    with torch.no_grad(), walking(streamed):
-        with streamed.loaded([streamed.base.model.get_input_embeddings()]):
-            walk.enter()
-        for block in streamed.blocks:
-            with streamed.loaded([block.module]):
-                walk.advance(block.index)
-            for number in range(len(walk.batches)) if block.index else ():
-                between.drop("evaluate", number, block.index)
-            if progress:
-                progress("evaluate", block.index + 1, len(streamed.blocks))
-    return walk
 
 
 def check_fits(streamed: StreamedModel, placement: Placement) -> None:
