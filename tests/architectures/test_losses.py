@@ -62,7 +62,7 @@ def base_of(name: str) -> BaseModel:
 
 
 def data_of(base: BaseModel, folder: Path, start: int = 0) -> Dataset:
-    return load_data(str(write_records(folder / f"{start}.jsonl", tiny_records(7, start))), base.tokenizer)
+    return load_data(str(write_records(folder / f"{start}-{processes.rank()}.jsonl", tiny_records(7, start))), base.tokenizer)
 
 
 def nats(model: Any, rows: list[Any], pad_id: int) -> torch.Tensor:
