@@ -71,13 +71,14 @@ def check_signals(path: str, inputs: InputMoments, gradients: GradientMoments, d
     """
     if not (math.isfinite(inputs.energy()) and math.isfinite(gradients.residual)):
         what = "gradients" if math.isfinite(inputs.energy()) else "activations"
-        raise ModelError(
-            f"{what} of {path} are not finite in {str(dtype).removeprefix('torch.')}, though the loss is; use --dtype float32 or bfloat16"
+        advice = {torch.float16: "use --dtype float32 or bfloat16", torch.bfloat16: "use --dtype float32"}.get(
+            dtype, "check the weights and records"
         )
+        raise ModelError(f"{what} of {path} are not finite in {str(dtype).removeprefix('torch.')}, though the loss is; {advice}")
 
 
-def check_held_out(source: str, tensors: Sequence[torch.Tensor]) -> None:
-    """Make sure that what was measured on the held-out records is finite, `[…, records]` each.
+def check_held_out(source: str, tensors: Sequence[torch.Tensor], model: torch.nn.Module) -> None:
+    """Make sure that what was measured on the held-out records with a model is finite, `[…, records]` each.
 
     Raises:
         DataError: It is not on some of them.
@@ -86,5 +87,11 @@ def check_held_out(source: str, tensors: Sequence[torch.Tensor]) -> None:
     if broken.any():
         raise DataError(
             f"on {int(broken.sum())} of the {len(broken)} held-out records of {source} the loss or its gradients are not finite; "
-            "remove such records, or use --dtype float32"
+            f"remove such records{precision_advice(model)}"
         )
+
+
+def precision_advice(model: nn.Module) -> str:
+    """What to add to the advice on numbers that are not finite: `, or use --dtype float32`, unless all weights are in float32 or wider."""
+    narrow = any(weight.is_floating_point() and weight.element_size() < 4 for weight in model.parameters())
+    return ", or use --dtype float32" if narrow else ""

@@ -122,12 +122,6 @@ def extra_loss(model: nn.Module, batch: Batch) -> str:
     )
 
 
-def precision_advice(model: nn.Module) -> str:
-    """What to add to the advice on numbers that are not finite: `, or use --dtype float32`, unless all weights are in float32 or wider."""
-    narrow = any(weight.is_floating_point() and weight.element_size() < 4 for weight in model.parameters())
-    return ", or use --dtype float32" if narrow else ""
-
-
 @dataclass(frozen=True)
 class RecordLosses:
     """Losses of one model on some records: `[records]` float64 each, in the order of the records."""

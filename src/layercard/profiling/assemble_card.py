@@ -67,7 +67,7 @@ def assemble_card(
     Raises:
         DataError: What was measured on the held-out records is not finite.
     """
-    check_held_out(dataset.source, held_out.tensors())
+    check_held_out(dataset.source, held_out.tensors(), base.model)
     records, seed = len(held_out.labelled), settings["seed"]
     weights_bn = bootstrap_weights(records, seed)
 

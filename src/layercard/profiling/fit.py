@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from layercard import checkpoint, processes
 from layercard.checkpoint import State
-from layercard.data.checks import check_signals
+from layercard.data.checks import check_signals, precision_advice
 from layercard.data.load import Batch, Example, batches, positions
 from layercard.errors import DataError
 from layercard.models.hooks import Capture, GradientSink, capturing
@@ -89,10 +89,11 @@ class FitSums:
             slopes.update(like.new_zeros(0, features), like.new_zeros(0, outputs))
             slopes.across(processes.add_up, processes.stacked)
 
-    def check_loss(self, model: str) -> None:
+    def check_loss(self, base: BaseModel) -> None:
         """Raise `DataError` if the loss is not finite."""
         if not math.isfinite(self.nats):
-            raise DataError(f"the loss of {model} on these records is {self.nats}; check the weights and records, or use --dtype float32")
+            advice = f"check the weights and records{precision_advice(base.model)}"
+            raise DataError(f"the loss of {base.name} on these records is {self.nats}; {advice}")
 
 
 def _union(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def fit_pass(
             sums.leaders = dict(capture.leaders)
             state.snapshot(sums_name, lambda: sums)
     sums.merge(torch.zeros(0, dtype=next(base.model.parameters()).dtype, device=base.device))
-    sums.check_loss(base.name)
+    sums.check_loss(base)
 
     # Step 2: solve for this process's layers, and exchange them.
     solved: dict[str, LayerSignals] = state.load(layers_name) or {}

@@ -101,7 +101,7 @@ def stream_passes(
                         loss.backward()
                         sums.labelled, sums.nats = sums.labelled + len(targets), sums.nats + float(loss.detach())
                     keep_gradient("fit-gradient-0", number, depth, hidden.grad)
-                sums.check_loss(base.name)
+                sums.check_loss(base)
                 for number, batch in enumerate(held.batches):
                     hidden = held.hidden(number, depth).requires_grad_(True)
                     held_out.tokens.index_add_(0, torch.tensor(batch.rows), batch.attention_mask.sum(dim=1).double().cpu())

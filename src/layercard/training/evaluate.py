@@ -12,12 +12,12 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
 
-from layercard.data.checks import check_ids
+from layercard.data.checks import check_ids, precision_advice
 from layercard.data.load import IGNORED, Batch, Dataset, Example, batches
 from layercard.errors import DataError, ModelError
 from layercard.measure import Phases
 from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
-from layercard.models.losses import RecordLosses, precision_advice, record_losses
+from layercard.models.losses import RecordLosses, record_losses
 from layercard.statistics.ratios import ratio_interval
 from layercard.training.records import Evaluation, Interval
 

@@ -17,6 +17,7 @@ import torch
 
 from layercard.adapters.apply import check_model, loaded
 from layercard.cost.estimate import free_bytes
+from layercard.data.checks import precision_advice
 from layercard.data.load import IGNORED, Dataset, Example
 from layercard.errors import TrainingError
 from layercard.fast.prefix import check_known_prefix, known_prefix
@@ -24,7 +25,7 @@ from layercard.fast.prefix_pass import prefix_pass
 from layercard.fast.prefix_store import gigabytes
 from layercard.measure import Phases
 from layercard.models.load import Progress
-from layercard.models.losses import RecordLosses, precision_advice
+from layercard.models.losses import RecordLosses
 from layercard.models.streamed import StreamedModel
 from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.selection.placement import Placement

@@ -20,12 +20,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from layercard import processes
 from layercard.adapters.methods import RankAllocation
+from layercard.data.checks import precision_advice
 from layercard.data.load import IGNORED, Batch, Dataset, Example, collate, shuffled
 from layercard.errors import DivergedError, LayercardError, OutputError, ProcessError, TrainingError, one_line
 from layercard.files import read_json, write_json
 from layercard.measure import PeakMemory
 from layercard.models.load import Progress
-from layercard.models.losses import labelled_losses, precision_advice
+from layercard.models.losses import labelled_losses
 from layercard.settings import METHODS, TrainSettings
 
 LOG_FILE = "log.json"

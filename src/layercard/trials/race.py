@@ -256,7 +256,7 @@ def race(
     heats += ran[1:]
     finite = [heat for heat in ran if heat.loss is not None]
     if not finite:
-        raise BenchmarkError("every heat diverged; give a lower --learning-rate, or use --dtype float32")
+        raise BenchmarkError("every heat diverged; give a lower --learning-rate")
     allowed = [heat for heat in finite if max_memory is None or heat.peak_memory_bytes <= max_memory]
     if not allowed:
         least = min(finite, key=lambda heat: heat.peak_memory_bytes)
