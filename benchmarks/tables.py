@@ -1,7 +1,8 @@
 """Write the result tables of README.md and docs/ from the JSON files in benchmarks/results/.
 
 A page asks for a table by its file's name: `<!-- table:NAME -->` opens the place, `<!-- /table -->` closes it, and what stands
-between them is replaced. In the same way `<!-- card:NAME -->` to `<!-- /card -->` holds the terminal view of
+between them is replaced. `<!-- table:NAME | placement | layers -->` shows these columns only. In the same way `<!-- card:NAME -->` to
+`<!-- /card -->` holds the terminal view of
 `benchmarks/results/cards/NAME.json`. A result file is a JSON object with `title`, `command`, `machine`, `columns` (names) and `rows`
 (lists of values, as long as `columns`).
 
@@ -14,6 +15,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from layercard.card.card import LayerCard
 from layercard.report.terminal import card_view
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"<!-- (?P<kind>table|card):(?P<name>[\w-]+) -->\n.*?<!-- /(?P=kind) -->", re.DOTALL)
+MARK = re.compile(r"<!-- (?P<kind>table|card):(?P<name>[\w-]+)(?P<columns>(?: \| [^|\n]+?)*) -->\n.*?<!-- /(?P=kind) -->", re.DOTALL)
 
 
 def cell(value: Any) -> str:
@@ -43,12 +45,21 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def table(result: dict[str, Any]) -> str:
-    """A result as Markdown: the table, then where it comes from. Columns of numbers are set to the right."""
+def table(result: dict[str, Any], shown: Sequence[str] = ()) -> str:
+    """A result as Markdown: the table, then where it comes from. Columns of numbers are set to the right.
+
+    `shown` names the columns to show, in their order; all when empty.
+    """
     columns, rows = result["columns"], result["rows"]
     wrong = next((row for row in rows if len(row) != len(columns)), None)
     if wrong is not None:
         raise ValueError(f"{result['title']}: a row has {len(wrong)} values for {len(columns)} columns")
+    if shown:
+        missing = [name for name in shown if name not in columns]
+        if missing:
+            raise ValueError(f"{result['title']}: there is no column {missing[0]!r}; the columns are {', '.join(columns)}")
+        places = [columns.index(name) for name in shown]
+        columns, rows = list(shown), [[row[place] for place in places] for row in rows]
     numeric = [all(isinstance(row[at], int | float | None) for row in rows) for at in range(len(columns))]
     lines = [
         "| " + " | ".join(map(cell, columns)) + " |",
@@ -71,11 +82,13 @@ def filled(text: str, results: Path) -> str:
 
     def replace(match: re.Match[str]) -> str:
         kind, name = match["kind"], match["name"]
+        shown = match["columns"].split(" | ")[1:]
         path = (results / "cards" if kind == "card" else results) / f"{name}.json"
         if not path.exists():
             raise FileNotFoundError(f"no {path.name} in {path.parent} for the mark <!-- {kind}:{name} -->")
         value = json.loads(path.read_text(encoding="utf-8"))
-        return f"<!-- {kind}:{name} -->\n\n{card_text(value) if kind == 'card' else table(value)}\n\n<!-- /{kind} -->"
+        text = card_text(value) if kind == "card" else table(value, shown)
+        return f"<!-- {kind}:{name}{match['columns']} -->\n\n{text}\n\n<!-- /{kind} -->"
 
     return MARK.sub(replace, text)
 
