@@ -1,6 +1,6 @@
 """Draw the pictures of a card in docs/images/ from a committed card, in light and in dark; needs Chromium and playwright.
 
-    python docs/generate_pictures.py
+python docs/generate_pictures.py
 """
 
 import json
