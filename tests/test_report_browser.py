@@ -1,73 +1,61 @@
-"""The report in a real browser, from the disk and without network: everything is drawn, and the calculator follows what is typed.
+"""The report in a real browser, from the disk and without network: everything is drawn and can be read, and the calculator follows."""
 
-Needs the Python package `playwright` and a Chromium (`CHROMIUM`, else `/usr/bin/chromium`). With `AXE`, a path to `axe.min.js`, axe-core
-looks at the page too.
-"""
-
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from browser import NEEDS_BROWSER, VIEWS, chromium, opened, problems
 from layercard.files import write_text
 from layercard.report.page import report_page
 from layercard.report.roi import RoiInputs, ratios_of, roi
 from layercard.report.trials import grouped
 from test_report_page import full
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs a Chromium at {CHROMIUM}"),
-]
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of 64 layers and 12 runs."""
-    return write_text(tmp_path_factory.mktemp("report") / "report.html", report_page(full(64)))
+    """A report of 30 layers and 12 runs."""
+    return write_text(tmp_path_factory.mktemp("report") / "report.html", report_page(full(30)))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as machine:
-        found = machine.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield found
-        found.close()
+    with chromium() as started:
+        yield started
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
-def test_everything_is_drawn_without_a_word(browser: Any, report: Path, width: int, scheme: str) -> None:
-    context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, bypass_csp="AXE" in os.environ
-    )
-    page, said, asked = context.new_page(), [], []
-    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(report.as_uri())
-    page.wait_for_selector("html[data-drawn]", timeout=60_000)
-    page.evaluate("document.querySelectorAll('details').forEach((fold) => (fold.open = true))")
-    page.wait_for_function("document.querySelectorAll('.plot').length == document.querySelectorAll('.plot[data-drawn]').length")
-    plots = page.locator(".plot").count()
-    assert page.locator(".plot[data-drawn] .main-svg").count() >= plots > 15
-    assert said == []
-    assert asked == [report.as_uri()]
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    if "AXE" in os.environ:
-        page.evaluate(Path(os.environ["AXE"]).read_text(encoding="utf-8"))
-        found = page.evaluate("axe.run()")["violations"]
-        assert [(one["impact"], one["id"]) for one in found if one["impact"] in ("serious", "critical")] == []
-    context.close()
+def test_what_cannot_be_read_is_found(browser: Any, tmp_path: Path) -> None:
+    styles = {
+        "under": "left:0;top:50px",
+        "over": "left:2px;top:52px",
+        "outside": "left:360px;top:90px",
+        "cut off": "width:9px;overflow:hidden",
+    }
+    boxes = "".join(f"<p style='position:absolute;white-space:nowrap;{style}'>{text}</p>" for text, style in styles.items())
+    page_file = write_text(tmp_path / "bad.html", f"<!doctype html><html lang=en><title>bad</title><p style='color:#eee'>pale</p>{boxes}")
+    with opened(browser, page_file.as_uri(), 390) as page:
+        wrong = " ".join(problems(page))
+    assert all(words in wrong for words in ("overlap: under / over", "outside: outside", "cut: cut off", "color-contrast"))
+
+
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
+def test_everything_is_drawn_and_can_be_read(browser: Any, report: Path, width: int, scheme: str) -> None:
+    with opened(browser, report.as_uri(), width, scheme, offline=True) as page:
+        page.wait_for_selector("html[data-drawn]", timeout=60_000)
+        assert problems(page) == []
+        page.evaluate("document.querySelectorAll('details').forEach((fold) => (fold.open = true))")
+        page.wait_for_function("document.querySelectorAll('.plot').length == document.querySelectorAll('.plot[data-drawn]').length")
+        plots = page.locator(".plot").count()
+        assert page.locator(".plot[data-drawn] .main-svg").count() >= plots > 15
+        assert problems(page) == []
 
 
 def test_the_calculator_follows_what_is_typed(browser: Any, report: Path) -> None:
-    sources, page = full(64), browser.new_page()
+    sources, page = full(30), browser.new_page()
     page.goto(report.as_uri())
     page.fill("#roi-gpu_price_per_hour", "7")
     page.fill("#roi-gpu_watts", "400")
