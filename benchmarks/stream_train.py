@@ -113,7 +113,7 @@ def equality(options: argparse.Namespace) -> list[dict[str, Any]]:
         base = open_model(str(embedded_folder()), dtype=dtype).base
         place(base, range(24, 30)).save(work / "placement.json")
         line = [
-            *(sys.executable, "-m", "layercard.commands.main", "train", str(embedded_folder()), "--data", task_file("e2e", "train")),
+            *(sys.executable, "-m", "layercard", "train", str(embedded_folder()), "--data", task_file("e2e", "train")),
             *("--records", "48", "--placement", str(work / "placement.json"), "--epochs", str(epochs), "--dtype", dtype),
             *("--device", "cpu", "--learning-rate", "0.002", "--cache", str(work / "states")),
         ]
@@ -170,7 +170,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     """The 8B shape, and what the command without `--stream` says under the same cap."""
     model = write_model(options.work / "qwen3-8b", QWEN3_8B)
     command = (
-        f"ulimit -v {CAP // 1024}; exec {sys.executable} -m layercard.commands.main train {model} --dtype bfloat16 --device cpu "
+        f"ulimit -v {CAP // 1024}; exec {sys.executable} -m layercard train {model} --dtype bfloat16 --device cpu "
         f"--data {task_file('e2e', 'train')} --placement {_placement(model)} -o {options.work / 'refused'}"
     )
     refusal = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

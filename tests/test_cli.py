@@ -175,7 +175,7 @@ def test_a_budget_alone_asks_for_the_best_within_it(layercard: Layercard, card: 
 
 def test_help_is_quick() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "layercard.commands.main", "--help"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "layercard", "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
@@ -510,7 +510,7 @@ def test_a_closed_pipe_is_no_traceback(card: Path) -> None:
 def test_a_plain_terminal_still_gets_the_numbers(card: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
     done = subprocess.run(
-        [sys.executable, "-m", "layercard.commands.main", "show", str(card)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "layercard", "show", str(card)], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0
     assert "11.7" in done.stdout

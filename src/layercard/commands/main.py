@@ -218,7 +218,3 @@ def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    main()

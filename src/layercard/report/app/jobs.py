@@ -159,4 +159,4 @@ def _end_with_the_app() -> None:
 
 if __name__ == "__main__":  # the job itself: `layercard` with an eye on the app
     threading.Thread(target=_end_with_the_app, daemon=True).start()
-    runpy.run_module("layercard.commands.main", run_name="__main__", alter_sys=True)
+    runpy.run_module("layercard", run_name="__main__", alter_sys=True)
