@@ -28,13 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3Config
 
 from common import RESULTS, report, task_file
 from layercard.adapters.apply import place
-from layercard.data.load import load_data
+from layercard.cost.estimate import estimated_cost
+from layercard.cost.measure import usual_batch
+from layercard.data.load import IGNORED, load_data
 from layercard.errors import BenchmarkError
 from layercard.files import read_json, write_json
 from layercard.models.embedded import embedded_folder
+from layercard.models.load import empty_model
 from layercard.models.streamed import open_model
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.streamed import train_streamed
@@ -59,7 +63,7 @@ def child(options: argparse.Namespace) -> None:
     streamed = open_model(options.child, device="cpu", dtype="auto")
     opened = time.perf_counter() - started
     data = load_data(task_file("e2e", "train"), streamed.base.tokenizer, records=options.records, max_length=256)
-    blocks = len(streamed.blocks)
+    blocks, batch = len(streamed.blocks), usual_batch(data.examples, 4, streamed.base.pad_id)
     output = Path(options.child) / "adapter"
     shutil.rmtree(output, ignore_errors=True)
     settings = TrainSettings(epochs=options.epochs, batch_size=4, learning_rate=1e-3, save_steps=0)
@@ -75,6 +79,7 @@ def child(options: argparse.Namespace) -> None:
                 "blocks": blocks,
                 "trained": options.last,
                 "tokens": data.tokens,
+                "batch": {"length": batch.input_ids.shape[1], "labelled": int((batch.labels[:, 1:] != IGNORED).sum())},
                 "steps": run.steps,
                 "open_seconds": opened,
                 "pass_seconds": phases["pass"],
@@ -101,6 +106,15 @@ def apart(model: Path, last: int, options: argparse.Namespace, *, records: int, 
     command = [sys.executable, __file__, *arguments, "--threads", str(options.threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def forecast(shape: dict[str, Any], trained: int, batch: dict[str, int]) -> int:
+    """Bytes of a process that trains the last blocks of a model of this shape with `--stream`, from the shape alone."""
+    config = Qwen3Config(**{key: value for key, value in shape.items() if key != "dtype"}, tie_word_embeddings=False)
+    model = empty_model("", config, getattr(torch, shape["dtype"]), False)
+    sizes = {"batch_size": 4, "rank": TrainSettings().rank, "dtype": shape["dtype"], **batch}
+    cost = estimated_cost(model, flops=1.0, bandwidth=1.0, name="", **sizes)  # times are of no interest here
+    return cost.process_memory(range(len(cost.layers) - trained, len(cost.layers)), stream=True)
 
 
 def equality(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -223,16 +237,19 @@ def tables(results: dict[str, Any]) -> None:
         title = "Streamed against ordinary training: largest difference as a share of the largest value; SmolLM2-135M, last 6 of 30 blocks"
         report("stream_train_equality", title, heads, rows, runs=results["equality"])
     if "memory" in results:
+        forecasts = [forecast(SHALLOW | {"num_hidden_layers": run["blocks"]}, run["trained"], run["batch"]) for run in results["memory"]]
         rows = [
             [
                 run["blocks"],
                 run["trained"],
                 round(run["weights_bytes"] / mib),
                 round(run["step_bytes"] / mib),
-                round(run["peak_bytes"] / mib),
+                round(run["peak_process_bytes"] / mib),
+                round(foretold / mib),
+                round(100 * (foretold / run["peak_process_bytes"] - 1), 1),
                 round(run["disk_bytes"] / mib, 1),
             ]
-            for run in results["memory"]
+            for run, foretold in zip(results["memory"], forecasts, strict=True)
         ]
         heads = [
             "blocks",
@@ -240,6 +257,8 @@ def tables(results: dict[str, Any]) -> None:
             "weights in memory, MiB",
             "above them in a step, MiB",
             "peak of the process, MiB",
+            "forecast, MiB",
+            "error, %",
             "hidden states, MiB",
         ]
         title = f"Memory of streamed training: random weights, width {SHALLOW['hidden_size']}, float32, 16 records, batches of 4"

@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 from cards import fake_card
 from layercard.card.card import LayerCard, cost_of
-from layercard.cost.model import CostModel, LayerCost, Linear, Shape
+from layercard.cost.model import BESIDES_BYTES, LIBRARY_BYTES, CostModel, LayerCost, Linear, Shape
 from layercard.errors import CardError, OutputError, PlacementError
 
 LLAMA = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
@@ -94,6 +94,33 @@ def test_memory_is_what_is_held_and_the_worst_moment() -> None:
     assert measured(block_bytes=2000).peak_memory([2, 4]) == held + 70 + saved + 2000
     heavy = tuple(layer.model_copy(update={"adapter_parameters": 10**5}) for layer in cost.layers)
     assert measured(layers=heavy).peak_memory([5]) == (4 + 8 + 12) * 10**5
+
+
+def weighty(**changes: object) -> CostModel:
+    """A cost model whose weights are known: an embedding of 1000, blocks of 300, 301, … and a head of 500 bytes."""
+    layers = tuple(layer.model_copy(update={"weights_bytes": 300 + at}) for at, layer in enumerate(measured().layers))
+    return measured(
+        **{"layers": layers, "weights_bytes": 1000 + sum(300 + at for at in range(6)) + 500, "head_weights_bytes": 500, **changes}
+    )
+
+
+def test_a_process_holds_the_weights_that_train_and_the_step_above_them() -> None:
+    cost, besides = weighty(), LIBRARY_BYTES + BESIDES_BYTES
+    assert cost.weights_in_memory([2, 4]) == cost.weights_bytes
+    assert cost.weights_in_memory([2, 4], stream=True) == 302 + 303 + 304 + 305 + 500
+    assert cost.process_memory([2, 4]) == besides + cost.weights_bytes + cost.peak_memory([2, 4])
+    assert cost.process_memory([2, 4], stream=True) == besides + 1714 + cost.peak_memory([2, 4])
+    # While the lower blocks pass through, the embedding is in memory, and what a forward takes.
+    wide = weighty(weights_bytes=10**6)
+    assert wide.process_memory([5], stream=True) == besides + 10**6 - 500 - sum(300 + at for at in range(6)) + 200
+    # A file of before the weights of layers were known: they are counted as head.
+    assert measured().weights_in_memory([5], stream=True) == 5000
+
+
+@given(chosen_layers, st.integers(2400, 10**6), st.booleans())
+def test_process_form_bounds_the_memory_of_a_process(chosen: set[int], weights: int, stream: bool) -> None:
+    cost = weighty(weights_bytes=weights + 1000)
+    assert cost.linear_process(stream=stream).of(chosen) >= cost.process_memory(chosen, stream=stream)
 
 
 @given(chosen_layers, st.integers(0, 5))

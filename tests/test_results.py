@@ -108,3 +108,15 @@ def test_shares_of_the_step_time_err_as_the_page_says() -> None:
     ratios = [100 * (row[column["predicted % of all"]] / row[column["% of all"]] - 1) for row in rows]
     page = (BENCHMARKS.parent / "docs" / "cost.md").read_text()
     assert f"{min(ratios):.1f} to {max(ratios):.1f} % too high (median {np.median(ratios):.1f} %)" in page
+
+
+def test_the_forecast_of_streamed_training_is_within_a_tenth_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    stream = importlib.import_module("stream_train")
+    read = lambda name: json.loads((RESULTS / f"stream_train_{name}.json").read_text())["details"]  # noqa: E731
+    runs = [(stream.SHALLOW | {"num_hidden_layers": run["blocks"]}, run) for run in read("memory")["runs"]]
+    runs.append((stream.QWEN3_8B, read("8b")))
+    assert len(runs) >= 4
+    for shape, run in runs:
+        forecast = stream.forecast(shape, run["trained"], run["batch"])
+        assert forecast == pytest.approx(run["peak_process_bytes"], rel=0.1), (run["blocks"], run["trained"])

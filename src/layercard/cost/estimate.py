@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layercard.cost.measure import synchronize
+from layercard.cost.measure import frozen_weights, synchronize
 from layercard.cost.model import CostModel, Shape
 from layercard.models.layers import find_blocks
 
@@ -19,16 +19,23 @@ UNKNOWN_BYTES = 4 * 2**30
 
 def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dtype: str, device: str = "", **sizes: Any) -> CostModel:
     """`CostModel.from_rates` for a model that may be empty; `sizes` are `batch_size`, `length` and `rank`."""
+    blocks = find_blocks(model)
     shapes = [
-        [Shape(each.in_features, each.out_features, each.experts, float(each.active)) for each in block.adaptable]
-        for block in find_blocks(model)
+        [Shape(each.in_features, each.out_features, each.experts, float(each.active)) for each in block.adaptable] for block in blocks
     ]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     cost = CostModel.from_rates(
         shapes, flops=flops, bandwidth=bandwidth, vocabulary=vocabulary, model=name, dtype=dtype, device=device, **sizes
     )
-    weights = sum(weight.numel() for weight in model.parameters())
-    return cost.model_copy(update={"weights_bytes": weights * getattr(torch, dtype).itemsize})
+
+    # The weights are the model's own, in the type that is asked for.
+    of_blocks, head = frozen_weights(model, blocks)
+    share = getattr(torch, dtype).itemsize / model.dtype.itemsize
+    layers = tuple(
+        layer.model_copy(update={"weights_bytes": round(share * size)}) for layer, size in zip(cost.layers, of_blocks, strict=True)
+    )
+    total = sum(weight.nbytes for weight in model.parameters())
+    return cost.model_copy(update={"weights_bytes": round(share * total), "head_weights_bytes": round(share * head), "layers": layers})
 
 
 def fits(cost: CostModel, device: torch.device) -> bool:

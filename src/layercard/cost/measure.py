@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from layercard.cost.model import CostModel, LayerCost, ModuleCost
 from layercard.data.load import IGNORED, Batch, Example, batches, shuffled
@@ -30,6 +31,7 @@ from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors
 from layercard.models.adapted import lora_layers
 from layercard.models.hooks import block_borders, frozen, input_gradients
+from layercard.models.layers import Block
 from layercard.models.load import BaseModel, Progress
 from layercard.models.losses import training_step
 
@@ -236,6 +238,7 @@ def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list
 
     # The adapter time of a block is shared out by what the adapter of each of its modules takes alone.
     alone = _module_seconds(base, batch, rank, {shape[1:] for each in modules for shape in each})
+    weights, head = frozen_weights(base.model, base.blocks)
     layers = []
     for block in range(depth):
         adapter = max(0.0, both[block] - through[block]) + weight_update * parameters[block]
@@ -250,6 +253,7 @@ def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list
                 adapter_saved_bytes=max(0, counts["all"].saved(block) - saved),
                 adapter_parameters=parameters[block],
                 adapter_latency_seconds=float(latency[block]),
+                weights_bytes=weights[block],
                 modules=tuple(
                     ModuleCost(
                         name=name,
@@ -278,12 +282,25 @@ def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list
         head_backward_seconds=median(("loss", 0), ("back", depth), *steps),
         overhead_seconds=max(0.0, update_last - weight_update * parameters[-1]),
         weights_bytes=sum(weight.nbytes for weight in base.model.parameters()),
+        head_weights_bytes=head,
         shared_bytes=counts["all"].marks["enter", 0],
         head_bytes=counts["all"].above(top, ("loss", 0), ("back", depth)),
         block_bytes=counts["all"].above(top, *(("back", block) for block in range(depth)), ("backward", 0)),
         forward_bytes=max((counts["last"].above(("enter", block), ("leave", block)) for block in range(depth - 1)), default=0),
         layers=tuple(layers),
     )
+
+
+def frozen_weights(model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[list[int], int]:
+    """Bytes of the weights of each block, and of what is in memory whatever the blocks: all others but an embedding that is not the head's.
+
+    The model may be empty (on the meta device).
+    """
+    of_blocks = [sum(weight.nbytes for weight in block.module.parameters()) for block in blocks]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or {id(weight) for weight in head.parameters()} & {id(weight) for weight in embedding.parameters()}
+    alone = 0 if tied else sum(weight.nbytes for weight in embedding.parameters())
+    return of_blocks, sum(weight.nbytes for weight in model.parameters()) - sum(of_blocks) - alone
 
 
 def _module_seconds(

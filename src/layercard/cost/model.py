@@ -4,6 +4,7 @@ One training step of adapters in the layers S of a frozen model, ℓ = min S:
 
     time(S)   = embedding + head forward and backward + overhead + Σ_all forward_j + Σ_{j ≥ ℓ} backward_j + Σ_{i ∈ S} adapter_i
     memory(S) = held(S) + max over the moments of a step of what is alive then (`CostModel.peak_memory`)
+    process(S) = libraries + weights + memory(S); with `--stream` the weights are those from ℓ on (`CostModel.process_memory`)
 
 Backward stops at the lowest adapted layer, so what lies above it is paid for whether it is adapted or not. Times are of one step on
 one batch, in seconds; bytes are of tensors above the frozen model. The numbers come from the clock (`layercard.cost.measure`), from a
@@ -28,6 +29,10 @@ UPDATE_BYTES = 12
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 BALANCE = 10.0
 """FLOPs that a usual device does while it moves one byte."""
+LIBRARY_BYTES = 530 * 2**20
+"""Main memory of a process on a CPU that has imported what training needs, before it opens a model (measured, torch 2.13)."""
+BESIDES_BYTES = 64 * 2**20
+"""What training takes besides tensors: tokenizer, code that is loaded on the way, memory that is free but not given back (measured)."""
 THIN = 0.4
 """Share of the rate of large products that the thin ones of adapters reach, measured at rank 8 on a CPU."""
 UNION = 1.75
@@ -100,6 +105,7 @@ class LayerCost(Part):
         adapter_saved_bytes: Kept besides when it is adapted.
         adapter_parameters: Weights of its adapters.
         adapter_latency_seconds: Time that its adapters, not merged, add to each generated token.
+        weights_bytes: Its frozen weights; 0 in files of before this was known.
         modules: Its linear modules.
     """
 
@@ -110,6 +116,7 @@ class LayerCost(Part):
     adapter_saved_bytes: _Count
     adapter_parameters: _Count
     adapter_latency_seconds: _Amount
+    weights_bytes: _Count = 0
     modules: tuple[ModuleCost, ...] = ()
 
     @property
@@ -139,7 +146,9 @@ class CostModel(Record):
         head_forward_seconds: Last norm, head and loss.
         head_backward_seconds: Backward through them.
         overhead_seconds: The rest of a step: clipping, update, zeroing, as far as it does not grow with the adapters.
-        weights_bytes: The frozen model itself; in no peak.
+        weights_bytes: The frozen model itself; not in `peak_memory`.
+        head_weights_bytes: Of these, what is neither in a block nor the input embedding alone: last norm, head (an embedding that is
+            tied to it, too) and tables of positions. 0 in files of before this was known.
         shared_bytes: Alive through the whole step: embedded tokens, masks, position tables.
         head_bytes: Alive at the worst moment in the head or loss besides what is saved: logits, their gradient.
         block_bytes: Alive at the worst moment within a block's backward besides what is saved.
@@ -165,6 +174,7 @@ class CostModel(Record):
     head_backward_seconds: _Amount
     overhead_seconds: _Amount
     weights_bytes: _Count
+    head_weights_bytes: _Count = 0
     shared_bytes: _Count
     head_bytes: _Count
     block_bytes: _Count
@@ -223,6 +233,44 @@ class CostModel(Record):
         )
         return sum(layer.held_bytes for layer in adapted) + max(moments)
 
+    def weights_in_memory(self, layers: Iterable[int], *, stream: bool = False) -> int:
+        """Bytes of the frozen weights that training in `layers` keeps: with `stream` those from the lowest of them on, and the head.
+
+        Where the model's file does not tell the weights of its layers, they are those of its linear modules, and all else counts as head.
+        """
+        chosen = _checked(layers, len(self.layers))
+        if not stream:
+            return self.weights_bytes
+        blocks, head = self._weights()
+        return head + sum(blocks[chosen[0] :])
+
+    def process_memory(self, layers: Iterable[int], *, stream: bool = False) -> int:
+        """Bytes that a process which trains in `layers` takes at its peak: libraries, weights, and `peak_memory` above them.
+
+        With `stream` the blocks below the lowest layer stay on disk; while they pass through, embedding or one block is in memory in place
+        of the upper ones. On a GPU its own memory holds about as much besides tensors (context, kernels).
+        """
+        blocks, head = self._weights()
+        passing = max(self.weights_bytes - head - sum(blocks), *blocks) + self.forward_bytes if stream else 0
+        return LIBRARY_BYTES + BESIDES_BYTES + max(self.weights_in_memory(layers, stream=stream) + self.peak_memory(layers), passing)
+
+    def linear_process(self, *, stream: bool = False) -> Linear:
+        """`process_memory` as a linear form, for a solver: an upper bound as `linear("memory")` is one."""
+        form, (blocks, head) = self.linear("memory"), self._weights()
+        if not stream:
+            return Linear(form.fixed + LIBRARY_BYTES + BESIDES_BYTES + self.weights_bytes, form.through, form.own)
+        passing = max(self.weights_bytes - head - sum(blocks), *blocks) + self.forward_bytes
+        through = tuple(saved + weights for saved, weights in zip(form.through, blocks, strict=True))
+        return Linear(LIBRARY_BYTES + BESIDES_BYTES + max(form.fixed + head, passing - through[-1]), through, form.own)
+
+    def _weights(self) -> tuple[list[int], int]:
+        """Bytes of the frozen weights of each layer, and of what is above them all."""
+        if all(layer.weights_bytes for layer in self.layers):
+            return [layer.weights_bytes for layer in self.layers], self.head_weights_bytes
+        size = ELEMENT_BYTES.get(self.dtype, 4)
+        blocks = [size * sum(each.experts * each.in_features * each.out_features for each in layer.modules) for layer in self.layers]
+        return blocks, max(0, self.weights_bytes - sum(blocks))
+
     def adapter_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of the adapters' weights, as they are stored (float32)."""
         return round(WEIGHT_BYTES * self.linear("params").of(layers))
@@ -280,7 +328,7 @@ class CostModel(Record):
             flops: Floating point operations per second that large matrix products reach there.
             bandwidth: Bytes per second of the memory.
             launch: Seconds that the smallest operation takes.
-            vocabulary: Rows of the head.
+            vocabulary: Rows of the head; the embedding is taken to be tied to it.
             batch_size: Records in the batch, of `length` tokens each.
             labelled: Labelled tokens in the batch; half of all when not given.
             rank: Rank of each adapter.
@@ -322,6 +370,7 @@ class CostModel(Record):
                 head_backward_seconds=head,
                 overhead_seconds=0.0,
                 weights_bytes=step.size * (vocabulary * width + sum(each.weights for layer in blocks for each in layer)),
+                head_weights_bytes=step.size * vocabulary * width,
                 shared_bytes=positions * width * step.size,
                 head_bytes=(rows + 3 * labelled) * vocabulary * 4,
                 block_bytes=transient + step.size * max(map(_unfolded, blocks)),
@@ -435,5 +484,6 @@ class _Step:
             adapter_saved_bytes=self.size * saved,
             adapter_parameters=sum(self.parameters(each) for each in shapes),
             adapter_latency_seconds=sum(self.adapter(1, each) for each in (*single, *stacked)),
+            weights_bytes=self.size * sum(each.weights for each in shapes),
             modules=modules,
         )

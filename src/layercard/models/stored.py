@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ LONGEST_HEADER = 100_000_000
 """Bytes; what safetensors itself allows."""
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 SAFETENSORS_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+PIECE = 2**22
+"""Numbers of a tensor that are converted at once where it is read or hashed in another type than it is stored in."""
 SKETCHED = 16
 """Linear modules of which `sketch` takes a number."""
 
@@ -66,23 +69,34 @@ class Weights:
         if name not in self.tensors:
             raise ModelError(f"the model's files hold no {name}; use a whole model")
         stored = self.tensors[name]
-        raw = torch.empty(stored.size, dtype=torch.uint8)
-        left = raw.numpy().data
+        kind = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+        flat = torch.empty(math.prod(stored.shape), dtype=kind)
         try:
             with stored.path.open("rb", buffering=0) as file:
                 file.seek(stored.start)
-                while left:
-                    count = file.readinto(left)
-                    if not count:
-                        raise ModelError(f"{stored.path} ends within {name}; copy the file again")
-                    left = left[count:]
+                if kind == stored.dtype:
+                    self._fill(flat, file, stored, name)
+                else:  # a piece at a time, so that the tensor is never there in both types
+                    for piece in flat.split(PIECE):
+                        as_stored = torch.empty(len(piece), dtype=stored.dtype)
+                        self._fill(as_stored, file, stored, name)
+                        piece.copy_(as_stored)
                 if hasattr(os, "posix_fadvise"):  # the pages are not needed again soon; under a limit they would count
                     os.posix_fadvise(file.fileno(), stored.start, stored.size, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise ModelError(f"{stored.path} cannot be read ({error.strerror or error}); copy the file again") from error
         self.bytes_read += stored.size
-        tensor = raw.view(stored.dtype).reshape(stored.shape)
-        return tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+        return flat.reshape(stored.shape).to(device)
+
+    @staticmethod
+    def _fill(flat: torch.Tensor, file: RawIOBase, stored: Stored, name: str) -> None:
+        """Read the bytes of a tensor from where the file stands."""
+        left = flat.view(torch.uint8).numpy().data
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise ModelError(f"{stored.path} ends within {name}; copy the file again")
+            left = left[count:]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -237,11 +251,11 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]], *, exact: bool = False) 
     for path, tensor in tensors:
         if tensor.is_meta:
             raise ModelError(f"{path} is offloaded, so its values are not there; load the model without offload, or profile with --stream")
-        numbers = tensor.detach().cpu()
-        if numbers.is_floating_point() and not exact:
-            numbers = numbers.to(torch.bfloat16)
-        sha256.update(f"{path} {tuple(numbers.shape)} {numbers.dtype}\n".encode())
-        sha256.update(numbers.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        kind = torch.bfloat16 if tensor.is_floating_point() and not exact else tensor.dtype
+        sha256.update(f"{path} {tuple(tensor.shape)} {kind}\n".encode())
+        for piece in tensor.detach().reshape(-1).split(PIECE):
+            sha256.update(piece.to("cpu", kind).view(torch.uint8).numpy().data)
+        del tensor, piece  # before the next one is read
     return sha256.hexdigest()[:16]
 
 

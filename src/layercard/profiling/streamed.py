@@ -234,7 +234,8 @@ def folder_between_blocks(streamed: StreamedModel, dataset: Dataset, state: Path
 def streamed_cost(streamed: StreamedModel, dataset: Dataset, settings: ProfileSettings) -> CostModel:
     """What a training step would cost with the model in memory, from its shapes and what this device reaches."""
     base, size = streamed.base, TrainSettings().batch_size
-    length = usual_batch(dataset.examples, size, base.pad_id, settings.seed).input_ids.shape[1]
+    batch = usual_batch(dataset.examples, size, base.pad_id, settings.seed)
+    length = batch.input_ids.shape[1]
     flops, bandwidth = device_rates(streamed.device, streamed.dtype, rows=size * length)
     return estimated_cost(
         base.model,
@@ -245,5 +246,6 @@ def streamed_cost(streamed: StreamedModel, dataset: Dataset, settings: ProfileSe
         device=device_name(streamed.device),
         batch_size=size,
         length=length,
+        labelled=int((batch.labels[:, 1:] != IGNORED).sum()),
         rank=settings.rank,
     )
