@@ -14,7 +14,7 @@ SAMPLE := benchmarks/results/placements
 
 help:
 	@echo "make setup      virtual environment in $(VENV) with everything for development"
-	@echo "make demo       profile, show, select and compare on the embedded model; results in $(DEMO)/"
+	@echo "make demo       layercard run on the embedded model, beside the usual training; results in $(DEMO)/"
 	@echo "make test       all quick tests"
 	@echo "make test-oldest  the quick tests with the lowest versions promised, in a virtual environment of 6 GB"
 	@echo "make test-slow  the tests that take minutes or need the 135M model"

@@ -413,26 +413,23 @@ def test_compare_sets_placements_side_by_side(layercard: Layercard, tiny_folder:
     assert_one_line(result, "smollm2-135m", "profile this model first")
 
 
-def test_demo_goes_the_whole_way_and_uses_finished_parts_again(layercard: Layercard, tiny_folder: Path) -> None:
-    arguments = ("demo", "--model", tiny_folder, "--records", 8, "--steps", 2, "--k", 1, "--output", "demo")
+def test_demo_ends_in_a_verdict_and_uses_finished_parts_again(layercard: Layercard, tiny_folder: Path) -> None:
+    arguments = ("demo", "--model", tiny_folder, "--records", 240, "--max-time", "5m", "--output", "demo")
     status, out, err = layercard(*arguments)
-    assert (status, err) == (0, "")
-    assert [line.split()[2] for line in out.splitlines() if line.startswith("$ layercard ")] == [
-        "profile",
-        "show",
-        "select",
-        "compare",
-        "report",
-    ]
-    assert {path.name for path in Path("demo").iterdir()} == {"card.json", "placement.json", "compare", "card.html"}
-    assert "reduction" in out
-    before = Path("demo/card.json").stat().st_mtime_ns, Path("demo/compare/all/run.json").stat().st_mtime_ns
-    status, out, _ = layercard(*arguments)
-    assert status == 0
-    assert "used again: demo/card.json" in out
-    assert (Path("demo/card.json").stat().st_mtime_ns, Path("demo/compare/all/run.json").stat().st_mtime_ns) == before
+    assert status == 0, err
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("$ layercard ")] == ["run", "compare"]
+    ours, usual, verdict, page = out.splitlines()[-4:]
+    assert re.match(r"layercard  \d of 3 layers.*: loss [\d.]+ → [\d.]+ in \d+ s, ", ours)
+    assert usual.startswith("usual way  all layers, PEFT and Trainer as they are: loss ")
+    assert re.match(r"verdict    (as good|loss .*%.*), [\d.]+ times faster \([\d.]+ times with the search\), [\d.]+ times less memory$", verdict)
+    assert Path(page).name == "report.html" and Path(page).exists()
+    assert {path.name for path in Path("demo").iterdir()} == {"run", "default"}
+    results = [Path("demo/run/result.json"), Path("demo/default/all/run.json")]
+    before = [path.stat().st_mtime_ns for path in results]
+    assert layercard(*arguments)[0] == 0
+    assert [path.stat().st_mtime_ns for path in results] == before
     assert layercard(*arguments, "--force")[0] == 0
-    assert Path("demo/card.json").stat().st_mtime_ns != before[0]
+    assert all(path.stat().st_mtime_ns != time for path, time in zip(results, before, strict=True))
 
 
 def without_clock(path: str) -> dict[str, Any]:
@@ -444,7 +441,15 @@ def without_clock(path: str) -> dict[str, Any]:
 
 
 def test_the_page_says_how_it_is_made_again(layercard: Layercard, tiny_folder: Path) -> None:
-    assert layercard("demo", "--model", tiny_folder, "--records", 8, "--steps", 2, "--k", 1, "--output", ".")[0] == 0
+    data = ("--data", "synthetic", "--records", 8)
+    valid = ("--valid", "synthetic:valid", "--valid-records", 4)
+    for words in (
+        ("profile", tiny_folder, *data, "-o", "card.json"),
+        ("select", "card.json", "--k", 1, "-o", "placement.json"),
+        ("compare", tiny_folder, *data, *valid, "--placements", "placement.json,all", "--steps", 2, "-o", "compare"),
+        ("report", "card.json", "placement.json", "compare/compare.json", "-o", "card.html"),
+    ):
+        assert layercard(*words)[0] == 0
     page = html.unescape(Path("card.html").read_text(encoding="utf-8"))
     lines = re.findall(r"^(?: *<pre tabindex=\"0\"><code>)?(layercard .*)$", page, flags=re.MULTILINE)
     assert [line.split()[1] for line in lines] == ["profile", "select", "compare", "report"]

@@ -1,4 +1,4 @@
-"""`layercard demo`: the whole way on the embedded model and the synthetic data, each step as the command that it is."""
+"""`layercard demo`: `layercard run` on the embedded model and built-in data, beside all layers trained as the libraries do it."""
 
 import shlex
 from pathlib import Path
@@ -7,59 +7,70 @@ import typer
 
 from layercard.commands.options import check_folder
 from layercard.commands.terminal import out
-from layercard.errors import CardError, PlacementError
+from layercard.errors import TrainingError
 from layercard.settings import setting
+
+RUN, DEFAULT = "run", "default"
+VALID_RECORDS = 40
+"""Held-out records that both are measured on."""
+AS_GOOD = 0.01
+"""Difference of the losses, as a share, up to which they are called equally good; `layercard run` chooses with the same."""
 
 
 def demo(
     ctx: typer.Context,
     output: Path = setting(Path("demo"), "Folder for everything that the demo makes.", metavar="DIR"),
-    model: str = setting("smollm2-135m", "Another model, named as in `layercard profile`.", metavar="MODEL"),
-    records: int = setting(64, "Records to profile.", low=4),
-    k: int = setting(5, "Number of layers to select.", low=1),
-    steps: int = setting(80, "Training steps of each placement.", low=1),
+    model: str = setting("smollm2-135m", "Another model, named as in `layercard run`.", metavar="MODEL"),
+    records: int = setting(400, "Records to train on.", low=16),
+    max_time: str = setting("3m", "What `layercard run` may take; the default training comes on top.", metavar="TIME"),
     force: bool = setting(False, "Make everything again."),
 ) -> None:
-    """Go the whole way once on built-in data.
+    """See on built-in data what `run` gives, beside the usual training.
 
-    Profile, show, select, compare the selected layers with all, and write a report. Finished parts are used again when the demo is run
-    a second time.
+    The usual training is LoRA in all layers with PEFT and transformers' Trainer as they are, for as many steps and at the learning rate
+    that the race found best for it. Finished parts are used again when the demo is run a second time.
     """
     check_folder(output, resume=True, force=force)
-    card, placement, runs, page = (output / name for name in ("card.json", "placement.json", "compare", "card.html"))
-    reused = not force and _fits(card, placement, model, records, k)
+    ours, default = output / RUN, output / DEFAULT
+    data = ("--data", "synthetic", "--records", records, "--valid", "synthetic:valid", "--valid-records", VALID_RECORDS)
 
-    def step(*words: object, replaces: Path | None = None, resume: bool = False) -> None:
+    def step(*words: object) -> None:
         """Run a command in this process, print its command line before it, and stop the demo where it stops."""
         line = [str(word) for word in words]
-        if replaces is not None and replaces.exists():
-            line.append("--resume" if resume else "--force")
         out().print(f"\n$ layercard {shlex.join(line)}", style="bold", soft_wrap=True)
         status = ctx.find_root().command.main(args=line, prog_name="layercard", standalone_mode=False)
         if status:
             raise typer.Exit(status)
 
-    if reused:
-        out().print(f"used again: {card} and {placement} (--force makes everything again)", style="dim")
-    else:
-        step("profile", model, "--data", "synthetic", "--records", records, "-o", card, replaces=card)
-    step("show", card)
-    if not reused:
-        step("select", card, "--k", k, "-o", placement, replaces=placement)
-    held_out = ("--data", "synthetic", "--valid", "synthetic:valid", "--valid-records", 64)
-    how = ("--placements", f"{placement},all", "--steps", steps, "--batch-size", 4, "-o", runs)
-    step("compare", model, *held_out, *how, replaces=runs, resume=reused)
-    step("report", card, placement, runs / "compare.json", "-o", page, replaces=page)
+    step("run", model, *data, "--search", "50%", "--max-time", max_time, "-o", ours, *(["--force"] if force else []))
+    from layercard.trials.compare import COMPARE_FILE
+    from layercard.trials.records import Comparison
+    from layercard.trials.result import Result
+    from layercard.workflow.run import REPORT_FILE, RESULT_FILE, rate_of_all
 
+    result = Result.load(ours / RESULT_FILE)
+    how = ("--placements", "all", "--stock", "--steps", result.steps, "--learning-rate", f"{rate_of_all(ours):.4g}")
+    again = [] if not default.exists() else ["--force"] if force else ["--resume"]
+    step("compare", model, *data, *how, "-o", default, *again)
+    usual = Comparison.load(default / COMPARE_FILE).rows[0]
+    if usual.loss_after is None or usual.train_seconds is None:
+        raise TrainingError("the usual training diverged, so there is nothing to compare with; try --force with more --records")
 
-def _fits(card: Path, placement: Path, model: str, records: int, k: int) -> bool:
-    """Whether the files of an earlier demo of the same model and numbers are there and can be read."""
-    from layercard.card.card import LayerCard
-    from layercard.selection.placement import Placement
-
-    try:
-        source, chosen = LayerCard.load(card), Placement.load(placement)
-    except (CardError, PlacementError):
-        return False
-    made = (source.model.name, source.data.records, len(chosen.layers), chosen.model["fingerprint"])
-    return made == (model, records, k, source.model.fingerprint)
+    # Three lines of verdict, and where to read on.
+    modules = "" if result.chosen.modules == "all" else f", {result.chosen.modules} modules only"
+    where = f"{len(result.chosen.layers)} of {result.model['layers']} layers{modules}"
+    search, training = result.seconds.total - result.seconds.train - result.seconds.evaluate, result.seconds.train
+    change = result.measured.loss_after / usual.loss_after - 1
+    quality = "as good" if abs(change) <= AS_GOOD else f"loss {abs(change):.1%} {'higher' if change > 0 else 'lower'}"
+    faster, memory = usual.train_seconds / training, (usual.peak_memory_bytes or 0) / max(result.peak_memory_bytes, 1)
+    whole = usual.train_seconds / (search + training)
+    lines = (
+        f"\nlayercard  {where}: loss {result.measured.loss_before:.3f} → {result.measured.loss_after:.3f} in {training:.0f} s, "
+        f"{result.peak_memory_bytes / 2**20:,.0f} MiB; search {search:.0f} s",
+        f"usual way  all layers, PEFT and Trainer as they are: loss {usual.loss_before:.3f} → {usual.loss_after:.3f} in "
+        f"{usual.train_seconds:.0f} s, {(usual.peak_memory_bytes or 0) / 2**20:,.0f} MiB",
+        f"verdict    {quality}, {faster:.1f} times faster ({whole:.1f} times with the search), {memory:.1f} times less memory",
+        str(ours / REPORT_FILE),
+    )
+    for line in lines:
+        out().print(line, soft_wrap=True)

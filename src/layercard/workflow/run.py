@@ -45,6 +45,7 @@ from layercard.statistics.ratios import ratio_interval
 from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import PLAN as TRAIN_PLAN, RUN_FILE, train
+from layercard.training.trainer import MEASUREMENTS
 from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Heat, Race, Shape, race, race_shape, usual_rate
 from layercard.trials.result import AllLayers, Chosen, Measured, Result, Seconds
 from layercard.trials.trial import Task
@@ -54,10 +55,14 @@ PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE = "plan.json", "car
 ADAPTER, REPORT_FILE, CARD_PAGE, TIMING, RACE = "adapter", "report.html", "card.html", "timing", "race"
 FILES = (PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE, ADAPTER, REPORT_FILE, CARD_PAGE, TIMING, RACE, f"{CARD_FILE}.state")
 """All that a run leaves in its folder."""
+ALL_LAYERS = "all layers"
+"""What the entrant with all modules of all layers is called."""
 LEAST_RECORDS = 16
 """Records below which nothing can be chosen or judged."""
 HELD_OUT = (0.1, 16, 300)
 """Share of the records that a split holds out, the least and the most of them."""
+MEASURED_COST = 1 / 3
+"""What a held-out record costs to measure, in records trained: forward alone."""
 TIMED_STEPS = 4
 PATIENCE = 2
 """Measurements of the held-out loss without a better one after which the full training stops, unless told."""
@@ -203,7 +208,7 @@ def _chosen(
 
     # Step 2: time a few steps of all layers, and plan from that.
     timed = _timed(base, data, training, fast, output / TIMING, progress)
-    plan = plan_run(data, settings, training, timed)
+    plan = plan_run(data, settings, training, timed, len(valid))
     for line in plan.lines():
         tell(line)
 
@@ -327,8 +332,8 @@ def plan_only(
     """Time a few steps and say what `run` would do; the steps are kept in `output` for it."""
     settings, training, fast, output = settings or RunSettings(), training or TrainSettings(), fast or FastSettings(), Path(output)
     with alone(output):
-        data, _, _ = _begun(output, base, data, valid, settings, training)
-        return plan_run(data, settings, training, _timed(base, data, training, fast, output / TIMING, progress))
+        data, held_out, _ = _begun(output, base, data, valid, settings, training)
+        return plan_run(data, settings, training, _timed(base, data, training, fast, output / TIMING, progress), len(held_out))
 
 
 def write_report(output: Path, commands: Sequence[str] = ()) -> Path:
@@ -359,6 +364,17 @@ def write_report(output: Path, commands: Sequence[str] = ()) -> Path:
     return write_text(output / REPORT_FILE, result_page(result, trained, heats, commands), force=True)
 
 
+def rate_of_all(output: Path) -> float:
+    """The learning rate that a finished run found best for all layers; the chosen one where there was no race."""
+    if (output / RACE_FILE).exists():
+        heats = Race.load(output / RACE_FILE).heats
+        every = [heat for heat in heats if heat.entrant.name == ALL_LAYERS and heat.loss is not None]
+        if every:
+            longest = max(heat.steps for heat in every)
+            return min((heat for heat in every if heat.steps == longest), key=lambda heat: heat.result).entrant.learning_rate
+    return Result.load(output / RESULT_FILE).chosen.learning_rate
+
+
 def clear(output: Path) -> None:
     """Remove what an earlier run left in a folder, its result first; other files stay."""
     for name in (RESULT_FILE, *FILES):
@@ -369,27 +385,29 @@ def clear(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, timed: Run) -> Plan:
-    """What there is time for, from the timed steps of all layers.
+def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, timed: Run, held_out: int) -> Plan:
+    """What there is time for, from the timed steps of all layers; `held_out` records are measured now and then.
 
     Raises:
         TrainingError: `max_time` leaves less than a few steps.
     """
     step, notes = timed.train_seconds / timed.steps, []
-    steps = training.total_steps(len(data))
+    steps, per_step = training.total_steps(len(data)), training.batch_size * training.accumulation
     limit = settings.max_seconds()
     if limit is not None:
-        affordable = math.floor(limit / (1 + settings.search_share()) / step)
+        # Before, after, and while the training watches the held-out loss.
+        measured = (MEASUREMENTS + 2) * held_out * MEASURED_COST / per_step
+        affordable = math.floor((limit / step - measured) / (1 + settings.search_share()))
         if affordable < TIMED_STEPS:
             raise TrainingError(
-                f"--max-time {duration(limit)} leaves {affordable} steps of {step:.1f} s; "
-                f"allow at least {duration(2 * TIMED_STEPS * step)}, or lower the batch size"
+                f"--max-time {duration(limit)} leaves {max(0, affordable)} steps of {step:.1f} s beside measuring {held_out} held-out "
+                f"records; allow at least {duration((measured + 2 * TIMED_STEPS) * step)}, or hold out fewer"
             )
         if affordable < steps:
             notes.append(f"{steps} steps would take {duration(steps * step)}; --max-time {duration(limit)} leaves {affordable}")
             steps = affordable
     # The learning rate matters most, so the race comes first and the card has what a full race leaves.
-    search, per_step = settings.search_share() * steps, training.batch_size * training.accumulation
+    search = settings.search_share() * steps
     card_steps = CARD_STEPS * per_step / 8  # steps of all layers that a card takes for each of its records
     records = min(CARD_RECORDS[1], len(data), int(CARD_SHARE * search / card_steps))
     shape = race_shape(steps, search - records * card_steps, per_step) if records >= CARD_RECORDS[0] else None
@@ -410,7 +428,7 @@ def candidates(base: BaseModel, card: LayerCard | None, settings: RunSettings, s
     width = base.model.get_input_embeddings().weight.shape[1]
     every = tuple(range(count))
     half, quarter = every[count // 2 :], every[count - max(1, count // 4) :]
-    named: list[tuple[str, Sequence[int], str]] = [("all layers", every, "all"), ("all layers, MLP", every, "mlp")]
+    named: list[tuple[str, Sequence[int], str]] = [(ALL_LAYERS, every, "all"), ("all layers, MLP", every, "mlp")]
     if card is not None:
         named.append(("balanced", select(card, objective="balanced").layers, "all"))
         if limit is not None and card.cost is not None:
