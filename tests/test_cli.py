@@ -506,7 +506,7 @@ def test_an_interrupt_ends_in_one_line(number: int, status: int, word: str, tmp_
 
 
 def test_a_closed_pipe_is_no_traceback(card: Path) -> None:
-    command = f"{sys.executable} -m layercard.commands.main show {card} | head -n 1"
+    command = f"{sys.executable} -m layercard show {card} | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
