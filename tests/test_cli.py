@@ -414,7 +414,7 @@ def test_compare_sets_placements_side_by_side(layercard: Layercard, tiny_folder:
 
 
 def test_demo_ends_in_a_verdict_and_uses_finished_parts_again(layercard: Layercard, tiny_folder: Path) -> None:
-    arguments = ("demo", "--model", tiny_folder, "--records", 240, "--max-time", "5m", "--output", "demo")
+    arguments = ("demo", "--model", tiny_folder, "--records", 64, "--steps", 40, "--output", "demo")
     status, out, err = layercard(*arguments)
     assert status == 0, err
     assert [line.split()[2] for line in out.splitlines() if line.startswith("$ layercard ")] == ["run", "compare"]

@@ -36,6 +36,8 @@ def cost(
     ),
     flops: float | None = setting(None, "With --meta: FLOP/s of another device.", low=0.1),
     bandwidth: float | None = setting(None, "With --meta: bytes/s of its memory.", low=0.1),
+    explain: bool = setting(False, "Say where the time of a step goes, and what makes each part smaller."),
+    placement: Path | None = setting(None, "With --explain: the placement to train; all layers when not given."),
     device: str = opt.DEVICE,
     dtype: str = opt.DTYPE,
     force: bool = opt.FORCE,
@@ -54,10 +56,19 @@ def cost(
         raise typer.BadParameter("--flops and --bandwidth describe another device; give --meta too")
     if meta and data is not None:
         raise typer.BadParameter("--meta has no tokenizer for --data; give --batch-size and --length")
-    opt.check_data(data)
-    from layercard.cost.measure import measure_cost, random_batch, usual_batch
-    from layercard.report.terminal import cost_view
+    if placement is not None and not explain:
+        raise typer.BadParameter("--placement says what --explain explains; give --explain too")
+    chosen = None
+    if placement is not None:
+        from layercard.selection.placement import Placement
 
+        chosen = Placement.load(placement)
+    opt.check_data(data)
+    from layercard.adapters.apply import check_model
+    from layercard.cost.measure import measure_cost, random_batch, usual_batch
+    from layercard.report.terminal import cost_view, explain_view
+
+    padding: float | None = None
     with Display() as display:
         if meta:
             rates = None if flops is None or bandwidth is None else (flops, bandwidth)
@@ -65,6 +76,8 @@ def cost(
             result = _without_weights(model, (batch_size, length or LENGTH, rank), rates, loading, repeats, display)
         else:
             base = opt.load(model, LoadSettings(device, dtype), display)
+            if chosen is not None:
+                check_model(base, chosen)
             if data is not None:
                 examples = opt.read(data, base, RECORDS, DataSettings(max_length=length or LONGEST)).examples
                 batch = usual_batch(examples, batch_size, base.pad_id)
@@ -72,8 +85,15 @@ def cost(
                 raise DataError(f"{model} is a classifier, so a step needs texts with their classes; name some with --data")
             else:
                 batch = random_batch(base.model.get_input_embeddings().weight.shape[0], batch_size, length or LENGTH)
+            padding = 1 - float(batch.attention_mask.float().mean()) if data is not None else None
             result = measure_cost(base, batch, rank=rank, repeats=repeats, progress=display)
-    show_result(result, as_json, cost_view(result), output=output, force=force)
+    layers = range(len(result.layers)) if chosen is None else chosen.layers
+    value = result.to_json()
+    if explain:
+        value["explained"] = {"layers": list(layers), "seconds": result.step_parts(layers), "padding": padding}
+    view = explain_view(result, layers, padding) if explain else cost_view(result)
+    then = ["cost", model, *(opt.data_options(data) if data else ()), "--explain"] if not explain else ["run", model, *opt.data_options(data or ["FILE"]), "-o", "run"]
+    show_result(result if not explain else value, as_json, view, output=output, force=force, then=() if meta else then)
 
 
 def _without_weights(

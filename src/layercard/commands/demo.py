@@ -11,7 +11,7 @@ from layercard.errors import TrainingError
 from layercard.settings import setting
 
 RUN, DEFAULT = "run", "default"
-VALID_RECORDS = 40
+VALID_RECORDS = 32
 """Held-out records that both are measured on."""
 AS_GOOD = 0.01
 """Difference of the losses, as a share, up to which they are called equally good; `layercard run` chooses with the same."""
@@ -22,7 +22,7 @@ def demo(
     output: Path = setting(Path("demo"), "Folder for everything that the demo makes.", metavar="DIR"),
     model: str = setting("smollm2-135m", "Another model, named as in `layercard run`.", metavar="MODEL"),
     records: int = setting(400, "Records to train on.", low=16),
-    max_time: str = setting("3m", "What `layercard run` may take; the default training comes on top.", metavar="TIME"),
+    steps: int = setting(80, "Steps of both trainings.", low=1),
     force: bool = setting(False, "Make everything again."),
 ) -> None:
     """See on built-in data what `run` gives, beside the usual training.
@@ -42,7 +42,7 @@ def demo(
         if status:
             raise typer.Exit(status)
 
-    step("run", model, *data, "--search", "50%", "--max-time", max_time, "-o", ours, *(["--force"] if force else []))
+    step("run", model, *data, "--steps", steps, "--search", "75%", "-o", ours, *(["--force"] if force else []))
     from layercard.trials.compare import COMPARE_FILE
     from layercard.trials.records import Comparison
     from layercard.trials.result import Result

@@ -79,6 +79,12 @@ def train(
     if record.fast["did"]:
         rows["Left out"] = "\n".join(record.fast["did"].values())
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
+    if record.forward_seconds is not None and record.backward_seconds is not None and record.train_seconds > 0:
+        forward, backward = (100 * part / record.train_seconds for part in (record.forward_seconds, record.backward_seconds))
+        rows["Time"] = f"forward {forward:.0f} %, backward {backward:.0f} %, update and the rest {100 - forward - backward:.0f} %"
+        if record.positions_seen > record.tokens_seen:
+            rows["Time"] += f" · {1 - record.tokens_seen / record.positions_seen:.0%} of the positions are padding"
+        rows["Time"] += " · layer by layer: layercard cost … --explain"
     if record.notes:
         rows["Note"] = "\n".join(record.notes)
     rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"

@@ -214,6 +214,20 @@ class CostModel(Record):
         """Seconds of one training step with adapters in `layers` (a share of all layers' with source `shapes`)."""
         return self.linear("time").of(layers)
 
+    def step_parts(self, layers: Iterable[int]) -> dict[str, float]:
+        """Where `step_time` goes, part by part: `below` and `above` are the layers under the lowest adapted one, and from it on."""
+        chosen = _checked(layers, len(self.layers))
+        below, above = self.layers[: chosen[0]], self.layers[chosen[0] :]
+        return {
+            "embedding": self.embedding_seconds,
+            "forward below": sum(layer.forward_seconds for layer in below),
+            "forward above": sum(layer.forward_seconds for layer in above),
+            "backward above": sum(layer.backward_seconds for layer in above),
+            "adapters": sum(self.layers[layer].adapter_seconds for layer in chosen),
+            "head and loss": self.head_forward_seconds + self.head_backward_seconds,
+            "update and rest": self.overhead_seconds,
+        }
+
     def peak_memory(self, layers: Iterable[int]) -> int:
         """Bytes that training in `layers` takes at its peak above the frozen model, as a run record's `peak_memory_bytes` counts.
 

@@ -318,6 +318,41 @@ def cost_view(cost: CostModel, k: int = 5) -> RenderableType:
     return Group(Text(header), Text(), parts, Text(), placements)
 
 
+def explain_view(cost: CostModel, layers: Sequence[int], padding: float | None = None) -> RenderableType:
+    """Where the time of a training step goes with adapters in `layers`, and what makes each part smaller.
+
+    `padding` is the share of the batch's positions that hold no token; `None` where that is not known.
+    """
+    parts, lowest, depth = cost.step_parts(layers), min(layers), len(cost.layers)
+    total = sum(parts.values())
+    above, below = f"layers {lowest}–{depth - 1}", f"layers 0–{lowest - 1}"
+    rows = {
+        "embedding": ("embedding", ""),
+        "forward below": (f"forward, {below}", "computed once a record, by the prefix cache (from the second epoch on)"),
+        "forward above": (f"forward, {above}", "only fewer tokens make it smaller: no padding, shorter records"),
+        "backward above": (f"backward, {above}", "a higher lowest layer: backward stops there"),
+        "adapters": (f"adapters, {counted(len(set(layers)), 'layer')}", "fewer layers or modules; one function for module and adapter"),
+        "head and loss": ("head and loss", "computed where there is a label, and nowhere else"),
+        "update and rest": ("update and the rest", "larger batches"),
+    }
+    table = _table("Part of a step", "Time", "%", "What makes it smaller", text=("Part of a step", "What makes it smaller"))
+    for name, value in parts.items():
+        if value > 0:
+            title, remedy = rows[name]
+            table.add_row(title, seconds(value, cost), f"{100 * value / total:.0f}", remedy)
+    table.add_row("all", seconds(total, cost), "100", "")
+    lines = [
+        f"Adapters in {counted(len(set(layers)), 'layer')} of {depth}, the lowest is {lowest}. Training as stock PEFT does it.",
+        "LoRA spares the gradients of frozen weights, not the forward pass and not the backward pass above the lowest adapter.",
+    ]
+    if padding:
+        lines.append(f"{padding:.0%} of all positions are padding: of every part but the head that share of the time (spared by layercard train).")
+    every = cost.step_time(range(depth))
+    if total < every:
+        lines.append(f"With adapters in all layers a step takes {seconds(every, cost)}, {every / total:.1f} times as long.")
+    return Group(Text("\n".join(lines)), Text(), table)
+
+
 def latency_view(result: Json) -> RenderableType:
     """A latency measurement: one row a variant, times with their ratio to the base model, memory."""
     where = f"{result['device']}" + (f", {result['threads']} threads" if result["threads"] else "")

@@ -43,10 +43,13 @@ class Run(Record):
     perplexity_after: float | None = None
     steps: int
     tokens_seen: int
+    positions_seen: int = 0  # padding counted; 0 in records of before this was counted
     losses: list[float]  # training loss of each step
     curve: list[Moment] = Field(default_factory=list)  # held-out loss before training, at the moments asked for, and at the end
     notes: list[str] = Field(default_factory=list)  # what else a user should know of the run, a line each
     train_seconds: float  # time within steps
+    forward_seconds: float | None = None  # of it computing losses (and the head's gradient, where labels alone are computed)
+    backward_seconds: float | None = None
     peak_memory_bytes: int  # above the frozen model: adapters, optimiser, gradients and activations
     layers_in_backward: str  # blocks from the lowest adapted one up, of all blocks: "5/30"
     fast: dict[str, Any] = Field(default_factory=lambda: {"did": {}})  # the `FastSettings`, and in `did` what each part did

@@ -43,7 +43,10 @@ class TrainLog:
 
     losses: list[float] = field(default_factory=list)  # nats per labelled token in each step, before that step's update
     seconds: float = 0.0  # within steps; the one step whose memory is counted takes about a tenth longer
+    forward_seconds: float = 0.0  # of them computing losses, with the head's gradient where `labels_only` takes it there
+    backward_seconds: float = 0.0
     tokens: int = 0  # padding not counted
+    positions: int = 0  # padding counted
     curve: list[tuple[int, float, float]] = field(default_factory=list)  # `Run.curve` as far as it was measured
     peak_bytes: int = 0  # see `Run.peak_memory_bytes`; the first process's
     notes: list[str] = field(default_factory=list)  # what a user should know
@@ -182,7 +185,8 @@ class AdapterTrainer(Trainer):
         self.labels_only = labels_only
         self.allocation = RankAllocation.of(model)
         self.log_so_far = TrainLog()
-        self.step_loss, self.step_tokens = 0.0, 0
+        self.step_loss, self.step_tokens, self.step_positions = 0.0, 0, 0
+        self.forward_seconds, self.backward_seconds = 0.0, 0.0
         if processes.count() > 1:
             torch.manual_seed(settings.seed + processes.rank())  # dropout differs between processes
 
@@ -201,9 +205,19 @@ class AdapterTrainer(Trainer):
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         labelled = sum(int((sample["labels"][:, 1:] != IGNORED).sum()) for sample in samples)
         tokens = sum(int(sample["attention_mask"].sum()) for sample in samples)
-        all_labelled, all_tokens = processes.total([labelled, tokens])
-        self.step_loss, self.step_tokens = 0.0, int(all_tokens)
+        positions = sum(sample["attention_mask"].numel() for sample in samples)
+        all_labelled, all_tokens, all_positions = processes.total([labelled, tokens, positions])
+        self.step_loss, self.step_tokens, self.step_positions = 0.0, int(all_tokens), int(all_positions)
         return samples, torch.tensor(max(int(all_labelled), 1), device=device)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a batch, each timed; the loss is read in between, so that a device has done its work by then."""
+        started, before = time.perf_counter(), self.forward_seconds
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if loss.device.type == "cuda":
+            torch.cuda.synchronize(loss.device)
+        self.backward_seconds += time.perf_counter() - started - (self.forward_seconds - before)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -212,12 +226,14 @@ class AdapterTrainer(Trainer):
 
         The gradients of several processes are averaged, so that each multiplies its share by their number.
         """
+        started = time.perf_counter()
         if self.labels_only:
             loss = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
         else:
             batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["labels"], tuple(range(len(inputs["input_ids"]))))
             loss = labelled_losses(model, batch)[0].sum() / num_items_in_batch
         self.step_loss += loss.item()
+        self.forward_seconds += time.perf_counter() - started
         if processes.count() == 1:
             self.check_loss(self.step_loss, self.state.global_step + 1)
         if self.allocation is not None:
@@ -301,6 +317,9 @@ class _Watch(TrainerCallback):
         trainer.check_loss(loss, state.global_step)
         log.losses.append(loss)
         log.tokens += trainer.step_tokens
+        log.positions += trainer.step_positions
+        log.forward_seconds, trainer.forward_seconds = log.forward_seconds + trainer.forward_seconds, 0.0
+        log.backward_seconds, trainer.backward_seconds = log.backward_seconds + trainer.backward_seconds, 0.0
         if state.global_step == self.heaviest + 1:
             # Between steps there are the adapters and the optimiser's state; the peak is what this step took on top of them.
             self.peak.stop()
