@@ -83,7 +83,10 @@ def shared_data() -> Path:
 @pytest.fixture
 def layercard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
     """`layercard("show", path)` in an empty folder: exit status, stdout and stderr."""
-    from layercard.commands.main import run
+    import re
+    import shlex
+
+    from layercard.commands.main import ROOT, run
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
@@ -92,6 +95,10 @@ def layercard(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         capsys.readouterr()
         status = run([str(argument) for argument in arguments])
         printed = capsys.readouterr()
+        # What comes next can be pasted: a command that is there, with options that it has.
+        for line in re.findall(r"next: layercard (.*)", printed.out + printed.err):
+            name, *words = shlex.split(line)
+            ROOT.commands[name].make_context(name, words)
         return status, printed.out, printed.err
 
     return command

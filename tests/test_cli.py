@@ -138,12 +138,24 @@ def test_nothing_in_a_file_or_its_name_steers_the_terminal(layercard: Layercard,
     assert json.loads(layercard("show", card, "--json")[1])["model"]["name"] == HOSTILE
 
 
+NO_NEXT = {"app"}
+"""Commands without a next one: the app runs until it is ended."""
+
+
+def test_every_command_says_what_comes_next() -> None:
+    """That what it names can be read is checked wherever a test gives a command (`conftest.layercard`)."""
+    commands = {name: command for group in main.COMMANDS.values() for command in group for name in [command.__name__]}
+    silent = {name for name, command in commands.items() if not re.search(r"then=|next: ", inspect.getsource(command))}
+    assert silent == NO_NEXT
+    assert "next: " in inspect.getsource(bench_placements)
+
+
 def test_the_next_line_can_be_pasted(layercard: Layercard, tmp_path: Path) -> None:
     value = fake_card()
     value["model"]["name"] = "my model; rm -rf $HOME"
     out = layercard("select", saved(tmp_path / "card.json", value), "-o", "it's.json")[1]
     line = out.partition("next: layercard ")[2].strip()
-    assert shlex.split(line) == ["train", "my model; rm -rf $HOME", "--data", "…", "--placement", "it's.json", "-o", "adapter"]
+    assert shlex.split(line) == ["train", "my model; rm -rf $HOME", "--data", "e2e/train.jsonl", "--placement", "it's.json", "-o", "adapter"]
 
 
 @pytest.mark.parametrize("output", ["/dev/null", "x" * 300, "pipe", ".", "/proc/x/y", "file/x.json"])
@@ -263,7 +275,7 @@ def test_show_writes_a_page(layercard: Layercard, card: Path, tmp_path: Path) ->
     comparison = saved(tmp_path / "compare.json", fake_comparison(fake_card(), {"mine": [2, 9], "all": list(range(30))}))
     arguments = ("show", card, "--html", "card.html", "--placement", placement, "--comparison", comparison)
     status, out, _ = layercard(*arguments)
-    assert (status, out) == (0, "wrote card.html\n")
+    assert status == 0 and out.startswith("wrote card.html; next: layercard select ")
     assert "Performance kept against training time" in Path("card.html").read_text(encoding="utf-8")
     assert_one_line(layercard(*arguments), "card.html exists already", "--force")
     assert layercard(*arguments, "--force")[0] == 0
@@ -419,9 +431,11 @@ def test_demo_ends_in_a_verdict_and_uses_finished_parts_again(layercard: Layerca
     assert status == 0, err
     assert [line.split()[2] for line in out.splitlines() if line.startswith("$ layercard ")] == ["run", "compare"]
     ours, usual, verdict, page = out.splitlines()[-4:]
+    page = re.match("wrote (.*); next: ", page)[1]
     assert re.match(r"layercard  \d of 3 layers.*: loss [\d.]+ → [\d.]+ in \d+ s, ", ours)
     assert usual.startswith("usual way  all layers, PEFT and Trainer as they are: loss ")
-    assert re.match(r"verdict    (as good|loss .*%.*), [\d.]+ times faster \([\d.]+ times with the search\), [\d.]+ times less memory$", verdict)
+    speed = r"[\d.]+ times faster \([\d.]+ times with the search\), [\d.]+ times less memory"
+    assert re.fullmatch(rf"verdict    (as good|loss .*%.*), {speed}", verdict)
     assert Path(page).name == "report.html" and Path(page).exists()
     assert {path.name for path in Path("demo").iterdir()} == {"run", "default"}
     results = [Path("demo/run/result.json"), Path("demo/default/all/run.json")]

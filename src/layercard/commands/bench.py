@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import Display, emit_json, out
+from layercard.commands.terminal import Display, command_line, emit_json, out
 from layercard.errors import BenchmarkError
 from layercard.files import shown
 from layercard.settings import BenchSettings, setting
@@ -77,7 +77,8 @@ def placements(
     for title, table in zip(("Loss reduction", "Cost and performance"), result["tables"].values(), strict=True):
         console.print(plain_table(title, table["columns"], table["rows"]))
     runs = " and ".join(part.storage.named("runs") for part in parts)
-    console.print(f"wrote {storage.named('summary.json')} and a record of each run in {runs}", style="dim", soft_wrap=True)
+    then = command_line("report", storage.named("summary.json"), parts[0].storage.named("cards"), "-o", "report.html")
+    console.print(f"wrote {storage.named('summary.json')} and a record of each run in {runs}; next: {then}", style="dim", soft_wrap=True)
 
 
 def _words(text: str, option: str) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def compare(
     from layercard.models.load import describe
     from layercard.report.terminal import comparison_table
     from layercard.training.train import PLAN, first_day
-    from layercard.trials.compare import compare as run
+    from layercard.trials.compare import compare as run, folder_name
 
     with Display() as display:
         base = opt.load(model, loading, display)
@@ -71,7 +71,9 @@ def compare(
         held_out = opt.read(valid, base, valid_records, reading, day)
         how: dict[str, Any] = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
         result = run(base, named, dataset, held_out, settings, **how)
-    show_result(result, as_json, comparison_table(result), wrote=output)
+    best = min(zip(result.rows, names, strict=True), key=lambda pair: pair[0].loss)[1]
+    then = ("merge", output / folder_name(best), "--model", model, "-o", "merged")
+    show_result(result, as_json, comparison_table(result), wrote=output, then=then)
 
 
 def _is_file(entry: str) -> bool:

@@ -92,8 +92,12 @@ def cost(
     if explain:
         value["explained"] = {"layers": list(layers), "seconds": result.step_parts(layers), "padding": padding}
     view = explain_view(result, layers, padding) if explain else cost_view(result)
-    then = ["cost", model, *(opt.data_options(data) if data else ()), "--explain"] if not explain else ["run", model, *opt.data_options(data or ["FILE"]), "-o", "run"]
-    show_result(result if not explain else value, as_json, view, output=output, force=force, then=() if meta else then)
+    named = opt.data_options(data) if data else []
+    if meta:
+        then = ["cost", model, "--meta", *(["--explain"] if not explain else ["--dtype", "bfloat16"])]
+    else:
+        then = ["run", model, *(named or opt.data_options(["synthetic"])), "-o", "run"] if explain else ["cost", model, *named, "--explain"]
+    show_result(value if explain else result, as_json, view, output=output, force=force, then=then)
 
 
 def _without_weights(

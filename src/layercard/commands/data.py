@@ -47,7 +47,7 @@ def data(
         "notes": list(dataset.notes),
         "shown": shown,
     }
-    show_result(value, as_json, _view(value), then=("profile", model, *opt.data_options(data), "-o", "card.json"))
+    show_result(value, as_json, _view(value), then=("run", model, *opt.data_options(data), "-o", "run"))
 
 
 def _view(value: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from layercard.commands.options import check_folder
-from layercard.commands.terminal import out
+from layercard.commands.terminal import out, show_result
 from layercard.errors import TrainingError
 from layercard.settings import setting
 
@@ -22,7 +22,7 @@ def demo(
     output: Path = setting(Path("demo"), "Folder for everything that the demo makes.", metavar="DIR"),
     model: str = setting("smollm2-135m", "Another model, named as in `layercard run`.", metavar="MODEL"),
     records: int = setting(400, "Records to train on.", low=16),
-    steps: int = setting(80, "Steps of both trainings.", low=1),
+    steps: int = setting(72, "Steps of both trainings.", low=1),
     force: bool = setting(False, "Make everything again."),
 ) -> None:
     """See on built-in data what `run` gives, beside the usual training.
@@ -42,7 +42,7 @@ def demo(
         if status:
             raise typer.Exit(status)
 
-    step("run", model, *data, "--steps", steps, "--search", "75%", "-o", ours, *(["--force"] if force else []))
+    step("run", model, *data, "--steps", steps, "--search", "80%", "-o", ours, *(["--force"] if force else []))
     from layercard.trials.compare import COMPARE_FILE
     from layercard.trials.records import Comparison
     from layercard.trials.result import Result
@@ -70,7 +70,8 @@ def demo(
         f"usual way  all layers, PEFT and Trainer as they are: loss {usual.loss_before:.3f} → {usual.loss_after:.3f} in "
         f"{usual.train_seconds:.0f} s, {(usual.peak_memory_bytes or 0) / 2**20:,.0f} MiB",
         f"verdict    {quality}, {faster:.1f} times faster ({whole:.1f} times with the search), {memory:.1f} times less memory",
-        str(ours / REPORT_FILE),
     )
     for line in lines:
         out().print(line, soft_wrap=True)
+    then = ("data", "synthetic", "--model", model)
+    show_result({}, False, "", wrote=ours / REPORT_FILE, then=then)

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import emit_json, say
+from layercard.commands.terminal import command_line, emit_json, say
 from layercard.errors import ExportError, visible
 from layercard.files import check_file, write_text
 from layercard.settings import setting
@@ -57,3 +57,8 @@ def export(
         sys.stdout.write(visible(result.text) if sys.stdout.isatty() else result.text)
     for note in notes:
         say(note)
+    if output is None:
+        suffix = trainer.suffixes[0] if trainer.suffixes else ".py"
+        say(f"next: {command_line('export', placement, '--to', to, '-o', trainer.name + suffix)}")
+    elif output.suffix.lower() in (".json", ".yaml", ".yml"):
+        say(f"next: {command_line('verify', output, '--model', model or chosen.model['name'])}")

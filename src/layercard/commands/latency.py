@@ -54,4 +54,5 @@ def latency(
             adapters.append(random_adapter(base, place(base, range(len(base.blocks))), name="all layers", rank=rank))
         how: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
         result = measure_latency(base, adapters, progress=display, **how)
-    show_result(result, as_json, latency_view(result.to_json()), output=output, force=force)
+    then = ("merge", folders[0], "--model", model, "-o", "merged") if folders else ("cost", model, "--explain")
+    show_result(result, as_json, latency_view(result.to_json()), output=output, force=force, then=then)

@@ -26,4 +26,10 @@ def merge(
         streamed = open_model(model, device="cpu", dtype="auto", progress=display)
         changed = merge_streamed(streamed, adapter, output, display)
     value = {"schema": "layercard-merge/1", "model": model, "adapter": str(adapter), "output": str(output), "changed": changed}
-    show_result(value, as_json, pairs({"Merged": f"{len(changed)} weights changed, all others as they were"}), wrote=output)
+    show_result(
+        value,
+        as_json,
+        pairs({"Merged": f"{len(changed)} weights changed, all others as they were"}),
+        wrote=output,
+        then=("latency", output),
+    )

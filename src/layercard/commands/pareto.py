@@ -34,7 +34,8 @@ def pareto(
         wrote, output = write_text(output, front_page(front), force=force), None
     else:
         wrote = None
-    show_result(front, as_json, front_view(front), wrote=wrote, output=output, force=force)
+    then = ("select", card, "-o", "placement.json")
+    show_result(front, as_json, front_view(front), wrote=wrote, output=output, force=force, then=then)
 
 
 def transfer(
@@ -67,4 +68,4 @@ def transfer(
     names = stems if len(set(stems)) == len(stems) else [str(path) for path in cards]
     loaded = [(name, LayerCard.load(path)) for name, path in zip(names, cards, strict=True)]
     result = compare(loaded, k=k, measure=measure, across_dtypes=across_dtypes, seed=seed)
-    show_result(result, as_json, transfer_view(result), output=output, force=force)
+    show_result(result, as_json, transfer_view(result), output=output, force=force, then=("select", cards[0], "-o", "placement.json"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from layercard.commands import options as opt
 from layercard.commands.roi import figures
-from layercard.commands.terminal import Display, out
+from layercard.commands.terminal import Display, show_result
 from layercard.errors import LayercardError
 from layercard.files import write_text
 from layercard.settings import setting
@@ -50,4 +50,4 @@ def report(
             sources.notes.append(f"the cards were not compared: {problem}")
     line = shlex.join(["layercard", "report", *map(str, files), "-o", str(output)])
     write_text(output, report_page(sources, inputs=roi_inputs, commands=[*commands_of(sources), line]), force=force)
-    out().print(f"wrote {output}", soft_wrap=True)
+    show_result({}, False, "", wrote=output, then=("app", "--cards", output.parent))

@@ -40,7 +40,7 @@ def roi(
     placement = sources.placement
     ratios = model.ratios_of(placement.layers, sources.card, grouped(sources.trials), placement.modules or "all")
     result = model.roi(roi_inputs, ratios)
-    show_result(result, as_json, roi_view(result), output=output, force=force)
+    show_result(result, as_json, roi_view(result), output=output, force=force, then=("report", *files, "-o", "report.html"))
 
 
 def figures(file: Path | None, given: Sequence[str] | None) -> "RoiInputs":

@@ -69,7 +69,8 @@ def run(
         "Files": " · ".join(str(path) for path in (output / ADAPTER, output / REPORT_FILE, output / "result.json")),
         "Result": result.line(),
     }
-    then = ["eval", model, *(opt.data_options(valid) if valid else ["--data", "FILE"]), "--adapter", str(output / ADAPTER)]
+    adapter = str(output / ADAPTER)
+    then = ["eval", model, *opt.data_options(valid), "--adapter", adapter] if valid else ["verify", adapter, "--model", model]
     show_result(result, as_json, pairs(rows), then=then)
 
 

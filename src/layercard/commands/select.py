@@ -62,5 +62,6 @@ def select(
     placement = selection.select(source, k=k, objective=objective or usual, strategy=strategy, budgets=budgets, seed=seed)
     if allocate_ranks:
         placement = selection.allocate_ranks(source, placement, rank, alpha)
-    then = ("train", placement.model["name"], "--data", "…", "--placement", output, "-o", "adapter")
+    data = source.data.source.partition(" (")[0]  # what stands behind says which part of it
+    then = ("train", source.model.name, "--data", data, "--placement", output, "-o", "adapter")
     show_result(placement, as_json, placement_view(placement), output=output, force=force, then=then)

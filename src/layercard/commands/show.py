@@ -38,4 +38,8 @@ def show(
             if path is not None and kind not in sources.used:
                 raise ReportError(f"{path} is not a {kind}; name one")
         write_text(html, report_page(sources, commands=commands_of(sources)), force=force)
-    show_result(shown, as_json, f"wrote {html}" if html is not None else card_view(shown, out()))
+    then = ("select", card, "-o", "placement.json")
+    if html is not None:
+        show_result(shown, as_json, "", wrote=html, then=then)
+    else:
+        show_result(shown, as_json, card_view(shown, out()), then=then)

@@ -56,8 +56,8 @@ def emit_json(value: dict[str, Any]) -> None:
 
 
 def command_line(*words: object) -> str:
-    """A command line to copy; an ellipsis stands for what the user adds."""
-    return " ".join(["layercard", *("…" if word == "…" else shlex.quote(str(word)) for word in words)])
+    """A command line to copy and run."""
+    return shlex.join(["layercard", *map(str, words)])
 
 
 def show_result(
@@ -81,7 +81,8 @@ def show_result(
         emit_json(value)
         return
     console = out()
-    console.print(view, soft_wrap=isinstance(view, str))
+    if view != "":
+        console.print(view, soft_wrap=isinstance(view, str))
     remarks = [f"wrote {wrote}" if wrote else "", f"next: {command_line(*then)}" if then else ""]
     if any(remarks):
         console.print("; ".join(filter(None, remarks)), style="dim", soft_wrap=True)

@@ -84,11 +84,11 @@ def train(
         rows["Time"] = f"forward {forward:.0f} %, backward {backward:.0f} %, update and the rest {100 - forward - backward:.0f} %"
         if record.positions_seen > record.tokens_seen:
             rows["Time"] += f" · {1 - record.tokens_seen / record.positions_seen:.0%} of the positions are padding"
-        rows["Time"] += " · layer by layer: layercard cost … --explain"
+        rows["Time"] += " · by layer: layercard cost --explain"
     if record.notes:
         rows["Note"] = "\n".join(record.notes)
     rows["Size"] = f"{record.adapter_bytes / 2**20:.2f} MiB · peak memory {record.peak_memory_bytes / 2**20:,.0f} MiB above the base model"
-    then = ("eval", model, *opt.data_options(valid or ["…"]), "--adapter", output)
+    then = ("eval", model, *opt.data_options(valid), "--adapter", output) if valid else ("verify", output, "--model", model)
     show_result(record, as_json, pairs(rows), then=then)
 
 
@@ -141,4 +141,5 @@ def evaluate(
         score = (result.generation or {}).get(key)
         if score is not None:
             rows[name] = f"{100 * score:.1f} %" if key == "exact_match" else f"{score:.2f}"
-    show_result(result, as_json, pairs(rows))
+    then = ("merge", adapter, "--model", model, "-o", "merged") if adapter else ("run", model, *opt.data_options(data), "-o", "run")
+    show_result(result, as_json, pairs(rows), then=then)

@@ -85,7 +85,8 @@ def verify(
     if result.notes:
         rows["Notes"] = "\n".join(result.notes)
     rows["Verdict"] = "\n".join(f"✗ {each}" for each in result.differences) or "as planned"
-    show_result(value, as_json, pairs(rows))
+    then = ("merge", adapter, "--model", model, "-o", "merged") if adapter.is_dir() else ("cost", model, "--meta")
+    show_result(value, as_json, pairs(rows), then=() if result.differences else then)
     result.check()
 
 

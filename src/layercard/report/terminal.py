@@ -325,7 +325,9 @@ def explain_view(cost: CostModel, layers: Sequence[int], padding: float | None =
     """
     parts, lowest, depth = cost.step_parts(layers), min(layers), len(cost.layers)
     total = sum(parts.values())
-    above, below = f"layers {lowest}–{depth - 1}", f"layers 0–{lowest - 1}"
+    above, below = (
+        f"layer {first}" if first == last else f"layers {first}–{last}" for first, last in ((lowest, depth - 1), (0, lowest - 1))
+    )
     rows = {
         "embedding": ("embedding", ""),
         "forward below": (f"forward, {below}", "computed once a record, by the prefix cache (from the second epoch on)"),
@@ -346,7 +348,7 @@ def explain_view(cost: CostModel, layers: Sequence[int], padding: float | None =
         "LoRA spares the gradients of frozen weights, not the forward pass and not the backward pass above the lowest adapter.",
     ]
     if padding:
-        lines.append(f"{padding:.0%} of all positions are padding: of every part but the head that share of the time (spared by layercard train).")
+        lines.append(f"{padding:.0%} of all positions are padding, which every layer computes too; layercard train leaves it out.")
     every = cost.step_time(range(depth))
     if total < every:
         lines.append(f"With adapters in all layers a step takes {seconds(every, cost)}, {every / total:.1f} times as long.")

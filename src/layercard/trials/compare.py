@@ -70,11 +70,9 @@ def compare(
     names: dict[str, str] = {}
     for name, placement in placements:
         check_model(base, placement)
-        if (folder_name := _folder_name(name)) in names:
-            raise PlacementError(
-                f"placements {names[folder_name]!r} and {name!r} would share the folder {folder_name!r}; rename one of them"
-            )
-        names[folder_name] = name
+        if (own_folder := folder_name(name)) in names:
+            raise PlacementError(f"placements {names[own_folder]!r} and {name!r} would share the folder {own_folder!r}; rename one of them")
+        names[own_folder] = name
     if output is not None and resume and force:
         raise OutputError("resume goes on with a comparison and force replaces it; give one of them")
     if output is not None:
@@ -95,10 +93,10 @@ def compare(
 
         # Step 3: one trial a placement.
         rows: list[TrialRecord] = []
-        for folder_name, (name, placement) in zip(names, placements, strict=True):
+        for own_folder, (name, placement) in zip(names, placements, strict=True):
             trial = Trial("", placement.layers, settings, split="valid", placement=placement)
             how: dict[str, Any] = {"name": name, "resume": resume, "force": force, "progress": _prefixed(progress, name)}
-            rows.append(measure(task, trial, folder / folder_name, **how))
+            rows.append(measure(task, trial, folder / own_folder, **how))
             if progress is not None:
                 progress("compare", len(rows), len(placements))
 
@@ -137,7 +135,7 @@ def _compared(rows: Sequence[TrialRecord], num_layers: int) -> tuple[TrialRecord
     return tuple(compared)
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
     """A name as a folder: `middle:5` lies in `middle-5`, `runs/a.json` in `a`."""
     stem = re.sub(r"\.json$", "", name.replace("\\", "/").rstrip("/").rpartition("/")[2])
     return re.sub(r"[^\w.+-]+", "-", stem).strip(".-") or "placement"
