@@ -155,7 +155,16 @@ def test_the_next_line_can_be_pasted(layercard: Layercard, tmp_path: Path) -> No
     value["model"]["name"] = "my model; rm -rf $HOME"
     out = layercard("select", saved(tmp_path / "card.json", value), "-o", "it's.json")[1]
     line = out.partition("next: layercard ")[2].strip()
-    assert shlex.split(line) == ["train", "my model; rm -rf $HOME", "--data", "e2e/train.jsonl", "--placement", "it's.json", "-o", "adapter"]
+    assert shlex.split(line) == [
+        "train",
+        "my model; rm -rf $HOME",
+        "--data",
+        "e2e/train.jsonl",
+        "--placement",
+        "it's.json",
+        "-o",
+        "adapter",
+    ]
 
 
 @pytest.mark.parametrize("output", ["/dev/null", "x" * 300, "pipe", ".", "/proc/x/y", "file/x.json"])
