@@ -444,3 +444,22 @@ def test_merging_in_place_keeps_mode_and_link(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     os.mkfifo(tmp_path / "pipe.yml")
     assert cli.run(["export", str(path), "--to", "axolotl", "--merge", str(tmp_path / "pipe.yml")]) == 2
+
+
+def test_an_entry_of_the_method_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """PEFT reads the folder's configuration, and the benchmark's parameters are replaced by the learning rate that was found."""
+    from peft import PeftConfig
+
+    monkeypatch.chdir(tmp_path)
+    placement = CASES["dense"].changed(learning_rate=3e-4)
+    placement.save(Path("placement.json"))
+    line = ["export", "placement.json", "--to", "peft-method-comparison", "--rank", "16", "-o", "experiments/lora/few-layers"]
+    assert cli.run(line) == 0
+    config = PeftConfig.from_pretrained("experiments/lora/few-layers")
+    assert (set(config.target_modules), config.r, config.lora_alpha) == (set(placement.paths), 16, 32)
+    parameters = json.loads(Path("experiments/lora/few-layers/training_params.json").read_text())
+    assert parameters["optimizer_kwargs"] == {"lr": 3e-4, "weight_decay": 0.1}
+    capsys.readouterr()
+    assert cli.run(line) == 2 and "exists" in capsys.readouterr().err
+    assert cli.run([*line[:4], "--merge", "a.json"]) == 2 and "folder of its own" in capsys.readouterr().err
+    assert cli.run([*line[:4], "-o", "other"]) == 0 and "put the folder there" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Training: files and record, exact loss, exact resumption, and a base model that is bit for bit as before."""
 
+import importlib.util
 import json
 import random
 import shutil
@@ -557,3 +558,17 @@ def test_places_to_log_to(run: Callable[..., Run], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(trainer_module, "get_available_reporting_integrations", list)
     with pytest.raises(TrainingError, match="not installed"):
         run("b", replace(FAST, report_to="tensorboard, wandb"))
+
+
+@pytest.mark.parametrize("place", ["tensorboard", "wandb", "trackio"])
+def test_what_is_logged_arrives(run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Each place that docs/run.md names, where its package is installed; without network."""
+    if importlib.util.find_spec(place) is None:  # not imported yet: trackio looks where to write when it is
+        pytest.skip(f"needs {place}")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run("a", replace(FAST, report_to=place))
+    written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert any(word in name for name in written for word in ("tfevents", "run-", ".db")), written

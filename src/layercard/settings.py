@@ -199,7 +199,9 @@ class TrainSettings(Settings, group="Training"):
     max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.", low=0, option="")
     seed: int = setting(0, _SEED, low=0, high=2**32 - 1)
     bf16: bool = setting(False, "Compute in bfloat16 where it is safe; adapters stay float32.")
-    report_to: str = setting("none", "Where the trainer logs to: none, tensorboard, wandb, …", metavar="NAMES")
+    report_to: str = setting(
+        "none", "Where the trainer logs to: tensorboard, wandb or trackio, several with commas between.", metavar="NAMES"
+    )
     save_steps: int = setting(100, "A checkpoint after every so many steps; 0 for none.", low=0, option="")
     patience: int | None = setting(
         None,

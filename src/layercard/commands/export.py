@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from layercard.commands import options as opt
-from layercard.commands.terminal import command_line, emit_json, say
+from layercard.commands.terminal import command_line, emit_json, say, show_result
 from layercard.errors import ExportError, visible
 from layercard.files import check_file, write_text
 from layercard.settings import setting
@@ -12,7 +12,12 @@ from layercard.settings import setting
 
 def export(
     placement: Path = setting(..., "A placement that `layercard select` wrote.", argument=True),
-    to: str = setting(..., "peft, trl, axolotl, llamafactory, unsloth, ms-swift, mlx-lm or megatron-bridge.", metavar="TRAINER"),
+    to: str = setting(
+        ...,
+        "peft, trl, axolotl, llamafactory, unsloth, ms-swift, mlx-lm or megatron-bridge; or peft-method-comparison, a folder for PEFT's "
+        "benchmark.",
+        metavar="TRAINER",
+    ),
     merge: Path | None = setting(
         None,
         "The trainer's YAML or JSON to put the keys into; all else in it stays as it is. Keys that contradict the placement are "
@@ -34,13 +39,23 @@ def export(
     """
     # Where the merged file itself is the output, writing there was asked for.
     replace = force or (merge is not None and output is not None and output.resolve() == merge.resolve())
-    opt.check_output(output, replace)
+    if to != "peft-method-comparison":
+        opt.check_output(output, replace)
     if merge is not None:
         check_file(merge, ExportError, "configuration")
     from layercard.export.export import check_landing, exported
+    from layercard.export.method_comparison import NAME, write_entry
     from layercard.export.trainers import LoraSettings, trainer_named
     from layercard.selection.placement import Placement
 
+    if to == NAME:
+        if merge is not None or output is None:
+            raise ExportError(f"--to {NAME} writes a folder of its own; name it with -o experiments/lora/NAME, without --merge")
+        chosen = Placement.load(placement)
+        notes = write_entry(chosen, LoraSettings(rank, alpha, dropout), output, force=force)
+        then = ("verify", output / "adapter_config.json", "--model", chosen.model["name"])
+        show_result({"trainer": to, "notes": notes}, as_json, "\n".join(notes[1:]), wrote=output, then=then)
+        return
     trainer, chosen = trainer_named(to), Placement.load(placement)
     suffix = output.suffix.lower() if output is not None else ""
     result = exported(chosen, trainer, LoraSettings(rank, alpha, dropout), merge=merge, suffix=suffix, force=force)

@@ -162,14 +162,14 @@ def _script(placement: Placement, trainer: Trainer, settings: LoraSettings) -> E
     blocks = split(placement)
     text = (trainer.script or "").format(
         heading=_heading(placement),
-        model=_quoted(_hub_name(placement)),
+        model=_quoted(hub_name(placement)),
         model_class="FastLanguageModel" if blocks is not None and blocks.text_only else "FastModel",
         arguments="\n".join(f"    {line}" for line in lines),
     )
     return Exported(text, arguments)
 
 
-def _hub_name(placement: Placement) -> str:
+def hub_name(placement: Placement) -> str:
     """The name by which trainers load the placement's model."""
     name = str(placement.model.get("name", "model"))
     if name.lower().endswith(".gguf"):

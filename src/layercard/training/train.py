@@ -33,7 +33,7 @@ from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
 from layercard.training.records import Moment, Run
-from layercard.training.trainer import fit, last_checkpoint
+from layercard.training.trainer import check_reporters, fit, last_checkpoint
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -104,6 +104,7 @@ def train(
         settings = replace(settings, learning_rate=placement.learning_rate or settings.rate)
 
     # Step 1: refuse what cannot be trained before anything is written.
+    check_reporters(settings)
     check_model(base, placement)
     if data.labelled_tokens == 0:
         raise TrainingError(f"{data.source} has no labelled token to learn from; give records with completions")

@@ -370,12 +370,11 @@ class _Watch(TrainerCallback):
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / LOG_FILE, asdict(self.trainer.log_so_far), force=True)
 
 
-def training_arguments(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
-    """Settings as transformers names them, for one device a process and without output of its own.
+def check_reporters(settings: TrainSettings) -> list[str]:
+    """The places to log to.
 
     Raises:
-        TrainingError: The device is not the one that `Trainer` would take or cannot compute in bfloat16, or there is no such place
-            to log to.
+        TrainingError: There is no such place, or its package is not installed.
     """
     reporters = settings.reporters()
     for name in reporters if reporters not in (["none"], ["all"]) else []:
@@ -384,6 +383,17 @@ def training_arguments(settings: TrainSettings, steps: int, folder: Path, device
             raise TrainingError(f"report_to {name!r} is unknown to transformers; did you mean {close!r}?")
         if name not in get_available_reporting_integrations():
             raise TrainingError(f"report_to {name!r} needs its package, which is not installed; install it or log to 'none'")
+    return reporters
+
+
+def training_arguments(settings: TrainSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
+    """Settings as transformers names them, for one device a process and without output of its own.
+
+    Raises:
+        TrainingError: The device is not the one that `Trainer` would take or cannot compute in bfloat16, or there is no such place
+            to log to.
+    """
+    reporters = check_reporters(settings)
     try:
         arguments = TrainingArguments(
             output_dir=str(folder),

@@ -45,7 +45,7 @@ from layercard.statistics.ratios import ratio_interval
 from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import PLAN as TRAIN_PLAN, RUN_FILE, train
-from layercard.training.trainer import MEASUREMENTS
+from layercard.training.trainer import MEASUREMENTS, check_reporters
 from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Heat, Race, Shape, race, race_shape, usual_rate
 from layercard.trials.result import AllLayers, Chosen, Measured, Result, Seconds
 from layercard.trials.trial import Task
@@ -473,6 +473,7 @@ def _begun(
     output: Path, base: BaseModel, data: Dataset, valid: Dataset | None, settings: RunSettings, training: TrainSettings
 ) -> tuple[Dataset, Dataset, str]:
     """`split`, with what decides about the run written into a new folder; one that holds another run is refused."""
+    check_reporters(training)
     data, valid, note = split(data, valid, training.seed)
     plan = {
         "schema": "layercard-plan/1",
