@@ -463,10 +463,16 @@ def candidates(base: BaseModel, card: LayerCard | None, settings: RunSettings, s
 
 
 def _by_rule(entrants: Sequence[Entrant], settings: RunSettings) -> Entrant:
-    """Without a race: all layers, or with the objective memory or a limit on it the largest that keeps it."""
+    """Without a race: all layers for the objective `quality`, fewer of them for `memory`, and for `time` their MLP modules alone.
+
+    The steps with MLP modules are shorter, and the loss after as many of them is about the same (docs/run.md).
+    """
+    first = entrants[0]
     if settings.objective == "memory":
-        return next((entrant for entrant in entrants if len(entrant.layers) < len(entrants[0].layers)), entrants[0])
-    return entrants[0]
+        return next((entrant for entrant in entrants if len(entrant.layers) < len(first.layers)), first)
+    if settings.objective == "time":
+        return next((entrant for entrant in entrants if entrant.layers == first.layers and entrant.modules == "mlp"), first)
+    return first
 
 
 def _begun(
