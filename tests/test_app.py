@@ -197,7 +197,7 @@ class TestUploads:
             ("good.json (uploaded)", True),
         ]
         assert len(refused) == 4
-        assert sum("was not uploaded here" in words for words in refused) == 2 and "package.json is no file of layercard" in refused[1]
+        assert sum("was not uploaded here" in words for words in refused) == 2 and "package.json is not a file of layercard" in refused[1]
         assert explorer.cards(found)[0][0].startswith("good.json (uploaded)")
 
     def test_no_more_than_enough(self, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,29 @@ def test_a_folder_belongs_to_one_benchmark(settings: BenchSettings, tmp_path: Pa
     replace(bench, settings=replace(settings, steps=3)).keep_settings()  # several lengths lie side by side
     with pytest.raises(BenchmarkError, match="rank = 2, now it is 3"):
         replace(bench, settings=replace(settings, rank=3)).keep_settings()
+
+
+def test_cards_and_trials_of_a_folder_print_one_day(settings: BenchSettings, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(settings.model)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the answer"}]
+    for split in ("train", "valid", "test"):
+        path = write_records(tmp_path / "data" / "tiny" / f"{split}.jsonl", [{"messages": messages}] * 12)
+    (bench,) = benches([settings], tmp_path / "bench")
+    assert bench.day is None
+    bench.keep_settings()
+    assert bench.day == datetime.now(tz=UTC).date()
+    kept = bench.storage.read("settings.json", "settings")
+    bench.storage.write("settings.json", kept | {"day": "2024-07-26"})  # as if it had begun then
+    bench.keep_settings()
+    (cells,) = bench_placements([bench], SMALL, times=False)
+    then = [load_data(path, tokenizer, records=records, day=date(2024, 7, 26)).fingerprint for records in (None, settings.card_records)]
+    assert {bench.record(cell).data["fingerprint"] for cell in cells} == {then[0]}
+    assert bench.card("tiny").data.fingerprint == then[1] != load_data(path, tokenizer, records=settings.card_records).fingerprint
+    bench.storage.write("settings.json", kept | {"day": "yesterday"})
+    with pytest.raises(BenchmarkError, match=r"settings.json says that its day is 'yesterday'; write it as in 2026-11-29"):
+        _ = bench.day
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What is learnt of a conversation: the marks of TRL's training templates, template by template and conversation by conversation."""
 
 import copy
+import json
 import re
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import trl.chat_template_utils
 from transformers import PreTrainedTokenizerFast
 
 from layercard.data.chat import IGNORED, ChatEncoder, plain_messages
+from layercard.data.load import load_data
 from layercard.errors import DataError
 from tiny import tiny_tokenizer
 
@@ -211,7 +213,7 @@ def test_named_templates() -> None:
     ids, _ = ChatEncoder(tokenizer).encode(CONVERSATIONS["one turn"], tools=tools)
     assert tokenizer.decode(ids).startswith("<|tools|>user")
     tokenizer.chat_template = {"rag": CHATML}
-    with pytest.raises(DataError, match=r"of the tokenizer's chat templates \(rag\) none is the default"):
+    with pytest.raises(DataError, match=r"none of the tokenizer's chat templates \(rag\) is the default"):
         ChatEncoder(tokenizer).encode(CONVERSATIONS["one turn"])
 
 
@@ -222,6 +224,21 @@ def test_a_date_is_that_of_the_run() -> None:
     tokenizer = tokenizer_with(template)
     ids, _ = ChatEncoder(tokenizer, datetime.date(2024, 7, 26)).encode(CONVERSATIONS["one turn"])
     assert tokenizer.decode(ids).startswith("26 Jul 2024")
+
+
+def test_a_question_with_the_calls_that_answer_it() -> None:
+    """As xLAM's sets have it: one assistant turn with all calls, and the tools before it."""
+    calls = [{"name": "add", "arguments": {"a": 1, "b": 2}}, {"name": "now", "arguments": {}}]
+    tools = [{"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}}}]
+    tokenizer = tokenizer_with("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    for written in (json.dumps, lambda value: value):  # the set has JSON text in its columns; others have lists
+        record = {"id": 1, "query": "1 + 2?", "answers": written(calls), "tools": written(tools)}
+        data = load_data([record], tokenizer)
+        (example,) = data.examples
+        learnt = tokenizer.decode([label for label in example.labels if label != IGNORED])
+        assert learnt == "".join(f"<tool_call>{json.dumps(each)}</tool_call>" for each in calls) + "<|im_end|>"
+        assert tokenizer.decode(example.input_ids).startswith(json.dumps(tools))
+        assert data.format == "chat" and data.notes == ("columns read: query and answers as messages; not read: id",)
 
 
 def test_a_tokenizer_that_does_not_say_where_its_tokens_lie() -> None:

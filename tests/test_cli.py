@@ -28,6 +28,7 @@ from layercard.commands.main import app
 from layercard.commands.options import expanded
 from layercard.commands.profile import profile
 from layercard.commands.reproduce import command_lines
+from layercard.commands.reuse import keep
 from layercard.commands.train import train
 from layercard.errors import HIDDEN, TrainingError
 from layercard.selection.placement import Placement
@@ -248,6 +249,17 @@ def test_a_wrong_command_line_is_one_line(layercard: Layercard, card: Path, argu
 def test_a_choice_that_cannot_be_met_is_one_line(layercard: Layercard, card: Path, arguments: list[str], words: list[str]) -> None:
     assert_one_line(layercard("select", card, *arguments, "-o", "placement.json"), *words)
     assert not Path("placement.json").exists()
+
+
+@pytest.mark.parametrize("probe", [["step"], {"step": 1}, 7, None, "everything", HOSTILE])
+def test_odd_settings_of_a_card_do_no_harm(layercard: Layercard, tmp_path: Path, probe: object) -> None:
+    value = fake_card()
+    value["settings"] = {"probe": probe, "rank": probe, "dtype": probe, "probe_steps": probe}
+    card = saved(tmp_path / "card.json", value)
+    for arguments in (["show"], ["select", "-o", tmp_path / "p.json", "--force"], ["report", "-o", tmp_path / "page.html", "--force"]):
+        status, _, err = layercard(arguments[0], card, *arguments[1:])
+        assert status == 0 and "Traceback" not in err, (arguments, err)
+    assert isinstance(keep(LayerCard.load(card), tmp_path / "kept"), Path)
 
 
 @pytest.mark.parametrize(

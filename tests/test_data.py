@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from layercard.commands.main import app
@@ -205,6 +205,9 @@ class TestChat:
             ({"messages": [{"role": "user", "content": "\ud800"}, TURNS[1]]}, None, "half a character"),
             ({"messages": TURNS, "tools": [{"name": "\ud800"}]}, "{{ tools[0].name }}" + TRIMMING, "half a character"),
             ({"messages": TURNS, "tools": "search"}, None, "tools must be a list, or its JSON text, found str"),
+            ({"query": "q", "answers": "[]", "tools": "[]"}, None, r"answers must be a list of calls \(name, arguments\).*found '\[\]'$"),
+            ({"query": "q", "answers": ["f"], "tools": None}, None, "answers must be a list of calls"),
+            ({"query": None, "answers": [{"name": "f"}], "tools": None}, None, r"message 1 \(user\) must have a string as its content"),
             ({"messages": TURNS, "chat_template_kwargs": [1]}, None, "chat_template_kwargs must be a mapping, or its JSON text"),
             ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"function": "f"}]}]}, "{{ 1 // 0 }}", "the chat template refuses"),
         ],
@@ -213,6 +216,60 @@ class TestChat:
         with pytest.raises(DataError, match=expected) as caught:
             load([record], template)
         assert str(caught.value).startswith("records in memory record 1: ") and "\n" not in str(caught.value)
+
+
+class TestPythonTokenizer:
+    """A tokenizer of transformers that is written in Python (ByT5: one token a byte), which does not say where its tokens lie."""
+
+    TEMPLATE = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    PROBED = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+    def tokenizer(self, template: str = PROBED) -> ByT5Tokenizer:
+        tokenizer = ByT5Tokenizer()
+        assert not tokenizer.is_fast
+        tokenizer.chat_template = template
+        return tokenizer
+
+    def learnt(self, record: dict[str, Any], template: str = PROBED, **how: Any) -> str:
+        tokenizer = self.tokenizer(template)
+        (example,) = load_data([record], tokenizer, **how).examples
+        assert [token for token, label in zip(example.input_ids, example.labels, strict=True) if label not in (token, IGNORED)] == []
+        return str(tokenizer.decode([label for label in example.labels if label != IGNORED]))
+
+    def test_prompt_and_completion(self) -> None:
+        record, tokenizer = {"prompt": "naïve?", "completion": "un café ☕"}, self.tokenizer()
+        assert self.learnt(record) == "un café ☕</s>" == self.learnt({**record, "completion": "un café ☕</s>"})
+        (example,) = load_data([record], tokenizer).examples
+        asked = tokenizer("naïve?\n", add_special_tokens=False).input_ids
+        assert list(example.input_ids[: len(asked)]) == asked and example.input_ids.count(tokenizer.eos_token_id) == 1
+        assert example.labels[: len(asked)] == (IGNORED,) * len(asked)
+
+    def test_text(self) -> None:
+        assert self.learnt({"text": "some text"}) == "ome text</s>"
+        assert self.learnt({"text": "some text"}, max_length=4) == "ome"
+
+    @pytest.mark.parametrize("template", [TEMPLATE, PROBED], ids=["marked", "probed"])
+    def test_chat(self, template: str) -> None:
+        record = turns("hi", "un café", "and?", "two  ☕☕")
+        assert self.learnt(record, template) == "un café</s>two  ☕☕</s>"
+        record["messages"][1]["weight"] = 0
+        assert self.learnt(record, template) == "two  ☕☕</s>"
+
+    def test_a_profile_and_a_run(self, tmp_path: Path) -> None:
+        from layercard.adapters.apply import place
+        from layercard.profiling.profile import profile_records
+        from layercard.settings import ProfileSettings, TrainSettings
+        from layercard.training.train import train
+
+        base = wrap_model(build_tiny("llama", vocab_size=384, eos_token_id=1, pad_token_id=0), self.tokenizer(), name="bytes")
+        data = load_data([turns("hi", f"number {number}") for number in range(8)], base.tokenizer)
+        card = profile_records(base, data, ProfileSettings(rank=2, probe="none", cost=False))
+        assert card.data.labelled_tokens == data.labelled_tokens == 8 * len("number 0") + 8
+        assert train(base, place(base, [1]), data, tmp_path / "run", TrainSettings(rank=2, steps=2)).steps == 2
 
 
 class TestTokenizers:
@@ -289,7 +346,7 @@ class TestFiles:
         with path.open("a") as file:
             file.write("{broken\n")
         assert len(load(path, records=3, on_bad="fail")) == 3
-        with pytest.raises(DataError, match=r"a\.jsonl line 4: no JSON"):
+        with pytest.raises(DataError, match=r"a\.jsonl line 4: not JSON"):
             load(path, records=4, on_bad="fail")
         frame = pd.DataFrame(tiny_records(600))
         frame.to_parquet(tmp_path / "a.parquet")
@@ -328,7 +385,7 @@ class TestFiles:
         assert learnt(load([record], columns={"text": "chosen"})) == ["ood<eos>"]
         for columns, says in (
             ("prompt=qq,completion=a", "record 1: has no column 'qq'; did you mean q"),
-            ("promt=q", "'promt' is no field of a record; did you mean prompt"),
+            ("promt=q", "'promt' is not a field of a record; did you mean prompt"),
             ("prompt", "'prompt' names no column; write FIELD=COLUMN"),
         ):
             with pytest.raises(DataError, match=says):
@@ -410,16 +467,16 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("lines", "expected"),
         [
-            ([GOOD, "", '{"prompt": "a", '], "line 3: no JSON (Expecting property name"),
+            ([GOOD, "", '{"prompt": "a", '], "line 3: not JSON (Expecting property name"),
             ([GOOD, "[1, 2]"], "line 2: expected an object, found list"),
             (["["], "line 1: a JSON array that is cut short or broken"),
-            ([f'[{{"a": {"9" * 5000}}}]'], "line 1: a JSON array that is cut short or broken (no JSON (a number of thousands of digits))"),
-            ([f'{{"a": {"9" * 5000}}}'], "line 1: no JSON (a number of thousands of digits); mend or remove the line"),
+            ([f'[{{"a": {"9" * 5000}}}]'], "line 1: a JSON array that is cut short or broken (not JSON (a number of thousands of digits))"),
+            ([f'{{"a": {"9" * 5000}}}'], "line 1: not JSON (a number of thousands of digits); mend or remove the line"),
             ([json.dumps(PAIR, indent=1)], "line 1: one JSON object over many lines"),
             ([json.dumps({"prompt": ["a"], "completion": ["c"]})], "line 1: a table by columns"),
             ([GOOD * 2], "line 1: several objects on one line"),
             ([GOOD + ","], "line 1: a comma behind the object"),
-            (['{"prompt": "p", "prompt": "a"}'], "line 1: no JSON ('prompt' is there twice)"),
+            (['{"prompt": "p", "prompt": "a"}'], "line 1: not JSON ('prompt' is there twice)"),
             ([GOOD, '"text"'], "line 2: expected an object, found str"),
             (["[" * 100_000], "line 1: "),
             ([GOOD, '{"prompt": "a"}'], "line 2: has no completion, which the first record has; found fields: prompt"),
@@ -451,10 +508,10 @@ class TestRefusals:
             ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: too few cells"),
             ("a.csv", b"prompt,completion\na,b,c\n", "line 2: more cells than the 2 columns"),
             ("a.csv", b"prompt,prompt\na,b\n", "line 1: the column 'prompt' is there twice"),
-            ("a.csv", b'prompt,completion\n"a,b\n', "no CSV"),
-            ("a.csv", b"prompt,completion\na,b\nc,\xff\n", "line 3: no UTF-8 at byte 3; save the file as UTF-8"),
+            ("a.csv", b'prompt,completion\n"a,b\n', "not CSV"),
+            ("a.csv", b"prompt,completion\na,b\nc,\xff\n", "line 3: not UTF-8 at byte 3; save the file as UTF-8"),
             ("a.csv", b"prompt,completion\na,\n", "line 2: completion is empty"),
-            ("a.jsonl", GOOD.encode() + b'\n{"prompt": "caf\xe9"}', "line 2: no UTF-8 at byte 16"),
+            ("a.jsonl", GOOD.encode() + b'\n{"prompt": "caf\xe9"}', "line 2: not UTF-8 at byte 16"),
             ("a.jsonl", GOOD.encode("utf-16"), "it looks like UTF-16); save the file as UTF-8"),
             ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:40], "cannot be read"),
             ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:20] + b"x" * 40, "cannot be read"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from layercard.adapters.apply import place
 from layercard.data.load import load_data
 from layercard.models.hooks import capturing, run_experts, stepped
 from layercard.models.layers import LinearModule, find_blocks, unread_experts
@@ -356,6 +357,22 @@ def test_few_tokens_and_unread_experts_are_named(tmp_path: Path) -> None:
     assert [block.stacks for block in blocks] == [()] * LAYERS
     assert {unread_experts(block) for block in blocks} == {("feed_forward.experts",)}
     assert unread_experts(find_blocks(build("mixtral"))[0]) == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phimoe", {"num_local_experts": 4}),
+        ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": INNER, "head_dim": 8}),
+        ("jetmoe", {"num_local_experts": 4, "kv_channels": 8}),
+    ],
+)
+def test_routers_that_are_linear_modules_are_left_out(family: str, changes: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | changes)))
+    routers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "router" in name]
+    assert len(routers) >= LAYERS
+    placement = place(base_of(model), range(LAYERS))
+    assert len(placement.paths) >= LAYERS and not set(routers) & set(placement.paths)
 
 
 def test_processes_that_see_other_experts_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def test_what_is_there_is_kept(hub: Hub) -> None:
     with pytest.raises(HubError, match=r"holds README\.md, which is of no card"):
         push(card, "ann/page")
     put(hub, "ann/broken", b"{")
-    with pytest.raises(HubError, match=r"holds a card\.json that is no card"):
+    with pytest.raises(HubError, match=r"holds a card\.json that is not a card"):
         push(card, "ann/broken")
 
 
@@ -153,11 +153,11 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"not json", "ann/one on the hub is no whole card"),
+        (b"not json", "ann/one on the hub is not a whole card"),
         (b"[1]", "expected a JSON object, found list"),
         (b'{"schema": "layercard/9"}', "schema 'layercard/9' is not"),
         (b'{"schema": "layercard/1"}', "Field required"),
-        (b"[" * 100_000, "is no whole card"),
+        (b"[" * 100_000, "is not a whole card"),
         (json.dumps(fake_card(depth=3, warnings=["\x1b[2J"])).encode(), "control characters"),
         (json.dumps(fake_card(depth=3, warnings=["\u202egpj"])).encode(), "control characters"),
         (json.dumps(fake_card(depth=3, settings={"half \ud800": 1})).encode(), "surrogate pair"),
@@ -354,7 +354,7 @@ def test_a_card_is_found_in_the_folder_then_on_the_hub(
     path.write_text("{", encoding="utf-8")
     _, source, reasons = reusable(base, dataset, chosen, tmp_path)
     assert source == "ann/tiny on the hub"
-    assert "is no whole card" in reasons[0]
+    assert "is not a whole card" in reasons[0]
 
 
 def test_a_false_tag_convinces_nobody(hub: Hub, made: tuple[BaseModel, Any, ProfileSettings, LayerCard], tmp_path: Path) -> None:

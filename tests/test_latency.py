@@ -159,7 +159,7 @@ def test_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_what_is_no_adapter_is_one_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign = save(base_of(), [4], tmp_path / "foreign", 1)
     cases = [
-        (("absent-model", "--adapter", tmp_path / "absent"), "absent is no adapter"),
+        (("absent-model", "--adapter", tmp_path / "absent"), "absent is not an adapter"),
         ((tiny_folder, "--adapter", foreign), "6 layers"),
         ((tiny_folder, "--placement", tmp_path / "absent.json"), "no such file"),
         ((tiny_folder, "--placement", foreign / "placement.json"), "6 layers"),

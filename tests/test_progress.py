@@ -9,7 +9,7 @@ import torch
 from cards import fake_card
 from layercard.adapters.apply import place
 from layercard.commands.main import run
-from layercard.commands.terminal import Display
+from layercard.commands.terminal import Display, logging_to_stderr
 from layercard.data.load import Dataset
 from layercard.measure import Phases
 from layercard.models.load import BaseModel
@@ -102,6 +102,18 @@ def test_log_level_says_how_much_is_told(
     assert run(["--log-level", level, "show", str(saved(tmp_path / "card.json", fake_card())), "--json"]) == 0
     assert capsys.readouterr().err.splitlines() == [f"{name}: said at {name}" for name in lines]
     assert logging.getLogger("layercard").level == logging.NOTSET
+
+
+def test_a_warning_is_told_once_and_what_happens_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_stderr("info"):
+        for text in ("one", "one", "two", "one"):
+            logging.getLogger("layercard.test").warning(text)
+        for _ in range(2):
+            logging.getLogger("layercard.test").info("step")
+    with logging_to_stderr("info"):  # another command
+        logging.getLogger("layercard.test").warning("one")
+    lines = ["warning: one", "warning: two", "info: step", "info: step", "warning: one"]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_library_says_nothing_by_itself(capsys: pytest.CaptureFixture[str]) -> None:

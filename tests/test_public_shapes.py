@@ -22,43 +22,45 @@ HUB = "https://huggingface.co/datasets/"
 USER, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT: Any = [USER, SAID]
 HUMAN: Any = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+THINKER: Any = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]
 CALL = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
 OPENAI_PREFERENCE = {"input": {}, "preferred_output": [SAID], "non_preferred_output": [SAID]}
 SEGMENTS = [{"label": False, "text": "q\n"}, {"label": True, "text": "a<eos>"}]
 GEMINI = {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]}
 CALL_SAID = CALL["value"] + "<eos>"
 TOOLS = '[{"name": "f", "parameters": {}}]'
+CALLED = {"id": 1, "query": "q", "answers": f"[{CALL['value']}]", "tools": TOOLS}
 
-# Name or link, licence as its card gives it, a record, and the learnt text; or None where it is refused.
+# Name or link, licence as its card gives it (`*`: see the note on the page), a record, and the learnt text; or None where it is refused.
 SHAPES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("tatsu-lab/alpaca", "CC BY-NC 4.0", {"instruction": "q", "input": "x", "output": "a", "text": "Below is"}, "a<eos>"),
     ("databricks/databricks-dolly-15k", "CC BY-SA 3.0", {"instruction": "q", "context": "x", "response": "a", "category": "qa"}, "a<eos>"),
     ("Open-Orca/OpenOrca", "MIT", {"id": "1", "system_prompt": "be nice", "question": "q", "response": "a"}, "a<eos>"),
-    ("Open-Orca/FLAN", "CC BY 4.0", {"inputs": "q", "targets": "a", "_task_name": "x"}, "a<eos>"),
+    ("Open-Orca/FLAN", "CC BY 4.0", {"inputs": "q", "targets": "a", "_task_source": "x"}, "a<eos>"),
     ("bigscience/P3", "Apache 2.0", {"inputs": [1], "inputs_pretokenized": "q", "targets": [2], "targets_pretokenized": "a"}, "a<eos>"),
-    ("Muennighoff/natural-instructions", "Apache 2.0", {"task_name": "t", "definition": "d", "inputs": "q", "targets": "a"}, "a<eos>"),
+    ("Muennighoff/natural-instructions", "Apache 2.0\\*", {"task_name": "t", "definition": "d", "inputs": "q", "targets": "a"}, "a<eos>"),
     ("meta-math/MetaMathQA", "MIT", {"type": "x", "query": "q", "original_question": "o", "response": "a"}, "a<eos>"),
     ("openai/gsm8k", "MIT", {"question": "q", "answer": "a"}, "a<eos>"),
     ("hendrycks/competition_math", "MIT", {"problem": "q", "level": "1", "type": "x", "solution": "a"}, "a<eos>"),
     ("nvidia/OpenMathInstruct-2", "CC BY 4.0", {"problem": "q", "generated_solution": "a", "expected_answer": "1"}, "a<eos>"),
     ("nvidia/HelpSteer2", "CC BY 4.0", {"prompt": "q", "response": "a", "helpfulness": 3}, "a<eos>"),
-    ("EdinburghNLP/xsum", "not stated", {"document": "q", "summary": "a", "id": "1"}, "a<eos>"),
+    ("EdinburghNLP/xsum", "unknown", {"document": "q", "summary": "a", "id": "1"}, "a<eos>"),
     ("abisee/cnn_dailymail", "Apache 2.0", {"article": "q", "highlights": "a", "id": "1"}, "a<eos>"),
     ("knkarthick/samsum", "CC BY-NC-ND 4.0", {"id": "1", "dialogue": "q", "summary": "a"}, "a<eos>"),
     ("tuetschek/e2e_nlg", "CC BY-SA 4.0", {"meaning_representation": "q", "human_reference": "a"}, "a<eos>"),
     ("GEM/web_nlg", "CC BY-NC 4.0", {"input": ["x | y | z"], "target": "a", "references": ["a"]}, None),
-    ("rajpurkar/squad", "CC BY-SA 4.0", {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}, None),
+    ("rajpurkar/squad", "CC BY-SA 4.0", {"title": "t", "context": "c", "question": "q", "answers": {"text": ["a"]}}, None),
     ("google/boolq", "CC BY-SA 3.0", {"question": "q", "answer": True, "passage": "p"}, None),
     ("HuggingFaceFW/fineweb", "ODC-BY", {"text": "some text", "id": "1", "url": "u"}, "ome text<eos>"),
-    ("Salesforce/wikitext", "CC BY-SA 3.0", {"text": " = Title = \n"}, "= Title = \n<eos>"),
-    ("fancyzhx/ag_news", "not stated", {"text": "news", "label": 2}, "ews<eos>"),
-    ("timdettmers/openassistant-guanaco", "Apache 2.0", {"text": "### Human: q### Assistant: a"}, "## Human: q### Assistant: a<eos>"),
+    ("Salesforce/wikitext", "CC BY-SA 3.0, GFDL", {"text": " = Title = \n"}, "= Title = \n<eos>"),
+    ("fancyzhx/ag_news", "unknown", {"text": "news", "label": 2}, "ews<eos>"),
+    ("timdettmers/openassistant-guanaco", "Apache 2.0\\*", {"text": "### Human: q### Assistant: a"}, "## Human: q### Assistant: a<eos>"),
     ("OpenAssistant/oasst1", "Apache 2.0", {"message_id": "1", "parent_id": None, "text": "q", "role": "prompter"}, None),
     ("anon8231489123/ShareGPT_Vicuna_unfiltered", "Apache 2.0", {"id": "1", "conversations": HUMAN}, "a<eos>"),
     ("HuggingFaceH4/ultrachat_200k", "MIT", {"prompt": "q", "prompt_id": "1", "messages": CHAT}, "a<eos>"),
     ("stingning/ultrachat", "MIT", {"id": "1", "data": ["q", "a", "so", "b"]}, "a<eos>b<eos>"),
-    ("GAIR/lima", "CC BY-NC-SA", {"conversations": ["q", "a"], "source": "x"}, "a<eos>"),
-    ("LDJnr/Capybara", "Apache 2.0", {"source": "x", "conversation": [{"input": "q", "output": "a"}]}, "a<eos>"),
+    ("GAIR/lima", "CC BY-NC-SA, or its source's if stricter", {"conversations": ["q", "a"], "source": "x"}, "a<eos>"),
+    ("LDJnr/Capybara", "Apache 2.0\\*", {"source": "x", "conversation": [{"input": "q", "output": "a"}]}, "a<eos>"),
     ("teknium/OpenHermes-2.5", "not stated", {"system_prompt": None, "conversations": HUMAN, "source": "x"}, "a<eos>"),
     ("Open-Orca/SlimOrca", "MIT", {"conversations": [HUMAN[0] | {"weight": 0}, HUMAN[1] | {"weight": 1}]}, "a<eos>"),
     ("allenai/tulu-3-sft-mixture", "ODC-BY", {"id": "1", "messages": CHAT, "source": "x"}, "a<eos>"),
@@ -66,9 +68,9 @@ SHAPES: list[tuple[str, str, dict[str, Any], str | None]] = [
     ("HuggingFaceH4/no_robots", "CC BY-NC 4.0", {"prompt": "q", "prompt_id": "1", "messages": CHAT, "category": "x"}, "a<eos>"),
     ("Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered", "Llama 3.1", {"conversations": HUMAN, "instruction": "q"}, "a<eos>"),
     ("AI-MO/NuminaMath-CoT", "Apache 2.0", {"source": "x", "problem": "q", "solution": "a", "messages": CHAT}, "a<eos>"),
-    ("open-thoughts/OpenThoughts-114k", "Apache 2.0", {"system": "think", "conversations": HUMAN}, "a<eos>"),
+    ("open-thoughts/OpenThoughts-114k", "Apache 2.0", {"system": "think", "conversations": THINKER}, "a<eos>"),
     ("glaiveai/glaive-function-calling-v2", "Apache 2.0", {"system": "SYSTEM: s", "chat": "USER: q\n\nASSISTANT: a"}, None),
-    ("Salesforce/xlam-function-calling-60k", "CC BY 4.0", {"id": 1, "query": "q", "answers": '[{"name": "f"}]', "tools": TOOLS}, None),
+    ("Salesforce/xlam-function-calling-60k", "CC BY 4.0", CALLED, CALL_SAID),
     ("NousResearch/hermes-function-calling-v1", "Apache 2.0", {"id": "1", "conversations": HUMAN, "tools": TOOLS}, "a<eos>"),
     ("Salesforce/APIGen-MT-5k", "CC BY-NC 4.0", {"conversations": [HUMAN[0], CALL], "tools": TOOLS, "system": "s"}, CALL_SAID),
     ("Anthropic/hh-rlhf", "MIT", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "b"}, None),

@@ -252,7 +252,7 @@ def test_no_adapter_and_no_folder(tmp_path: Path) -> None:
     base = base_of()
     with pytest.raises(PlacementError, match="no adapter to serve"):
         SharedPrefix(base, [])
-    with pytest.raises(PlacementError, match="is no adapter: it lacks"):
+    with pytest.raises(PlacementError, match="is not an adapter: it lacks"):
         SharedPrefix(base, [tmp_path])
 
 

@@ -35,7 +35,7 @@ def test_what_is_missing_or_broken_is_said(storage: Storage) -> None:
         storage.read("a.json", "run")
     storage.write("a.json", {"a": 1})
     _put(storage, "a.json", b'{"a": ')
-    with pytest.raises(BenchmarkError, match="is no whole run"):
+    with pytest.raises(BenchmarkError, match="is not a whole run"):
         storage.read("a.json", "run")
     with pytest.raises(OutputError, match="JSON"):
         storage.write("b.json", {"a": float("nan")})

@@ -186,7 +186,7 @@ def read_json(path: str | Path, error: type[LayercardError], what: str) -> dict[
 
     Args:
         path: The file.
-        error: The exception class for a file that is missing, truncated or no JSON object.
+        error: The exception class for a file that is missing, truncated or not JSON object.
         what: What the file should be ("card", "placement"), for the message.
     """
     return parse_json(read_bytes(path, error, what), str(path), error, what)
@@ -237,15 +237,17 @@ def parse_json(data: bytes, source: str, error: type[LayercardError], what: str)
         if "\\ud" in text.lower():  # halves of pairs can be escaped, and then neither written nor printed
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as problem:
-        raise error(f"{source} is no whole {what} (line {problem.lineno}: {problem.msg}); it may be truncated, so make it again") from None
+        raise error(
+            f"{source} is not a whole {what} (line {problem.lineno}: {problem.msg}); it may be truncated, so make it again"
+        ) from None
     except RecursionError:
-        raise error(f"{source} is no whole {what} (nested too deeply); make it again") from None
+        raise error(f"{source} is not a whole {what} (nested too deeply); make it again") from None
     except UnicodeDecodeError as problem:
-        raise error(f"{source} is no whole {what} (byte {problem.start} is not UTF-8); make it again, or save it as UTF-8") from None
+        raise error(f"{source} is not a whole {what} (byte {problem.start} is not UTF-8); make it again, or save it as UTF-8") from None
     except UnicodeEncodeError:
-        raise error(f"{source} is no whole {what} (a text in it has half of a surrogate pair); make it again") from None
+        raise error(f"{source} is not a whole {what} (a text in it has half of a surrogate pair); make it again") from None
     except ValueError:  # Python's own limit for whole numbers
-        raise error(f"{source} is no whole {what} (a number in it has thousands of digits); make it again") from None
+        raise error(f"{source} is not a whole {what} (a number in it has thousands of digits); make it again") from None
     if not isinstance(value, dict):
-        raise error(f"{source} is no {what}: expected a JSON object, found {type(value).__name__}")
+        raise error(f"{source} holds no {what}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -55,10 +55,10 @@ def test_a_cut_text_keeps_its_class(tmp_path: Path) -> None:
     [
         (
             {"text": "a b", "label": "drinks"},
-            r"line 1: label 'drinks' is no class of the model \(fruit, drink, none\); did you mean 'drink'\?",
+            r"line 1: label 'drinks' is not a class of the model \(fruit, drink, none\); did you mean 'drink'\?",
         ),
-        ({"text": "a b", "label": 3}, r"label 3 is no class .* write a name or a number from 0 to 2"),
-        ({"text": "a b", "label": True}, "label True is no class"),
+        ({"text": "a b", "label": 3}, r"label 3 is not a class .* write a name or a number from 0 to 2"),
+        ({"text": "a b", "label": True}, "label True is not a class"),
         ({"text": "a b"}, r"has no label; a classifier needs text and label; found fields: text"),
         ({"prompt": "a", "completion": "b"}, "has no text"),
         ({"text": "a", "label": 0}, "no token carries a label"),

@@ -89,7 +89,7 @@ def read_adapter(path: str | Path, model: PreTrainedModel | None = None) -> Save
     path = Path(path)
     file = path / CONFIG_FILE if path.is_dir() else path
     if not _is_file(file):
-        raise PlacementError(f"{path} is no adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
+        raise PlacementError(f"{path} is not an adapter: it lacks {CONFIG_FILE}; name an adapter's folder or its configuration")
     values = read_json(file, PlacementError, "adapter configuration")
     if "peft_type" not in values and "lora_parameters" in values:
         return _of_mlx(_checked(_MlxFields, values, file), path, model)
@@ -216,7 +216,7 @@ def wrapped_by_peft(model: PreTrainedModel, config: PeftConfig, *, empty: bool =
 def check_loads(model: PreTrainedModel, adapter: SavedAdapter, source: str, name: str) -> None:
     """Raise `PlacementError` unless the saved weights of an adapter fit the model, are all there, and are finite."""
     if not adapter.weights:
-        raise PlacementError(f"{source} is no adapter: it lacks {WEIGHTS_FILE}; name the folder that `layercard train` wrote")
+        raise PlacementError(f"{source} is not an adapter: it lacks {WEIGHTS_FILE}; name the folder that `layercard train` wrote")
     try:
         with empty_adapters(model, adapter.config) as wrapped:
             problems = load_weights(wrapped, adapter.weights)

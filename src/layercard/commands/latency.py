@@ -34,7 +34,7 @@ def latency(
     folders, files = adapter or [], placement or []
     for folder in folders:
         if not (folder / "adapter_config.json").is_file():
-            raise PlacementError(f"{folder} is no adapter: it lacks adapter_config.json; name the folder that `layercard train` wrote")
+            raise PlacementError(f"{folder} is not an adapter: it lacks adapter_config.json; name the folder that `layercard train` wrote")
     from layercard.adapters.apply import place
     from layercard.report.terminal import latency_view
     from layercard.selection.placement import Placement

@@ -95,9 +95,17 @@ Level = Literal["debug", "info", "warning", "error"]
 class _ToStderr(logging.Handler):
     """Writes a line to what stderr is at the moment: where bars are drawn, that puts it above them."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Write `level: message`, in one line."""
-        say(f"{record.levelname.lower()}: {record.getMessage()}")
+        """Write `level: message`, in one line; the same warning once, since a model is checked at several steps of a command."""
+        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        if record.levelno < logging.WARNING or line not in self._warned:
+            say(line)
+        if record.levelno >= logging.WARNING:
+            self._warned.add(line)
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class ChatEncoder:
         except ValueError:
             names = ", ".join(self.tokenizer.chat_template)
             raise DataError(
-                f"of the tokenizer's chat templates ({names}) none is the default; set tokenizer.chat_template to one"
+                f"none of the tokenizer's chat templates ({names}) is the default; set tokenizer.chat_template to one"
             ) from None
 
     def _marked_template(self, template: str) -> str | None:
@@ -310,6 +310,16 @@ def plain_messages(messages: Any) -> list[Message]:
             check_text(turn.get(part, ""), f"the {part} of message {number}")
         turns.append(turn)
     return turns
+
+
+def calling_turns(query: Any, answers: Any) -> list[Message]:
+    """A question and the calls that answer it, as sets of function calls have them (xLAM), as a user's and an assistant's turn."""
+    calls = _from_json(answers)
+    if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise DataError(f"answers must be a list of calls (name, arguments), or its JSON text, found {answers!r:.60}")
+    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+    spoken = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function} for function in functions]}
+    return [{"role": "user", "content": query}, spoken]
 
 
 def check_text(text: Any, name: str) -> None:

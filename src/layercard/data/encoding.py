@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from layercard.data.chat import IGNORED, ChatEncoder, Tokens, check_text, end_token, labelled_tokens, shortened
+from layercard.data.chat import IGNORED, ChatEncoder, Tokens, calling_turns, check_text, end_token, labelled_tokens, shortened
 from layercard.errors import DataError, suggestion
 
 FORMATS = {
@@ -27,6 +27,8 @@ PROMPTS += ["document", "article", "dialogue", "meaning_representation"]
 COMPLETIONS = ["completion", "output", "response", "solution", "generated_solution", "answer", "targets_pretokenized", "targets"]
 COMPLETIONS += ["target", "summary", "highlights", "human_reference"]
 """Columns of public sets that hold a conversation, a prompt and a completion; the first that a set has is taken."""
+CALLS = {"query", "answers", "tools"}
+"""Columns of sets of function calls (xLAM): a question, the calls that answer it, and the tools that may be called."""
 BEFORE, BEHIND = ("system", "system_prompt", "definition"), ("input", "context", "passage", "document", "article")
 """Columns whose text belongs to the prompt, before or behind the question."""
 PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("response_j", "response_k"))
@@ -52,7 +54,7 @@ def column_names(columns: str | Mapping[str, str] | None) -> dict[str, str]:
         if not column:
             raise DataError(f"columns: {field!r} names no column; write FIELD=COLUMN, as in prompt=instruction,completion=output")
         if field not in fields:
-            raise DataError(f"columns: {field!r} is no field of a record; {suggestion(field, fields)}")
+            raise DataError(f"columns: {field!r} is not a field of a record; {suggestion(field, fields)}")
     return names
 
 
@@ -100,7 +102,7 @@ class RecordReader:
             notes.append(what + (f"; not read: {unread}" if unread else ""))
         if self.has_turn_marks:
             notes.append(
-                "text holds conversations, of which all is learnt, the user's words too; write messages to learn the answers alone"
+                "text holds conversations, and all of it is learnt, the user's words too; write messages to learn the answers alone"
             )
         if self.chat.shows_day:
             notes.append(f"the chat template prints the date, which is {self.chat.day} in this run")
@@ -154,6 +156,9 @@ class RecordReader:
             sources["prompt"] = [*before, *sources["prompt"], *behind]
         elif self.format == "chat":
             messages = fields["messages"]
+            if names.get("messages") == "answers":
+                messages = calling_turns(fields.get("query"), messages)
+                sources["messages"].insert(0, "query")
             if isinstance(fields.get("prompt"), list) and isinstance(messages, list):  # a conversational prompt, as TRL has them
                 messages = [*fields["prompt"], *messages]
                 sources["messages"].insert(0, "prompt")
@@ -198,6 +203,8 @@ def record_format(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
         return "chat", {}
     if "segments" in record:
         return "segments", {}
+    if record.keys() >= CALLS:
+        return "chat", {"answers": "messages"}
     chat = next((name for name in CHATS if isinstance(record.get(name), list) or str(record.get(name)).startswith("[{")), None)
     if chat is not None:
         return "chat", {chat: "messages"}
@@ -300,7 +307,7 @@ def class_number(label: Any, classes: Mapping[str, int]) -> int:
     names = ", ".join(list(classes)[:8]) + (", …" if len(classes) > 8 else "")
     close = difflib.get_close_matches(str(label), list(classes), n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else f"write a name or a number from 0 to {len(classes) - 1}"
-    raise DataError(f"label {label!r:.40} is no class of the model ({names}); {hint}")
+    raise DataError(f"label {label!r:.40} is not a class of the model ({names}); {hint}")
 
 
 def text_field(record: Mapping[str, Any], name: str) -> str:

@@ -97,13 +97,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
         with _open(path) as file:
             for number, raw in enumerate(iter(lambda: file.readline(LARGEST), b""), 1):
                 if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise DataError(f"{path} line 1: no UTF-8 at byte 1 (it looks like UTF-16); save the file as UTF-8")
+                    raise DataError(f"{path} line 1: not UTF-8 at byte 1 (it looks like UTF-16); save the file as UTF-8")
                 if len(raw) == LARGEST:
                     raise DataError(f"{path} line {number}: longer than {LARGEST / 2**30:g} GiB; write one record on each line")
                 try:
                     line: str | DataError = (raw.removeprefix(_BOM) if number == 1 else raw).decode("utf-8")
                 except UnicodeDecodeError as error:
-                    line = DataError(f"no UTF-8 at byte {error.start + 1}; save the file as UTF-8")
+                    line = DataError(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8")
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:  # the last two: a compressed file that was cut short or damaged
         raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); name a readable file") from error
@@ -167,17 +167,17 @@ def _json_value(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once_each)
     except RecursionError:
-        return DataError("no JSON (nested too deeply); mend or remove the line")
+        return DataError("not JSON (nested too deeply); mend or remove the line")
     except json.JSONDecodeError as error:
         rest = text[error.pos :].strip() if error.msg == "Extra data" else ""
         if rest == ",":
             return DataError("a comma behind the object; remove it, or write the whole file as an array")
         if rest.startswith("{"):
             return DataError("several objects on one line; write one object on each line")
-        return DataError(f"no JSON ({error.msg} at column {error.colno}); mend or remove the line")
+        return DataError(f"not JSON ({error.msg} at column {error.colno}); mend or remove the line")
     except ValueError as error:
         reason = "a number of thousands of digits" if "digits" in str(error) else one_line(error, 80)
-        return DataError(f"no JSON ({reason}); mend or remove the line")
+        return DataError(f"not JSON ({reason}); mend or remove the line")
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _read_csv(path: Path) -> Located:
                 row = DataError(f"{cells}; quote cells that hold commas or line ends")
             yield place, row
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num}: no CSV ({error}); mend or remove the line") from None
+        raise DataError(f"{path} line {reader.line_num}: not CSV ({error}); mend or remove the line") from None
 
 
 def _read_parquet(path: Path) -> Located:

@@ -15,6 +15,8 @@ from layercard.errors import ModelError
 
 STACKED = ("gate_up_proj", "up_proj", "down_proj")
 """The names of stacked experts' parameters in every way of transformers to run them."""
+ROUTERS = {"router", "gate"}
+"""What the module is called that sends tokens to experts, in every family that has experts."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     Embeddings and output heads are in no such list, and a list of bare linear modules (several heads) does not count.
 
     The linear modules of a block are those that signals can be read from and an adapter can be put on: not those whose weight the model
-    reads without running the module, and not those whose name PEFT takes for another.
+    reads without running the module, not those whose name PEFT takes for another, and not routers, which stay frozen in all families.
 
     Raises:
         ModelError: There is no list of blocks with linear modules in it.
@@ -134,8 +136,11 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     modules = model.get_submodule(list_path)
     assert isinstance(modules, nn.ModuleList)
 
-    # Step 3: of the linear modules leave out those that an adapter would have no effect on, or would miss.
-    running = [[linear for linear in _linear_modules(block, f"{list_path}.{i}") if _runs(block, linear)] for i, block in enumerate(modules)]
+    # Step 3: of the linear modules leave out those that an adapter would have no effect on, or would miss, and routers.
+    running = [
+        [linear for linear in _linear_modules(block, f"{list_path}.{i}") if _runs(block, linear) and not _routes(block, linear)]
+        for i, block in enumerate(modules)
+    ]
     reachable = _reachable_by_peft(model, [linear.path for linears in running for linear in linears])
     return tuple(
         Block(
@@ -190,6 +195,20 @@ def _runs(block: nn.Module, linear: LinearModule) -> bool:
     return not (isinstance(holder, nn.MultiheadAttention) or leaf == "correction_coefs" or (in_mixer and leaf != "in_proj"))
 
 
+def _routes(block: nn.Module, linear: LinearModule) -> bool:
+    """Whether a linear module belongs to a router: most families' routers are modules of a kind of their own, but not those of Phi-3.5-MoE,
+    Llama 4, JetMoe, DBRX, LongCat and Zaya."""
+    return not ROUTERS.isdisjoint(linear.name.split(".")) and any(
+        _is_stacked(module) or (isinstance(module, nn.ModuleList) and name.endswith("experts")) for name, module in block.named_modules()
+    )
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether a module holds the weights of several experts as one parameter."""
+    weights = module.parameters(recurse=False)
+    return not isinstance(module, _ConvNd) and any(weight.ndim == 3 and min(weight.shape) > 1 for weight in weights)
+
+
 def _stacks(block: nn.Module, block_path: str) -> Iterator[ExpertStack]:
     """The stacks of a block's experts: `use_experts_implementation` of transformers gives their modules `is_transposed`."""
     for name, module in block.named_modules():
@@ -210,13 +229,7 @@ def unread_experts(block: Block) -> tuple[str, ...]:
     """Modules of a block that hold stacked weights which are in none of its `stacks`: experts that are quantised, or that the family's
     own code runs in a way of its own (Llama 4, JetMoe). Neither signals nor adapters reach them."""
     read = {stack.module for stack in block.stacks}
-    return tuple(
-        name
-        for name, module in block.module.named_modules()
-        if module not in read
-        and not isinstance(module, _ConvNd)
-        and any(weight.ndim == 3 and min(weight.shape) > 1 for weight in module.parameters(recurse=False))
-    )
+    return tuple(name for name, module in block.module.named_modules() if module not in read and _is_stacked(module))
 
 
 def _reachable_by_peft(model: nn.Module, paths: list[str]) -> set[str]:

@@ -115,7 +115,7 @@ def pull(name: str, *, revision: str | None = None) -> LayerCard:
 
     Raises:
         HubError: The hub cannot be reached, has no such repository or revision, or there is no card in it.
-        CardError: What is there is no whole card.
+        CardError: What is there is not a whole card.
     """
     _check_reachable()
     data = _asked(name, lambda: _read(name, revision))
@@ -184,7 +184,7 @@ def _check_replaceable(there: DatasetInfo, card: LayerCard, name: str, *, privat
     try:
         old = pull(name, revision=there.sha)
     except CardError:
-        raise HubError(f"{name} holds a {CARD_FILE} that is no card; name another repository, or pass --force to replace it") from None
+        raise HubError(f"{name} holds a {CARD_FILE} that is not a card; name another repository, or pass --force to replace it") from None
     if old != card:
         raise HubError(f"{name} holds another card, of {old.model.fingerprint}; name another repository, or pass --force to replace it")
 

@@ -5,7 +5,7 @@ models has a part of it (`Bench`); their jobs share the workers.
 
 | file | what |
 | --- | --- |
-| `settings.json` | what all trials share |
+| `settings.json` | what all trials share, and the day on which the benchmark began |
 | `cards/TASK.json`, `scores/TASK.json` | card, and the peers' scores, from the same records |
 | `rates/TASK-rR-kN-nSTEPS.json` | the learning rate for N layers, and the records in a step |
 | `runs/KEY.json` | a trial |
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, fields
+from datetime import UTC, date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from layercard.checkpoint import discard
 from layercard.cost.measure import adapted_layers, usual_batch
 from layercard.data.load import Batch, load_data
 from layercard.errors import BenchmarkError, suggestion
+from layercard.files import shown
 from layercard.models.load import BaseModel, Progress
 from layercard.models.losses import training_step
 from layercard.profiling.profile import profile_records
@@ -123,18 +125,30 @@ class Bench:
 
     def keep_settings(self) -> None:
         """Write the settings into a new storage; raise `BenchmarkError` where it has others."""
-        now = asdict(self.settings)
+        now, today = asdict(self.settings), {"day": datetime.now(tz=UTC).date().isoformat()}
         if not self.storage.exists(SETTINGS):
-            self.storage.write(SETTINGS, now)
+            self.storage.write(SETTINGS, now | today)
             return
+        kept = self.storage.read(SETTINGS, "benchmark settings")
         usual = {field.name: field.default for field in fields(self.settings) if field.default is not MISSING}
-        there = usual | self.storage.read(SETTINGS, "benchmark settings")
+        there = usual | kept
         for name in sorted(now.keys() - {"steps"}):  # trials of several lengths may lie side by side
             if there.get(name) != now[name]:
                 raise BenchmarkError(
                     f"{self.storage.place} holds a benchmark with {name} = {there.get(name)!r}, now it is {now[name]!r}; "
                     "use the same or name another folder"
                 )
+        if "day" not in kept:  # versions before this one did not keep it
+            self.storage.write(SETTINGS, kept | today)
+
+    @property
+    def day(self) -> date | None:
+        """The day that chat templates print in all trials of this storage; `None` where it has no settings yet."""
+        day = self.storage.read(SETTINGS, "benchmark settings").get("day") if self.storage.exists(SETTINGS) else None
+        try:
+            return None if day is None else date.fromisoformat(day)
+        except (TypeError, ValueError):
+            raise BenchmarkError(f"{self.storage.named(SETTINGS)} says that its day is {shown(day)}; write it as in 2026-11-29") from None
 
     # ---- cards and scores
 
@@ -146,7 +160,7 @@ class Bench:
         there = self.scores(task)
         missing = [name for name in peers if name not in there]
         base, source = base_model(settings), split_source(task, "train", settings.data)
-        records = load_data(source, base.tokenizer, records=settings.card_records, max_length=settings.max_length)
+        records = load_data(source, base.tokenizer, records=settings.card_records, max_length=settings.max_length, day=self.day)
         if not self.storage.exists(card):
             state = self.storage.working(f"{card}.state")
             how = ProfileSettings(rank=settings.rank, cost=True, probe=settings.probe)
@@ -204,7 +218,7 @@ class Bench:
         name = self.rate_file(task, count, rank)
         if self.storage.exists(name):
             return float(self.storage.read(name, "learning rate")["learning_rate"])
-        opened = load_task(self.settings, task)
+        opened = load_task(self.settings, task, self.day)
         size, layers = batch_size(self.settings, opened.train), tuple(strategy_layers("middle", len(opened.base.blocks), count))
         tried: dict[float, float] = {}
 
@@ -251,7 +265,7 @@ class Bench:
         missing = [placement for placement in placements if not self.storage.exists(self.time_file(task, *placement))]
         if not missing:
             return
-        opened = load_task(self.settings, task)
+        opened = load_task(self.settings, task, self.day)
         base, size = opened.base, batch_size(self.settings, opened.train)
         batch = usual_batch(opened.train.examples[: 16 * size], size, base.pad_id).to(base.device)
         every = (tuple(range(len(base.blocks))), self.settings.rank)
@@ -414,7 +428,7 @@ def run_cells(every: Sequence[tuple[Bench, Sequence[Cell]]], workers: Workers, t
     for part, cells in every:
         for task in dict.fromkeys(cell.task for cell in cells):
             trials = [part.trial(cell) for cell in cells if cell.task == task]
-            opener = partial(load_task, part.settings, task)
+            opener = partial(load_task, part.settings, task, part.day)
             jobs += [part.job(function, *arguments) for function, arguments in trial_jobs(trials, opener, part.storage, workers.count)]
     _finish(workers, jobs, "runs", tell)
 

@@ -1,8 +1,10 @@
 """Tasks of a benchmark: folders with train, valid and test records, and how much of each is used."""
 
 from collections.abc import Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from layercard.data.load import Dataset, Example, fingerprint, load_data
 from layercard.errors import BenchmarkError, suggestion
@@ -47,15 +49,15 @@ def _loaded(model: str, device: str, dtype: str) -> BaseModel:
 
 
 @lru_cache(maxsize=1)
-def load_task(settings: BenchSettings, task: str) -> Task:
+def load_task(settings: BenchSettings, task: str, day: date | None = None) -> Task:
     """A task with as much of its three splits as the settings say: held-out records up to a number of tokens, so that tasks cost alike.
 
-    Learning rates are chosen on `valid`, placements compared on `test`.
+    Learning rates are chosen on `valid`, placements compared on `test`. Chat templates that show a date print `day`, or else today.
     """
     base = base_model(settings)
+    how: dict[str, Any] = {"records": settings.train_records, "max_length": settings.max_length, "day": day}
     train, valid, test = (
-        load_data(split_source(task, split, settings.data), base.tokenizer, records=settings.train_records, max_length=settings.max_length)
-        for split in ("train", "valid", "test")
+        load_data(split_source(task, split, settings.data), base.tokenizer, **how) for split in ("train", "valid", "test")
     )
     chosen = up_to(valid, settings.valid_tokens)
     if task == SYNTHETIC:

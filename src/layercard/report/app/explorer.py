@@ -70,7 +70,7 @@ class Explorer:
                     raise OutputError(f"{path.name} was left out: up to {MOST_UPLOADS} files; put more into a folder given with --cards")
                 entry = files.read_entry(f"upload:{len(entries)}", f"{path.name} (uploaded)", path.read_bytes(), path.name)
                 if entry is None:
-                    raise OutputError(f"{path.name} is no file of layercard; upload a card, a placement, a run record or a comparison")
+                    raise OutputError(f"{path.name} is not a file of layercard; upload a card, a placement, a run record or a comparison")
                 entries.append(entry)
                 refused += [entry.problem] if entry.problem else []
             except (LayercardError, OSError) as error:
