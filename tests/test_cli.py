@@ -213,8 +213,8 @@ def test_help_explains_the_names_of_the_ends(layercard: Layercard) -> None:
         (["shwo"], ["shwo", "see layercard --help"]),
         (["show"], ["CARD", "see layercard show --help"]),
         (["show", "card.json", "--jsn"], ["--jsn", "--json"]),
-        (["bench"], ["Missing command", "see layercard bench --help"]),
-        (["select", "card.json", "--k", "five", "-o", "p.json"], ["--k", "valid int"]),
+        (["bench"], ["a command is missing", "see layercard bench --help"]),
+        (["select", "card.json", "--k", "five", "-o", "p.json"], ["--k", "must be a whole number"]),
         (["profile", "m", "--data", "synthetic", "--records", "0", "-o", "c.json"], ["--records is 0; give a whole number from 1"]),
     ],
 )
@@ -556,3 +556,50 @@ def test_a_plain_terminal_still_gets_the_numbers(card: Path) -> None:
     assert done.returncode == 0
     assert "11.7" in done.stdout
     assert done.stderr == ""
+
+
+MISTAKES = {
+    "show placement.json": "is a placement",
+    "select placement.json -o new.json": "is a placement",
+    "train tiny --data data.jsonl --placement card.json -o new": "is a card",
+    "export card.json --to peft": "is a card",
+    "compare tiny --data data.jsonl --valid data.jsonl --placements card.json -o new": "is a card",
+    "verify card.json --model tiny": "is a file of layercard",
+    "select card.json --max-time 60 -o new.json": "60s or 60%",
+    "select card.json --max-memory 200 -o new.json": "200MB or 200%",
+    "run tiny --data data.jsonl --max-time 60 -o new": "90s, 30m or 2h",
+    "run tiny --data data.jsonl --report-to nonsense -o new": "choose tensorboard",
+    "run tiny --data data.jsonl --report-to tensorbord -o new": "did you mean 'tensorboard'",
+    "run tiny --data data.jsonl --records 5 -o new": "at least 32",
+    "bench": "a command is missing",
+    "run tiny --data . -o new": "is a folder",
+    "show .": "is a folder",
+    "run tiny --data data.jsonl -o data.jsonl": "is not a folder",
+    "select card.json --k 5.5 -o new.json": "must be a whole number",
+    "train tiny --data data.jsonl --placement placement.json --alpha much -o new": "must be a number",
+    "data data.jsonl --model tiny --columns prompt=nothing": "has no column 'nothing'",
+    "run tiny --data data.jsonl --columns prompt=nothing -o new": "has no column 'nothing'",
+    "profile tiny --data data.jsonl --columns nothing=prompt -o new.json": "is no field",
+    "profile tiny --data card.json -o new.json": "needs prompt and completion",
+}
+"""What a user may get wrong, and words of the one line that says so."""
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(
+    layercard: Layercard, tiny_folder: Path, tiny_file: Path, tmp_path: Path, line: str
+) -> None:
+    tiny_folder.rename(tmp_path / "tiny")
+    tiny_file.rename(tmp_path / "data.jsonl")
+    saved(tmp_path / "card.json", fake_card())
+    saved(tmp_path / "placement.json", fake_placement(fake_card(), [2, 9]))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert_one_line(layercard(*shlex.split(line)), MISTAKES[line])
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_data_are_looked_at_before_anything_heavy_is_imported(tiny_folder: Path, tiny_file: Path) -> None:
+    line = ["run", str(tiny_folder), "--data", str(tiny_file), "--columns", "prompt=nothing", "-o", "new"]
+    program = f"import sys; from layercard.commands.main import run; code = run({line!r}); print(code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]

@@ -49,7 +49,7 @@ def compare(
     # What cannot work is refused before a model is loaded.
     fast = opt.fast_or_stock(fast, stock)
     opt.check_folder(output, resume=resume, force=force)
-    opt.check_data(data, valid)
+    opt.check_data(data, valid, columns=reading.columns)
     entries = [part.strip() for part in placements.split(",") if part.strip()]
     names = _checked_names(entries, card)
     from layercard.adapters.apply import without_experts

@@ -17,7 +17,7 @@ def data(
     as_json: bool = opt.AS_JSON,
 ) -> None:
     """Show records as the model reads them, the learnt tokens marked. No weights are loaded."""
-    opt.check_data(data)
+    opt.check_data(data, columns=reading.columns)
     from layercard.data.load import load_data
     from layercard.models.load import locate, quiet_libraries, read_tokenizer
 

@@ -5,6 +5,7 @@ What a user can mend ends in one line, `error: …`, and exit status 2; an inter
 """
 
 import io
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -191,7 +192,7 @@ def run(arguments: Sequence[str]) -> int:
         # What was wrong with the command line, and whose help says how it is right; an error before the command is known has no context.
         context = getattr(error, "ctx", None)
         help_of = context.command_path if context else "layercard"
-        return _end(f"error: {LayercardError(error.format_message().rstrip('.'))}; see {help_of} --help", MENDABLE)
+        return _end(f"error: {LayercardError(_plain(error.format_message()))}; see {help_of} --help", MENDABLE)
     except (OSError, MemoryError) as error:  # names that are too long, folders that may not be read, a full disk
         what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else one_line(error)
         return _end(f"error: {what}; check the file and the room for it", MENDABLE)
@@ -200,6 +201,22 @@ def run(arguments: Sequence[str]) -> int:
     if status == INTERRUPTED:
         return _end("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
+
+
+def _plain(message: str) -> str:
+    """What is wrong with the command line, in words that say what is wanted.
+
+    >>> _plain("Invalid value for '--k' / '-k': Input should be a valid integer, unable to parse string as an integer")
+    "'--k' / '-k' must be a whole number"
+    >>> _plain("Missing command.")
+    'a command is missing; name one of those that the help lists'
+    """
+    if message.startswith("Missing command"):
+        return "a command is missing; name one of those that the help lists"
+    match = re.fullmatch(r"Invalid value for (.*): Input should be a valid (integer|number)\b.*", message.rstrip("."), re.DOTALL)
+    if match is None:
+        return message.rstrip(".")
+    return f"{match[1]} must be a {'whole number' if match[2] == 'integer' else 'number'}"
 
 
 def _end(line: str, status: int, *, speaks: bool | None = None) -> int:

@@ -143,13 +143,17 @@ def check_output(path: Path | None, force: bool, *suffixes: str) -> None:
     refuse_existing(path, force)
 
 
-def check_data(*sources: list[str] | None) -> None:
-    """Refuse data files that are not there, before a model is loaded; data sets on the hub are looked up when they are read."""
+def check_data(*sources: list[str] | None, columns: str | None = None) -> None:
+    """Refuse data files that are not there or have nothing to learn from, before a model is loaded or anything heavy is imported.
+
+    Data sets on the hub are looked up when they are read.
+    """
+    from layercard.data.encoding import check_first
     from layercard.data.formats import HUB, find_records
 
     for name in (name for names in sources for name in names or []):
         if not name.startswith(HUB):
-            find_records(name)
+            check_first(*find_records(name), columns)
 
 
 def data_options(names: list[str]) -> list[str]:

@@ -60,7 +60,7 @@ def profile(
         if output.is_file() and state.is_dir() and state.stat().st_mtime <= output.stat().st_mtime:
             discard(state)
         raise
-    opt.check_data(data)
+    opt.check_data(data, columns=reading.columns)
     for asked, name in ((reuse, "--reuse looks for a card"), (stream, "--stream reads the model")):
         if asked and count() > 1:
             option = name.split()[0]

@@ -130,7 +130,7 @@ def _opened(
 ) -> "tuple[BaseModel, Dataset, Dataset | None, dict[str, Any]]":
     """Model, records, held-out records, and where the short trainings run; what cannot work is refused before the model is loaded."""
     data, valid, records, valid_records = sources
-    opt.check_data(data, valid)
+    opt.check_data(data, valid, columns=reading.columns)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is not a folder; name a folder for the run")
     from layercard.training.train import first_day

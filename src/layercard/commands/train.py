@@ -41,7 +41,7 @@ def train(
     # What cannot work is refused before anything heavy is imported.
     if is_first():
         opt.check_folder(output, resume=resume, force=force)
-    opt.check_data(data, valid)
+    opt.check_data(data, valid, columns=reading.columns)
     fast = opt.fast_or_stock(fast, stock)
     from layercard.selection.placement import Placement
 
@@ -109,7 +109,7 @@ def evaluate(
     Always: loss per labelled token and perplexity. For records with `references`: BLEU, chrF and ROUGE-L of greedy
     continuations. For records with an `answer`: how often the final number is right. For classifiers: accuracy.
     """
-    opt.check_data(data)
+    opt.check_data(data, columns=reading.columns)
     from layercard.adapters.apply import loaded
     from layercard.models.streamed import open_model
     from layercard.report.terminal import pairs

@@ -35,6 +35,7 @@ def verify(
     if placement is not None and layers is not None:
         raise PlacementError("both --placement and --layers are given; a placement names its layers, so give one of them")
     given_layers = None if layers is None else parse_layers(layers)
+    check_kind(adapter)
     from layercard.adapters.files import read_adapter, saved_placement
     from layercard.adapters.verify import base_difference, verify_adapter, verify_config
     from layercard.card.card import rounding_between
@@ -88,6 +89,15 @@ def verify(
     then = ("merge", adapter, "--model", model, "-o", "merged") if adapter.is_dir() else ("cost", model, "--meta")
     show_result(value, as_json, pairs(rows), then=() if result.differences else then)
     result.check()
+
+
+def check_kind(path: Path) -> None:
+    """Refuse a file of layercard's own, which is neither an adapter nor a trainer's configuration."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return
+    schema = str(read_json(path, PlacementError, "configuration").get("schema", ""))
+    if schema.startswith("layercard"):
+        raise PlacementError(f"{path} is a file of layercard ({schema}); an adapter's folder or a configuration is needed")
 
 
 def parse_layers(text: str) -> list[int]:

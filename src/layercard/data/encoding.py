@@ -6,7 +6,7 @@ it is; the reader adds file and line.
 
 import datetime
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from layercard.data.chat import IGNORED, ChatEncoder, Tokens, calling_turns, check_text, end_token, labelled_tokens, shortened
@@ -56,6 +56,10 @@ def column_names(columns: str | Mapping[str, str] | None) -> dict[str, str]:
         if field not in fields:
             raise DataError(f"columns: {field!r} is not a field of a record; {suggestion(field, fields)}")
     return names
+
+
+LOOKED_AT = 20
+"""Records that `check_first` looks at before it gives up."""
 
 
 class RecordReader:
@@ -180,6 +184,30 @@ class RecordReader:
         empty = {name for name in (*BEFORE, *BEHIND) if not record.get(name)}
         self.unread.update(dict.fromkeys(str(name) for name in record if name not in used | empty))
         return fields
+
+
+def check_first(label: str, located: Iterable[tuple[str, Mapping[str, Any] | DataError]], columns: str | None = None) -> None:
+    """Refuse a file of which none of the first records has fields to learn from; no tokenizer is needed.
+
+    Raises:
+        DataError: As `load_data` would, of the first record.
+    """
+    asked, problem, number = column_names(columns), "", 0
+    for number, (place, record) in enumerate(located, 1):
+        try:
+            if isinstance(record, DataError):
+                raise record
+            missing = next((column for column in asked.values() if column not in record), None)
+            if missing is not None:
+                raise DataError(f"has no column {missing!r}; {suggestion(missing, map(str, record))}")
+            record_format({**record, **dict.fromkeys(asked, "")})
+            return
+        except DataError as error:
+            problem = problem or f"{label} {place}: {error}"
+        if number == LOOKED_AT:
+            break
+    if number:  # an empty file is told of where it is read
+        raise DataError(problem)
 
 
 def record_format(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:

@@ -379,8 +379,9 @@ def check_reporters(settings: TrainSettings) -> list[str]:
     reporters = settings.reporters()
     for name in reporters if reporters not in (["none"], ["all"]) else []:
         if name not in INTEGRATION_TO_CALLBACK:
-            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
-            raise TrainingError(f"report_to {name!r} is unknown to transformers; did you mean {close!r}?")
+            close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else "choose tensorboard, wandb or trackio"
+            raise TrainingError(f"report_to {name!r} is unknown to transformers; {mend}")
         if name not in get_available_reporting_integrations():
             raise TrainingError(f"report_to {name!r} needs its package, which is not installed; install it or log to 'none'")
     return reporters
