@@ -632,7 +632,7 @@ class TestCommands:
         assert "".join(token["text"] for token in value["shown"][0] if token["learnt"]) == "the man<eos>"
         assert value["notes"] == ["columns read: question as prompt, answer as completion"]
         text = CliRunner().invoke(app, ["data", str(path), "--model", str(tiny_folder), "--show", "1", "--separator", "->"]).stdout
-        assert r"who?->«the man<eos>»" in text and f"next: layercard profile {tiny_folder} --data '{path}'" in text
+        assert r"who?->«the man<eos>»" in text and f"next: layercard run {tiny_folder} --data '{path}' --separator '->'" in text
 
     def test_commands_take_several_files_and_say_what_is_cut(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         folder = tmp_path / "gpt2"

@@ -47,7 +47,10 @@ def data(
         "notes": list(dataset.notes),
         "shown": shown,
     }
-    show_result(value, as_json, _view(value), then=("run", model, *opt.data_options(data), "-o", "run"))
+    usual = DataSettings()
+    changed = {"--columns": reading.columns, "--separator": reading.separator if reading.separator != usual.separator else None}
+    how = [word for option, text in changed.items() if text is not None for word in (option, text)]
+    show_result(value, as_json, _view(value), then=("run", model, *opt.data_options(data), *how, "-o", "run"))
 
 
 def _view(value: dict[str, Any]) -> Any:
