@@ -55,6 +55,8 @@ def test_set_models_grow_with_the_set_and_know_single_layers(monkeypatch: pytest
             | {f"trade_off_{task}" for task in ("all", "e2e", "webnlg", "gsm8k")},
         ),
         ("transfer", [], {"transfer_matrix", "transfer_swaps"}),
+        ("time_to_quality", ["--tables"], {"time_to_quality"}),
+        ("race_constants", [], {"race_constants"}),
         pytest.param("set_gain", [], {"set_gain"}, marks=pytest.mark.slow),
         pytest.param("rank_agreement", [], {"rank_agreement"}, marks=pytest.mark.slow),
     ],

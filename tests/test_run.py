@@ -1,6 +1,7 @@
 """`layercard run`: the race's decisions on made-up heats, and the whole recipe on a tiny model."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 import layercard
 from layercard.commands.main import run as command
+from layercard.commands.run import Inputs
 from layercard.errors import TrainingError
 from layercard.models.losses import RecordLosses
-from layercard.settings import RunSettings
-from layercard.trials.race import Entrant, Heat, choose, moved, race_shape, usual_rate
+from layercard.settings import DataSettings, LoadSettings, RunSettings, TrainSettings
+from layercard.trials.race import Entrant, Heat, Length, choose, moved, race_shape, usual_rate
+from layercard.trials.workers import Workers
 from layercard.workflow import run as workflow
 from tiny import tiny_records, write_records
 
@@ -44,9 +47,11 @@ def test_choice_wants_certainty():
 
 
 def test_rates_move_with_the_length():
-    assert moved(moved(0.002, 1000, 40), 40, 1000) == pytest.approx(0.002)
-    assert moved(0.002, 1000, 40) > 0.002 > moved(0.002, 1000, 4000)
-    assert usual_rate(576, 500, 0.5) > usual_rate(576, 500) > usual_rate(1024, 500)
+    short, usual, long = Length(40), Length(1000), Length(4000)
+    assert moved(moved(0.002, usual, short), short, usual) == pytest.approx(0.002)
+    assert moved(0.002, usual, short) > 0.002 > moved(0.002, usual, long) > moved(0.002, usual, Length(4000, passes=3))
+    assert moved(0.002, short, Length(40, passes=0.2)) == 0.002
+    assert usual_rate(576, usual, 0.5) > usual_rate(576, usual) > usual_rate(1024, usual)
 
 
 def test_race_fits_its_budget():
@@ -137,6 +142,15 @@ def test_bad_input_is_one_line(arguments, capsys, change, message):
     assert message in lines[-1] and lines[-1].startswith("error: ")
 
 
+def test_a_model_larger_than_the_memory_is_refused_with_the_way_on(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("layercard.cost.estimate.free_bytes", lambda device: 1000)
+    assert command(arguments) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "of memory are free" in line and line.endswith(
+        "profile, select and train do a run's work in steps, with --stream for a model on disk"
+    )
+
+
 def test_plan_stops_before_the_search(arguments, tmp_path, capsys):
     assert command([*arguments[:-1], "--plan"]) == 0
     assert "search:" in capsys.readouterr().out
@@ -166,13 +180,11 @@ def test_tune_makes_a_placement_that_train_uses(arguments, tmp_path, capsys):
 def test_workers_come_to_the_same_choice(arguments, tmp_path, capsys):
     chosen = []
     for number, more in enumerate(([], ["--workers", "2"])):
-        words = ["tune", *arguments[1:], *more]
+        words = ["tune", *arguments[1:], "--objective", "memory", *more]
         words[words.index("-o") + 1] = str(tmp_path / f"out{number}")
         assert command(words) == 0
         chosen.append(json.loads(capsys.readouterr().out))
-    assert chosen[0]["chosen"]["learning_rate"] == pytest.approx(chosen[1]["chosen"]["learning_rate"], rel=1e-3)
-    losses = [[heat["loss"] for heat in race["heats"]] for race in chosen]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert_same_race(*chosen)
 
 
 def test_from_python(tiny_folder, tmp_path):
@@ -180,3 +192,52 @@ def test_from_python(tiny_folder, tmp_path):
     result = layercard.run(str(tiny_folder), records, tmp_path / "out", training=layercard.TrainSettings(steps=12))
     assert result.measured.loss_after < result.measured.loss_before
     assert result.steps == 12 and result.verdict in ("adapt", "all layers")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_comes_to_the_same_choice(arguments, tmp_path, capsys):
+    pytest.importorskip("ray")
+    chosen = []
+    for number, more in enumerate(([], ["--workers", "2", "--ray", "local"])):
+        words = ["tune", *arguments[1:], "--objective", "memory", *more]
+        words[words.index("-o") + 1] = str(tmp_path / f"out{number}")
+        assert command(words) == 0
+        chosen.append(json.loads(capsys.readouterr().out))
+    assert_same_race(*chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_of_ray_killed_in_the_middle_changes_nothing(arguments, tiny_folder, tmp_path):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    inputs = Inputs(str(tiny_folder), [arguments[3]], None, None, None, DataSettings(), LoadSettings())
+    base, data, _ = inputs.read(None)
+    how = {"settings": RunSettings(objective="memory", search="150%"), "training": TrainSettings(epochs=6)}
+    alone = workflow.tune(base, data, tmp_path / "alone", **how)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    doomed = cluster.add_node(num_cpus=1)
+    killed: list[str] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "train" and not killed:
+            cluster.remove_node(doomed, allow_graceful=False)
+            killed.append(phase)
+
+    try:
+        where = {"workers": Workers(2, cluster.address), "open_records": partial(inputs.read, None), "progress": progress}
+        together = workflow.tune(base, data, tmp_path / "together", **how, **where)
+    finally:
+        cluster.shutdown()
+    assert killed
+    assert alone.race is not None and together.race is not None
+    assert_same_race(alone.race.to_json(), together.race.to_json())
+
+
+def assert_same_race(one: dict[str, object], other: dict[str, object]) -> None:
+    """The same heats with the same losses, and the same choice, to rounding."""
+    assert [heat["loss"] for heat in one["heats"]] == pytest.approx([heat["loss"] for heat in other["heats"]], rel=1e-4)
+    assert {**one["chosen"], "learning_rate": 0} == {**other["chosen"], "learning_rate": 0}
+    assert one["chosen"]["learning_rate"] == pytest.approx(other["chosen"]["learning_rate"], rel=1e-3)

@@ -205,7 +205,8 @@ class TrainSettings(Settings, group="Training"):
     save_steps: int = setting(100, "A checkpoint after every so many steps; 0 for none.", low=0, option="")
     patience: int | None = setting(
         None,
-        "Measure the held-out loss ten times in the run, keep the adapter of the lowest, and stop when N in a row were no better.",
+        "Measure the held-out loss ten times in the run, on as many records as a tenth of its time allows, keep the adapter of the lowest, "
+        "and stop when N in a row were no better.",
         low=1,
     )
 

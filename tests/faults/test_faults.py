@@ -107,6 +107,20 @@ def bench(place: Path, output: Path) -> list[str]:
     return [*where, "--dtype", "float32", "--device", "cpu"]
 
 
+def whole_run(place: Path, output: Path) -> list[str]:
+    """All steps of `run`; its choice looks at memory, since times differ from call to call."""
+    where = ["run", str(place / "model"), "--data", str(place / "many.jsonl"), "--valid", str(place / "valid.jsonl"), "-o", str(output)]
+    how = ["--objective", "memory", "--search", "150%", "--steps", "24", "--batch-size", "2", "--rank", "2", "--device", "cpu"]
+    return [*where, *how]
+
+
+def choice(output: Path) -> Any:
+    """What was chosen, the losses of all heats, and the adapter."""
+    chosen = json.loads((output / "result.json").read_text())["chosen"]
+    race = json.loads((output / "race.json").read_text())
+    return {"chosen": chosen, "heats": [heat["loss"] for heat in race["heats"]], "adapter": adapter(output / "adapter")}
+
+
 Command = tuple[Callable[[Path, Path], list[str]], Callable[[Path], Any]]
 COMMANDS: dict[str, Command] = {
     "profile": (profile, card),
@@ -116,6 +130,7 @@ COMMANDS: dict[str, Command] = {
     "cache fill": (filling, filled),
     "compare": (comparing, comparison),
     "bench": (bench, table),
+    "run": (whole_run, choice),
 }
 
 
@@ -171,7 +186,7 @@ def test_a_few_kills(warm: Warm, place: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_kills_at_random_points(name: str, warm: Warm, place: Path, tmp_path: Path) -> None:
-    """18 for each of seven commands: 126."""
+    """18 for each of eight commands: 144."""
     killings = kill_and_resume(warm, place, tmp_path, name, 18)
     assert killings.total == 18
     assert all(killings.kills.values())

@@ -67,6 +67,22 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return with_settings
 
 
+def options_of(command: Callable[..., None], **changes: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Declare a command that takes what another one takes, but for some parameters: `None` leaves one out, a setting replaces it."""
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in changes:
+            parameters.append(parameter)
+        elif changes[name] is not None:
+            parameters.append(parameter.replace(default=changes[name]))
+
+    def declared(function: Callable[..., None]) -> Callable[..., None]:
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return function
+
+    return declared
+
+
 def _flag(name: str, field: "dataclasses.Field[Any]") -> str:
     return field.metadata["option"] or f"--{name.replace('_', '-')}"
 
@@ -111,6 +127,8 @@ DEVICE = _field(LoadSettings, "device")
 DTYPE = _field(LoadSettings, "dtype")
 EXPERTS = setting(True, "Adapt stacked experts where a placement names them, as only plain LoRA can.")
 STOCK = setting(False, "Leave nothing out: train as the libraries do by themselves.")
+FEWER_BYTES = "free memory, or take a type of fewer bytes (--dtype bfloat16)"
+"""What to do where a model is larger than the memory."""
 RESUME = setting(False, "Go on with what is unfinished in the output folder.")
 RESULT_FILE = setting(None, "Write the result as JSON.")
 FORCE = setting(False, "Replace what exists at the output.")
@@ -168,8 +186,8 @@ def fast_or_stock(fast: FastSettings, stock: bool) -> FastSettings:
     return FastSettings.baseline() if stock else fast
 
 
-def load(model: str, loading: LoadSettings, progress: "Progress", *, streams: bool = False) -> "BaseModel":
-    """The model of a command; `streams` says that the command has `--stream` for one that does not fit.
+def load(model: str, loading: LoadSettings, progress: "Progress", *, streams: bool = False, mend: str = FEWER_BYTES) -> "BaseModel":
+    """The model of a command; `streams` says that the command has `--stream` for one that does not fit, else `mend` what to do then.
 
     Raises:
         ModelError: Its weights are larger than the free memory, or as `load_model`.
@@ -180,7 +198,7 @@ def load(model: str, loading: LoadSettings, progress: "Progress", *, streams: bo
 
     needed, free = stored_bytes(model, loading.dtype), free_bytes(find_device(loading.device))
     if needed > free:
-        mend = "pass --stream, which leaves it on disk" if streams else "free memory, or take a type of fewer bytes (--dtype bfloat16)"
+        mend = "pass --stream, which leaves it on disk" if streams else mend
         raise ModelError(f"{model} takes {needed / 1e9:.1f} GB as {loading.dtype}, and {free / 1e9:.1f} GB of memory are free; {mend}")
     return load_model(model, progress=progress, **loading.to_json())
 

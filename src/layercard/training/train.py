@@ -22,7 +22,7 @@ from layercard.adapters.methods import configuration
 from layercard.adapters.start import begin, save_adapter
 from layercard.data.checks import check_ids
 from layercard.data.load import Dataset, collate
-from layercard.errors import OutputError, TrainingError
+from layercard.errors import LayercardError, OutputError, TrainingError
 from layercard.fast.fast_training import fast_training
 from layercard.files import LOCK_FILE, alone, read_json, shown, write_json
 from layercard.measure import Phases
@@ -33,7 +33,7 @@ from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
 from layercard.training.records import Moment, Run
-from layercard.training.trainer import check_reporters, fit, last_checkpoint
+from layercard.training.trainer import MEASUREMENTS, check_reporters, fit, last_checkpoint
 
 RUN_FILE = "run.json"
 CHECKPOINTS = "checkpoints"
@@ -45,6 +45,8 @@ FILES = (CHECKPOINTS, PLACEMENT_FILE, CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
 """What a run writes into its folder."""
 EARLIER: dict[str, Any] = {"day": None, "processes": 1, "method": "lora", "parameters": [], "ranks": {}, "alphas": {}, "patience": None}
 """What a plan means that was written before it had these keys."""
+WATCH_SHARE, LEAST_WATCHED = 0.1, 24
+"""What watching the held-out loss (`TrainSettings.patience`) may take of the training time, and the records below which chance decides."""
 PACKAGES = ("layercard", "torch", "transformers", "peft", "accelerate")
 
 
@@ -143,8 +145,10 @@ def train(
             passes = steps * settings.batch_size * settings.accumulation / len(data)
             with phases.phase("train"), fast_training(model, fast, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
                 how: dict[str, Any] = {"labels_only": speed.labels_only, "resume": resume, "progress": progress}
-                if valid is not None:
-                    how |= {"moments": moments, "measure": lambda: held_out_losses(model, base.pad_id, valid).loss}
+                if valid is not None and before is not None:
+                    rows = _watched(valid, settings, steps) if settings.patience is not None and not moments else range(len(valid))
+                    watched = valid.part(rows, valid.source)
+                    how |= {"moments": moments, "measure": lambda: held_out_losses(model, base.pad_id, watched).loss}
                 log = fit(model, data, base.pad_id, settings, checkpoints, **how)
             if valid is not None:
                 with phases.phase("loss after"):
@@ -157,7 +161,7 @@ def train(
         held_out: dict[str, Any] = {}
         if valid is not None and before is not None and after is not None:
             records = {"labelled": before.tokens.int().tolist(), "nats_before": before.nats.tolist(), "nats_after": after.nats.tolist()}
-            curve = [(0, 0.0, before.loss), *log.curve]
+            curve = [(0, 0.0, RecordLosses(before.nats[list(rows)], before.tokens[list(rows)]).loss), *log.curve]
             if settings.patience is None:  # else the end is in it, and the adapter that was kept may be an earlier one
                 curve.append((len(log.losses), log.seconds, after.loss))
             held_out = {
@@ -201,6 +205,16 @@ def train(
 
         processes.by_first(finish)
         return processes.of_first(run)
+
+
+def _watched(valid: Dataset, settings: TrainSettings, steps: int) -> list[int]:
+    """The held-out records that a run is watched by: the first, so many that ten measurements take `WATCH_SHARE` of the training.
+
+    Without a backward pass a record takes a third of what it takes in training.
+    """
+    trained = steps * settings.batch_size * settings.accumulation
+    count = max(LEAST_WATCHED, int(3 * WATCH_SHARE * trained / MEASUREMENTS))
+    return [row for row, example in enumerate(valid.examples) if example.labelled][:count]
 
 
 def versions() -> dict[str, str]:
@@ -282,11 +296,17 @@ def _other_plan(folder: Path, plan: dict[str, Any]) -> str:
     path = folder / PLAN
     if not path.exists():
         return "holds no run to resume; name the folder of an unfinished run, or pass --force to start one there"
-    earlier = EARLIER | read_json(path, TrainingError, "plan")
+    other = other_run(path, plan, TrainingError)
+    return f"{other}; resume it as it was, or pass --force" if other else ""
+
+
+def other_run(path: Path, plan: dict[str, Any], error: type[LayercardError]) -> str:
+    """In what the run whose plan is the file `path` differs from `plan`; empty where it is the same. `error` is for a broken file."""
+    earlier = EARLIER | read_json(path, error, "plan")
     for name, value in plan.items():
         if earlier.get(name) != value:
             was, now = (text if len(text) <= 40 else text[:37] + "…" for text in (str(earlier.get(name)), str(value)))
-            return f"is a run with {name} {was}, not {now}; resume it as it was, or pass --force"
+            return f"is a run with {name} {was}, not {now}"
     return ""
 
 

@@ -8,7 +8,8 @@ records. The race goes in three rounds, so that no grid is filled:
 3. *Final*: the leaders again, `LONGER` times as long, which also tells whether the order lasts.
 
 Short runs want higher rates than long ones, down to `SETTLED` steps. So a heat of r steps that stands for T steps runs at
-`(T / max(r, SETTLED)) ** SHIFT` times the rate of the long run, and what wins is moved back by the same factor (`moved`).
+`(T / max(r, SETTLED)) ** SHIFT` times the rate of the long run, and more where that goes over the records several times; what wins is moved
+back by the same factor (`moved`).
 
 Every heat is a trial (`trials.trial`) that is never made twice: a race that was killed goes on when it is asked for again.
 """
@@ -32,12 +33,16 @@ from layercard.trials.workers import Workers
 
 SHIFT = 0.35
 """How the best learning rate falls with the number of steps, `steps ** -SHIFT`: assumed from few runs, not fitted (docs/run.md)."""
+PASSES_SHIFT = 0.7
+"""How it falls with the passes over the records beside that, `passes ** -PASSES_SHIFT`: records seen again are learnt by heart, the sooner
+the higher the rate. From one ladder (`benchmarks/race_constants.py`)."""
 SETTLED = 24
 """Steps below which the best learning rate no longer rises: there it is limited by what the first steps can bear."""
 USUAL = (0.9, 500)
 """The rule for a rate without a race: `USUAL[0] / width` for adapters in all layers and `USUAL[1]` steps; see `usual_rate`."""
-LAYERS_SHIFT = 0.3
-"""How the best learning rate grows as fewer layers are adapted, `share of layers ** -LAYERS_SHIFT`: assumed, not fitted."""
+LAYERS_SHIFT = 0.4
+"""How the best learning rate grows as fewer layers are adapted, `share of layers ** -LAYERS_SHIFT`: fitted to 26 ladders, one model, three
+tasks (`benchmarks/race_constants.py`)."""
 SHORTEST, LONGEST = 8, 64
 """Steps of a heat: below, chance decides; above, more heats say more."""
 JUDGES = (16, 64)
@@ -47,8 +52,9 @@ RATE_HEATS = 3
 LONGER = 3
 """How much longer the final is than the rounds before it."""
 FINALISTS = 2
-HEAT_NOISE = 0.015
-"""Standard deviation of the difference between two heats with the same records, as a share of what training takes away: assumed."""
+HEAT_NOISE = 0.026
+"""Standard deviation of the difference between two heats with the same records, as a share of what training takes away: that of trainings
+of 32 steps over seeds, one model, three tasks (`benchmarks/race_constants.py`)."""
 CERTAIN = 0.9
 """Probability with which the chosen entrant must be within the tolerance of the best."""
 
@@ -103,27 +109,38 @@ class Race(Record):
     left_out: tuple[str, ...] = ()  # entrants that did not take part, and why
 
 
-def usual_rate(width: int, steps: int, share: float = 1.0) -> float:
-    """A peak learning rate for LoRA where nothing was measured: it falls with the width and the steps, and grows with fewer layers.
+class Length(NamedTuple):
+    """How long a training is: updates, and passes over the records (a part of one counts as one)."""
+
+    steps: int
+    passes: float = 1.0
+
+    def factor(self) -> float:
+        """What the best learning rate of this length is a multiple of."""
+        return float(max(self.steps, SETTLED) ** -SHIFT * max(self.passes, 1.0) ** -PASSES_SHIFT)
+
+
+def usual_rate(width: int, length: Length, share: float = 1.0) -> float:
+    """A peak learning rate for LoRA where nothing was measured: it falls with the width and the length, and grows with fewer layers.
 
     Args:
         width: Size of the hidden state.
-        steps: Updates of the run.
+        length: Of the run.
         share: Part of the layers that are adapted, 0 to 1.
 
-    >>> round(usual_rate(576, 500), 5), round(usual_rate(4096, 500), 5)
+    >>> round(usual_rate(576, Length(500)), 5), round(usual_rate(4096, Length(500)), 5)
     (0.00156, 0.00022)
     """
-    return moved(USUAL[0] / width, USUAL[1], steps) * share**-LAYERS_SHIFT
+    return moved(USUAL[0] / width, Length(USUAL[1]), length) * share**-LAYERS_SHIFT
 
 
-def moved(rate: float, steps: int, others: int) -> float:
-    """The learning rate for a run of `others` steps that answers to `rate` in one of `steps` steps.
+def moved(rate: float, length: Length, other: Length) -> float:
+    """The learning rate for a run of the length `other` that answers to `rate` in one of `length`.
 
-    >>> round(moved(0.002, 960, 96) / 0.002, 2), moved(0.002, 8, 16)
+    >>> round(moved(0.002, Length(960), Length(96)) / 0.002, 2), moved(0.002, Length(8), Length(16))
     (2.24, 0.002)
     """
-    return rate * (max(steps, SETTLED) / max(others, SETTLED)) ** SHIFT
+    return rate * other.factor() / length.factor()
 
 
 @dataclass(frozen=True)
@@ -133,7 +150,7 @@ class Course:
     Attributes:
         task: Model and records, with the judging records as the split `valid`; or what opens them in a worker.
         settings: Those of the long run; steps and learning rate are set heat by heat.
-        steps: Updates of the long run.
+        length: Of the long run.
         folder: Where heats lie.
         workers: Where they run.
         progress: Told of every heat.
@@ -141,16 +158,16 @@ class Course:
 
     task: Opener
     settings: TrainSettings
-    steps: int
+    length: Length
     folder: Path
     workers: Workers = field(default_factory=Workers)
     progress: Progress | None = None
 
     def heats(self, entrants: Sequence[Entrant], steps: int) -> list[Heat]:
         """Train each entrant for so many steps, or read that it was."""
-        trials = []
+        trials, heat = [], Length(steps, self.length.passes * steps / self.length.steps)
         for entrant in entrants:
-            rate = float(f"{moved(entrant.learning_rate, self.steps, steps):.4g}")
+            rate = float(f"{moved(entrant.learning_rate, self.length, heat):.4g}")
             how = replace(self.settings, steps=steps, epochs=None, learning_rate=rate, save_steps=0, report_to="none", patience=None)
             trials.append(Trial("race", entrant.layers, how, modules=entrant.modules, split="valid"))
         records = run_trials(trials, self.task, self.folder, self.workers, self.progress)
@@ -269,7 +286,7 @@ def race(
     finalists, last = _finalists(allowed, objective), allowed
     if shape.final and len(finalists) > 1:
         again = [_at(first, factor) if heat.entrant.name == first.name else heat.entrant for heat in finalists]
-        last = [heat for heat in course.heats(again, min(LONGER * shape.steps, course.steps)) if heat.loss is not None] or allowed
+        last = [heat for heat in course.heats(again, min(LONGER * shape.steps, course.length.steps)) if heat.loss is not None] or allowed
         heats += last if last is not allowed else []
     winner, why = choose(last, before, objective, tolerance)
     return Race(
@@ -278,7 +295,7 @@ def race(
         held_out_records=len(before.tokens),
         labelled=tuple(before.tokens.int().tolist()),
         loss_before=before.loss,
-        steps=course.steps,
+        steps=course.length.steps,
         objective=objective,
         tolerance=tolerance,
         heats=tuple(heats),

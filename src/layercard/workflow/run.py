@@ -30,7 +30,7 @@ from layercard.card.card import LayerCard
 from layercard.data.formats import Source
 from layercard.data.load import Dataset, load_data
 from layercard.errors import DataError, OutputError, TrainingError
-from layercard.files import LOCK_FILE, alone, read_json, write_json, write_text
+from layercard.files import LOCK_FILE, alone, write_json, write_text
 from layercard.models.load import BaseModel, Progress, describe, load_model, wrap_model
 from layercard.models.losses import RecordLosses
 from layercard.profiling.profile import profile_records
@@ -44,9 +44,9 @@ from layercard.settings import FastSettings, ProfileSettings, RunSettings, Train
 from layercard.statistics.ratios import ratio_interval
 from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
-from layercard.training.train import PLAN as TRAIN_PLAN, RUN_FILE, train
+from layercard.training.train import LEAST_WATCHED, PLAN as TRAIN_PLAN, RUN_FILE, WATCH_SHARE, other_run, train
 from layercard.training.trainer import MEASUREMENTS, check_reporters
-from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Heat, Race, Shape, race, race_shape, usual_rate
+from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Heat, Length, Race, Shape, race, race_shape, usual_rate
 from layercard.trials.result import AllLayers, Chosen, Measured, Result, Seconds
 from layercard.trials.trial import Task
 from layercard.trials.workers import Workers
@@ -63,7 +63,8 @@ HELD_OUT = (0.1, 16, 300)
 """Share of the records that a split holds out, the least and the most of them."""
 MEASURED_COST = 1 / 3
 """What a held-out record costs to measure, in records trained: forward alone."""
-TIMED_STEPS = 4
+TIMED_STEPS = (2, 4)
+"""Steps of all layers that the plan is made from: a fiftieth of the run, the least and the most of them."""
 PATIENCE = 2
 """Measurements of the held-out loss without a better one after which the full training stops, unless told."""
 CARD_SHARE = 0.4
@@ -216,7 +217,8 @@ def _chosen(
     card = _card(base, data, plan, training, output, progress)
 
     # Step 4: the race, or the rules where there is no time for one.
-    entrants, left_out = candidates(base, card, settings, plan.steps, timed)
+    length = Length(plan.steps, plan.steps * training.batch_size * training.accumulation / len(data))
+    entrants, left_out = candidates(base, card, settings, length, timed)
     if training.learning_rate is not None:
         entrants = [entrant.model_copy(update={"learning_rate": training.learning_rate}) for entrant in entrants]
     raced: Race | None = None
@@ -225,7 +227,7 @@ def _chosen(
     elif plan.race is not None:
         task = race_task(base, data, valid, before, fast, plan.race)
         opener = task if open_records is None else partial(_opened, open_records, training.seed, fast, plan.race)
-        course = Course(opener, training, plan.steps, output / RACE, workers or Workers(), progress)
+        course = Course(opener, training, length, output / RACE, workers or Workers(), progress)
         how: dict[str, Any] = {"objective": settings.objective, "tolerance": settings.tolerance_share(), "left_out": left_out}
         how |= {"search_rate": training.learning_rate is None, "max_memory": settings.max_memory_bytes()}
         about = {"model": describe(base), "data": describe_data(data)}
@@ -395,13 +397,13 @@ def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, time
     steps, per_step = training.total_steps(len(data)), training.batch_size * training.accumulation
     limit = settings.max_seconds()
     if limit is not None:
-        # Before, after, and while the training watches the held-out loss.
-        measured = (MEASUREMENTS + 2) * held_out * MEASURED_COST / per_step
-        affordable = math.floor((limit / step - measured) / (1 + settings.search_share()))
-        if affordable < TIMED_STEPS:
+        # All held-out records before and after, and a share of the time, or the least, while the training watches the loss.
+        measured = (2 * held_out + MEASUREMENTS * min(held_out, LEAST_WATCHED)) * MEASURED_COST / per_step
+        affordable = math.floor((limit / step - measured) / (1 + settings.search_share() + WATCH_SHARE))
+        if affordable < TIMED_STEPS[1]:
             raise TrainingError(
                 f"--max-time {duration(limit)} leaves {max(0, affordable)} steps of {step:.1f} s beside measuring {held_out} held-out "
-                f"records; allow at least {duration((measured + 2 * TIMED_STEPS) * step)}, or hold out fewer"
+                f"records; allow at least {duration((measured + 2 * TIMED_STEPS[1]) * step)}, or hold out fewer"
             )
         if affordable < steps:
             notes.append(f"{steps} steps would take {duration(steps * step)}; --max-time {duration(limit)} leaves {affordable}")
@@ -419,7 +421,9 @@ def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, time
     return Plan(steps, step, records, shape, search * step, tuple(notes))
 
 
-def candidates(base: BaseModel, card: LayerCard | None, settings: RunSettings, steps: int, timed: Run) -> tuple[list[Entrant], list[str]]:
+def candidates(
+    base: BaseModel, card: LayerCard | None, settings: RunSettings, length: Length, timed: Run
+) -> tuple[list[Entrant], list[str]]:
     """Who takes part in the race, the reference first, and who does not, in words.
 
     All layers are always asked; with a limit on memory the reference is the largest that is predicted to keep it.
@@ -453,11 +457,11 @@ def candidates(base: BaseModel, card: LayerCard | None, settings: RunSettings, s
         if limit is not None and predicted > 1.1 * limit:
             left_out.append(f"{name}: predicted to take {predicted / 2**20:,.0f} MiB")
             continue
-        rate = usual_rate(width, steps, len(layers) / count)
+        rate = usual_rate(width, length, len(layers) / count)
         entrants.append(Entrant(name=name, layers=tuple(layers), modules=modules, learning_rate=float(f"{rate:.3g}")))
     if not entrants:
         fewest = every[-1:]
-        rate = usual_rate(width, steps, 1 / count)
+        rate = usual_rate(width, length, 1 / count)
         entrants.append(Entrant(name="last layer", layers=fewest, modules="all", learning_rate=float(f"{rate:.3g}")))
     return entrants, left_out
 
@@ -493,13 +497,8 @@ def _begun(
     }
     path = output / PLAN_FILE
     if path.exists():
-        earlier = read_json(path, OutputError, "plan")
-        for name, value in plan.items():
-            if earlier.get(name) != value:
-                raise OutputError(
-                    f"{output} is a run with {name} {earlier.get(name)}, not {value}; "
-                    "give it as it was, name another output, or pass --force"
-                )
+        if other := other_run(path, plan, OutputError):
+            raise OutputError(f"{output} {other}; give it as it was, name another output, or pass --force")
         return data, valid, note
     output.mkdir(parents=True, exist_ok=True)
     others = [entry.name for entry in output.iterdir() if entry.name != LOCK_FILE]
@@ -514,8 +513,10 @@ def _timed(base: BaseModel, data: Dataset, training: TrainSettings, fast: FastSe
     if (folder / RUN_FILE).exists():
         return Run.load(folder / RUN_FILE)
     placement = place(base, range(len(base.blocks)), objective="all layers")
-    rate = usual_rate(base.model.get_input_embeddings().weight.shape[1], TIMED_STEPS)
-    settings = replace(training, steps=TIMED_STEPS, epochs=None, learning_rate=rate, save_steps=0, report_to="none", patience=None)
+    least, most = TIMED_STEPS
+    steps = max(least, min(most, training.total_steps(len(data)) // 50))
+    rate = usual_rate(base.model.get_input_embeddings().weight.shape[1], Length(steps))
+    settings = replace(training, steps=steps, epochs=None, learning_rate=rate, save_steps=0, report_to="none", patience=None)
     told = progress and (lambda phase, done, total: progress("time a few steps", done, total))
     return train(base, placement, data, folder, settings, fast=fast, force=folder.exists(), progress=told)
 
