@@ -12,7 +12,7 @@ CARD = ROOT / "benchmarks" / "results" / "placements" / "cards" / "e2e.json"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 COLOURS = {"light": ("#ffffff", "#24292f", "#d8dee4"), "dark": ("#0d1117", "#e6edf3", "#30363d")}
 """Background, text and grid lines."""
-WIDTH, HEIGHT = 880, 330
+WIDTH, HEIGHT = 880, 300
 PAGE = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: {background}; color: {text}; font: 15px system-ui, sans-serif; }}
 main {{ display: grid; grid-template-columns: 1.6fr 1fr; gap: 8px; padding: 12px 16px; box-sizing: border-box; width: {width}px; }}
@@ -44,7 +44,7 @@ def page(scheme: str) -> str:
     background, text, grid = COLOURS[scheme]
     drawn = json.dumps({name: json.loads(figure.to_json()) for name, figure in figures.items()})
     return PAGE.format(
-        background=background, text=text, grid=grid, figures=drawn, plotly=plotly_js(), width=WIDTH, plot=HEIGHT - 60, height=HEIGHT
+        background=background, text=text, grid=grid, figures=drawn, plotly=plotly_js(), width=WIDTH, plot=HEIGHT - 48, height=HEIGHT
     )
 
 

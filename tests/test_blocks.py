@@ -47,7 +47,9 @@ def test_blocks_run_with_a_tiny_model(page: Path, tiny_folder: Path, tmp_path: P
             exec(compile(code, page.name, "exec"), {})
             ran += 1
         for line in code.splitlines() if kind == "sh" else ():
-            name, *words = shlex.split(line, comments=True)
+            if not (words := shlex.split(line, comments=True)):
+                continue
+            name, *words = words
             assert name == "layercard", line
             assert run(words) == 0, line
             ran += 1
