@@ -89,15 +89,16 @@ def heat_noise() -> tuple[float, float, float, int]:
 
 
 def long_ladders() -> list[tuple[str, Length, float | None, list[float]]]:
-    """Regime, its length, best rate and rates tried of all layers with our fast parts, of regimes with at least three rates."""
+    """Regime, its length, best rate and rates tried of all layers and modules, where at least three rates were tried in one trainer."""
     found = []
     for folder in sorted((RESULTS / "time_to_quality").glob("smollm2-135m-*")):
-        runs = [json.loads(path.read_text()) for path in folder.glob("fast-*-s0.json")]
-        tried = [(run["learning_rate"], run["loss"]) for run in runs]
-        if len(tried) >= 3:
-            name = folder.name.removeprefix("smollm2-135m-")
-            length = Length(runs[0]["steps"], float(name.rpartition("x")[2]))
-            found.append((name, length, lowest(tried), sorted(rate for rate, _ in tried)))
+        for trainer in ("peft", "fast"):
+            runs = [json.loads(path.read_text()) for path in folder.glob(f"{trainer}-*-s0.json")]
+            tried = [(run["learning_rate"], run["loss"]) for run in runs]
+            if len(tried) >= 3:
+                name = folder.name.removeprefix("smollm2-135m-")
+                length = Length(runs[0]["steps"], float(name.rpartition("x")[2]))
+                found.append((name, length, lowest(tried), sorted(rate for rate, _ in tried)))
     return found
 
 
