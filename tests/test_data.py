@@ -676,3 +676,21 @@ class TestCommands:
         path = write_records(tmp_path / "a.jsonl", [{"text": "x" * 100}])
         options.read([str(path)], base, None, DataSettings())
         assert "the longest record has 101 tokens, but tiny was made for up to 64" in caplog.text
+
+
+def test_the_records_of_the_page_are_read(tiny_folder: Path, tmp_path: Path) -> None:
+    """One of each kind in docs/data.md: read as what the page says, with something learnt."""
+    import json
+    import re
+
+    page = Path(__file__).resolve().parents[1] / "docs" / "data.md"
+    records = re.findall(r"```json\n(.*?)\n```", page.read_text(encoding="utf-8"))
+    kinds = []
+    for number, record in enumerate(records):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(f"{record}\n" * 4, encoding="utf-8")
+        result = CliRunner().invoke(app, ["data", str(path), "--model", str(tiny_folder), "--json"])
+        value = json.loads(result.stdout)
+        assert value["learnt_tokens"] > 0
+        kinds.append(value["format"])
+    assert kinds == ["pair", "chat", "chat", "chat", "text", "segments"]

@@ -4,13 +4,16 @@ import json
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from exports import CASES
 from layercard.commands import main as cli
+from tiny import tiny_records, write_records
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ADAPTER = "adapter_model.safetensors"
@@ -69,3 +72,21 @@ def test_examples_are_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         lines = [line for line in path.read_text(encoding="utf-8").split("def main", 1)[1].splitlines() if line.strip()]
         assert len(lines) <= 30, path.name
+
+
+def test_one_file(
+    tiny_folder: Path, tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its head is one that `uv run` reads, and it ends in the result's line."""
+    text = (EXAMPLES / "one_file.py").read_text(encoding="utf-8")
+    head = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", text)[1]
+    assert tomllib.loads(head.replace("# ", ""))["dependencies"] == ["layercard"]
+    monkeypatch.chdir(tmp_path)
+    run("one_file.py", [str(tiny_folder), str(write_records(tmp_path / "many.jsonl", tiny_records(48))), "out", "5m"], monkeypatch)
+    assert "loss" in capfd.readouterr().out.splitlines()[-1]
+
+
+def test_the_citation_can_be_read() -> None:
+    citation = yaml.safe_load((EXAMPLES.parent / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= citation.keys()
+    assert "2602.04019" in citation["references"][0]["url"]

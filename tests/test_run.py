@@ -241,3 +241,13 @@ def assert_same_race(one: dict[str, object], other: dict[str, object]) -> None:
     assert [heat["loss"] for heat in one["heats"]] == pytest.approx([heat["loss"] for heat in other["heats"]], rel=1e-4)
     assert {**one["chosen"], "learning_rate": 0} == {**other["chosen"], "learning_rate": 0}
     assert one["chosen"]["learning_rate"] == pytest.approx(other["chosen"]["learning_rate"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).resolve().parents[1] / "examples" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_recipes_of_the_examples_run(recipe: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Each with a tiny model on this machine; what is on the command line goes first."""
+    data = write_records(tmp_path / "data.jsonl", tiny_records(48))
+    words = ["run", str(tiny_folder), "--data", str(data), "-o", str(tmp_path / "out"), "--recipe", str(recipe), "--device", "cpu"]
+    assert command([*words, "--plan"]) == 0
