@@ -14,6 +14,7 @@ Each part is kept in `results/stream_profile/` and not run again while its file 
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -50,9 +51,17 @@ QWEN3_8B = {
     "vocab_size": 151936, "dtype": "bfloat16", "num_hidden_layers": 36,
 }  # fmt: skip
 
+QWEN_32B = {
+    "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 152064, "dtype": "bfloat16", "num_hidden_layers": 64,
+}  # fmt: skip
 
-def write_model(folder: Path, shape: dict[str, Any]) -> Path:
-    """A Qwen3 model of random weights, one file a block, never whole in memory; SmolLM2's tokenizer beside it."""
+
+def write_model(folder: Path, shape: dict[str, Any], pool_size: int = 0) -> Path:
+    """A Qwen3 model of random weights, one file a block, never whole in memory; SmolLM2's tokenizer beside it.
+
+    With a `pool_size` so many numbers are drawn once, and each tensor repeats them from another place on, which takes no time.
+    """
     if (folder / "done").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -63,12 +72,19 @@ def write_model(folder: Path, shape: dict[str, Any]) -> Path:
         shutil.copy(path, folder / path.name)
     dtype = getattr(torch, shape["dtype"])
     draw = torch.Generator().manual_seed(0)
+    pool = torch.empty(pool_size, dtype=dtype).normal_(0, 0.02, generator=draw) if pool_size else None
+
+    def weights(size: tuple[int, ...]) -> torch.Tensor:
+        if len(size) == 1:
+            return torch.ones(size, dtype=dtype)
+        if pool is None:
+            return torch.empty(size, dtype=dtype).normal_(0, 0.02, generator=draw)
+        start = int(torch.randint(pool_size, (), generator=draw))
+        return pool.roll(start).repeat(-(-math.prod(size) // pool_size))[: math.prod(size)].reshape(size)
+
     places: dict[str, str] = {}
     for name, tensors in _parts(shape):
-        made = {
-            key: torch.ones(size, dtype=dtype) if len(size) == 1 else torch.empty(size, dtype=dtype).normal_(0, 0.02, generator=draw)
-            for key, size in tensors.items()
-        }
+        made = {key: weights(size) for key, size in tensors.items()}
         save_file(made, folder / f"{name}.safetensors")
         places |= dict.fromkeys(made, f"{name}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))

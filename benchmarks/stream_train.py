@@ -5,7 +5,10 @@
 - *memory*: random models of one width: 8 to 64 blocks with the last 2 trained, and 32 blocks with the last 1 to 16 trained; peak
   resident memory above that of the process before it opens the model, and what the cost model's sizes foretell;
 - *8b*: random weights of Qwen3-8B's shape in bfloat16 in an address space of 6 GiB: the last 4 of 36 blocks, two passes over 64 records of
-  E2E; and that the same without `--stream` is refused.
+  E2E; and that the same without `--stream` is refused;
+- *32b*: random weights of Qwen2.5-32B's width and depth in bfloat16 in an address space of 12 GiB: the pass over 8 records, and 4 steps on
+  the last 2 blocks. Takes 66 GB of disk, given back at the end;
+- *sizes*: what the cost model forecasts for models of 1.5B to 70B; nothing is measured.
 
 Each part is kept in `results/stream_train/` and not run again while its file is there; the models lie in `--work`.
 
@@ -34,6 +37,7 @@ from common import RESULTS, report, task_file
 from layercard.adapters.apply import place
 from layercard.cost.estimate import estimated_cost
 from layercard.cost.measure import usual_batch
+from layercard.cost.model import CostModel
 from layercard.data.load import IGNORED, load_data
 from layercard.errors import BenchmarkError
 from layercard.files import read_json, write_json
@@ -42,9 +46,36 @@ from layercard.models.load import empty_model
 from layercard.models.streamed import open_model
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.streamed import train_streamed
-from stream_profile import CAP, QWEN3_8B, SHALLOW, write_model
+from stream_profile import CAP, QWEN3_8B, QWEN_32B, SHALLOW, write_model
 
 FOLDER = RESULTS / "stream_train"
+PARTS = ("equality", "memory", "8b", "32b", "sizes")
+CAP_32B, SPACE_32B = 12 * 2**30, 68 * 10**9
+SHAPES = {"8b": QWEN3_8B, "32b": QWEN_32B}
+LARGE = {
+    "8b": "Qwen3-8B's shape, random weights, bfloat16: the last 4 of 36 blocks in an address space of 6 GiB",
+    "32b": "Qwen2.5-32B's width and depth, random weights, bfloat16: the last 2 of 64 blocks in an address space of 12 GiB",
+}
+LAST = (1, 4, 8, 16)
+"""Numbers of trained blocks in the table of sizes."""
+
+
+def _shape(blocks: int, width: int, inner: int, heads: int, shared: int, vocabulary: int, *, tied: bool = False) -> dict[str, Any]:
+    """A shape with heads of 128."""
+    return {
+        "num_hidden_layers": blocks, "hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads, "head_dim": 128,
+        "num_key_value_heads": shared, "vocab_size": vocabulary, "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+SIZES = {
+    "1.5B (Qwen2.5)": _shape(28, 1536, 8960, 12, 2, 151936, tied=True),
+    "3B (Qwen2.5)": _shape(36, 2048, 11008, 16, 2, 151936, tied=True),
+    "8B (Qwen3)": _shape(36, 4096, 12288, 32, 8, 151936),
+    "14B (Qwen2.5)": _shape(48, 5120, 13824, 40, 8, 152064),
+    "32B (Qwen2.5)": _shape(64, 5120, 27648, 40, 8, 152064),
+    "70B (Llama 3)": _shape(80, 8192, 28672, 64, 8, 128256),
+}
 DEPTHS, TRAINED = (8, 16, 32, 64), (1, 4, 8, 16)
 
 
@@ -110,11 +141,16 @@ def apart(model: Path, last: int, options: argparse.Namespace, *, records: int, 
 
 def forecast(shape: dict[str, Any], trained: int, batch: dict[str, int]) -> int:
     """Bytes of a process that trains the last blocks of a model of this shape with `--stream`, from the shape alone."""
-    config = Qwen3Config(**{key: value for key, value in shape.items() if key != "dtype"}, tie_word_embeddings=False)
-    model = empty_model("", config, getattr(torch, shape["dtype"]), False)
-    sizes = {"batch_size": 4, "rank": TrainSettings().rank, "dtype": shape["dtype"], **batch}
-    cost = estimated_cost(model, flops=1.0, bandwidth=1.0, name="", **sizes)  # times are of no interest here
+    cost = _cost(shape, batch)
     return cost.process_memory(range(len(cost.layers) - trained, len(cost.layers)), stream=True)
+
+
+def _cost(shape: dict[str, Any], batch: dict[str, int]) -> CostModel:
+    """The cost model of a shape; its times are of no interest here."""
+    config = Qwen3Config(**{"tie_word_embeddings": False, **{key: value for key, value in shape.items() if key != "dtype"}})
+    model = empty_model("", config, getattr(torch, shape["dtype"]), False)
+    of_batch = {"batch_size": 4, "rank": TrainSettings().rank, "dtype": shape["dtype"], **batch}
+    return estimated_cost(model, flops=1.0, bandwidth=1.0, name="", **of_batch)
 
 
 def equality(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -193,6 +229,32 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     return done | {"refusal": refusal.stderr.strip().splitlines()[-1], "refusal_status": refusal.returncode}
 
 
+def huge(options: argparse.Namespace) -> dict[str, Any]:
+    """The 32B shape; its files are gone afterwards."""
+    folder = options.work / "qwen-32b"
+    free = shutil.disk_usage(options.work).free
+    if not (folder / "done").exists() and free < SPACE_32B:
+        raise BenchmarkError(
+            f"32b needs {SPACE_32B / 1e9:.0f} GB in {options.work}, where {free / 1e9:.0f} GB are free; name another --work"
+        )
+    try:
+        return apart(write_model(folder, QWEN_32B, pool_size=2**24), 2, options, records=8, epochs=2, cap=CAP_32B)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sizes(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forecasts by size of model."""
+    rows = []
+    for name, shape in SIZES.items():
+        blocks = shape["num_hidden_layers"]
+        cost = _cost(shape | {"dtype": "bfloat16"}, {"length": 256, "labelled": 512})
+        last = [cost.process_memory(range(blocks - count, blocks), stream=True) for count in LAST]
+        disk = round(1000 * 256 * shape["hidden_size"] * 2 / 1e9, 2)
+        rows.append({"model": name, "blocks": blocks, "all": cost.process_memory(range(blocks)), "last": last, "disk": disk})
+    return rows
+
+
 def _placement(model: Path) -> Path:
     path = model / "placement.json"
     if not path.exists():
@@ -203,8 +265,8 @@ def _placement(model: Path) -> Path:
 def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["equality", "memory", "8b"], choices=["equality", "memory", "8b"])
-    parser.add_argument("--work", type=Path, default=Path("/tmp/layercard-stream"), help="folder for models; 20 GB for 8b")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/layercard-stream"), help="folder for models; 20 GB for 8b, 68 GB for 32b")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--last", type=int, default=2, help=argparse.SUPPRESS)
@@ -215,7 +277,7 @@ def main() -> None:
     if options.child:
         child(options)
         return
-    parts = {"equality": equality, "memory": memory, "8b": large}
+    parts = dict(zip(PARTS, (equality, memory, large, huge, sizes), strict=True))
     results: dict[str, Any] = {}
     for part in options.parts:
         path = FOLDER / f"{part}.json"
@@ -246,7 +308,7 @@ def tables(results: dict[str, Any]) -> None:
                 round(run["step_bytes"] / mib),
                 round(run["peak_process_bytes"] / mib),
                 round(foretold / mib),
-                round(100 * (foretold / run["peak_process_bytes"] - 1), 1),
+                round(100 * (foretold / run["peak_process_bytes"] - 1), 1) + 0.0,  # no -0
                 round(run["disk_bytes"] / mib, 1),
             ]
             for run, foretold in zip(results["memory"], forecasts, strict=True)
@@ -263,21 +325,33 @@ def tables(results: dict[str, Any]) -> None:
         ]
         title = f"Memory of streamed training: random weights, width {SHALLOW['hidden_size']}, float32, 16 records, batches of 4"
         report("stream_train_memory", title, heads, rows, runs=results["memory"])
-    if "8b" in results:
-        run = results["8b"]
+    for part, title in LARGE.items():
+        if part in results:
+            run = results[part]
+            rows = [
+                ["fingerprint, minutes", round(run["open_seconds"] / 60, 1)],
+                [f"pass over {run['blocks'] - run['trained']} blocks, minutes", round(run["pass_seconds"] / 60, 1)],
+                ["a step of 4 records, seconds", round(run["step_seconds"], 2)],
+                ["steps", run["steps"]],
+                ["peak resident memory of the process, MiB", round(run["peak_process_bytes"] / mib)],
+                ["forecast of it, MiB", round(forecast(SHAPES[part], run["trained"], run["batch"]) / mib)],
+                ["weights in memory, MiB", round(run["weights_bytes"] / mib)],
+                ["hidden states on disk, MiB", round(run["disk_bytes"] / mib, 1)],
+                ["tokens", run["tokens"]],
+            ]
+            rows += [["without --stream", run["refusal"]]] if "refusal" in run else []
+            report(f"stream_train_{part}", title, ["", "measured"], rows, **run)
+    if "sizes" in results:
         rows = [
-            ["fingerprint, minutes", round(run["open_seconds"] / 60, 1)],
-            ["pass over 32 blocks, minutes", round(run["pass_seconds"] / 60, 1)],
-            ["a step of 4 records, seconds", round(run["step_seconds"], 2)],
-            ["steps", run["steps"]],
-            ["peak resident memory of the process, MiB", round(run["peak_process_bytes"] / mib)],
-            ["weights in memory, MiB", round(run["weights_bytes"] / mib)],
-            ["hidden states on disk, MiB", round(run["disk_bytes"] / mib, 1)],
-            ["tokens", run["tokens"]],
-            ["without --stream", run["refusal"]],
+            [run["model"], run["blocks"], round(run["all"] / 1e9, 1), *(round(size / 1e9, 1) for size in run["last"]), run["disk"]]
+            for run in results["sizes"]
         ]
-        title = "Qwen3-8B's shape, random weights, bfloat16: the last 4 of 36 blocks in an address space of 6 GiB"
-        report("stream_train_8b", title, ["", "measured"], rows, **run)
+        heads = ["model", "blocks", "all in memory, GB", *(f"last {last}, GB" for last in LAST), "hidden states of 1,000 records, GB"]
+        title = (
+            "Memory of a process that trains the last blocks with --stream, forecast from shapes on a CPU: bfloat16, rank 8, batches of "
+            "4 records of 256 tokens, half of them labelled"
+        )
+        report("stream_train_sizes", title, heads, rows, runs=results["sizes"])
 
 
 if __name__ == "__main__":

@@ -152,6 +152,44 @@ def test_torchrun_prints_once(inputs: tuple[str, ...], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "run.json").read_text())["processes"] == 2
 
 
+def test_two_processes_train_a_streamed_model_as_one(inputs: tuple[str, ...], tmp_path: Path) -> None:
+    """The pass is shared, and both read all hidden states."""
+    data, runs = str(tmp_path / "train.jsonl"), {}
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        more = ["--stream", "--steps", "5", "--valid", data, "--cache", str(tmp_path / f"states-{name}"), "-o", str(tmp_path / name)]
+        command = [sys.executable, *launcher, "-m", "layercard", *inputs, *more]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        runs[name] = json.loads((tmp_path / name / "run.json").read_text())
+    assert runs["two"]["processes"] == 2
+    assert runs["two"]["losses"] == pytest.approx(runs["one"]["losses"], rel=1e-4)
+    assert runs["two"]["loss_after"] == pytest.approx(runs["one"]["loss_after"], rel=1e-4)
+    assert_same_adapter(tmp_path / "two", tmp_path / "one")
+    kept = {}
+    for name in runs:
+        shards = [load_file(path)["keys"] for path in (tmp_path / f"states-{name}").rglob("*.safetensors")]
+        kept[name] = sorted(bytes(key) for shard in shards for key in shard.numpy())
+    assert kept["two"] == kept["one"]  # no record passed twice
+
+
+def test_a_full_disk_of_one_process_ends_both_in_one_line(inputs: tuple[str, ...], tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom layercard import processes\nfrom layercard.commands import main\nfrom layercard.fast import prefix_pass\n"
+        "if processes.rank() == 1:\n    prefix_pass.COPIES = 10**15\nsys.argv[0] = 'layercard'\nmain.main()\n"
+    )
+    common = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(19998 + os.getpid() % 20000)}
+    command = [sys.executable, "-c", script, *inputs, "--stream", "--steps", "2", "-o", str(tmp_path / "a")]
+    started = [
+        subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for process in started:
+        said = process.communicate(timeout=200)[1].strip()
+        assert process.returncode == 2 and "Traceback" not in said, said
+        assert "error: the pass needs" in said.splitlines()[-1]
+    assert not (tmp_path / "a").exists()
+
+
 def numbers(value: Any, path: str = "") -> dict[str, float]:
     """All numbers in a JSON value but readings of a clock, by their place."""
     if isinstance(value, dict):

@@ -18,6 +18,7 @@ import layercard.checkpoint
 import layercard.commands.options
 import layercard.profiling.profile
 import layercard.profiling.streamed
+import layercard.training.streamed
 import layercard.training.train
 import layercard.trials.bench
 import layercard.trials.compare

@@ -1,16 +1,14 @@
-"""A plain LoRA adapter added to the weights of its base model, shard by shard: at most one file of the model is in memory at a time."""
+"""A plain LoRA adapter added to the weights of its base model, file by file: at most one weight is in memory at a time."""
 
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from layercard.adapters.files import CONFIG_FILE, PLACEMENT_FILE, check_loads, read_adapter, saved_placement
 from layercard.errors import OutputError, PlacementError
@@ -18,6 +16,8 @@ from layercard.models.stored import weight_files
 from layercard.models.streamed import StreamedModel
 
 PREFIX = "base_model.model."
+ROWS = 1024
+"""Rows of a weight that are added in float32 at once."""
 
 
 class Update(NamedTuple):
@@ -102,14 +102,14 @@ def merge_streamed(
     try:
         part.mkdir(parents=True)
         for number, path in enumerate(files, 1):
-            stored = [name for name, tensor in streamed.weights.tensors.items() if tensor.path == path]
-            merged: dict[str, Any] = {}
-            for name in stored:
-                merged[name] = streamed.weights.read(name)
-                if name in updates:
-                    merged[name] = (merged[name].float() + updates[name].delta()).to(merged[name].dtype).contiguous()
-            save_file(merged, part / path.name, {"format": "pt"})
-            del merged
+            shutil.copyfile(path, part / path.name)
+            with (part / path.name).open("r+b") as file:  # sizes and types stay, so each weight is written where it was
+                for name in (name for name in updates if streamed.weights.tensors[name].path == path):
+                    weight, delta = streamed.weights.read(name), updates[name].delta()
+                    for rows, change in zip(weight.split(ROWS), delta.split(ROWS), strict=True):
+                        rows.copy_(rows.float() + change)
+                    file.seek(streamed.weights.tensors[name].start)
+                    file.write(weight.view(torch.uint8).numpy().data)
             if progress:
                 progress("merge", number, len(files))
         for path in folder.iterdir():
@@ -118,7 +118,7 @@ def merge_streamed(
         if output.exists():
             output.rmdir()
         part.rename(output)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OutputError(f"cannot write {output}: {' '.join(str(error).split())}; make room, or name another output") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,7 @@
 """`layercard compare`: several placements, trained from the same seed on the same records, side by side."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def compare(
     settings: TrainSettings = opt.TRAINING,
     fast: FastSettings = FastSettings(),
     stock: bool = opt.STOCK,
+    stream: bool = setting(False, "Leave the blocks below the lowest adapted one of all placements on disk, as `train --stream` does."),
     loading: LoadSettings = LoadSettings(),
     resume: bool = opt.RESUME,
     force: bool = opt.FORCE,
@@ -55,12 +57,15 @@ def compare(
     from layercard.adapters.apply import without_experts
     from layercard.card.card import LayerCard
     from layercard.models.load import describe
+    from layercard.models.streamed import open_model
     from layercard.report.terminal import comparison_table
+    from layercard.training.streamed import STATES, comparable
     from layercard.training.train import PLAN, first_day
     from layercard.trials.compare import compare as run, folder_name
 
     with Display() as display:
-        base = opt.load(model, loading, display)
+        streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
+        base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True)
         source = LayerCard.load(card) if card else None
         if source is not None:
             source.check_model(describe(base))
@@ -69,8 +74,10 @@ def compare(
         day = first_day(*output.glob(f"*/{PLAN}")) if resume else None
         dataset = opt.read(data, base, records, reading, day)
         held_out = opt.read(valid, base, valid_records, reading, day)
-        how: dict[str, Any] = {"fast": fast, "output": output, "resume": resume, "force": force, "progress": display}
+        how: dict[str, Any] = {"output": output, "resume": resume, "force": force, "progress": display}
+        how |= {"fast": fast} if streamed is None else comparable(streamed, named, [dataset, held_out], output, settings, fast, display)
         result = run(base, named, dataset, held_out, settings, **how)
+    shutil.rmtree(output / STATES, ignore_errors=True)  # hidden states that no other run was promised
     best = min(zip(result.rows, names, strict=True), key=lambda pair: pair[0].loss)[1]
     then = ("merge", output / folder_name(best), "--model", model, "-o", "merged")
     show_result(result, as_json, comparison_table(result), wrote=output, then=then)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layercard.errors import ModelError, OutputError, TrainingError
+from layercard.errors import LayercardError, ModelError, OutputError, TrainingError
 from layercard.files import refuse_existing, writing
 from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, check, setting
 
@@ -186,8 +186,18 @@ def fast_or_stock(fast: FastSettings, stock: bool) -> FastSettings:
     return FastSettings.baseline() if stock else fast
 
 
-def load(model: str, loading: LoadSettings, progress: "Progress", *, streams: bool = False, mend: str = FEWER_BYTES) -> "BaseModel":
-    """The model of a command; `streams` says that the command has `--stream` for one that does not fit, else `mend` what to do then.
+def load(
+    model: str,
+    loading: LoadSettings,
+    progress: "Progress",
+    *,
+    streams: bool = False,
+    trains: bool = False,
+    mend: str = FEWER_BYTES,
+) -> "BaseModel":
+    """The model of a command; `streams` says that the command has `--stream` for one that does not fit, `trains` that it trains then.
+
+    Without `--stream` `mend` is what to do.
 
     Raises:
         ModelError: Its weights are larger than the free memory, or as `load_model`.
@@ -198,9 +208,27 @@ def load(model: str, loading: LoadSettings, progress: "Progress", *, streams: bo
 
     needed, free = stored_bytes(model, loading.dtype), free_bytes(find_device(loading.device))
     if needed > free:
-        mend = "pass --stream, which leaves it on disk" if streams else mend
+        if streams:
+            mend = f"pass --stream, which leaves it on disk{_fitting(model, loading.dtype, free) if trains else ''}"
         raise ModelError(f"{model} takes {needed / 1e9:.1f} GB as {loading.dtype}, and {free / 1e9:.1f} GB of memory are free; {mend}")
     return load_model(model, progress=progress, **loading.to_json())
+
+
+def _fitting(model: str, dtype: str, free: int) -> str:
+    """Which layers could be trained with `--stream` in so much memory, in words; empty where the configuration does not tell."""
+    from layercard.cost.estimate import estimated_cost, lowest_that_fits
+    from layercard.models.skeleton import skeleton
+
+    try:
+        empty = skeleton(model)
+        kind = str(empty.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+        cost = estimated_cost(empty, flops=1.0, bandwidth=1.0, name=model, dtype=kind)
+    except LayercardError:
+        return ""
+    lowest, last = lowest_that_fits(cost, free), len(cost.layers) - 1
+    if lowest is None:
+        return "; but not even the last layer would fit to be trained"
+    return f": layers {lowest} to {last} would fit to be trained" if lowest < last else f": layer {last} would fit to be trained"
 
 
 def read(

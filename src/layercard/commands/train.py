@@ -6,6 +6,7 @@ from typing import Any
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, show_result
+from layercard.errors import TrainingError
 from layercard.processes import is_first
 from layercard.settings import DataSettings, FastSettings, LoadSettings, TrainSettings, setting
 
@@ -29,6 +30,11 @@ def train(
     stream: bool = setting(
         False, "Leave the blocks below the lowest adapted one on disk: for models larger than the memory (docs/larger-than-memory.md)."
     ),
+    bits: str | None = setting(
+        None,
+        "With --stream: the linear modules of the blocks in memory in 4 or 8 bits, where bitsandbytes is installed.",
+        choices=("4", "8"),
+    ),
     loading: LoadSettings = LoadSettings(),
     resume: bool = opt.RESUME,
     force: bool = opt.FORCE,
@@ -43,6 +49,8 @@ def train(
         opt.check_folder(output, resume=resume, force=force)
     opt.check_data(data, valid, columns=reading.columns)
     fast = opt.fast_or_stock(fast, stock)
+    if bits and not stream:
+        raise TrainingError("--bits rounds the blocks that --stream leaves in memory; pass --stream too, or name a folder in 4 or 8 bits")
     from layercard.selection.placement import Placement
 
     chosen = Placement.load(placement)
@@ -57,7 +65,7 @@ def train(
     with Display() as display:
         with phases.phase("load"):
             streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
-            base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True)
+            base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True, trains=True)
         with phases.phase("data"):
             day = first_day(output / NEW / PLAN, output / PLAN) if resume else None
             dataset = opt.read(data, base, records, reading, day)
@@ -65,7 +73,7 @@ def train(
         chosen = chosen if experts else without_experts(chosen)
         how: dict[str, Any] = {"valid": held_out, "fast": fast, "resume": resume, "force": force, "progress": display, "phases": phases}
         if streamed is not None:
-            record = train_streamed(streamed, chosen, dataset, output, settings, **how)
+            record = train_streamed(streamed, chosen, dataset, output, settings, bits=int(bits) if bits else None, **how)
         else:
             record = run(base, chosen, dataset, output, settings, **how)
     if not is_first():

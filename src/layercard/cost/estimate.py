@@ -1,6 +1,7 @@
 """Costs of models without their weights, from shapes and a device's rates, and whether a model fits the memory that is free."""
 
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def estimated_cost(model: Any, *, flops: float, bandwidth: float, name: str, dty
 def fits(cost: CostModel, device: torch.device) -> bool:
     """Whether the model and training in all its layers fit the memory that is free on a device."""
     return cost.weights_bytes + cost.peak_memory(range(len(cost.layers))) <= ROOM * free_bytes(device)
+
+
+def lowest_that_fits(cost: CostModel, free: int, layers: Iterable[int] | None = None) -> int | None:
+    """The lowest layer from which on training with `--stream` fits so many free bytes; `None` where none does.
+
+    Of `layers` those from there on are trained, or that layer alone where there are none; without `layers` all from there on.
+    """
+    depth = len(cost.layers)
+    every = range(depth) if layers is None else sorted(layers)
+    for lowest in range(1, depth):
+        chosen = [layer for layer in every if layer >= lowest] or [lowest]
+        if cost.weights_in_memory(chosen, stream=True) + cost.peak_memory(chosen) <= free:
+            return chosen[0]
+    return None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -33,6 +33,8 @@ LIBRARY_BYTES = 530 * 2**20
 """Main memory of a process on a CPU that has imported what training needs, before it opens a model (measured, torch 2.13)."""
 BESIDES_BYTES = 64 * 2**20
 """What training takes besides tensors: tokenizer, code that is loaded on the way, memory that is free but not given back (measured)."""
+CHUNK_BYTES = 3 * 24 * 2**20
+"""Logits that the head makes at once in fast training on a CPU (`layercard.fast.labels`), and what the loss makes of them."""
 THIN = 0.4
 """Share of the rate of large products that the thin ones of adapters reach, measured at rank 8 on a CPU."""
 UNION = 1.75
@@ -261,21 +263,28 @@ class CostModel(Record):
     def process_memory(self, layers: Iterable[int], *, stream: bool = False) -> int:
         """Bytes that a process which trains in `layers` takes at its peak: libraries, weights, and `peak_memory` above them.
 
+        With the head a chunk at a time (`CHUNK_BYTES`), as training does unless told otherwise.
+
         With `stream` the blocks below the lowest layer stay on disk; while they pass through, embedding or one block is in memory in place
         of the upper ones. On a GPU its own memory holds about as much besides tensors (context, kernels).
         """
         blocks, head = self._weights()
         passing = max(self.weights_bytes - head - sum(blocks), *blocks) + self.forward_bytes if stream else 0
-        return LIBRARY_BYTES + BESIDES_BYTES + max(self.weights_in_memory(layers, stream=stream) + self.peak_memory(layers), passing)
+        step = self._in_chunks().peak_memory(layers)
+        return LIBRARY_BYTES + BESIDES_BYTES + max(self.weights_in_memory(layers, stream=stream) + step, passing)
 
     def linear_process(self, *, stream: bool = False) -> Linear:
         """`process_memory` as a linear form, for a solver: an upper bound as `linear("memory")` is one."""
-        form, (blocks, head) = self.linear("memory"), self._weights()
+        form, (blocks, head) = self._in_chunks().linear("memory"), self._weights()
         if not stream:
             return Linear(form.fixed + LIBRARY_BYTES + BESIDES_BYTES + self.weights_bytes, form.through, form.own)
         passing = max(self.weights_bytes - head - sum(blocks), *blocks) + self.forward_bytes
         through = tuple(saved + weights for saved, weights in zip(form.through, blocks, strict=True))
         return Linear(LIBRARY_BYTES + BESIDES_BYTES + max(form.fixed + head, passing - through[-1]), through, form.own)
+
+    def _in_chunks(self) -> Self:
+        """The same costs with no more logits at once than fast training makes."""
+        return self.model_copy(update={"head_bytes": min(self.head_bytes, CHUNK_BYTES)})
 
     def _weights(self) -> tuple[list[int], int]:
         """Bytes of the frozen weights of each layer, and of what is above them all."""

@@ -24,6 +24,7 @@ from layercard.fast.packing import needed
 from layercard.fast.prefix_blocks import adapter_states, obstacle, randomness
 from layercard.fast.prefix_cache import PASSES, Pass, PrefixCache, evaluating
 from layercard.fast.prefix_store import Store, room
+from layercard.fast.read_ahead import ReadAhead
 from layercard.models.hooks import replaced
 
 __all__ = ["PrefixCache", "frozen_prefix"]
@@ -138,16 +139,19 @@ def known_prefix(model: nn.Module, store: Store, lowest: int) -> Iterator[Prefix
     """
     parts = replace(anatomy(model), lowest=lowest, below=())
     check_known_prefix(model, lowest)
-    prefix = PrefixCache(parts, given=store)
+    ahead = ReadAhead(store, next(parts.blocks[lowest].module.parameters()).device)
+    prefix = PrefixCache(parts, given=store, ahead=ahead)
     prefix.begin()
-    with _at_work(prefix):
+    with ExitStack() as stack:
+        stack.callback(ahead.close)
+        stack.enter_context(_at_work(prefix))
         yield prefix
 
 
 def check_known_prefix(model: nn.Module, lowest: int) -> None:
     """Raise `TrainingError` where what enters block `lowest` is not a function of the record alone."""
     parts = replace(anatomy(model), lowest=lowest, below=())
-    reason = obstacle(model, parts)
+    reason = obstacle(model, parts, streamed=True)
     drawing = [] if reason else randomness(parts, lowest)
     if drawing:
         reason = f"random numbers are drawn there in training ({drawing[0]}); set them to 0 in the model's config.json"

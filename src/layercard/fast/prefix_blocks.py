@@ -56,8 +56,11 @@ def longest_batch(parts: Anatomy) -> int | None:
     return min(limits, default=None)
 
 
-def obstacle(model: nn.Module, parts: Anatomy) -> str:
-    """Why hidden states that enter the lowest trained block cannot be kept, and what to do about it; empty where they can."""
+def obstacle(model: nn.Module, parts: Anatomy, *, streamed: bool = False) -> str:
+    """Why hidden states that enter the lowest trained block cannot be kept, and what to do about it; empty where they can.
+
+    `streamed` says that the blocks below come from disk in full, whatever those in memory are rounded to.
+    """
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
         return "FSDP spreads the weights over processes, which must run the same blocks in step; train with DDP, or without the cache"
@@ -76,7 +79,7 @@ def obstacle(model: nn.Module, parts: Anatomy) -> str:
         return f"the blocks of {parts.name} hand on more than hidden states ({handed_on[0]}); train without the cache"
     if not isinstance(parts.decoder, PreTrainedModel) or parts.causal._is_stateful:
         return f"{parts.name} is not made of attention blocks under one decoder of transformers; train without the cache"
-    if parts.mixes_records:
+    if parts.mixes_records and not streamed:
         return f"the 8-bit modules of {parts.name} look for outliers in the whole batch; train without the cache, or with 4-bit modules"
     strange = [kind for kind in parts.other_layer_kinds if kind != "chunked_attention"]
     if strange:

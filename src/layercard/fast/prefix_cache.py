@@ -14,12 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from layercard.cost.measure import synchronize
+from layercard.data.load import Example
 from layercard.errors import TrainingError
 from layercard.fast.anatomy import Anatomy, named_arguments
 from layercard.fast.packing import NAME, Records
 from layercard.fast.prefix_blocks import adapter_states, fingerprints, longest_batch, module_groups, relative_positions
-from layercard.fast.prefix_records import Record, Selection, Uncacheable, take_apart
+from layercard.fast.prefix_records import Record, Selection, Uncacheable, record_key, take_apart
 from layercard.fast.prefix_store import CacheWarning, Store, checksum, disk_rates, gigabytes, room
+from layercard.fast.read_ahead import ReadAhead
 from layercard.models.hooks import block_input
 
 PASSES = 2.0
@@ -118,6 +120,7 @@ class PrefixCache:
     forecast: Forecast | None = None  # the last one
     notes: list[str] = field(default_factory=list)  # what a user should know, such as that dropout is off in the frozen blocks
     given: Store | None = field(default=None, repr=False)  # holds every record that will come; the frozen blocks have no weights then
+    ahead: ReadAhead | None = field(default=None, repr=False)  # reads them before they are asked for
     # What passes through the frozen blocks tell each other; stores by device, dtypes and attention in use.
     stores: dict[tuple[str, ...], Store] = field(default_factory=dict, repr=False)
     lower_stores: dict[tuple[str, ...], tuple[int, Store]] = field(default_factory=dict, repr=False)
@@ -143,6 +146,9 @@ class PrefixCache:
         return self.tokens_read * self.rates.compute - self.seconds_used if self.rates else 0.0
 
     def __str__(self) -> str:
+        if self.given is not None:
+            words = [f"blocks 0 to {self.depth - 1} of {len(self.parts.blocks)} on disk", *self.notes]
+            return "; ".join([*words, f"{gigabytes(self.given.taken)} of hidden states read {self.records_read} times"])
         if not self.active:
             return f"frozen blocks computed in every pass: {self.reason}"
         blocks, records = f"frozen blocks {self.depth}/{len(self.parts.blocks)}", self.records_read + self.records_computed
@@ -154,6 +160,17 @@ class PrefixCache:
         words += [f"{count} batches untouched ({why})" for why, count in self.untouched.items()]
         words += ["full"] if any(store.full for store in self.stores.values()) else []
         return "; ".join([*words, *self.notes])
+
+    def expect(self, examples: Sequence[Example]) -> None:
+        """Announce the next batch, so that it is read while the present one trains; nothing where the blocks are in memory."""
+        if self.ahead is not None:
+            self.ahead.expect({record_key(example, self.relative) for example in examples})
+
+    def look_up(self, store: Store, keys: set[bytes]) -> dict[bytes, torch.Tensor]:
+        """Hidden states of the records that are in a store."""
+        if self.ahead is not None and store is self.given:
+            return self.ahead.take(keys)
+        return {key: rows for key in keys if (rows := store.get(key)) is not None}
 
     def flush(self) -> None:
         """Write what waits in memory, so that other processes and later runs can read it; at the end of an epoch, for instance."""
@@ -293,10 +310,10 @@ class Pass:
         self.records = self._taken_apart(args, kwargs)
         self.store, lower = cache.stores_for(self.hidden)
         keys = {record.key for record in self.records}
-        self.rows = _look_up(self.store, keys)
+        self.rows = cache.look_up(self.store, keys)
         if len(self.rows) < len(keys):
             self.store.refresh()
-            self.rows = _look_up(self.store, keys)
+            self.rows = cache.look_up(self.store, keys)
         else:
             self.store.settle()
         missing = [record for record in self.records if record.key not in self.rows]
@@ -313,7 +330,7 @@ class Pass:
             self.runs, self.comparison = True, (cache.depth, self.rows)
         elif missing and lower:
             depth, store = lower
-            self.lower_rows = _look_up(store, {record.key for record in missing})
+            self.lower_rows = cache.look_up(store, {record.key for record in missing})
             if self.lower_rows and not cache.compared:
                 self.comparison = depth, self.lower_rows
             elif all(record.key in self.lower_rows for record in missing):
@@ -462,10 +479,6 @@ class Pass:
 def weight_sums(weights: Sequence[nn.Parameter]) -> list[int]:
     """A checksum of each weight."""
     return [checksum(weight.detach().reshape(1, -1)) for weight in weights]
-
-
-def _look_up(store: Store, keys: set[bytes]) -> dict[bytes, torch.Tensor]:
-    return {key: rows for key in keys if (rows := store.get(key)) is not None}
 
 
 @contextmanager

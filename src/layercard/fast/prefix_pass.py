@@ -1,26 +1,27 @@
 """Hidden states that enter a block, for all records of some data sets, from a model on disk: each block is read once for all of them.
 
 What comes of it is a store as `frozen_prefix` keeps it (`prefix_store`), in a folder of its own for each set of weights, dtype and depth.
-Records that are there already are not computed again. A pass that was killed goes on with the block it was at.
+Records that are there already are not computed again. A pass that was killed goes on with the block it was at. Several processes share the
+records: each lets its part through all blocks, and reads the others' from the folder.
 """
 
 import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from layercard import processes
 from layercard.data.load import Dataset, Example
-from layercard.errors import OutputError, TrainingError
+from layercard.errors import LayercardError, OutputError, TrainingError
 from layercard.fast.anatomy import anatomy
 from layercard.fast.prefix_blocks import module_groups, relative_positions
-from layercard.fast.prefix_records import take_apart
+from layercard.fast.prefix_records import record_key
 from layercard.fast.prefix_store import Store, gigabytes
 from layercard.files import alone, read_json, write_json
 from layercard.models.load import Progress
@@ -75,18 +76,56 @@ def prefix_pass(
     store = Store(width, streamed.dtype, folder, label=folder.name)
     parts = anatomy(streamed.base.model)
     relative = relative_positions(parts, module_groups(parts, lowest))
-    examples = {key_of(example, relative): example for dataset in datasets for example in dataset.examples}
+    examples = {record_key(example, relative): example for dataset in datasets for example in dataset.examples}
+    own = set(sorted(examples)[processes.rank() :: processes.count()])
     missing = {key: example for key, example in examples.items() if store.get(key) is None}
-    if not missing:
-        return store
+    left = [key for key in missing if key in own]
+    failure: LayercardError | None = None
+    try:
+        if left:
+            _let_through(
+                streamed, store, {key: missing[key] for key in left}, lowest, batch_size, progress, sum(_lengths(missing.values()))
+            )
+    except LayercardError as error:
+        failure = error
+
+    # All processes go on, or none does.
+    failures = [each for each in processes.gathered(failure) if each is not None]
+    if failures:
+        raise failure or failures[0]
+    store.refresh()
+    lost = [key for key in examples if store.get(key) is None]
+    if lost:
+        raise TrainingError(
+            f"the hidden states of {len(lost)} records cannot be read back from {folder}; remove the folder and give the same command again"
+        )
+    return store
+
+
+def _lengths(examples: Iterable[Example]) -> list[int]:
+    return [len(example.input_ids) for example in examples]
+
+
+def _let_through(
+    streamed: StreamedModel,
+    store: Store,
+    missing: dict[bytes, Example],
+    lowest: int,
+    batch_size: int,
+    progress: Progress | None,
+    tokens: int,
+) -> None:
+    """Let records through the blocks below `lowest`, and keep what comes out; `tokens` is what all processes let through together."""
+    folder = store.folder
+    assert folder is not None
 
     # What it will take is known before anything is computed.
-    needed = COPIES * sum(len(example.input_ids) for example in missing.values()) * width * streamed.dtype.itemsize
+    needed = COPIES * tokens * store.width * streamed.dtype.itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
-            f"the pass needs {gigabytes(needed)} in {cache}, where {gigabytes(free)} are free; name a folder with room (--cache), or take "
-            "fewer records"
+            f"the pass needs {gigabytes(needed)} in {folder.parent}, where {gigabytes(free)} are free; "
+            "name a folder with room (--cache), or take fewer records"
         )
     keys, rows = list(missing), list(missing.values())
     between = folder / f"between-{hashlib.sha256(b''.join(sorted(keys))).hexdigest()[:16]}"
@@ -107,14 +146,4 @@ def prefix_pass(
         store.flush()
     if store.broken:
         raise OutputError(f"cannot keep hidden states in {folder}: {store.broken}; make room, then give the same command again")
-    if any(store.get(key) is None for key in keys):
-        raise TrainingError(f"the hidden states in {folder} cannot be read back; remove the folder and give the same command again")
     shutil.rmtree(between, ignore_errors=True)
-    return store
-
-
-def key_of(example: Example, relative: bool) -> bytes:
-    """The key of a record that stands alone in its row, as a batch would give it."""
-    ids = np.array([example.input_ids])
-    (record,) = take_apart(ids, None, np.arange(ids.shape[1])[None], lambda row, column: False, relative=relative)
-    return record.key

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from layercard.data.load import Example
 from layercard.fast.packing import Records
 
 KEY_BYTES = 16
@@ -98,6 +99,13 @@ def take_apart(
                 digest.update((positions[low:high] - begin).tobytes())
             records.append(Record(row, low, high, digest.digest()))
     return tuple(records)
+
+
+def record_key(example: Example, relative: bool) -> bytes:
+    """The key of an example that stands alone in its row, as a batch gives it."""
+    ids = np.array([example.input_ids])
+    (record,) = take_apart(ids, None, np.arange(ids.shape[1])[None], lambda row, column: False, relative=relative)
+    return record.key
 
 
 @dataclass

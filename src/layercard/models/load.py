@@ -73,6 +73,7 @@ class BaseModel:
     blocks: tuple[Block, ...]
     rounded: bool = False
     sketch: str = ""
+    bits: int | None = None  # of the linear modules in memory, where they were rounded as they were loaded
 
     @property
     def device(self) -> torch.device:

@@ -57,7 +57,9 @@ class Weights:
     def __init__(self, files: Iterable[Path]) -> None:
         self.tensors: dict[str, Stored] = {}
         self.bytes_read = 0
+        self.stamps: dict[Path, tuple[int, int]] = {}  # size and time of change when the header was read
         for path in files:
+            self.stamps[path] = _stamp(path)
             for name, stored in read_header(path).items():
                 if name in self.tensors:
                     other = self.tensors[name].path.name
@@ -73,6 +75,8 @@ class Weights:
         flat = torch.empty(math.prod(stored.shape), dtype=kind)
         try:
             with stored.path.open("rb", buffering=0) as file:
+                if _stamp(stored.path) != self.stamps[stored.path]:
+                    raise ModelError(f"{stored.path} has changed since it was opened; give the same command again")
                 file.seek(stored.start)
                 if kind == stored.dtype:
                     self._fill(flat, file, stored, name)
@@ -97,6 +101,15 @@ class Weights:
             if not count:
                 raise ModelError(f"{stored.path} ends within {name}; copy the file again")
             left = left[count:]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change of a file; zeros where it cannot be looked at, as reading it says why."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def weight_files(folder: Path) -> list[Path]:

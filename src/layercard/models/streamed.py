@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from layercard.errors import ModelError
 from layercard.hub import hub_answers
+from layercard.models import quantised
 from layercard.models.embedded import EMBEDDED
 from layercard.models.layers import Block, find_blocks
 from layercard.models.load import (
@@ -77,6 +78,7 @@ class StreamedModel:
     resident_bytes: int = 0
     peak_bytes: int = 0
     _paths: dict[nn.Module, str] = field(default_factory=dict)
+    _packed: set[str] = field(default_factory=set)  # weights that are rounded as they are loaded
 
     @classmethod
     def in_memory(cls, base: BaseModel) -> "StreamedModel":
@@ -133,6 +135,23 @@ class StreamedModel:
         """
         self._hold({source.path for source in self._sources_from(lowest)})
 
+    def quantise(self, lowest: int, bits: int) -> None:
+        """Let the linear modules of the blocks from `lowest` on be in 4 or 8 bits once `load_from` reads them.
+
+        Raises:
+            ModelError: bitsandbytes is not there, or these blocks have no linear modules that it knows.
+        """
+        chosen = [linear for block in self.blocks[lowest:] for linear in block.linear_modules if isinstance(linear.module, nn.Linear)]
+        if not chosen:
+            raise ModelError(f"the blocks of {self.base.name} have no linear modules that bitsandbytes rounds; leave --bits out")
+        for linear in chosen:
+            assert isinstance(linear.module, nn.Linear)
+            self.base.model.set_submodule(linear.path, quantised.empty_linear(linear.module, bits, self.dtype))
+        setattr(self.base.model, f"is_loaded_in_{bits}bit", True)  # what PEFT asks
+        self.base = replace(self.base, blocks=find_blocks(self.base.model), bits=bits)
+        self._packed = {f"{linear.path}.weight" for linear in chosen}
+        self._paths.clear()
+
     def hold_places(self) -> None:
         """Put weights that take no memory where none are loaded, as `load_from` does, so that adapters can be put on."""
         self._hold(set())
@@ -144,6 +163,11 @@ class StreamedModel:
             parent, _, name = path.rpartition(".")
             module = self.base.model.get_submodule(parent)
             tensors: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+            if path in self._packed:
+                if source.path in wanted:
+                    quantised.fill(module, source.read(self.weights, self.dtype), self.device)
+                    self.resident_bytes += module.weight.nbytes
+                continue
             if source.path not in held:
                 if source.path in wanted:
                     held[source.path] = source.read(self.weights, self.dtype, self.device)

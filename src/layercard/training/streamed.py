@@ -9,30 +9,34 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from layercard import processes
 from layercard.adapters.apply import check_model, loaded
-from layercard.cost.estimate import free_bytes
+from layercard.cost.estimate import estimated_cost, free_bytes, lowest_that_fits
+from layercard.cost.measure import usual_batch
 from layercard.data.checks import precision_advice
 from layercard.data.load import IGNORED, Dataset, Example
 from layercard.errors import TrainingError
-from layercard.fast.prefix import check_known_prefix, known_prefix
+from layercard.fast.prefix import PrefixCache, check_known_prefix, known_prefix
 from layercard.fast.prefix_pass import prefix_pass
 from layercard.fast.prefix_store import gigabytes
 from layercard.measure import Phases
 from layercard.models.load import Progress
 from layercard.models.losses import RecordLosses
+from layercard.models.quantised import SHARE
 from layercard.models.streamed import StreamedModel
 from layercard.models.streamed_pass import BlockByBlock, Boundaries, forward, walking
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import end_ids, evaluate, prompt_of
 from layercard.training.records import Evaluation, Run
-from layercard.training.train import RUN_FILE, train
+from layercard.training.train import train
 
 STATES = ".hidden-states"
 """How the folder beside the output begins that holds hidden states where no other is named."""
@@ -49,6 +53,7 @@ def train_streamed(
     *,
     valid: Dataset | None = None,
     fast: FastSettings | None = None,
+    bits: int | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -57,36 +62,98 @@ def train_streamed(
     """`train` with the blocks below the lowest adapted one on disk; afterwards the upper ones are in memory.
 
     `fast.cache_folder` is where the hidden states are kept, for later runs too; where none is named they lie beside `output` until the run
-    has finished. The rest is as in `train`.
+    has finished. `bits` (4 or 8, with bitsandbytes) rounds the linear modules of the upper blocks as they are loaded; the lower ones
+    compute in full. The rest is as in `train`.
 
     Raises:
+        ModelError: bitsandbytes is not there.
         TrainingError: Block 0 is adapted, the upper blocks do not fit, or as `train`.
         OutputError: The disk has not enough room for the hidden states.
     """
     settings, fast, phases, output = settings or TrainSettings(), fast or FastSettings(), phases or Phases(), Path(output)
     check_model(streamed.base, placement)
-    check_fits(streamed, placement)
-    lowest = min(placement.layers)
-    check_known_prefix(streamed.base.model, lowest)
-    cache = Path(fast.cache_folder) if fast.cache_folder else output.absolute().parent / f"{STATES}-{output.name}"
-    with phases.phase("pass"):
-        datasets = [data] if valid is None else [data, valid]
-        store = prefix_pass(streamed, datasets, lowest, cache, batch_size=max(8, settings.batch_size), progress=progress)
-    with phases.phase("load"):
-        streamed.load_from(lowest)
-    others = replace(fast, prefix_cache=False, cache_folder=None, cache_bytes=None)
-    how: dict[str, Any] = {"valid": valid, "fast": others, "resume": resume, "force": force, "progress": progress, "phases": phases}
-    with known_prefix(streamed.base.model, store, lowest) as prefix:
-        run = train(streamed.base, placement, data, output, settings, **how)
-    blocks = len(streamed.blocks)
-    did = {"stream": f"blocks 0 to {lowest - 1} of {blocks} on disk, {gigabytes(streamed.resident_bytes)} of weights in memory"}
-    if prefix.records_read:
-        did["stream"] += f"; {gigabytes(store.taken)} of hidden states read {prefix.records_read} times"
-    run = run.model_copy(update={"fast": run.fast | {"did": did | run.fast["did"]}})
-    run.save(output / RUN_FILE, force=True)
-    if fast.cache_folder is None:
+    check_fits(streamed, placement, data, settings, bits)
+    check_known_prefix(streamed.base.model, min(placement.layers))
+    if bits is not None:
+        streamed.quantise(min(placement.layers), bits)
+    streamed.hold_places()
+    cache = Path(fast.cache_folder) if fast.cache_folder else states_beside(output)
+    datasets, lowest = [data] if valid is None else [data, valid], min(placement.layers)
+    size = max(8, settings.batch_size)
+    told = progress if processes.is_first() else None
+    prepare = partial(upper_part, streamed, lowest, datasets, cache, batch_size=size, progress=told, phases=phases)
+    how: dict[str, Any] = {"resume": resume, "force": force, "progress": progress, "phases": phases}
+    run = train(streamed.base, placement, data, output, settings, valid=valid, fast=_without_cache(fast), prepare=prepare, **how)
+    if fast.cache_folder is None and processes.is_first():
         shutil.rmtree(cache, ignore_errors=True)  # no later run was promised them
     return run
+
+
+def states_beside(output: Path) -> Path:
+    """Where hidden states lie until a run in `output` has finished, if no folder is named for them."""
+    return output.absolute().parent / f"{STATES}-{output.name}"
+
+
+@contextmanager
+def upper_part(
+    streamed: StreamedModel,
+    lowest: int,
+    datasets: Sequence[Dataset],
+    cache: Path,
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    phases: Phases | None = None,
+) -> Iterator[PrefixCache]:
+    """`streamed.base` able to run on the records of `datasets` with only what lies from block `lowest` on in memory.
+
+    All records go through the blocks below first, and what enters block `lowest` is kept in `cache`. Adapters may be put on these blocks
+    and trained inside; below there stand weights that are all zero and take no memory.
+
+    Raises:
+        TrainingError: What enters the block is not a function of the record alone, or cannot be read back.
+        OutputError: The disk has not enough room for the hidden states.
+    """
+    phases = phases or Phases()
+    check_known_prefix(streamed.base.model, lowest)
+    with phases.phase("pass"):
+        store = prefix_pass(streamed, datasets, lowest, cache, batch_size=batch_size, progress=progress)
+    with phases.phase("load"):
+        streamed.load_from(lowest)
+    with known_prefix(streamed.base.model, store, lowest) as prefix:
+        in_bits = f", linear modules in {streamed.base.bits} bits" if streamed.base.bits else ""
+        prefix.notes.append(f"{gigabytes(streamed.resident_bytes)} of weights in memory{in_bits}")
+        yield prefix
+
+
+def comparable(
+    streamed: StreamedModel,
+    placements: Sequence[tuple[str, Placement]],
+    datasets: Sequence[Dataset],
+    output: Path,
+    settings: TrainSettings,
+    fast: FastSettings,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Arguments `fast` and `prepare` of `compare` for a model on disk: one pass serves all placements, from the lowest of their layers on.
+
+    Raises:
+        TrainingError: As `check_fits`.
+    """
+    for _, placement in placements:
+        check_model(streamed.base, placement)
+        check_fits(streamed, placement, datasets[0], settings)
+    lowest = min(min(placement.layers) for _, placement in placements)
+    check_known_prefix(streamed.base.model, lowest)
+    streamed.hold_places()
+    cache = Path(fast.cache_folder) if fast.cache_folder else output / STATES
+    prepare = partial(upper_part, streamed, lowest, datasets, cache, batch_size=max(8, settings.batch_size), progress=progress)
+    return {"fast": _without_cache(fast), "prepare": prepare}
+
+
+def _without_cache(fast: FastSettings) -> FastSettings:
+    """The same, but for the prefix cache: what enters the lowest adapted block is known already."""
+    return replace(fast, prefix_cache=False, cache_folder=None, cache_bytes=None)
 
 
 def evaluate_streamed(
@@ -176,8 +243,8 @@ def continuations(
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
 
-def check_fits(streamed: StreamedModel, placement: Placement) -> None:
-    """Refuse a placement from which on the model does not fit, naming the deepest that does.
+def check_fits(streamed: StreamedModel, placement: Placement, data: Dataset, settings: TrainSettings, bits: int | None = None) -> None:
+    """Refuse a placement that does not fit the free memory with its weights and a step, naming the lowest layer from which on it would.
 
     Raises:
         TrainingError: It does not fit, or block 0 is adapted.
@@ -185,10 +252,20 @@ def check_fits(streamed: StreamedModel, placement: Placement) -> None:
     lowest, free = min(placement.layers), free_bytes(streamed.device)
     if lowest == 0:
         raise TrainingError("block 0 is adapted, so no block can stay on disk; choose layers nearer to the output, or leave --stream out")
-    if streamed.bytes_from(lowest) <= free:
+    batch = usual_batch(data.examples, max(1, settings.batch_size // processes.count()), streamed.base.pad_id, settings.seed)
+    sizes: dict[str, Any] = {"batch_size": len(batch.rows), "length": batch.input_ids.shape[1], "rank": settings.rank}
+    sizes["labelled"] = max(1, int((batch.labels[:, 1:] != IGNORED).sum()))
+    dtype = str(streamed.dtype).removeprefix("torch.")
+    cost = estimated_cost(streamed.base.model, flops=1.0, bandwidth=1.0, name=streamed.base.name, dtype=dtype, **sizes)
+    if bits is not None:
+        share = SHARE[bits] / streamed.dtype.itemsize
+        layers = (layer.model_copy(update={"weights_bytes": round(share * layer.weights_bytes)}) for layer in cost.layers)
+        cost = cost.model_copy(update={"layers": tuple(layers)})
+    needed = cost.weights_in_memory(placement.layers, stream=True) + cost.peak_memory(placement.layers)
+    if needed <= free:
         return
-    fitting = [block.index for block in streamed.blocks if streamed.bytes_from(block.index) <= free]
-    deepest = f"layers from {fitting[0]} on would fit" if fitting else "not even the last block fits"
+    fitting = lowest_that_fits(cost, free, placement.layers)
+    deepest = "not even the last block fits" if fitting is None else f"layers from {fitting} on would fit"
     raise TrainingError(
-        f"the blocks from {lowest} on and the head take {gigabytes(streamed.bytes_from(lowest))}, and {gigabytes(free)} are free; {deepest}"
+        f"the blocks from {lowest} on, the head and a step take {gigabytes(needed)}, and {gigabytes(free)} are free; {deepest}"
     )

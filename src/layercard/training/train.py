@@ -4,8 +4,8 @@ import importlib.metadata
 import platform
 import random
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from layercard.data.checks import check_ids
 from layercard.data.load import Dataset, collate
 from layercard.errors import LayercardError, OutputError, TrainingError
 from layercard.fast.fast_training import fast_training
+from layercard.fast.prefix import PrefixCache
 from layercard.files import LOCK_FILE, alone, read_json, shown, write_json
 from layercard.measure import Phases
 from layercard.models.adapted import quiet_peft
@@ -43,7 +44,16 @@ NEW = ".new"
 """Folder in that of a finished run where the one that replaces it works until it is finished, too."""
 FILES = (CHECKPOINTS, PLACEMENT_FILE, CONFIG_FILE, WEIGHTS_FILE, RUN_FILE)
 """What a run writes into its folder."""
-EARLIER: dict[str, Any] = {"day": None, "processes": 1, "method": "lora", "parameters": [], "ranks": {}, "alphas": {}, "patience": None}
+EARLIER: dict[str, Any] = {
+    "day": None,
+    "processes": 1,
+    "method": "lora",
+    "parameters": [],
+    "ranks": {},
+    "alphas": {},
+    "patience": None,
+    "bits": None,
+}
 """What a plan means that was written before it had these keys."""
 WATCH_SHARE, LEAST_WATCHED = 0.1, 24
 """What watching the held-out loss (`TrainSettings.patience`) may take of the training time, and the records below which chance decides."""
@@ -60,6 +70,7 @@ def train(
     valid: Dataset | None = None,
     fast: FastSettings | None = None,
     before: RecordLosses | None = None,
+    prepare: Callable[[], AbstractContextManager[PrefixCache]] | None = None,
     moments: Sequence[int] = (),
     resume: bool = False,
     force: bool = False,
@@ -86,6 +97,8 @@ def train(
         fast: Which work to leave out (`layercard.fast`); all that is exact when not given. It decides about time and memory, not about
             the result, so a run may be resumed with other ones.
         before: Losses of `base` on `valid` where they are known already, so that several runs need not measure them again.
+        prepare: What brings the weights of `base` into memory that are needed (`streamed.upper_part`); entered once the folder is taken
+            and nothing else is to be refused.
         moments: Steps after which the held-out loss is measured too, for `Run.curve`; the result is the same without.
         resume: Go on with an unfinished run of the same settings in `output`, from its last whole checkpoint, to the same adapter that
             an undisturbed run gives. A finished one is returned as it is; where there is none, a new one starts.
@@ -125,6 +138,13 @@ def train(
         checkpoints = folder / CHECKPOINTS
         started = datetime.now(UTC).isoformat(timespec="seconds")
         progress = progress if processes.is_first() else None
+        try:
+            prefix = lock.enter_context(prepare()) if prepare is not None else None
+        except BaseException:
+            if not resume and processes.is_first():  # nothing is trained yet, so that the same command may be given again
+                for path in [folder] if folder.name == NEW else [folder / CHECKPOINTS, folder / PLACEMENT_FILE]:
+                    _remove(path)
+            raise
 
         # Step 3: measure the base, train, measure again and save. Every random number comes from the seed.
         if valid is not None and before is None:
@@ -145,6 +165,7 @@ def train(
             passes = steps * settings.batch_size * settings.accumulation / len(data)
             with phases.phase("train"), fast_training(model, fast, passes=passes, tokens=data.tokens, tokenizer=base.tokenizer) as speed:
                 how: dict[str, Any] = {"labels_only": speed.labels_only, "resume": resume, "progress": progress}
+                how |= {} if prefix is None else {"expect": prefix.expect}
                 if valid is not None and before is not None:
                     rows = _watched(valid, settings, steps) if settings.patience is not None and not moments else range(len(valid))
                     watched = valid.part(rows, valid.source)
@@ -190,7 +211,7 @@ def train(
             backward_seconds=log.backward_seconds,
             peak_memory_bytes=log.peak_bytes,
             layers_in_backward=f"{len(base.blocks) - placement.layers[0]}/{len(base.blocks)}",
-            fast=fast.to_json() | {"did": speed.to_json()},
+            fast=fast.to_json() | {"did": ({} if prefix is None else {"stream": str(prefix)}) | speed.to_json()},
             trainable_parameters=trainable,
             adapter_bytes=(folder / WEIGHTS_FILE).stat().st_size,
             processes=count,
@@ -228,6 +249,7 @@ def _plan(base: BaseModel, placement: Placement, data: Dataset, valid: Dataset |
         "schema": "layercard-plan/1",
         "model": base.fingerprint,
         "dtype": str(base.model.dtype),
+        "bits": base.bits,
         "layers": list(placement.layers),
         "paths": sorted(placement.paths),
         "parameters": sorted(placement.parameters),

@@ -74,13 +74,14 @@ def fit(
     progress: Progress | None,
     moments: Sequence[int] = (),
     measure: Callable[[], float] | None = None,
+    expect: Callable[[Sequence[Example]], None] | None = None,
 ) -> TrainLog:
     """Train the adapters of `model`, with checkpoints in `folder`; with `resume` go on from the last whole one there.
 
     `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`). After the steps in
     `moments` the log's `curve` gets what `measure` gives; that takes no part in the time of steps. With a `patience` in the settings
     there are ten moments more; the model ends with the adapters of the lowest of these ten, and training stops when so many in a row
-    were no better than one before them.
+    were no better than one before them. `expect` is told of each batch one before it trains.
 
     Raises:
         OutputError: A checkpoint cannot be written.
@@ -89,7 +90,7 @@ def fit(
     """
     steps, patience = settings.total_steps(len(data)), settings.patience
     order = shuffled(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
-    trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder, labels_only)
+    trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder, labels_only, expect)
     watch = _Watch(trainer, progress, len(order) / len(data), moments, measure)
     trainer.add_callback(watch)
     checkpoint = last_checkpoint(folder) if resume else None
@@ -172,8 +173,11 @@ class AdapterTrainer(Trainer):
         steps: int,
         folder: Path,
         labels_only: bool = False,
+        expect: Callable[[Sequence[Example]], None] | None = None,
     ) -> None:
         def inputs(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
+            if expect is not None:
+                expect(rows)
             batch = collate(rows, range(len(rows)), pad_id)
             return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 

@@ -2,8 +2,8 @@
 
 import re
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def compare(
     settings: TrainSettings | None = None,
     *,
     fast: FastSettings | None = None,
+    prepare: Callable[[], AbstractContextManager[object]] | None = None,
     output: str | Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -52,6 +53,7 @@ def compare(
         valid: Held-out records.
         settings: How to train each of them.
         fast: Which work to leave out (`layercard.fast`); all that is exact when not given.
+        prepare: As in `train`: entered once, for all placements.
         output: Folder for the adapters and `compare.json`; when not given, nothing is kept.
         resume: Keep the runs in `output` that are finished, go on with the one that was interrupted, and train the others.
         force: Replace what is in `output`.
@@ -82,6 +84,9 @@ def compare(
     with ExitStack() as stack:
         folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory(prefix="layercard-compare-")))
 
+        if prepare is not None:
+            stack.enter_context(prepare())
+
         # Step 2: measure the base, and run one step that counts nowhere: libraries are loaded and kernels chosen before a clock runs.
         before = task.before("valid", progress)
         if not all((folder / name / RUN_FILE).exists() for name in names):
@@ -89,7 +94,7 @@ def compare(
             method = "lora" if settings.method in ("eva", "adalora") else settings.method  # these need more data, or more steps
             once = replace(settings, method=method, steps=1, epochs=None, accumulation=1, save_steps=0, report_to="none")
             with tempfile.TemporaryDirectory(prefix="layercard-warm-up-") as aside:
-                train(base, placements[0][1], few, Path(aside) / "run", once)
+                train(base, placements[0][1], few, Path(aside) / "run", once, fast=task.fast)
 
         # Step 3: one trial a placement.
         rows: list[TrialRecord] = []
