@@ -368,13 +368,12 @@ def write_report(output: Path, commands: Sequence[str] = ()) -> Path:
 
 def rate_of_all(output: Path) -> float:
     """The learning rate that a finished run found best for all layers; the chosen one where there was no race."""
-    if (output / RACE_FILE).exists():
-        heats = Race.load(output / RACE_FILE).heats
-        every = [heat for heat in heats if heat.entrant.name == ALL_LAYERS and heat.loss is not None]
-        if every:
-            longest = max(heat.steps for heat in every)
-            return min((heat for heat in every if heat.steps == longest), key=lambda heat: heat.result).entrant.learning_rate
-    return Result.load(output / RESULT_FILE).chosen.learning_rate
+    chosen = Result.load(output / RESULT_FILE).chosen
+    if chosen.name == ALL_LAYERS or not (output / RACE_FILE).exists():
+        return chosen.learning_rate
+    heats = [heat for heat in Race.load(output / RACE_FILE).heats if heat.entrant.name == ALL_LAYERS]
+    longest = max(heat.steps for heat in heats)
+    return min((heat for heat in heats if heat.steps == longest), key=lambda heat: heat.result).entrant.learning_rate
 
 
 def clear(output: Path) -> None:
@@ -417,7 +416,9 @@ def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, time
         records, shape = 0, race_shape(steps, search, per_step)
         notes.append("the search is too short for a card: candidates come from the rules")
     if shape is None:
-        notes.append("the search is too short for a race: layers and learning rate come from the rules (more steps or a larger --search would allow one)")
+        notes.append(
+            "the search is too short for a race: layers and learning rate come from the rules (more steps or a larger --search would allow one)"
+        )
     return Plan(steps, step, records, shape, search * step, tuple(notes))
 
 
