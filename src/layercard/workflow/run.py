@@ -416,9 +416,7 @@ def plan_run(data: Dataset, settings: RunSettings, training: TrainSettings, time
         records, shape = 0, race_shape(steps, search, per_step)
         notes.append("the search is too short for a card: candidates come from the rules")
     if shape is None:
-        notes.append(
-            "the search is too short for a race: layers and learning rate come from the rules (more steps or a larger --search would allow one)"
-        )
+        notes.append("the search is too short for a race, so the rules decide (more steps or a larger --search would allow one)")
     return Plan(steps, step, records, shape, search * step, tuple(notes))
 
 
