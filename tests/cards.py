@@ -133,3 +133,48 @@ def fake_comparison(card: dict[str, Any], placements: dict[str, list[int]]) -> d
         )
     about = {"model": card["model"], "data": {}, "valid": {}, "settings": {}, "versions": {}}
     return {"schema": "layercard-compare/1", **about, "loss_before": 2.9, "rows": rows}
+
+
+def fake_result(card: dict[str, Any], layers: list[int], modules: str = "mlp") -> dict[str, Any]:
+    """What `layercard run` ends with when it chose `modules` in `layers`: nearly as good as all layers, in a third of the time."""
+    every = len(layers) == card["model"]["layers"] and modules == "all"
+    estimate = {"loss_reduction": _sampled(0.93, 0.02), "source": "estimated", "step_seconds": 1.2, "peak_memory_bytes": 800 << 20}
+    measured = {"loss_reduction": _sampled(0.92, 0.02), "source": "measured", "step_seconds": 0.41, "peak_memory_bytes": 200 << 20}
+    return {
+        "schema": "layercard-result/1",
+        "model": card["model"],
+        "data": {**card["data"], "records": 900},
+        "valid": {**card["data"], "records": 100},
+        "chosen": {"name": "last half, MLP", "layers": layers, "modules": modules, "learning_rate": 0.002},
+        "verdict": "all layers" if every else "adapt",
+        "why": "last half, MLP is the cheapest in time within 1 % of the best with 93 % probability",
+        "measured": {"loss_before": 2.9, "loss_after": 1.98, "loss_reduction": 0.92, "interval": (0.88, 0.96)},
+        "all_layers": measured if every else estimate,
+        "steps": 480,
+        "planned_steps": 480,
+        "seconds": {"timing": 5.0, "profile": 20.0, "race": 60.0, "train": 197.0, "evaluate": 9.0, "total": 291.0},
+        "step_seconds": 0.41,
+        "peak_memory_bytes": 200 << 20,
+        "adapter_bytes": 1 << 20,
+        "settings": {"rank": 8, "seed": 0, "search": "20%"},
+    }
+
+
+def fake_race(card: dict[str, Any], layers: list[int], modules: str = "mlp") -> dict[str, Any]:
+    """The race that led to `fake_result`: three heats of 24 steps and two of 72."""
+    depth = card["model"]["layers"]
+    chosen = {"name": "last half, MLP", "layers": layers, "modules": modules, "learning_rate": 0.002}
+    every = {"name": "all layers", "layers": list(range(depth)), "modules": "all", "learning_rate": 0.002}
+    out = {"name": "all layers, out", "layers": list(range(depth)), "modules": "out", "learning_rate": 0.002}
+    heats = []
+    for entrant, steps, loss, seconds, memory in (
+        *((every, 24, 2.3, 1.2, 800), (chosen, 24, 2.31, 0.41, 200), (out, 24, None, 0.9, 500)),
+        *((every, 72, 2.1, 1.2, 800), (chosen, 72, 2.105, 0.41, 200)),
+    ):
+        measured = {"loss": loss, "nats": [] if loss is None else [10 * loss] * 4, "peak_memory_bytes": memory << 20, "seconds": 9.0}
+        heats.append(
+            {"entrant": entrant, "steps": steps, "learning_rate": 0.005, "step_seconds": seconds, "trainable_parameters": 9, **measured}
+        )
+    about = {"model": card["model"], "data": card["data"], "held_out_records": 4, "labelled": [10] * 4, "loss_before": 2.9, "steps": 480}
+    decided = {"objective": "time", "tolerance": 0.01, "heats": heats, "chosen": chosen, "why": "cheapest", "seconds": 60.0}
+    return {"schema": "layercard-race/1", **about, **decided}

@@ -27,9 +27,8 @@ from layercard.commands.main import run
 from layercard.errors import OutputError, ReportError
 from layercard.report.app import library as files, views
 from layercard.report.app.explorer import MOST_FRONTS, MOST_UPLOADS, Explorer
-from layercard.report.app.jobs import CANCELLED, DONE, FAILED, RUNNING, Job, Progress, card_name, follow, profile_job
+from layercard.report.app.jobs import CANCELLED, CANCELLING, DONE, FAILED, RUNNING, Job, Progress, follow, result_name, start
 from layercard.report.app.library import (
-    FIGURES,
     LARGEST,
     MOST_FOLDERS,
     Choice,
@@ -44,6 +43,7 @@ from layercard.report.app.library import (
     wishes,
 )
 from layercard.report.app.server import FOLDER, MOST_BYTES, MOST_WORDS, Guard, is_local, own_names, sweep
+from layercard.report.roi import FIGURES
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
 from tiny import build_tiny, tiny_tokenizer
@@ -61,6 +61,12 @@ def entry_of(value: dict[str, Any], name: str = "card.json") -> Entry:
     found = read_entry("key", name, json.dumps(value).encode())
     assert found is not None
     return found
+
+
+def picked(entry: Entry, *layers: str) -> Placement:
+    placement = by_hand(entry.card, layers).placement  # type: ignore[arg-type]
+    assert placement is not None
+    return placement
 
 
 def shown(markup: str) -> str:
@@ -309,6 +315,8 @@ class TestHtml:
         placement = choose(entry.card, wishes("cost", 2, 0, 100, 100, 100, 100))  # type: ignore[arg-type]
         parts = [
             views.roadmap([entry], entry),
+            views.card(entry),
+            views.card_table(entry.card, [1]),  # type: ignore[arg-type]
             views.tiles(placement),
             views.take_away(placement, NASTY),
             views.files([entry]),
@@ -317,7 +325,7 @@ class TestHtml:
         for part in parts:
             assert "<script" not in part and "<img" not in part and "<b>.json" not in part
             assert not re.search(r"[{}$@]", part), "the page's template language must find nothing"
-        assert NASTY in shown(parts[0]) and NASTY in shown(parts[4])
+        assert NASTY in shown(parts[0]) and NASTY in shown(parts[-1])
 
     def test_control_characters_are_seen_and_do_nothing(self, tmp_path: Path) -> None:
         odd = "a\x1b[31m\u202eb\u200bc\x00"
@@ -380,7 +388,7 @@ class TestCompareAndMoney:
         entry = explorer.card([], key)
         assert entry is not None and entry.card is not None
         figures = [field.default for field in FIGURES.values()]
-        found = files.saved(figures, "EUR", [3, 8], entry, explorer.entries([]))
+        found = files.saved(figures, "EUR", picked(entry, "3", "8"), entry, explorer.entries([]))
         share = fake_comparison(fake_card(12), {"placement": [3, 8]})["rows"][0]["time_share"] / 100
         assert "1 timing" in found.ratios.time.source, "the run in the comparison's folder is not counted twice"
         assert found.ratios.time.measured and found.ratios.time.mid == pytest.approx(share)
@@ -390,20 +398,24 @@ class TestCompareAndMoney:
 
     def test_nothing_measured_saves_nothing(self) -> None:
         entry = entry_of(fake_card(12))
-        found = files.saved([field.default for field in FIGURES.values()], "USD", [3], entry, [entry])
+        found = files.saved([field.default for field in FIGURES.values()], "USD", picked(entry, "3"), entry, [entry])
         assert found.results["saved_month"].mid == 0
         headline, table = map(shown, views.savings(found))
         assert "never" in headline and "never months" not in headline
         assert "a figure above is empty" in table
 
     @pytest.mark.parametrize(
-        ("name", "given", "words"), [("gpu_watts", "abc", "Power of a GPU"), ("gpus", -1, "GPUs a run"), ("gpus", 1.5, "GPUs")]
+        ("name", "given", "words"),
+        [
+            *(("gpu_watts", "abc", "Power of a GPU"), ("gpus", -1, "GPUs a run"), ("gpus", 1.5, "GPUs")),
+            *(("gpu_price_per_hour", typed, "GPU price") for typed in ("4,5", "1,900", "nan", "2.5.1")),
+        ],
     )
     def test_figures_out_of_range_are_one_line(self, name: str, given: Any, words: str) -> None:
         figures = [given if figure == name else field.default for figure, field in FIGURES.items()]
         entry = entry_of(fake_card(12))
         with pytest.raises(ReportError, match=words):
-            files.saved(figures, "USD", [3], entry, [entry])
+            files.saved(figures, "USD", picked(entry, "3"), entry, [entry])
 
     def test_fields_are_all_of_the_calculator(self) -> None:
         from layercard.report.roi import RoiInputs
@@ -419,13 +431,13 @@ class TestJobs:
     def job(self, tmp_path: Path, text: str) -> Job:
         made = tmp_path / "work" / "card.json"
         made.parent.mkdir()
-        return Job(script(text), made, tmp_path / "m-d.card.json")
+        return Job("profile", script(text), made, tmp_path / "m-d.card.json")
 
     def test_a_finished_job_moves_its_card(self, tmp_path: Path) -> None:
-        lines = "progress\tload\t1\t1\nprogress\tfit\t2\t4\n"
+        lines = "progress\tload\t1\t1\nprogress\tfit pass\t2\t4\n"
         text = f"import sys; sys.stderr.write({lines!r}); open({str(tmp_path / 'work' / 'card.json')!r}, 'w').write('x')"
         found = self.job(tmp_path, text).wait(30)
-        assert (found.state, found.finished) == (DONE, ("load",))
+        assert (found.state, found.share) == (DONE, 1.0)
         assert (tmp_path / "m-d.card.json").read_text(encoding="utf-8") == "x"
         assert [path.name for path in tmp_path.iterdir()] == ["m-d.card.json"]
 
@@ -448,36 +460,67 @@ class TestJobs:
         ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);" if deaf else ""
         text = (
             f"{ignore}import sys, time; open({str(tmp_path / 'work' / 'card.json')!r}, 'w').write('half');"
-            "sys.stderr.write('progress\\tfit\\t1\\t9\\n'); sys.stderr.flush(); time.sleep(60)"
+            "sys.stderr.write('progress\\tfit pass\\t1\\t9\\n'); sys.stderr.flush(); time.sleep(60)"
         )
         job = self.job(tmp_path, text)
-        while job.running and job.progress.phase != "fit":
+        while job.running and not job.progress.doing.startswith("measuring"):
             time.sleep(0.01)
-        assert job.running and "Running: fit, 1 of 9" in shown(views.job(job.progress))
-        assert job.cancel().state == CANCELLED
+        assert job.running and "Measuring every layer, 1 of 9" in shown(views.job(job.progress))
+        assert job.cancel().state == CANCELLING and "Cancelling" in shown(views.job(job.progress))  # heard before the process has ended
+        assert job.wait(30).state == CANCELLED
         assert not job.running and list(tmp_path.iterdir()) == []
 
+    def test_a_folder_is_moved_whole(self, tmp_path: Path) -> None:
+        (tmp_path / "m-run").mkdir()
+        (tmp_path / "work").mkdir()
+        text = f"import pathlib; p = pathlib.Path({str(tmp_path / 'work' / 'run')!r}); p.mkdir(); (p / 'x').touch()"
+        found = Job("train", script(text), tmp_path / "work" / "run", tmp_path / "m-run").wait(30)
+        assert found.message == str(tmp_path / "m-run-2") and (tmp_path / "m-run-2" / "x").exists() and not (tmp_path / "work").exists()
+
+    def test_the_bar_never_falls_and_counts_short_trainings(self) -> None:
+        """The bar of a whole run, from the lines that one says: a race of three heats of 2 steps and a final of two of 4, then 10 steps."""
+        heats = [f"progress\ttrain\t{step}\t{steps}\n" for steps in (2, 2, 2, 4, 4) for step in range(1, steps + 1)]
+        lines = [
+            *("progress\tload\t1\t1\n", "progress\ttime a few steps\t4\t4\n", "an odd line\n"),
+            "search: no card; race of 1 candidates, 2 steps each, two of them again for 4 (up to 9 s)\n",
+            *(*heats, "progress\trace trials\t1\t2\n", "chosen: all layers, learning rate 0.01; best\n"),
+            *(f"progress\ttrain\t{step}\t10\n" for step in range(1, 11)),
+        ]
+        progress, shares, doing = Progress(RUNNING), [], []
+        for line in lines:
+            progress = follow(progress, line, "run")
+            shares.append(progress.share)
+            doing.append(progress.doing)
+        assert shares == sorted(shares) and shares[-1] > 0.9 and shares[2] < shares[len(heats) + 3] < shares[-10]
+        assert "short trainings of the candidates, 14 of 14 steps" in doing and doing[-1] == "training, 10 of 10 steps"
+        assert [text.partition(":")[0] for text in progress.said] == ["search", "chosen"]
+
     def test_one_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("layercard.report.app.explorer.profile_job", lambda *_: self.job(tmp_path, "import time; time.sleep(60)"))
+        monkeypatch.setattr("layercard.report.app.explorer.start", lambda *_, **__: self.job(tmp_path, "import time; time.sleep(60)"))
         (tmp_path / "m.gguf").touch()
         explorer = Explorer(Library([tmp_path]))
-        assert "Running: start" in shown(explorer.start("m.gguf", "synthetic", 8))
-        assert "running already" in shown(explorer.start("m.gguf", "synthetic", 8))
-        assert "cancelled" in shown(explorer.cancel()) and "cancelled" in shown(explorer.cancel())
+        asked = ("profile", "m.gguf", "synthetic", "none", 8, Choice(None))
+        assert "Starting" in shown(explorer.start(*asked))
+        assert "running already" in shown(explorer.start(*asked))
+        assert "Cancelling" in shown(explorer.cancel())
+        explorer.close()
+        assert "cancelled" in shown(explorer.progress())
 
-    @pytest.mark.parametrize("line", ["progress\tfit\tx\t4\n", "progress\tfit\n", "anything", "", "progress\tfit\t-1\t4"])
+    @pytest.mark.parametrize(
+        "line", ["progress\tfit pass\tx\t4\n", "progress\tfit pass\n", "anything", "", "progress\tfit pass\t-1\t4", "progress\todd\t1\t4"]
+    )
     def test_other_lines_tell_nothing(self, line: str) -> None:
         before = Progress(RUNNING, "load", 1, 1)
-        assert follow(before, line) is before
+        assert follow(before, line, "profile") is before
 
     @pytest.mark.parametrize(("model", "data"), [("../..", "/etc/passwd"), ("a/../b", "x"), ("", ""), (NASTY, NASTY), ("-o", "--force")])
     def test_names_of_new_cards_stay_in_the_folder(self, tmp_path: Path, model: str, data: str) -> None:
-        name = card_name(model, data)
+        name = result_name(model, data, ".card.json")
         assert re.fullmatch(r"[\w][\w.-]*\.card\.json", name) and (tmp_path / name).resolve().parent == tmp_path
 
     def test_models_and_data_of_the_list_alone_can_be_profiled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         explorer = Explorer(Library([tmp_path]))
-        monkeypatch.setattr("layercard.report.app.explorer.profile_job", lambda *_: pytest.fail("started"))
+        monkeypatch.setattr("layercard.report.app.explorer.start", lambda *_, **__: pytest.fail("started"))
         (tmp_path / "m.gguf").write_bytes(b"")
         for model, data in (
             ("/etc", "synthetic"),
@@ -486,28 +529,36 @@ class TestJobs:
             ("m.gguf", "/etc/passwd"),
             ("m.gguf", "hub:x"),
         ):
-            assert "choose" in shown(explorer.start(model, data, 8))
+            assert "choose" in shown(explorer.start("profile", model, data, "none", 8, Choice(None)))
+        assert "choose data" in shown(explorer.start("profile", "m.gguf", "synthetic", "/etc/passwd", 8, Choice(None)))
+        assert "choose layers" in shown(explorer.start("train", "m.gguf", "synthetic", "none", 8, Choice(None)))
 
-    def test_a_tiny_model_is_profiled(self, tmp_path: Path, tiny_folder: Path, tiny_file: Path) -> None:
+    def test_a_tiny_model_gets_a_card_and_is_trained(self, tmp_path: Path, tiny_folder: Path, tiny_file: Path) -> None:
         cards = tmp_path / "cards"
         cards.mkdir()
         explorer = Explorer(Library([cards], [tmp_path]))
-        names = {"model": next(name for name in explorer.library.models()), "data": next(name for name in explorer.library.data())}
-        explorer.start(names["model"], names["data"], 16)
-        assert explorer.job is not None
-        found = explorer.job.wait(280)
-        explorer.cancel()
-        assert found.state == DONE, found.message
-        assert "fit pass" in found.finished
+        model, data = next(iter(explorer.library.models())), next(iter(explorer.library.data()))
+
+        def done(kind: str, records: int, valid: str, picked: Choice) -> str:
+            explorer.start(kind, model, data, valid, records, picked)
+            assert explorer.job is not None
+            found = explorer.job.wait(280)
+            assert found.state == DONE, found.message
+            return shown(explorer.progress())
+
+        assert "tiny-llama-tiny.card.json" in done("profile", 16, "none", Choice(None))
         ((label, key),) = explorer.cards([])
         assert label.startswith("cards/tiny-llama-tiny.card.json")
-        assert explorer.card([], key) is not None
+        hand, words, _ = explorer.by_hand([], key, explorer.explore([], key, "balanced", 0, 90, 100, 100, 100, 100)[0], ["1"])
+        assert hand.layers == (1,) and "By hand" in shown(words)
+        said = done("train", 8, data, hand)
+        assert "held-out loss went from" in said and "Layers 1" in said and (cards / "tiny-llama-tiny-adapter" / "run.json").is_file()
 
     def test_a_killed_app_takes_its_profile_along(self, tmp_path: Path, tiny_folder: Path) -> None:
         start = f"""
 from pathlib import Path
-from layercard.report.app.jobs import profile_job
-job = profile_job(Path({str(tiny_folder)!r}), "synthetic", 512, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
+from layercard.report.app.jobs import start
+job = start("profile", Path({str(tiny_folder)!r}), "synthetic", 512, Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
 print(job._process.pid, flush=True)
 input()
 """
@@ -525,8 +576,8 @@ input()
         assert not list(tmp_path.glob("profile-*"))
 
     def test_the_command_names_files_and_no_shell(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("layercard.report.app.jobs.Job", lambda command, *_: command)
-        words = profile_job(Path("/models/a b"), "/data/x;y.jsonl", 8, tmp_path, tmp_path)
+        monkeypatch.setattr("layercard.report.app.jobs.Job", lambda kind, command, *_: command)
+        words = start("profile", Path("/models/a b"), "/data/x;y.jsonl", 8, tmp_path, tmp_path)
         assert words[1:5] == ["-m", "layercard.report.app.jobs", "profile", "/models/a b"] and "/data/x;y.jsonl" in words  # type: ignore[index, operator]
 
 

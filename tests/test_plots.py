@@ -66,7 +66,7 @@ def test_files_and_objects_give_the_figures_of_the_report(sources: Sources, draw
 
 def test_the_chosen_layers_are_marked() -> None:
     figure = plots.depth_profile(fake_card(8), chosen=[5, 2])
-    assert list(figure.data[-1].x) == [2, 5] and figure.data[-1].marker.symbol == "diamond"
+    assert list(figure.data[-1].x) == [2, 5] and figure.data[-1].marker.symbol == "star"
     assert len(plots.depth_profile(fake_card(8)).data) == len(figure.data) - 1
 
 

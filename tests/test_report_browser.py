@@ -36,7 +36,8 @@ def test_what_cannot_be_read_is_found(browser: Any, tmp_path: Path) -> None:
         "cut off": "width:9px;overflow:hidden",
     }
     boxes = "".join(f"<p style='position:absolute;white-space:nowrap;{style}'>{text}</p>" for text, style in styles.items())
-    page_file = write_text(tmp_path / "bad.html", f"<!doctype html><html lang=en><title>bad</title><p style='color:#eee'>pale</p>{boxes}")
+    head = "<!doctype html><html lang=en><title>bad</title>"
+    page_file = write_text(tmp_path / "bad.html", f"{head}<p style='color:#eee'>pale</p>{boxes}")
     with opened(browser, page_file.as_uri(), 390) as page:
         wrong = " ".join(problems(page))
     assert all(words in wrong for words in ("overlap: under / over", "outside: outside", "cut: cut off", "color-contrast"))

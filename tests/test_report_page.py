@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cards import fake_card, fake_comparison, fake_placement
+from cards import fake_card, fake_comparison, fake_placement, fake_race, fake_result
 from layercard.card.card import LayerCard
 from layercard.card.numbers import PREDICTED
 from layercard.commands.main import run
@@ -22,11 +22,12 @@ from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, ReportError, TrainingError, visible
 from layercard.records import Estimate
 from layercard.report import page as report
+from layercard.report.app.library import Choice
 from layercard.report.page import front_page, report_page
-from layercard.report.roi import SHARE_ERROR, RoiInputs, ratios_of, roi
+from layercard.report.roi import FIGURES, SHARE_ERROR, RoiInputs, ratios_of, roi
 from layercard.report.sources import Sources, read_sources
-from layercard.report.trials import Trial, compared, grouped, of_comparison, of_run, of_trial, plain_name
-from layercard.report.words import measured
+from layercard.report.trials import Trial, by_regime, compared, grouped, of_comparison, of_run, of_trial, plain_name
+from layercard.report.words import amount, measured
 from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import transfer
@@ -144,7 +145,7 @@ def test_numbers_are_those_of_the_files(whole: tuple[Sources, str]) -> None:
     assert shown == pytest.approx(kept | {"all": 100.0})
     points = [100 * point["step_time"]["share"] for point in sources.front.fronts["time"]]
     assert page.figures["plot-front-time"]["data"][0]["x"] == points
-    assert page.values["Loss reduction by placement and task"][1] == rows[-1]["loss_reduction"]["value"]  # all layers come first
+    assert page.values["Loss reduction on data"][1] == rows[-1]["loss_reduction"]["value"]  # all layers come first
 
 
 def test_the_calculator_of_the_page_starts_from_pythons_results(whole: tuple[Sources, str]) -> None:
@@ -298,8 +299,12 @@ def test_runs_of_other_modules_or_lengths_are_told_apart() -> None:
         "all, mlp modules": {**run_record(card, every, 50.0, 4.0), "placement": {**fake_placement(card, every), "modules": "mlp"}},
         "middle 1, 9 steps": {**few, "settings": {**few["settings"], "steps": 9}},
     }
-    groups = {group.name: group for group in grouped(compared([trial_of(record) for record in records.values()]))}
+    found = grouped(compared([trial_of(record) for record in records.values()]))
+    groups = {f"{group.name}{f', {group.regime.steps} steps' if group.regime.steps else ''}": group for group in found}
     assert set(groups) == set(records)
+    regimes = by_regime(found, [2], "mlp")
+    assert [regime.words for regime in regimes] == ["e2e, rank 8", "e2e, rank 8, 9 steps"]
+    assert sum(map(len, regimes.values())) == len(records)
     assert groups["middle 1"].time_share == groups["middle 1, mlp modules"].time_share == Estimate(value=50.0)
     assert groups["middle 1, 9 steps"].time_share is None
     mlp = ratios_of([2], None, list(groups.values()), "mlp")
@@ -358,15 +363,84 @@ def test_the_first_screen_says_what_was_measured_and_what_is_predicted(trained: 
     assert [tile.partition(" ○")[0].partition(" ●")[0] for tile in tiles][:3] == ["Performance kept", "Training time", "Peak memory"]
     assert tiles[3].startswith("Saved a year")
     sentence = re.search('<p class="verdict">(.*?)</p>', text)[1]
-    assert sentence.startswith("2 of 6 layers (1, 3)")
+    assert sentence.startswith("2 of 6 layers: ") and "a year at the prices below" in sentence
     if trained:
         assert "● measured" in tiles[0] and "● measured" in tiles[1] and "predicted" not in sentence
         assert "–" not in tiles[1] and "1 timing, without an interval" in tiles[1]
     else:
         assert all("○ predicted" in tile for tile in tiles[:3])
-        assert PREDICTED in tiles[0] and "are predicted to keep" in sentence
+        assert PREDICTED in tiles[0] and "of what all layers learn (predicted)" in sentence
     order = [text.index(part) for part in ('class="verdict"', 'class="tile"', 'id="plot-loss"', 'id="roi-form"', 'id="theory"')]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("with_card", [True, False])
+def test_the_page_of_a_run(with_card: bool, tmp_path: Path) -> None:
+    """`layercard report FOLDER` of a run: sentence, picture, tiles and calculator, then how it was chosen, a table for each length."""
+    card, layers = costed(fake_card(6)), [3, 4, 5]
+    placement = {**fake_placement(card, layers), "modules": "mlp", "predicted": {}, "reasons": dict.fromkeys("345", "won the race")}
+    run = {
+        **run_record(card, layers, 197.0, 6.0),
+        "placement": placement,
+        "curve": [{"step": 1, "seconds": s, "loss": 3 - s} for s in (0, 1, 2)],
+    }
+    values = {"placement.json": placement, "result.json": fake_result(card, layers), "race.json": fake_race(card, layers)}
+    values |= {"adapter/run.json": run, "timing/run.json": run_record(card, list(range(6)), 3.0, 8.0)} | (
+        {"card.json": card} if with_card else {}
+    )
+    for name, value in values.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
+    sources = read_sources([tmp_path])
+    text = html.unescape(report_page(sources, commands=["layercard run model --data d.jsonl"]))
+    sentence = re.sub("<[^>]*>", "", re.search('<p class="verdict">(.*?)</p>', text)[1])
+    assert sentence.startswith(
+        "3 of 6 layers, MLP modules only: 99 % (97–101) of what all layers learn (estimated), 2.9 times faster, 25 % of"
+    )
+    order = [
+        text.index(part) for part in ('class="verdict"', 'class="tile"', 'id="plot-loss"', 'id="roi-form"', 'id="findings"', 'id="race"')
+    ]
+    assert order == sorted(order)
+    tiles = [" ".join(re.sub("<[^>]*>", " ", tile).split()) for tile in re.findall(r'(?s)<div class="tile">(.*?)</div>', text)]
+    assert "66 % less 1 timing of a step; 197 s after 85 s of search" in tiles[1] and "loss 2.900 to 1.980" in tiles[0]
+    page = Reader(text)
+    captions = [caption for caption in page.values if caption.startswith("Candidates after")]
+    assert [caption.partition(":")[0] for caption in captions] == ["Candidates after 24 steps", "Candidates after 72 steps"]
+    estimated = page.figures["plot-loss"]["data"][-1]
+    assert estimated["name"] == "all layers, estimated" and estimated["x"] == [1.2 * 480] and estimated["y"] == [pytest.approx(1.97)]
+    assert ("plot-coupling" in page.figures) == with_card and "won the race" not in text
+    saved = roi(RoiInputs(), ratios_of(layers, sources.card, (), "mlp", sources.own_result)).results["saved_year"].mid
+    assert f"about {amount(saved)} USD" in sentence
+
+
+def test_one_quantity_has_one_number_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a placement keeps, takes and saves, in `select`, `roi`, the report and the app."""
+    from layercard.report.app.explorer import Explorer
+    from layercard.report.app.library import Library, rows
+
+    monkeypatch.chdir(tmp_path)
+    Path("card.json").write_text(json.dumps(costed(fake_card(12))), encoding="utf-8")
+    assert run(["select", "card.json", "--k", "3", "-o", "placement.json"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert run(["roi", "card.json", "placement.json", "--json"]) == 0
+    saved = json.loads(capsys.readouterr().out)
+    assert run(["report", "card.json", "placement.json", "-o", "r.html"]) == 0
+    page = html.unescape(Path("r.html").read_text(encoding="utf-8"))
+    explorer, placement = Explorer(Library([tmp_path])), Placement.load("placement.json")
+    entry = next(entry for entry in explorer.entries([]) if entry.card is not None)
+    headline, _ = explorer.saves([], entry.key, Choice(placement), "USD", *(field.default for field in FIGURES.values()))
+
+    app = rows(placement)
+    kept, time = app["Performance kept"][0].partition(" ")[0].rstrip("%"), round(app["Step time"][1])
+    assert f"Keeps {kept}%" in said and f"<span>{kept} %</span>" in page
+    assert f", {time}%," in said and f"<span>{100 - time} % less</span>" in page
+    assert round(100 * saved["ratios"]["time"]["mid"]) == time
+    memory = round(app["Peak memory"][1])
+    assert re.search(rf"peak memory [\d,]+ MiB, {memory}%", said) and f"{memory} % of all layers'" in page
+    year = amount(saved["results"]["saved_year"]["mid"])
+    assert f'data-end="mid">{year}<' in page and year in headline
 
 
 @pytest.fixture

@@ -140,6 +140,23 @@ def predicted_rows(predicted: Json) -> dict[str, str]:
     return rows | numbered("Note", [note for note in notes if note])
 
 
+def reasons_apart(reasons: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """What the reasons of all layers of a placement have in common, and what is special about each layer; none where all say the same.
+
+    >>> reasons_apart({"3": "cheapest: stands in for 4", "9": "cheapest: stands in for 8"})
+    ('cheapest', {'3': 'stands in for 4', '9': 'stands in for 8'})
+    >>> reasons_apart({"3": "won the race", "9": "won the race"})
+    ('won the race', {})
+    """
+    texts = set(reasons.values())
+    if len(texts) == 1 and len(reasons) > 1:
+        return texts.pop(), {}
+    beginnings = {text.partition(": ")[0] for text in texts if ": " in text}
+    if len(beginnings) != 1 or not all(": " in text for text in texts):
+        return "", dict(reasons)
+    return beginnings.pop(), {layer: text.partition(": ")[2] for layer, text in reasons.items()}
+
+
 def numbered(name: str, texts: Sequence[Any]) -> dict[str, str]:
     """Texts as rows of a table, all but the first with a number.
 

@@ -40,12 +40,13 @@ def report(
 
     sources = read_sources(files)
     # Add what follows from the cards alone: the front of the first, and the comparison of several.
-    if front and sources.front is None:
+    card = sources.card
+    if front and card is not None and sources.front is None:
         with Display() as display:
-            sources.front = pareto(sources.card, progress=display)
-    if sources.transfer is None and len(sources.cards) > 1:
+            sources.front = pareto(card, progress=display)
+    if card is not None and sources.transfer is None and len(sources.cards) > 1:
         try:
-            sources.transfer = transfer(list(sources.cards.items()), k=min(5, sources.card.model.layers))
+            sources.transfer = transfer(list(sources.cards.items()), k=min(5, card.model.layers))
         except LayercardError as problem:
             sources.notes.append(f"the cards were not compared: {problem}")
     line = shlex.join(["layercard", "report", *map(str, files), "-o", str(output)])

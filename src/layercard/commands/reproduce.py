@@ -15,7 +15,8 @@ Json = Mapping[str, Any]
 
 def commands_of(sources: "Sources") -> list[str]:
     """The command lines that make the files of a report again, as far as the files say."""
-    lines = command_lines(sources.card, sources.placement, next(iter(sources.comparisons), None))
+    card = sources.card if sources.result is None else None  # a run made all of it
+    lines = command_lines(card, sources.placement, next(iter(sources.comparisons), None)) if card is not None else []
     return [*lines, *dict.fromkeys(str(table["command"]) for table in sources.tables if table.get("command"))]
 
 

@@ -298,7 +298,7 @@ def readme(card: LayerCard, name: str, license_id: str | None = None) -> str:
     # Two pictures of characters: a bar for each layer, and a shade for each two layers, layer 0 at the top and at the left.
     best, gains = card.best_layers(), card.profile("gain_estimate")
     bars = [
-        f"{'★' if layer in best else ' '}{layer:>4} {bar(fraction or 0.0, 40)} {with_interval(gain)}"
+        f"{'▲' if layer in best else ' '}{layer:>4} {bar(fraction or 0.0, 40)} {with_interval(gain)}"
         for layer, (gain, fraction) in enumerate(zip(gains, bar_fractions(gains), strict=True))
     ]
     shades = [

@@ -7,21 +7,22 @@ import gzip
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from layercard.card.numbers import PREDICTED, Json, interval, listed, predicted_rows, stability_words
+from layercard.card.card import LayerCard
+from layercard.card.numbers import PREDICTED, Json, listed, predicted_rows, reasons_apart, stability_words
 from layercard.records import Estimate
 from layercard.report import plots, tables
+from layercard.report.headline import headline
 from layercard.report.roadmap import ModelFile, Roadmap, roadmap
-from layercard.report.roi import GROUPS, RATIOS, SHOWN, Ratios, Roi, RoiInputs, bound, javascript, ratios_of, roi
+from layercard.report.roi import GROUPS, RATIOS, SHOWN, RoiInputs, bound, javascript, ratios_of, roi, with_labels
 from layercard.report.sources import Sources, called
-from layercard.report.trials import TrialGroup, grouped, mean, plain_name, task_word
-from layercard.report.words import MEASURES, amount, counted, device_of, measured, size, template, title_of
+from layercard.report.trials import by_regime, grouped, plain_name
+from layercard.report.words import MEASURES, amount, device_of, measured, template, title_of
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
-from layercard.training.records import Run
 from layercard.trials.result import Result
 
 if TYPE_CHECKING:
@@ -34,52 +35,45 @@ LEADING = ("saved_month", "saved_year", "hours_saved", "payback_months")
 """Results of the calculator that are shown large."""
 
 
-class Tile(NamedTuple):
-    """A headline number: name, value and interval, where it comes from, and whether it was measured; `result`: the calculator's."""
-
-    name: str
-    value: str
-    between: str = ""
-    note: str = ""
-    basis: str = ""
-    result: str = ""
-
-
 def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: Sequence[str] = ()) -> str:
     """The whole report; it needs no network, and whatever the files say is text in it.
 
     Args:
-        sources: What was read; its first card and placement are what the report is about.
+        sources: What was read; its first card and placement, or its run, are what the report is about.
         inputs: Figures that the calculator starts with.
         commands: Command lines that made all this.
     """
-    card, placement, cost, transfer = sources.card, sources.placement, sources.card.cost, sources.transfer
-    chosen = list(placement.layers) if placement else []
-    names = {each.layers: called(name, each) for name, each in sources.placements.items()}
-    groups = grouped(sources.trials, names)
-    ratios = ratios_of(chosen, card, groups, placement.modules or "all") if placement else None
+    card, placement, result, transfer = sources.card, sources.placement, sources.own_result, sources.transfer
+    layers, modules = sources.chosen or ((), "all")
+    names = {each.layers: called(name, each) for name, each in sources.placements.items()} | (
+        {layers: result.chosen.name} if result else {}
+    )
+    regimes = by_regime(grouped(sources.trials, names), layers, modules, sources.task)
+    own = next(iter(regimes.values()), [])
+    ratios = ratios_of(layers, card, own, modules, result) if layers else None
     saved = roi(inputs or RoiInputs(), ratios) if ratios else None
     drawn: dict[str, Figure] = {}
-    shown: dict[str, Any] = dict.fromkeys(("coupling", "trained", "trade_off")) | {
-        "card": tables.card_table(card, chosen),
-        "placements": [],
-    }
+    shown: dict[str, Any] = {"coupling": None, "trade_off": None, "placements": []}
 
     # The first screen: what was gained, in a sentence, in four numbers and as a picture where runs say the loss of each step.
-    tiles = tiles_of(sources, groups, ratios, saved)
+    verdict, tiles = headline(sources, own, ratios, saved)
     if curves := curves_of(sources, names):
-        drawn["loss"] = plots.loss_curves(curves)
+        drawn["loss"] = plots.loss_curves(curves, all_layers_of(result) if result else None)
 
     # Theory and findings: every measure by depth, the coupling, the card as a whole.
-    keys = [measure.key for measure in measured(card)]
+    keys = [measure.key for measure in measured(card)] if card else []
     signals, performance = ([MEASURES[key] for key in part if key in keys] for part in (SIGNALS, PERFORMANCE))
-    drawn |= {measure.key: plots.depth_profile(card, measure.key, chosen) for measure in [*signals, *performance]}
-    drawn["card"], drawn["coupling"] = plots.heat_map(card, chosen), plots.coupling(card, chosen)
-    shown["coupling"] = tables.coupling_table(card)
+    if card is not None:
+        drawn |= {measure.key: plots.depth_profile(card, measure.key, layers) for measure in [*signals, *performance]}
+        drawn["card"], drawn["coupling"] = plots.heat_map(card, layers), plots.coupling(card, layers)
+        shown |= {"card": tables.card_table(card, layers), "coupling": tables.coupling_table(card)}
 
     # Findings: runs, tables of results, and whether cards of several data sets agree.
-    if groups:
-        shown["trained"] = tables.trained_table(groups)
+    shown["race"] = tables.race_tables(sources.race) if sources.race else []
+    shown["trained"] = [
+        tables.trained_table(regime, groups, list(names.values()), folded=number > 0)
+        for number, (regime, groups) in enumerate(regimes.items())
+    ]
     shown["results"] = [tables.result_table(table) for table in sources.tables if table["columns"]]
     if transfer:
         cards = [each["name"] for each in transfer.cards]
@@ -91,15 +85,16 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
     # Trade-offs: the placement, the cost of each layer, the front, and what was measured.
     if placement:
         shown["placements"] = tables.placement_tables(sources.placements, sources.front)
-    if cost:
+    cost = card.cost if card else None
+    if card is not None and cost is not None:
         for kind in ("time", "memory", "reach"):
-            drawn[f"cost-{kind}"] = plots.cost_by_depth(card, kind, chosen)
+            drawn[f"cost-{kind}"] = plots.cost_by_depth(card, kind, layers)
         shown["cost"] = tables.cost_table(cost)
-    trained = [group for group in groups if group.performance_kept and (group.time_share or group.memory)]
-    if trained:
-        shown["trade_off"] = tables.trade_off_table(trained, list(names.values()))
-    if any(group.time_share for group in trained):
-        drawn["trade-off"] = plots.trade_off_of(trained, list(names.values()))
+    trained = [group for group in own if group.performance_kept and (group.time_share or group.memory)]
+    if len(trained) > 1:
+        shown["trade_off"] = tables.trade_off_table(trained[0].regime, trained, list(names.values()))
+        if any(group.time_share for group in trained):
+            drawn["trade-off"] = plots.trade_off_of(trained, list(names.values()))
 
     # The calculator: the form, the results, and the script that computes them again as the reader types.
     calculator = saved and {
@@ -111,78 +106,72 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
         "shown": SHOWN,
         "leading": [formula for name in LEADING for formula in SHOWN if formula.name == name],
         "saved": saved,
+        "assumptions": [with_labels(text) for text in saved.assumptions],
         "script": Markup(javascript()),
     }
-    data = card.data
     return _render(
         sources.front,
         sources.placements,
         drawn,
         shown,
-        title=card.model.name,
-        verdict=verdict(sources, tiles),
-        lead=f"{card.model.layers} layers, profiled on {data.records:,} records of {data.source} ({data.tokens:,} tokens). "
-        f"The ranking of its layers is {stability_words(card.stability)}.",
+        title=str(sources.model["name"]),
+        verdict=verdict,
+        saves=bool(saved and tiles[-1].result and (saved.results["saved_year"].mid or 0) > 0),
+        lead=_lead(sources),
         card=card,
-        chosen=chosen,
+        result=result,
+        chosen=layers,
         signals=signals,
         performance=performance,
-        units={key: card.units.get(key, "") for key in keys},
+        units={key: card.units.get(key, "") for key in keys} if card else {},
         transfer=transfer,
         transfer_measure=title_of(transfer.measure).lower() if transfer else "",
-        predicted=list(predicted_rows(placement.predicted).items()) if placement else [],
+        predicted=_notes(placement) if placement and not result else [],
         cost=cost,
         device=device_of(cost) if cost else "",
-        roadmap=roadmap_of(sources),
+        roadmap=roadmap_of(sources, card) if card and not result else None,
         tiles=tiles,
         held_out=any(len(run.curve) > 2 for run in sources.curves),
-        warnings=[*card.warnings, *sources.notes],
+        warnings=[*(card.warnings if card else ()), *(result.notes if result else ()), *sources.notes],
         calculator=calculator or "missing",
         provenance=_provenance(sources),
         commands=list(commands),
     )
 
 
-def result_page(result: Result, run: Run, heats: Mapping[str, Any] | None = None, commands: Sequence[str] = ()) -> str:
-    """The page of a finished `layercard run`: what was chosen and why, what it gave, and what all layers would have given.
+def _notes(placement: Placement) -> list[tuple[str, str]]:
+    """What is predicted of a placement, and why its layers were taken, as far as that is the same for all of them."""
+    common, _ = reasons_apart(placement.reasons)
+    return [*predicted_rows(placement.predicted).items(), *([("Why", common)] if common else [])]
 
-    Args:
-        result: Its result.
-        run: The record of the full training, for its loss curve.
-        heats: The table of the race (`title`, `columns`, `rows`); `None` where there was none.
-        commands: Command lines that made all this.
-    """
-    before, after, every = result.measured.loss_before, result.measured.loss_after, result.all_layers
-    between = "" if result.measured.interval is None else "{:.3f}–{:.3f}".format(*result.measured.interval)
-    said = f"{before:.3f} to {after:.3f} nats per labelled token, on {result.valid['records']:,} held-out records"
-    tiles = [Tile("Loss reduction", f"{result.measured.loss_reduction:.3f}", between, said, "measured")]
-    if every.source == "estimated":
-        ends = every.loss_reduction
-        span = "" if ends.low is None or ends.high is None else f"{ends.low:.3f}–{ends.high:.3f}"
-        tiles.append(Tile("All layers", f"{ends.value:.3f}", span, "loss reduction, from the heats of the race", "predicted"))
-    step = f"{result.steps} steps of {result.step_seconds:.2f} s"
-    faster = f"; all layers took {every.step_seconds:.2f} s a step" if every.source != "measured" and every.step_seconds else ""
-    tiles.append(Tile("Time", amount(result.seconds.total) + " s", "", f"{step}{faster}; search {result.seconds.search:.0f} s", "measured"))
-    share = f"; {100 * result.peak_memory_bytes / every.peak_memory_bytes:.0f} % of all layers'" if every.peak_memory_bytes else ""
-    tiles.append(Tile("Peak memory", size(result.peak_memory_bytes), "", f"above the frozen model{share}", "measured"))
-    drawn, shown = {}, {}
-    if len(run.curve) > 1:
-        points = ([moment.seconds for moment in run.curve], [moment.loss for moment in run.curve])
-        drawn["loss"] = plots.loss_curves({result.chosen.name: points})
-    if heats is not None:
-        shown["race"] = tables.result_table(dict(heats))
-    chosen = f"{result.chosen.name}: layers {listed(result.chosen.layers)}, learning rate {result.chosen.learning_rate:.3g}. {result.why}."
-    settings = {name: value for name, value in result.settings.items() if value is not None}
-    parts: dict[str, Any] = dict.fromkeys(("card", "calculator", "roadmap"))
-    parts |= {"provenance": {"Model": result.model, "Data": result.data, "Held out": result.valid, "Settings": settings}}
-    parts |= {"tiles": tiles, "warnings": result.notes, "commands": list(commands), "held_out": True, "result": result}
-    return _render(None, {}, drawn, shown, title=str(result.model["name"]), verdict=f"{result.line().capitalize()}.", lead=chosen, **parts)
+
+def _lead(sources: Sources) -> str:
+    """What the numbers are of, in two or three sentences."""
+    card, result = sources.card, sources.own_result
+    if result is not None:
+        chosen, data = result.chosen, result.data
+        stopped = f" {result.stopped.capitalize()}." if result.stopped else ""
+        beside = (
+            " All layers were trained beside it in the race alone, so their loss is estimated."
+            if result.all_layers.source == "estimated"
+            else ""
+        )
+        return (
+            f"Trained for {result.steps:,} steps on {data['records']:,} records of {data['source']}. Chosen: {chosen.name}, layers "
+            f"{listed(chosen.layers)}, learning rate {chosen.learning_rate:.3g}; {result.why}.{stopped}{beside}"
+        )
+    assert card is not None
+    which = f"Chosen are layers {listed(sources.chosen[0])}. " if sources.chosen else ""
+    return (
+        f"{which}{card.model.layers} layers, profiled on {card.data.records:,} records of {card.data.source} "
+        f"({card.data.tokens:,} tokens). The ranking of its layers is {stability_words(card.stability)}."
+    )
 
 
 def front_page(front: Front) -> str:
     """A page with nothing but a front."""
     lead = f"What placements of adapters in its {front.model['layers']} layers are predicted to keep, and what they cost."
-    parts: dict[str, Any] = dict.fromkeys(("card", "calculator", "provenance", "verdict", "roadmap"))
+    parts: dict[str, Any] = dict.fromkeys(("card", "result", "calculator", "provenance", "verdict", "roadmap"))
     parts |= dict.fromkeys(("tiles", "warnings", "commands"), ())
     return _render(front, {}, {}, {}, title=str(front.model["name"]), lead=lead, **parts)
 
@@ -202,7 +191,6 @@ def _render(
     for value in figures.values():
         value["layout"].pop("template", None)  # plotly's own theme
     parts = {
-        "result": None,
         **parts,
         "front": front,
         "placements": placements,
@@ -221,91 +209,7 @@ def plotly_js() -> str:
     return gzip.decompress(packed).decode("utf-8")
 
 
-# ---- the top of the page
-
-
-def tiles_of(sources: Sources, groups: Sequence[TrialGroup], ratios: Ratios | None, saved: Roi | None) -> list[Tile]:
-    """Performance kept, training time, peak memory and money of the placement; without one, what the card says by itself.
-
-    Only what has an interval shows one: a single timing has none.
-    """
-    card, placement = sources.card, sources.placement
-    if placement is None or ratios is None or saved is None:
-        best = ", ".join(map(str, sorted(card.best_layers())))
-        stable = card.stability.get("gain_estimate")
-        words = "unknown" if stable is None else f"{stable:.2f}"
-        return [
-            Tile("Layers", str(card.model.layers)),
-            Tile("Best single layers", best, "", "by gain estimate"),
-            Tile("Ranking stability", words, "", "Spearman, two halves of the records"),
-        ]
-    group = next((each for each in groups if (each.layers, each.modules) == (placement.layers, placement.modules or "all")), None)
-    # The runs on the card's own data where there are any, else all.
-    task = task_word(card.data.source)
-    runs = [run for run in group.trials if run.task == task] or list(group.trials) if group else []
-
-    def ends(low: float | None, high: float | None, scale: float = 1.0) -> str:
-        return "" if low is None or high is None else f"{scale * low:.0f}–{scale * high:.0f} %"
-
-    performance = Tile("Performance kept", "unknown", "", "select from the card, or train it beside all layers")
-    shares = [run.performance_kept for run in runs if run.performance_kept is not None]
-    predicted = Estimate.read(placement.predicted.get("performance_kept"))
-    if shares:
-        average = mean(shares)
-        where = ", ".join(dict.fromkeys(run.task for run in runs if run.performance_kept is not None))
-        of = ", interval over runs" if len(shares) > 1 else ", interval over its held-out records" if average.low is not None else ""
-        note = f"of all layers' loss reduction; {counted(len(shares), 'run')} on {where}{of}"
-        performance = Tile("Performance kept", f"{average.value:.0f} %", ends(average.low, average.high), note, "measured")
-    elif predicted is not None:
-        between = ends(predicted.low, predicted.high, 100)
-        performance = Tile("Performance kept", f"{100 * predicted.value:.0f} %", between, f"of all layers, {PREDICTED}", "predicted")
-
-    time, speed = ratios.time, Tile("Training time", "unknown", "", "profile with --cost, or train it beside all layers")
-    if time.measured or time.mid != 1:
-        between = ends(1 - time.high, 1 - time.low, 100) if time.low < time.high else ""
-        less = "less" if time.mid <= 1 else "more"
-        times = f"{1 / time.mid:.2f} times as fast; " if time.mid > 0 else ""
-        speed = Tile("Training time", f"{100 * abs(1 - time.mid):.0f} % {less}", between, f"{times}{time.source}", time.basis)
-
-    # Memory above the frozen model, as runs count it; the calculator's ratio counts the model too.
-    memory, peaks = (
-        Tile("Peak memory", "unknown", "", "profile with --cost"),
-        [run.peak_memory_bytes for run in runs if run.peak_memory_bytes],
-    )
-    if peaks:
-        peak = mean([Estimate(value=value) for value in peaks]).divided_by(2**20)
-        of_all = [run.memory_of_all for run in runs if run.peak_memory_bytes and run.memory_of_all]
-        share = f"{100 * peak.value * 2**20 * len(of_all) / sum(of_all):.0f} % of all layers'; " if of_all else ""
-        note = f"{share}above the frozen model, {counted(len(peaks), 'run')}"
-        memory = Tile("Peak memory", f"{peak.value:,.0f} MiB", interval(peak), note, "measured")
-    elif card.cost is not None:
-        peak_of = card.cost.peak_memory
-        share = f"{100 * peak_of(placement.layers) / peak_of(range(card.model.layers)):.0f} % of all layers'"
-        memory = Tile("Peak memory", size(peak_of(placement.layers)), "", f"{share}, above the frozen model", ratios.memory.basis)
-
-    year = amount(saved.results["saved_year"].mid)
-    note = f"{saved.inputs.currency} at the prices below, which are yours to change"
-    return [performance, speed, memory, Tile("Saved a year", year, "", note, result="saved_year")]
-
-
-def verdict(sources: Sources, tiles: Sequence[Tile]) -> str:
-    """The result in one sentence, from the tiles."""
-    placement, depth = sources.placement, sources.card.model.layers
-    if placement is None:
-        return f"No layers are chosen yet; of {depth}, the best single ones are {tiles[1].value}."
-    performance, time, memory, _ = tiles
-    parts = []
-    if performance.basis:
-        between = f" ({performance.between.removesuffix(' %')})" if performance.between else ""
-        verb = "keep" if performance.basis == "measured" else "are predicted to keep"
-        parts.append(f"{verb} {performance.value}{between} of what all layers learn")
-    if time.basis:
-        parts.append(f"train in {time.value} time" + (f" ({time.basis})" if time.basis != "measured" else ""))
-    if memory.note.partition("%")[1]:
-        share = memory.note.partition(" %")[0]
-        parts.append(f"take {share} % of their memory above the model" + (f" ({memory.basis})" if memory.basis != "measured" else ""))
-    said = " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "are chosen; nothing is known yet of what they keep or cost"
-    return f"{len(placement.layers)} of {depth} layers ({listed(placement.layers)}) {said}."
+# ---- parts of the page
 
 
 def curves_of(sources: Sources, names: Mapping[tuple[int, ...], str]) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
@@ -313,7 +217,7 @@ def curves_of(sources: Sources, names: Mapping[tuple[int, ...], str]) -> dict[st
 
     Losses on held-out records and on those of training are not mixed: where any run has the former, the others are left out.
     """
-    runs, curves = [run for run in sources.curves if run.task == task_word(sources.card.data.source)], {}
+    runs, curves = [run for run in sources.curves if run.task == sources.task], {}
     held_out = any(len(run.curve) > 2 for run in runs)
     for run in runs:
         name = names.get(run.layers) or plain_name(run.layers, run.depth) or f"layers {listed(run.layers, ' ')}"
@@ -323,9 +227,19 @@ def curves_of(sources: Sources, names: Mapping[tuple[int, ...], str]) -> dict[st
     return {name: curves[name] for name in dict.fromkeys([*leading, *curves])}
 
 
-def roadmap_of(sources: Sources) -> Roadmap:
+def all_layers_of(result: Result) -> tuple[float, Estimate] | None:
+    """Seconds and held-out loss that training all layers as long would have come to; `None` where nothing says so."""
+    every = result.all_layers
+    if every.source != "estimated" or not every.step_seconds:
+        return None
+    before, reduction = result.measured.loss_before, every.loss_reduction
+    low, high = (None if end is None else before - end for end in (reduction.high, reduction.low))
+    return every.step_seconds * result.steps, Estimate(value=before - reduction.value, low=low, high=high)
+
+
+def roadmap_of(sources: Sources, card: LayerCard) -> Roadmap:
     """Where the model stands, as far as these files say: what was done, and what is next with its command."""
-    model = sources.card.model.model_dump()
+    model = card.model.model_dump()
     cards = [
         ModelFile(f"{name}.json", "card", each.model_dump(include={"model", "data", "stability"})) for name, each in sources.cards.items()
     ]
@@ -339,15 +253,18 @@ def roadmap_of(sources: Sources) -> Roadmap:
 
 def _provenance(sources: Sources) -> dict[str, Json]:
     """Where all this comes from, as names and values."""
-    card = sources.card
-    machine = card.cost.model_dump(include={"device", "threads", "source", "batch_size", "tokens", "rank", "dtype"}) if card.cost else {}
+    card, result = sources.card, sources.own_result
+    machine = (
+        card.cost.model_dump(include={"device", "threads", "source", "batch_size", "tokens", "rank", "dtype"}) if card and card.cost else {}
+    )
     runs = ", ".join(dict.fromkeys(run.machine for run in sources.trials if run.machine))
-    parts = {
-        "Model": card.model.model_dump(exclude={"rounded", "sketch"}),
-        "Data": card.data.model_dump(exclude_none=True),
-        "Settings": card.settings,
-        "Versions": card.versions,
-        "Machine": {key: value for key, value in machine.items() if value} | ({"runs on": runs} if runs else {}),
-        "Files": {**sources.used, **({"passed over": sources.passed} if sources.passed else {})},
-    }
+    parts: dict[str, Json] = {"Model": {key: value for key, value in sources.model.items() if key not in ("rounded", "sketch")}}
+    if result is not None:
+        settings = {name: value for name, value in result.settings.items() if value is not None}
+        parts |= {"Data": result.data, "Held out": result.valid, "Settings": settings}
+    if card is not None:
+        of = "" if result is None else " of the card"
+        parts |= {f"Data{of}": card.data.model_dump(exclude_none=True), f"Settings{of}": card.settings, "Versions": card.versions}
+    parts["Machine"] = {key: value for key, value in machine.items() if value} | ({"runs on": runs} if runs else {})
+    parts["Files"] = {**sources.used, **({"passed over": sources.passed} if sources.passed else {})}
     return {name: part for name, part in parts.items() if part}

@@ -56,7 +56,7 @@ PLAIN = {
     "middle": ("square", GREY),
     "uniform": ("circle", ORANGE),
     "first": ("triangle-down", GREY),
-    "all": ("star", GREY),
+    "all": ("hexagon", GREY),
 }
 """Plain placements: symbol and colour."""
 COSTS = {"time": ("step_time", "step time"), "memory": ("peak_memory", "peak memory")}
@@ -75,7 +75,7 @@ FLAT = 0.05
 
 
 def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = ()) -> "Figure":
-    """One measure over depth (`docs/card.md` lists them), with its 95 % interval as a band and the chosen layers as diamonds.
+    """One measure over depth (`docs/card.md` lists them), with its 95 % interval as a band and the chosen layers as stars.
 
     Values are in the unit that the card gives for the measure.
 
@@ -107,7 +107,7 @@ def depth_profile(card: Card, measure: str = "gain_estimate", chosen: Chosen = (
         figure.add_scatter(x=along + along[::-1], y=outline, fill="toself", fillcolor=BAND, **edge)
 
     line = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2}, "marker": {"size": 5, "color": BLUE}}
-    for part, style in ((points, line), ([point for point in points if point[0] in layers], {"mode": "markers", "marker": _diamonds(11)})):
+    for part, style in ((points, line), ([point for point in points if point[0] in layers], {"mode": "markers", "marker": _star(13)})):
         if part:
             hover = [f"layer {layer}: {with_interval(value)}" for layer, value in part]
             xy = {"x": [layer for layer, _ in part], "y": [value.value for _, value in part]}
@@ -137,16 +137,15 @@ def heat_map(card: Card, chosen: Chosen = ()) -> "Figure":
     figure = _figure(
         {"title": "layer, input to output", "showgrid": False, "range": [-0.6, depth - 0.4]},
         {"tickvals": list(names), "ticktext": list(names.values()), "range": [len(measures) - 0.5, min(names) - 0.5], "showgrid": False},
-        margin={"l": 130, "r": 10, "t": 10, "b": 44},
+        margin={"l": 146, "r": 10, "t": 10, "b": 44},
         showlegend=False,
     )
-    scale = {"colorscale": "Cividis", "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1}
-    bar = {"thickness": 12, "tickvals": [0, 1], "ticktext": ["lowest", "highest"]}
+    scale = {"colorscale": "Cividis", "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1, "showscale": False}
     rows = list(range(len(measures)))
-    figure.add_heatmap(z=shades, x=list(range(depth)), y=rows, hovertext=texts, hoverinfo="text", colorbar=bar, **scale)
+    figure.add_heatmap(z=shades, x=list(range(depth)), y=rows, hovertext=texts, hoverinfo="text", **scale)
     if layers:
         hover = [f"layer {layer}, chosen" for layer in layers]
-        figure.add_scatter(x=layers, y=[-1] * len(layers), mode="markers", marker=_diamonds(10), hovertext=hover, hoverinfo="text")
+        figure.add_scatter(x=layers, y=[-1] * len(layers), mode="markers", marker=_star(12), hovertext=hover, hoverinfo="text")
     return figure
 
 
@@ -161,7 +160,7 @@ def coupling(card: Card, chosen: Chosen = ()) -> "Figure":
     figure = _square("layer", 56, 44)
     figure.add_heatmap(z=values, **scale, hovertemplate="layers %{y} and %{x}: %{z:.3f}<extra></extra>", colorbar={"thickness": 12})
     if layers:
-        figure.add_scatter(x=layers, y=layers, mode="markers", marker=_diamonds(9), hoverinfo="skip", showlegend=False)
+        figure.add_scatter(x=layers, y=layers, mode="markers", marker=_star(11), hoverinfo="skip", showlegend=False)
     return figure
 
 
@@ -227,7 +226,7 @@ def cost_by_depth(card: Card, kind: CostKind = "time", chosen: Chosen = ()) -> "
         figure.add_bar(x=every, y=values, name=name, marker={"color": colour, "pattern": pattern}, hovertext=hover, hoverinfo="text")
     if layers:
         tops = [scale * sum(getattr(cost.layers[layer], key) for key, _, _ in STACKED[kind].values()) for layer in layers]
-        figure.add_scatter(x=layers, y=tops, mode="markers", name="chosen", marker=_diamonds(9), hoverinfo="skip")
+        figure.add_scatter(x=layers, y=tops, mode="markers", name="chosen", marker=_star(11), hoverinfo="skip")
     return figure
 
 
@@ -260,7 +259,7 @@ def front(front: Front | Mapping[str, Any], cost: FrontCost = "time", placements
         if name == "least cost":
             _add_points(figure, name, drawn, "circle", BLUE, 7, mode="lines+markers", line={"color": BLUE, "width": 2})
         elif drawn:
-            symbol, colour = PLAIN.get(name, ("diamond", GREEN))
+            symbol, colour = PLAIN.get(name, ("star", GREEN))
             _add_points(figure, name, drawn, symbol, colour, 9 if name in PLAIN else 14, error_y=None)
     return figure
 
@@ -283,7 +282,7 @@ def trade_off(comparison: Comparison | Mapping[str, Any], placements: Placements
 def trade_off_of(groups: Sequence[TrialGroup], named: Collection[str]) -> "Figure":
     """The figure of `trade_off` from trained placements; those of `named` are marked."""
     figure = _figure({"title": "training time, % of all layers"}, {"title": "performance kept, %"}, legend=True, hovermode="closest")
-    styles = {"given": ("diamond", GREEN, 14), **{name: (*style, 11) for name, style in PLAIN.items()}, "others": ("circle-open", BLUE, 8)}
+    styles = {"given": ("star", GREEN, 15), **{name: (*style, 11) for name, style in PLAIN.items()}, "others": ("circle-open", BLUE, 8)}
     drawn: dict[str, list[tuple[str, float, Estimate]]] = {name: [] for name in styles}
     for group in groups:
         if group.time_share and group.performance_kept:
@@ -297,13 +296,23 @@ def trade_off_of(groups: Sequence[TrialGroup], named: Collection[str]) -> "Figur
     return figure
 
 
-def loss_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> "Figure":
-    """Loss against training time: for each name seconds within steps, and losses in nats per labelled token."""
+def loss_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], all_layers: tuple[float, Estimate] | None = None
+) -> "Figure":
+    """Loss against training time: for each name seconds within steps, and losses in nats per labelled token.
+
+    `all_layers` is where training all layers is estimated to end.
+    """
     figure = _figure({"title": "training time, s"}, {"title": "loss, nats per token"}, legend=True, hovermode="closest")
     styles = zip((GREEN, GREY, ORANGE, BLUE, GREEN, GREY), ("solid", "dash", "dot", "dashdot", "longdash", "solid"), strict=True)
     for (name, (seconds, losses)), (colour, dash) in zip(curves.items(), styles, strict=False):
         line = {"color": colour, "dash": dash, "width": 2}
         figure.add_scatter(x=list(seconds), y=list(losses), name=_escaped(name), mode="lines", line=line)
+    if all_layers is not None:
+        end, loss = all_layers
+        bars = {"array": [(loss.high or loss.value) - loss.value], "arrayminus": [loss.value - (loss.low or loss.value)], "color": GREY}
+        marker = {"symbol": "hexagon", "size": 11, "color": GREY}
+        figure.add_scatter(x=[end], y=[loss.value], name="all layers, estimated", mode="markers", marker=marker, error_y=bars)
     return figure
 
 
@@ -354,9 +363,9 @@ def _add_points(
     )
 
 
-def _diamonds(size: int) -> dict[str, Any]:
+def _star(size: int) -> dict[str, Any]:
     """The mark of chosen layers."""
-    return {"size": size, "color": ORANGE, "symbol": "diamond", "line": EDGE}
+    return {"size": size, "color": ORANGE, "symbol": "star", "line": EDGE}
 
 
 def _escaped(text: object) -> str:

@@ -25,8 +25,9 @@ from layercard.cost.model import CostModel
 from layercard.errors import ReportError, suggestion
 from layercard.files import shown
 from layercard.records import Estimate, Part, Record, first_problem
-from layercard.report.trials import Trial, TrialGroup, mean
+from layercard.report.trials import Trial, TrialGroup, by_regime, mean, task_word
 from layercard.report.words import counted, device_of, template
+from layercard.trials.result import Result
 
 RATIOS = ("time", "memory", "latency", "adapter_size")
 MEASURED_FIGURES = ("run_memory_gb", "adapter_mb", "adapter_latency_ms")
@@ -100,6 +101,17 @@ GROUPS = {
     "Set-up and energy": ("engineer_hours", "engineer_rate", "profile_hours", "gpu_watts", "grid_gco2_per_kwh"),
 }
 """The fields of the page's form."""
+FIGURES = {name: RoiInputs.model_fields[name] for names in GROUPS.values() for name in names}
+"""The reader's figures, in the order of their fields on the page."""
+
+
+def with_labels(text: str) -> str:
+    """A sentence of the calculator with the fields called as the page calls them.
+
+    >>> with_labels("example figures, not given: gpus, gpu_watts")
+    'example figures, not given: GPUs a run, Power of a GPU (optional)'
+    """
+    return re.sub(r"\b[a-z_]+\b", lambda word: str(FIGURES[word[0]].title) if word[0] in FIGURES else word[0], text)
 
 
 class Ratio(Part):
@@ -352,20 +364,30 @@ def _assumptions(inputs: RoiInputs, ratios: Ratios) -> Iterator[str]:
 # ---- ratios from cards and runs
 
 
-def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequence[TrialGroup] = (), modules: str = "all") -> Ratios:
-    """What is known of a placement against all layers: from runs where there are any, else predicted from the card's cost.
+def ratios_of(
+    layers: Sequence[int],
+    card: LayerCard | None = None,
+    groups: Sequence[TrialGroup] = (),
+    modules: str = "all",
+    result: Result | None = None,
+) -> Ratios:
+    """What is known of a placement against all layers: from a run's result, else from trainings, else predicted from the card's cost.
 
     The time that adapters add to a token is taken from an accelerator's cost only: that of a processor core says nothing of a GPU's price.
 
     Args:
         layers: The placement.
         card: The card of its model.
-        groups: Trained placements (`trials.grouped`), the one with these layers and all layers among them or not.
+        groups: Trained placements (`trials.grouped`), the one with these layers and all layers among them or not; those of the placement's
+            own regime (`trials.by_regime`) are taken.
         modules: The set of modules that the placement adapts in its layers; a card's cost counts all of them.
+        result: What `layercard run` ended with, where it chose this placement.
     """
     chosen = tuple(sorted(layers))
-    group = next((group for group in groups if (group.layers, group.modules) == (chosen, modules)), None)
-    all_layers = next((group for group in groups if len(group.layers) == group.depth and group.modules == "all"), None)
+    regimes = by_regime(groups, chosen, modules, task_word(card.data.source) if card else "")
+    own = next(iter(regimes.values()), [])
+    group = next((group for group in own if (group.layers, group.modules) == (chosen, modules)), None)
+    all_layers = next((group for group in own if len(group.layers) == group.depth and group.modules == "all"), None)
     runs: Sequence[Trial] = group.trials if group else ()
     parts: dict[str, Any] = {}
     places: list[str] = []
@@ -389,6 +411,16 @@ def ratios_of(layers: Sequence[int], card: LayerCard | None = None, groups: Sequ
         if group is not None and group.adapter_bytes:
             share_of_bytes = group.adapter_bytes.value / all_layers.adapter_bytes.value
             parts["adapter_size"] = Ratio.of(share_of_bytes, "sizes of the saved adapters")
+    if result is not None and result.all_layers.step_seconds:
+        is_all = result.all_layers.source == "measured"
+        source = (
+            "all layers are what was trained"
+            if is_all
+            else "seconds a step, timed in the race beside all layers, 1 timing, without an interval"
+        )
+        parts["time"] = Ratio.of(
+            result.step_seconds / result.all_layers.step_seconds, source, measured=result.all_layers.source != "unknown"
+        )
     places += dict.fromkeys(run.machine for run in runs if run.machine)
     return Ratios(placement=f"layers {listed(chosen, ' ')}", where="; ".join(places), **parts)
 

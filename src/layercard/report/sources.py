@@ -10,16 +10,26 @@ from layercard.card.numbers import Json
 from layercard.errors import OutputError, PlacementError, ReportError
 from layercard.files import json_text, read_json, shown
 from layercard.records import Record
-from layercard.report.trials import Trial, compared, of_comparison, of_run, of_trial
+from layercard.report.trials import Trial, compared, of_comparison, of_run, of_trial, task_word
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.selection.transfer import Transfer
 from layercard.training.records import Run
-from layercard.trials.records import Comparison, TrialRecord
+from layercard.trials.records import Comparison, Race, TrialRecord
+from layercard.trials.result import Result
 
+TIMING = "timing"
+"""Folder of a run with the few steps that it times first."""
 MOST_FILES = 5_000
 """JSON files that a folder may hold; more is taken for a mistake."""
-RECORDS: dict[str, type[Record]] = {"card": LayerCard, "placement": Placement, "front": Front, "transfer": Transfer}
+RECORDS: dict[str, type[Record]] = {
+    "card": LayerCard,
+    "placement": Placement,
+    "front": Front,
+    "transfer": Transfer,
+    "result": Result,
+    "race": Race,
+}
 RUNS: dict[str, tuple[type[Record], Callable[[Any], list[Trial]]]] = {
     "run": (Run, lambda run: [of_run(run)]),
     "benchmark run": (TrialRecord, of_trial),
@@ -37,6 +47,8 @@ class Sources:
     """What was read."""
 
     cards: dict[str, LayerCard] = field(default_factory=dict)  # by name, the report's own first
+    result: Result | None = None  # of `layercard run`, which may have had no time for a card
+    race: Race | None = None
     placements: dict[str, Placement] = field(default_factory=dict)  # by name, the report's own first
     trials: list[Trial] = field(default_factory=list)  # compared with all layers where these were trained too
     curves: list[Trial] = field(default_factory=list)  # runs that say the loss of each step, those of a comparison too
@@ -49,9 +61,36 @@ class Sources:
     notes: list[str] = field(default_factory=list)  # what could not be done, in sentences
 
     @property
-    def card(self) -> LayerCard:
+    def card(self) -> LayerCard | None:
         """The card that the report is about."""
-        return next(iter(self.cards.values()))
+        return next(iter(self.cards.values()), None)
+
+    @property
+    def model(self) -> Json:
+        """Name, fingerprint and number of layers of the model."""
+        if self.card is not None:
+            return self.card.model.model_dump()
+        assert self.result is not None
+        return self.result.model
+
+    @property
+    def chosen(self) -> tuple[tuple[int, ...], str] | None:
+        """Layers of the report's placement and the set of modules in them."""
+        if self.placement is not None:
+            return self.placement.layers, self.placement.modules or "all"
+        return (self.result.chosen.layers, self.result.chosen.modules) if self.result is not None else None
+
+    @property
+    def own_result(self) -> Result | None:
+        """The result of the run that chose the report's placement."""
+        result = self.result
+        return result if result is not None and self.chosen == (result.chosen.layers, result.chosen.modules) else None
+
+    @property
+    def task(self) -> str:
+        """The task of the card, or of the run, in a word."""
+        source = self.card.data.source if self.card is not None else str(self.result.data["source"]) if self.result is not None else ""
+        return task_word(source)
 
     @property
     def placement(self) -> Placement | None:
@@ -90,8 +129,10 @@ def read_sources(paths: Sequence[Path]) -> Sources:
                 models[str(file)] = str(model["fingerprint"]), str(model.get("name"))
         if not useful:
             raise ReportError(f"{path} holds no card, placement or run; name a folder of `layercard train`, `compare` or `bench`")
-    if not sources.cards:
-        raise ReportError(f"there is no card in {', '.join(map(str, paths[:3]))}; make one with `layercard profile` and name it too")
+    if not sources.cards and sources.result is None:
+        raise ReportError(
+            f"there is no card in {', '.join(map(str, paths[:3]))}, and no finished run; make one with `layercard profile` and name it too"
+        )
     first, (expected, model_name) = next(iter(models.items()))
     for other, (fingerprint, name) in models.items():
         if fingerprint != expected:
@@ -137,7 +178,10 @@ def _values(path: Path) -> Iterator[tuple[Path, dict[str, Any], bool]]:
         raise ReportError(f"{path} holds {len(files):,} JSON files, over {MOST_FILES:,}; name the folder of the runs themselves")
     comparisons = {file.parent for file in files if file.name == "compare.json"}
     runs = {file.parent for file in files if file.name == "run.json"}
+    timings = {file.parent / TIMING for file in files if file.name == "result.json"}  # a few steps of `layercard run`, which train nothing
     for file in files:
+        if file.parent in timings:
+            continue
         below_comparison = not comparisons.isdisjoint(file.parent.parents)
         try:
             value = read_json(file, ReportError, "run")

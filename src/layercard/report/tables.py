@@ -4,14 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import Json, interval, listed, short
+from layercard.card.numbers import Json, interval, listed, reasons_apart, short
 from layercard.cost.model import CostModel
 from layercard.records import Estimate
 from layercard.report.sources import called
-from layercard.report.trials import TrialGroup
+from layercard.report.trials import Regime, TrialGroup
 from layercard.report.words import bar_fractions, measured, seconds, size
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
+from layercard.trials.records import Race
 
 SHOWN_ROWS = 16
 """Placements in a table before the rest goes behind a fold."""
@@ -31,7 +32,7 @@ class Cell(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A row of a table; `mark` is ◆ for the reader's own placement and for chosen layers, ★ for the best single layers."""
+    """A row of a table; `mark` is ★ for the reader's own placement and for chosen layers, ▲ for the best single layers."""
 
     head: str
     cells: Sequence[Cell]
@@ -76,9 +77,9 @@ def card_table(card: LayerCard, chosen: Sequence[int]) -> Table:
         columns.append(column)
     rows = []
     for layer in range(card.model.layers):
-        marks = ["★"] * (layer in best) + ["◆"] * (layer in chosen)
+        marks = ["★"] * (layer in chosen) + ["▲"] * (layer in best)
         rows.append(Line(str(layer), [column[layer] for column in columns], " ".join(marks)))
-    return Table("Every layer: ★ best single layers by gain estimate, ◆ chosen", titles, rows, folded=True, heat=True)
+    return Table("Every layer: ★ chosen, ▲ best single layers by gain estimate", titles, rows, folded=True, heat=True)
 
 
 def coupling_table(card: LayerCard) -> Table | None:
@@ -97,19 +98,19 @@ def matrix_table(
     return Table(caption, (corner, *heads), rows, folded=folded)
 
 
-def trained_table(groups: Sequence[TrialGroup]) -> Table:
-    """Loss reduction of every placement on every task, as in the paper's first table."""
-    tasks, rows = list(dict.fromkeys(task for group in groups for task in group.reduction)), []
+def trained_table(regime: Regime, groups: Sequence[TrialGroup], named: Sequence[str], *, folded: bool) -> Table:
+    """Loss reduction of the placements that were trained in one regime, as in the paper's first table; ★ marks those of `named`."""
+    rows = []
     for group in groups:
-        reductions = [number_cell(group.reduction.get(task), digits=3) for task in tasks]
         runs = Cell(str(len(group.trials)), "", len(group.trials))
-        rows.append(Line(group.name, [runs, *reductions, number_cell(group.performance_kept, digits=1)]))
-    columns = ("Placement", "Runs", *tasks, "% kept of all layers")
-    return Table("Loss reduction by placement and task", columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:])
+        cells = [runs, number_cell(group.loss_reduction, digits=3), number_cell(group.performance_kept, digits=1)]
+        rows.append(Line(group.name, cells, "★" if group.name in named else ""))
+    columns = ("Placement", "Runs", "Loss reduction", "% kept of all layers")
+    return Table(f"Loss reduction on {regime.words}", columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:], folded=folded)
 
 
-def trade_off_table(groups: Sequence[TrialGroup], named: Sequence[str]) -> Table:
-    """Time saved against performance lost, measured, as in the paper's second table; ◆ marks the placements of `named`."""
+def trade_off_table(regime: Regime, groups: Sequence[TrialGroup], named: Sequence[str]) -> Table:
+    """Time saved against performance lost, measured, as in the paper's second table; ★ marks the placements of `named`."""
 
     def from_100(estimate: Estimate | None) -> Estimate | None:
         if estimate is None:
@@ -125,8 +126,31 @@ def trade_off_table(groups: Sequence[TrialGroup], named: Sequence[str]) -> Table
         percents = [number_cell(value, digits=1) for value in (group.time_share, saved, group.performance_kept, drop, ratio)]
         sizes = [number_cell(group.memory, 2**20), number_cell(group.adapter_bytes, 2**20, 2)]
         cells = [Cell(str(len(group.layers)), "", len(group.layers)), *percents, *sizes]
-        rows.append(Line(group.name, cells, "◆" if group.name in named else ""))
-    return Table("Cost and performance", columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:])
+        rows.append(Line(group.name, cells, "★" if group.name in named else ""))
+    caption = f"Cost and performance on {regime.words}, against all layers trained alike"
+    return Table(caption, columns, rows[:SHOWN_ROWS], rows[SHOWN_ROWS:])
+
+
+def race_tables(race: Race) -> list[Table]:
+    """The heats of a race, those of one length in one table; ★ marks the chosen candidate."""
+    tables = []
+    for steps in dict.fromkeys(heat.steps for heat in race.heats):
+        rows = []
+        for heat in race.heats:
+            if heat.steps == steps:
+                cells = [
+                    Cell(heat.entrant.modules, words=True),
+                    Cell(str(len(heat.entrant.layers)), "", len(heat.entrant.layers)),
+                    Cell(f"{heat.learning_rate:.3g}", "", heat.learning_rate),
+                    Cell("diverged", words=True) if heat.loss is None else Cell(f"{heat.loss:.4f}", "", heat.loss),
+                    Cell(f"{heat.step_seconds:.3g}", "", heat.step_seconds),
+                    Cell(f"{heat.peak_memory_bytes / 2**20:,.0f}", "", heat.peak_memory_bytes),
+                ]
+                rows.append(Line(heat.entrant.name, cells, "★" if heat.entrant.name == race.chosen.name else ""))
+        columns = ("Candidate", "Modules", "Layers", "Learning rate", "Loss after", "Seconds a step", "Memory, MiB")
+        caption = f"Candidates after {steps} steps: loss on {race.held_out_records} held-out records, {race.loss_before:.4f} before"
+        tables.append(Table(caption, columns, rows))
+    return tables
 
 
 def result_table(table: Json) -> Table:
@@ -170,10 +194,11 @@ def point_cells(predicted: Json, layers: Sequence[int]) -> list[Cell]:
 def placement_tables(placements: Mapping[str, Placement], front: Front | None) -> list[Table]:
     """The placements given with plain ones of as many layers, and why each layer of the first was taken."""
     first = next(iter(placements.values()))
-    rows = [Line(called(name, each), point_cells(each.predicted, each.layers), "◆") for name, each in placements.items()]
+    rows = [Line(called(name, each), point_cells(each.predicted, each.layers), "★") for name, each in placements.items()]
     plain = front.baselines if front else ()
     alike = [point for point in plain if len(point["layers"]) == len(first.layers) or point["name"] == "all"]
     rows += [Line(str(point["name"]), point_cells(point, point["layers"])) for point in alike]
     tables = [Table("Placements given, and plain ones of as many layers: predicted", ("Placement", *POINT_COLUMNS), rows)]
-    why = [Line(str(layer), [Cell(first.reasons[str(layer)], words=True)]) for layer in first.layers if str(layer) in first.reasons]
-    return [*tables, Table("Why each layer", ("Layer", "Reason"), why)] if why else tables
+    _, special = reasons_apart(first.reasons)
+    why = [Line(layer, [Cell(reason, words=True)], "★") for layer, reason in special.items()]
+    return [*tables, Table("Why each layer", ("Layer", "What is special about it"), why)] if why else tables

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layercard.card.card import LayerCard
-from layercard.card.numbers import PREDICTED, Json, interval, listed, percent, predicted_rows, short, stability_words
+from layercard.card.numbers import PREDICTED, Json, interval, listed, percent, predicted_rows, reasons_apart, short, stability_words
 from layercard.cost.model import CostModel
 from layercard.records import Estimate
 from layercard.report.roi import RATIOS, SHOWN, Roi
@@ -118,7 +118,7 @@ def card_view(card: LayerCard, console: Console) -> RenderableType:
         "Ranking": stability_words(card.stability),
     }
     warnings = [Text.assemble(("! ", "bold yellow"), warning) for warning in card.warnings]
-    advice = Text.assemble(("★", "bold green"), (" best single layers; a set of layers should spread: layercard select", "dim"))
+    advice = Text.assemble(("▲", "bold green"), (" best single layers; a set of layers should spread: layercard select", "dim"))
     return Group(pairs(header), layer_table(card, console), *warnings, advice)
 
 
@@ -152,7 +152,7 @@ def layer_table(card: LayerCard, console: Console) -> Table:
             row.append(text)
     best = card.best_layers()
     for layer, row in enumerate(cells):
-        mark = Text.assemble(("* " if ascii_only else "★ ") if layer in best else "", f"{layer:>2}")
+        mark = Text.assemble(("^ " if ascii_only else "▲ ") if layer in best else "", f"{layer:>2}")
         table.add_row(mark, *row, style="bold green" if layer in best else None)
     return table
 
@@ -168,10 +168,12 @@ def placement_view(placement: Placement) -> RenderableType:
         "Layers": " ".join(map(str, layers)),
         "Depth": "".join("■" if layer in layers else "·" for layer in range(depth)) + "  input left, output right",
     }
+    common, special = reasons_apart(placement.reasons)
+    rows |= predicted_rows(placement.predicted) | ({"Why": common} if common else {})
     table = _table("Layer", "Why", text=["Why"])
-    for layer in layers:
-        table.add_row(str(layer), Text(placement.reasons.get(str(layer), "-")))
-    return Group(pairs(rows | predicted_rows(placement.predicted)), table)
+    for layer, reason in special.items():
+        table.add_row(layer, Text(reason))
+    return Group(pairs(rows), table) if special else pairs(rows)
 
 
 def front_view(front: Any) -> RenderableType:

@@ -1,13 +1,14 @@
 """Training runs, whatever wrote their records, as one kind of value; and all runs of one placement as means with intervals.
 
 A run compares with the run of all layers on the same task, from the same seed, with the same rank: that gives what it keeps of the
-loss reduction and what it takes of the time. Runs without such a partner keep their own numbers and have no shares.
+loss reduction and what it takes of the time. Runs without such a partner keep their own numbers and have no shares. Only runs of one
+regime (task, rank and length) are averaged and stand in one table.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from pydantic import model_validator
@@ -25,6 +26,21 @@ LEVEL = 0.95
 
 Shares = Mapping[tuple[str, tuple[int, ...], int | None], float]
 """Step times that were measured apart, in % of all layers, by task, layers and rank."""
+
+
+class Regime(NamedTuple):
+    """What runs must have in common to be compared: the task, the rank of their adapters, and how long they train."""
+
+    task: str
+    rank: int | None
+    steps: int | None
+    epochs: float | None
+
+    @property
+    def words(self) -> str:
+        """All of it, as far as it is known."""
+        length = f"{self.steps} steps" if self.steps else f"{self.epochs:g} epochs" if self.epochs else ""
+        return ", ".join(filter(None, (self.task, "" if self.rank is None else f"rank {self.rank}", length)))
 
 
 class Trial(TrialRecord):
@@ -56,9 +72,14 @@ class Trial(TrialRecord):
         return len(self.layers) == self.depth and self.modules == "all"
 
     @property
+    def regime(self) -> Regime:
+        """Task, rank and length."""
+        return Regime(self.task, self.rank, self.settings.get("steps"), self.settings.get("epochs"))
+
+    @property
     def partner(self) -> tuple[Any, ...]:
-        """What a run shares with the run of all layers that it compares with: task, seed, rank and length."""
-        return self.task, self.settings.get("seed") or 0, self.rank, self.settings.get("steps"), self.settings.get("epochs")
+        """What a run shares with the run of all layers that it compares with: its regime and its seed."""
+        return self.regime, self.settings.get("seed") or 0
 
     @property
     def curve_points(self) -> tuple[Sequence[float], Sequence[float]]:
@@ -145,57 +166,50 @@ def _kept_paired(run: Trial, all_layers: Trial) -> Estimate | None:
 
 @dataclass(frozen=True)
 class TrialGroup:
-    """All runs of one placement; numbers are means over them, as in `Trial`."""
+    """All runs of one placement in one regime; numbers are means over them, as in `Trial`."""
 
     name: str
+    regime: Regime
     layers: tuple[int, ...]
     modules: str
     depth: int
     trials: tuple[Trial, ...]
-    reduction: dict[str, Estimate]  # by task
+    loss_reduction: Estimate | None
     performance_kept: Estimate | None
-    time_share: Estimate | None  # runs of one task that share one timing count once
+    time_share: Estimate | None  # runs that share one timing count once
     timings: int  # how many timings that is
     memory: Estimate | None
     adapter_bytes: Estimate | None
 
 
 def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None = None) -> list[TrialGroup]:
-    """One group a placement, rank and length: all layers, then those that the reader gave, plain ones, all others by what they keep.
+    """One group a placement and regime: all layers, then those that the reader gave, plain ones, all others by what they keep.
 
     Args:
         runs: Runs, compared with all layers.
         names: Names of placements by their layers.
     """
     names = names or {}
-    by_placement: dict[tuple[tuple[int, ...], str, int | None, Any], list[Trial]] = defaultdict(list)
+    by_placement: dict[tuple[Regime, tuple[int, ...], str], list[Trial]] = defaultdict(list)
     for run in runs:
-        by_placement[run.layers, run.modules, run.rank, run.settings.get("steps")].append(run)
-    usual_rank = min((rank for _, _, rank, _ in by_placement if rank is not None), default=None)
-    lengths = {steps for _, _, _, steps in by_placement}
+        by_placement[run.regime, run.layers, run.modules].append(run)
     groups = []
-    for (layers, modules, rank, steps), members in by_placement.items():
+    for (regime, layers, modules), members in by_placement.items():
         first = members[0]
         plain = plain_name(layers, first.depth)
         name = plain if plain == "all" else names.get(layers) or first.name or plain or f"layers {listed(layers, ' ')}"
-        reductions: dict[str, list[Estimate]] = defaultdict(list)
-        for run in members:
-            if run.loss_reduction is not None:
-                reductions[run.task].append(run.loss_reduction)
-        timings = {(run.task, run.time_share): run.time_share for run in members if run.time_share is not None}
+        timings = {run.time_share for run in members if run.time_share is not None}
         groups.append(
             TrialGroup(
-                name=name
-                + (f", {modules} modules" if modules != "all" else "")
-                + (f", rank {rank}" if rank is not None and rank != usual_rank else "")
-                + (f", {steps} steps" if len(lengths) > 1 and steps else ""),
+                name=name + (f", {modules} modules" if modules != "all" else ""),
+                regime=regime,
                 layers=layers,
                 modules=modules,
                 depth=first.depth,
                 trials=tuple(members),
-                reduction={task: mean(values) for task, values in reductions.items()},
+                loss_reduction=_mean_of(run.loss_reduction for run in members),
                 performance_kept=_mean_of(run.performance_kept for run in members),
-                time_share=_mean_of(timings.values()),
+                time_share=_mean_of(sorted(timings)),
                 timings=len(timings),
                 memory=_mean_of(run.peak_memory_bytes for run in members),
                 adapter_bytes=_mean_of(run.adapter_bytes for run in members),
@@ -209,6 +223,21 @@ def grouped(runs: Iterable[Trial], names: Mapping[tuple[int, ...], str] | None =
         return place, -(group.performance_kept.value if group.performance_kept else 0.0)
 
     return sorted(groups, key=order)
+
+
+def by_regime(
+    groups: Iterable[TrialGroup], layers: Sequence[int] = (), modules: str = "all", task: str = ""
+) -> dict[Regime, list[TrialGroup]]:
+    """Groups that compare with each other; first the regime of a placement: on `task` where it was trained on several, and longest."""
+    regimes: dict[Regime, list[TrialGroup]] = defaultdict(list)
+    for group in groups:
+        regimes[group.regime].append(group)
+
+    def order(regime: Regime) -> tuple[bool, bool, int]:
+        trained = any((group.layers, group.modules) == (tuple(layers), modules) for group in regimes[regime])
+        return not trained, regime.task != task, -(regime.steps or 0)
+
+    return {regime: regimes[regime] for regime in sorted(regimes, key=order)}
 
 
 def plain_name(layers: Sequence[int], depth: int) -> str | None:

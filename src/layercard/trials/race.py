@@ -18,16 +18,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from layercard.errors import BenchmarkError
 from layercard.models.load import Progress
 from layercard.models.losses import RecordLosses
-from layercard.records import Part, Record
 from layercard.settings import TrainSettings
-from layercard.trials.records import TrialRecord
+from layercard.trials.records import Entrant, Heat, Race, TrialRecord
 from layercard.trials.trial import Opener, Trial, run_trials
 from layercard.trials.workers import Workers
 
@@ -57,56 +54,6 @@ HEAT_NOISE = 0.026
 of 32 steps over seeds, one model, three tasks (`benchmarks/race_constants.py`)."""
 CERTAIN = 0.9
 """Probability with which the chosen entrant must be within the tolerance of the best."""
-
-
-class Entrant(Part):
-    """What takes part: layers, the set of modules in them, and the peak learning rate that it would have in the long run."""
-
-    name: str
-    layers: tuple[int, ...]
-    modules: str = "all"
-    learning_rate: float
-
-
-class Heat(Part):
-    """One entrant after `steps` steps; losses are in nats per labelled token of the held-out records, bytes above the frozen model."""
-
-    entrant: Entrant
-    steps: int
-    learning_rate: float  # that it ran at
-    loss: float | None  # `None` where it diverged
-    nats: tuple[float, ...]  # of each held-out record
-    step_seconds: float
-    peak_memory_bytes: int
-    trainable_parameters: int
-    seconds: float  # all of it, measuring included
-
-    @property
-    def result(self) -> float:
-        """The loss; infinite where it diverged."""
-        return math.inf if self.loss is None else self.loss
-
-
-class Race(Record):
-    """All heats and what they decided, `race.json`."""
-
-    error: ClassVar = BenchmarkError
-    noun: ClassVar = "race"
-    made_by: ClassVar = "layercard tune"
-    schema_: Literal["layercard-race/1"] = Field(default="layercard-race/1", alias="schema")
-    model: dict[str, Any]
-    data: dict[str, Any]
-    held_out_records: int
-    labelled: tuple[int, ...]  # labelled tokens of each held-out record
-    loss_before: float
-    steps: int  # of the run that it decides for
-    objective: str
-    tolerance: float
-    heats: tuple[Heat, ...]
-    chosen: Entrant
-    why: str
-    seconds: float
-    left_out: tuple[str, ...] = ()  # entrants that did not take part, and why
 
 
 class Length(NamedTuple):

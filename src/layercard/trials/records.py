@@ -1,11 +1,15 @@
-"""What trials leave behind: one record for a training of a benchmark, of a comparison and of a race; nothing heavy is imported."""
+"""What trials leave behind: one record for a training of a benchmark, of a comparison and of a race, and what a race decided.
 
+Nothing heavy is imported.
+"""
+
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from layercard.errors import BenchmarkError, TrainingError
-from layercard.records import Estimate, Record
+from layercard.records import Estimate, Part, Record
 from layercard.training.records import Moment
 
 
@@ -69,3 +73,53 @@ class Comparison(Record):
     loss_before: float
     rows: tuple[TrialRecord, ...]
     versions: dict[str, str]
+
+
+class Entrant(Part):
+    """What takes part: layers, the set of modules in them, and the peak learning rate that it would have in the long run."""
+
+    name: str
+    layers: tuple[int, ...]
+    modules: str = "all"
+    learning_rate: float
+
+
+class Heat(Part):
+    """One entrant after `steps` steps; losses are in nats per labelled token of the held-out records, bytes above the frozen model."""
+
+    entrant: Entrant
+    steps: int
+    learning_rate: float  # that it ran at
+    loss: float | None  # `None` where it diverged
+    nats: tuple[float, ...]  # of each held-out record
+    step_seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    seconds: float  # all of it, measuring included
+
+    @property
+    def result(self) -> float:
+        """The loss; infinite where it diverged."""
+        return math.inf if self.loss is None else self.loss
+
+
+class Race(Record):
+    """All heats and what they decided, `race.json`."""
+
+    error: ClassVar = BenchmarkError
+    noun: ClassVar = "race"
+    made_by: ClassVar = "layercard tune"
+    schema_: Literal["layercard-race/1"] = Field(default="layercard-race/1", alias="schema")
+    model: dict[str, Any]
+    data: dict[str, Any]
+    held_out_records: int
+    labelled: tuple[int, ...]  # labelled tokens of each held-out record
+    loss_before: float
+    steps: int  # of the run that it decides for
+    objective: str
+    tolerance: float
+    heats: tuple[Heat, ...]
+    chosen: Entrant
+    why: str
+    seconds: float
+    left_out: tuple[str, ...] = ()  # entrants that did not take part, and why

@@ -35,9 +35,10 @@ from layercard.models.load import BaseModel, Progress, describe, load_model, wra
 from layercard.models.losses import RecordLosses
 from layercard.profiling.profile import profile_records
 from layercard.records import Estimate
-from layercard.report.page import report_page, result_page
-from layercard.report.sources import read_sources
+from layercard.report.page import report_page
+from layercard.report.sources import TIMING, read_sources
 from layercard.selection.budgets import Budgets
+from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
 from layercard.settings import FastSettings, ProfileSettings, RunSettings, TrainSettings
@@ -52,8 +53,8 @@ from layercard.trials.trial import Task
 from layercard.trials.workers import Workers
 
 PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE = "plan.json", "card.json", "race.json", "placement.json", "result.json"
-ADAPTER, REPORT_FILE, CARD_PAGE, TIMING, RACE = "adapter", "report.html", "card.html", "timing", "race"
-FILES = (PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE, ADAPTER, REPORT_FILE, CARD_PAGE, TIMING, RACE, f"{CARD_FILE}.state")
+ADAPTER, REPORT_FILE, RACE = "adapter", "report.html", "race"
+FILES = (PLAN_FILE, CARD_FILE, RACE_FILE, PLACEMENT_FILE, RESULT_FILE, ADAPTER, REPORT_FILE, TIMING, RACE, f"{CARD_FILE}.state")
 """All that a run leaves in its folder."""
 ALL_LAYERS = "all layers"
 """What the entrant with all modules of all layers is called."""
@@ -339,31 +340,12 @@ def plan_only(
 
 
 def write_report(output: Path, commands: Sequence[str] = ()) -> Path:
-    """The pages of a finished run: `report.html`, and `card.html` where there is a card."""
-    result, trained = Result.load(output / RESULT_FILE), Run.load(output / ADAPTER / RUN_FILE)
-    heats = None
-    if (output / RACE_FILE).exists():
-        raced = Race.load(output / RACE_FILE)
-        columns = ["Candidate", "Modules", "Layers", "Steps", "Learning rate", "Loss", "Seconds a step", "Memory, MiB"]
-        rows = [
-            [
-                heat.entrant.name,
-                heat.entrant.modules,
-                len(heat.entrant.layers),
-                heat.steps,
-                f"{heat.learning_rate:.3g}",
-                "diverged" if heat.loss is None else f"{heat.loss:.4f}",
-                f"{heat.step_seconds:.2f}",
-                round(heat.peak_memory_bytes / 2**20),
-            ]
-            for heat in raced.heats
-        ]
-        title = f"Heats of the race, judged on {raced.held_out_records} held-out records (loss before: {raced.loss_before:.4f})"
-        heats = {"title": title, "columns": columns, "rows": rows}
-    if (output / CARD_FILE).exists():
-        sources = read_sources([output / CARD_FILE, output / PLACEMENT_FILE, output / ADAPTER])
-        write_text(output / CARD_PAGE, report_page(sources), force=True)
-    return write_text(output / REPORT_FILE, result_page(result, trained, heats, commands), force=True)
+    """The page of a finished run, `report.html`."""
+    files = [output / name for name in (RESULT_FILE, RACE_FILE, CARD_FILE, PLACEMENT_FILE, ADAPTER)]
+    sources = read_sources([path for path in files if path.exists()])
+    if sources.card is not None:
+        sources.front = pareto(sources.card)
+    return write_text(output / REPORT_FILE, report_page(sources, commands=commands), force=True)
 
 
 def rate_of_all(output: Path) -> float:

@@ -1,7 +1,7 @@
 """What the page asks for and gets, as plain values: HTML, figures and lists. `pages` hangs these functions onto widgets.
 
-They take what the page's widgets hold: the files that the visitor uploaded, the key of the open card, and the controls in the order in
-which `wishes` takes them, then the measure over depth and the name of the front.
+They take what the page's widgets hold: the files that the visitor uploaded, the key of the open card, what the sliders came to
+(`choice`), what is picked (`picked`: that, or layers by hand), and the sliders in the order in which `wishes` takes them.
 """
 
 import threading
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from layercard.errors import CardError, LayercardError, OutputError
+from layercard.files import json_text
 from layercard.report.app import library as files, views
-from layercard.report.app.jobs import Job, profile_job
+from layercard.report.app.jobs import Job, start
 from layercard.report.app.library import Choice, Entry, Library
 from layercard.report.words import measured
 from layercard.selection.pareto import Front, pareto
@@ -26,6 +27,10 @@ MOST_FRONTS = 16
 """Fronts that are kept."""
 SYNTHETIC = "synthetic"
 """The data set that layercard's own generator writes."""
+HELD_OUT = "synthetic:valid"
+"""Its held-out part."""
+NONE = "none"
+SLIDERS = "the sliders"
 PLAIN = ("last", "middle", "uniform", "first", "all")
 """Plain placements to start from when picking layers."""
 
@@ -35,7 +40,7 @@ class Explorer:
 
     def __init__(self, library: Library, folder: Path | None = None) -> None:
         self.library, self.folder = library, folder
-        self.job: Job | None = None  # the profile that runs or ran last; one at a time
+        self.job: Job | None = None  # what runs or ran last; one at a time
         self._starting, self._making = threading.Lock(), threading.Lock()
         self._fronts: dict[str, Front] = {}  # by the digest of the card
 
@@ -81,44 +86,52 @@ class Explorer:
         """Where the model of a card stands; the start of the way without one."""
         return views.roadmap(self.entries(uploaded), self.card(uploaded, key))
 
+    def card_tab(self, uploaded: Sequence[Entry], key: str | None, picked: Choice, measure: str | None) -> tuple[Any, ...]:
+        """The open card itself: what it is of, the picture of all measures, one measure over depth, coupling, and the table."""
+        entry = self.card(uploaded, key)
+        if entry is None or entry.card is None:
+            return views.note("no card is open; make one on the tab Run, or upload one"), None, None, None, ""
+        names, layers = [name for _, name in self.measures(entry)], picked.layers
+        over_depth = views.depth(entry.card, measure if measure in names else names[0], layers)
+        pictures = (views.heat_map(entry.card, layers), over_depth, views.coupling(entry.card, layers))
+        return views.card(entry), *pictures, views.card_table(entry.card, layers)
+
     # ---- placements
 
     def explore(self, uploaded: Sequence[Entry], key: str | None, *controls: Any, patient: bool = False) -> tuple[Any, ...]:
-        """The `Choice` for what the controls say, its tiles and downloads; `patient` searches as long as `layercard select`."""
+        """The `Choice` for what the sliders say, its tiles, downloads and layers; `patient` searches as long as `layercard select`."""
         entry = self.card(uploaded, key)
         if entry is None or entry.card is None:
-            problem = "open a card, or make one on the tab Profile"
-            return Choice(None, problem), views.note(problem), ""
-        started, asked = time.perf_counter(), files.wishes(*controls[:-2])
+            problem = "open a card, or make one on the tab Run"
+            return Choice(None, problem), views.note(problem), "", []
+        started, asked = time.perf_counter(), files.wishes(*controls)
         choice = files.choose(entry.card, asked, PATIENT if patient else files.SECONDS)
         tiles = views.tiles(choice, time.perf_counter() - started)
-        return choice, tiles, views.take_away(choice, files.command_line(asked, entry.place))
+        return choice, tiles, views.take_away(choice, files.command_line(asked, entry.place)), list(map(str, choice.layers))
 
-    def by_hand(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, layers: Sequence[str], *controls: Any) -> tuple[Any, ...]:
-        """What changes with picked layers against the chosen ones, the downloads of their placement, and figures."""
+    def by_hand(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, layers: Sequence[str]) -> tuple[Any, ...]:
+        """The `Choice` of picked layers, what changes with it against that of the sliders, and its downloads."""
         entry = self.card(uploaded, key)
         if entry is None or entry.card is None:
-            return views.note("open a card first"), "", None, None
+            return Choice(None), views.note("open a card first"), ""
         hand = files.by_hand(entry.card, layers)
         if hand.placement is None:
-            words = views.note("pick layers, or start from a placement")
-        elif choice.placement is None:
-            words = views.tiles(hand)
-        else:
-            words = views.change_table(files.changes(choice.placement, hand.placement))
-        return words, views.take_away(hand), *self.figures(uploaded, key, choice, *controls, hand=hand)
+            return hand, views.note("pick at least one layer"), ""
+        words = views.tiles(hand)
+        if choice.placement is not None and choice.layers != hand.layers:
+            words += views.change_table(files.changes(choice.placement, hand.placement))
+        return hand, words, views.take_away(hand)
 
     def figures(
-        self, uploaded: Sequence[Entry], key: str | None, choice: Choice, *controls: Any, hand: Choice | None = None
+        self, uploaded: Sequence[Entry], key: str | None, choice: Choice, picked: Choice, cost: str, *controls: Any
     ) -> tuple[Any, Any]:
-        """The front with the choice on it, and a measure over depth with the layers marked."""
-        *sliders, measure, cost = controls
+        """The front with the choice on it, and the gain estimate over depth with the layers marked."""
         entry = self.card(uploaded, key)
         if entry is None or entry.card is None:
             return None, None
-        names = [key for _, key in self.measures(entry)]
-        over_depth = views.depth(entry.card, measure if measure in names else names[0], (hand or choice).layers)
-        return views.front(self._fronts.get(entry.digest), cost, choice, hand, files.wishes(*sliders)), over_depth
+        hand = picked if picked.layers != choice.layers else None
+        over_depth = views.depth(entry.card, self.measures(entry)[0][1], picked.layers)
+        return views.front(self._fronts.get(entry.digest), cost, choice, hand, files.wishes(*controls)), over_depth
 
     def front(self, entry: Entry, progress: Callable[[str, int, int], None] | None = None) -> Front:
         """The front of a card, made once; two who ask at once wait for one search."""
@@ -133,15 +146,15 @@ class Explorer:
         """The measures that a card has: title and name."""
         return [(measure.title, measure.key) for measure in measured(entry.card)] if entry.card else []
 
-    def start_from(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, button: str) -> list[str]:
-        """The layers to start picking from: those chosen, none, or a plain placement of as many, as the last word of a button says."""
-        entry, name = self.card(uploaded, key), button.rpartition(" ")[2]
-        layers: Sequence[int] = choice.layers if name == "chosen" else ()
+    def start_from(self, uploaded: Sequence[Entry], key: str | None, choice: Choice, name: str | None) -> list[str]:
+        """The layers to start picking from: those of the sliders, none, or a plain placement of as many."""
+        entry = self.card(uploaded, key)
+        layers: Sequence[int] = choice.layers if name == SLIDERS else ()
         if entry is not None and name in PLAIN:
-            layers = strategy_layers(name, int(entry.value["model"]["layers"]), len(choice.layers) or 1)
+            layers = strategy_layers(str(name), int(entry.value["model"]["layers"]), len(choice.layers) or 1)
         return [] if entry is None else [str(layer) for layer in layers]
 
-    # ---- comparisons, savings, profiles
+    # ---- comparisons, savings
 
     def compare(self, uploaded: Sequence[Entry], first: str | None, second: str | None, k: float) -> str:
         """Whether the card of one data set serves another."""
@@ -158,39 +171,55 @@ class Explorer:
             return views.note(str(error), "bad")
 
     def saves(
-        self, uploaded: Sequence[Entry], key: str | None, choice: Choice, currency: str, *figures: float | str | None
+        self, uploaded: Sequence[Entry], key: str | None, picked: Choice, currency: str, *figures: float | str | None
     ) -> tuple[str, str]:
-        """What a placement saves with the reader's figures: the headline and all of it."""
+        """What a placement saves with the reader's figures: the headline and all of it; nothing where a figure is wrong."""
         entry = self.card(uploaded, key)
-        if entry is None or not choice.layers:
-            return views.note("choose a placement on the tab Select first"), ""
+        if entry is None or picked.placement is None:
+            return views.note("choose layers on the tab Choose first"), ""
         try:
-            return views.savings(files.saved(figures, currency or "USD", choice.layers, entry, self.entries(uploaded)))
+            return views.savings(files.saved(figures, currency or "USD", picked.placement, entry, self.entries(uploaded)))
         except LayercardError as error:
             return views.note(str(error), "bad"), ""
 
-    def start(self, model: str | None, data: str | None, records: float) -> str:
-        """Start to profile a model of the given folders; what is wrong is said in the same place."""
+    # ---- jobs
+
+    def start(self, kind: str, model: str | None, data: str | None, valid: str | None, records: float, picked: Choice) -> str:
+        """Start a job on a model and data of the given folders; what is wrong is said in the same place."""
         try:
             models, sources = self.library.models(), {SYNTHETIC: SYNTHETIC, **self.library.data()}
             if model not in models:
                 raise OutputError("choose a model of the list; models are folders with config.json and safetensors, or .gguf files")
-            if data not in sources:
+            if data not in sources or valid not in {NONE: "", HELD_OUT: HELD_OUT, **sources}:
                 raise OutputError("choose data of the list; data are .jsonl, .csv, .tsv or .parquet files")
+            if kind == "train" and picked.placement is None:
+                raise OutputError("choose layers on the tab Choose first")
+            placement = json_text(picked.placement.to_json()) if kind == "train" and picked.placement else ""
+            held_out = "" if valid == NONE else HELD_OUT if valid == HELD_OUT else str(sources[str(valid)])
             with self._starting:
                 if self.job is not None and self.job.running:
-                    raise OutputError("a profile is running already; wait for it or cancel it")
-                self.job = profile_job(models[model], str(sources[data]), max(4, int(records)), self.library.folders[0], self.folder)
+                    raise OutputError("something is running already; wait for it or cancel it")
+                given: dict[str, Any] = {"valid": held_out, "placement": placement}
+                self.job = start(kind, models[model], str(sources[data]), int(records), self.library.folders[0], self.folder, **given)
             return self.progress()
         except LayercardError as error:
             return views.note(str(error), "bad")
 
     def progress(self) -> str:
-        """How far the profile is."""
-        return views.job(self.job.progress if self.job else None)
+        """How far the job is, or what it gave."""
+        try:
+            return views.job(self.job.progress, self.job.kind) if self.job else views.job(None)
+        except LayercardError as error:
+            return views.note(str(error), "bad")
 
     def cancel(self) -> str:
-        """End the running profile."""
+        """End the running job."""
         if self.job is not None:
             self.job.cancel()
         return self.progress()
+
+    def close(self) -> None:
+        """End the running job, and wait until it has."""
+        if self.job is not None and self.job.running:
+            self.job.cancel()
+            self.job.wait(10)

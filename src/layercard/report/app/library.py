@@ -18,7 +18,7 @@ from layercard.cost.model import CostModel
 from layercard.errors import CardError, LayercardError, OutputError, ReportError, visible
 from layercard.files import parse_json
 from layercard.records import Estimate, Record
-from layercard.report.roi import GROUPS, Roi, RoiInputs, ratios_of, roi
+from layercard.report.roi import FIGURES, Roi, RoiInputs, ratios_of, roi, with_labels
 from layercard.report.sources import read_runs
 from layercard.report.trials import Trial, compared, grouped
 from layercard.selection.budgets import Budgets, option_of
@@ -27,7 +27,8 @@ from layercard.selection.placement import Placement
 from layercard.selection.select import given, select
 from layercard.selection.transfer import Transfer
 from layercard.training.records import Evaluation, Run
-from layercard.trials.records import Comparison, TrialRecord
+from layercard.trials.records import Comparison, Race, TrialRecord
+from layercard.trials.result import Result
 
 # ---- files
 
@@ -41,7 +42,8 @@ MOST_FOLDERS = 4
 """Folders below a given one that are looked into."""
 DATA_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet")
 KINDS: dict[str, type[Record]] = {
-    record.schema_name(): record for record in (LayerCard, Placement, Run, Comparison, Transfer, Front, Evaluation, CostModel, TrialRecord)
+    record.schema_name(): record
+    for record in (LayerCard, Placement, Run, Comparison, Transfer, Front, Evaluation, CostModel, TrialRecord, Result, Race)
 }
 """The class of a file by its schema."""
 RUN_KINDS = {"run record": "run", "comparison": "comparison"}
@@ -283,22 +285,20 @@ def changes(chosen: Placement, other: Placement) -> list[tuple[str, str, str, st
 
 # ---- savings
 
-FIGURES = {name: RoiInputs.model_fields[name] for names in GROUPS.values() for name in names}
-"""The reader's figures of the calculator, in the order of their fields on the page."""
 
-
-def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence[int], card: Entry, entries: Sequence[Entry]) -> Roi:
+def saved(figures: Sequence[float | str | None], currency: str, placement: Placement, card: Entry, entries: Sequence[Entry]) -> Roi:
     """What a placement saves, from the runs of the card's model among all files, and from the card's cost where no run says the same.
 
-    The figures are the fields in the order of `FIGURES`, as they were typed. Empty ones and untouched examples count as not given.
+    The figures are the fields in the order of `FIGURES`, as they were typed. Empty ones and untouched examples count as not given. A
+    decimal comma is refused, since the page is in English, where `1,900` is a thousand times `1.9`.
 
     Raises:
         ReportError: A figure is not a number, or out of range.
     """
     values: dict[str, Any] = {"currency": currency}
     for (name, field), typed in zip(FIGURES.items(), figures, strict=True):
-        value = typed.strip().replace(",", ".") if isinstance(typed, str) else typed
-        if value not in (None, "", field.default):
+        value = typed.strip() if isinstance(typed, str) else typed
+        if value not in (None, "", field.default, shown(field.default)):
             values[name] = value
     try:
         inputs = RoiInputs.of(values)
@@ -310,13 +310,12 @@ def saved(figures: Sequence[float | str | None], currency: str, layers: Sequence
     covered = {PurePath(entry.place).parent for entry in ours if entry.kind == "comparison"}
     counted = [entry for entry in ours if entry.kind == "comparison" or covered.isdisjoint(PurePath(entry.place).parent.parents)]
     trials = [trial for entry in counted for trial in entry.trials]
-    return roi(inputs, ratios_of(layers, card.card, grouped(compared(trials))))
+    modules, results = placement.modules or "all", (entry.value for entry in entries if entry.kind == Result.noun)
+    chosen = [Result.from_json(value) for value in results if value["model"].get("fingerprint") == fingerprint]
+    result = next((each for each in chosen if (each.chosen.layers, each.chosen.modules) == (placement.layers, modules)), None)
+    return roi(inputs, ratios_of(placement.layers, card.card, grouped(compared(trials)), modules, result))
 
 
-def with_labels(text: str) -> str:
-    """A sentence of the calculator with the fields called as the page calls them.
-
-    >>> with_labels("example figures, not given: gpus, gpu_watts")
-    'example figures, not given: GPUs a run, Power of a GPU (optional)'
-    """
-    return re.sub(r"\b[a-z_]+\b", lambda word: str(FIGURES[word[0]].title) if word[0] in FIGURES else word[0], text)
+def shown(figure: float | None) -> str:
+    """A figure as its field on the page begins with."""
+    return "" if figure is None else f"{figure:.15g}"

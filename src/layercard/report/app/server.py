@@ -242,7 +242,7 @@ def serving(library: Library, host: str = "127.0.0.1", port: int | None = None, 
                     webbrowser.open(address)
                 yield address
             finally:
-                explorer.cancel()
+                explorer.close()
                 blocks.close(verbose=False)
                 server.should_exit = True
                 thread.join()
