@@ -22,15 +22,15 @@ def app(
 ) -> None:
     """Explore cards in a browser.
 
-    Move budgets and see the placement, pick layers by hand, compare cards, count savings, start a profile. Only files in the given
-    folders are read. Ends with Ctrl-C, and a running profile with it.
+    See a card, move budgets and see the layers, pick them by hand, compare cards, start a run, count savings. Only files in the given
+    folders are read. Ends with Ctrl-C, and what it runs with it.
     """
     from layercard.report.app.library import Library
     from layercard.report.app.server import is_local, serving
 
     library = Library(cards or [Path()], models or [])
     if not is_local(host):
-        say(f"warning: {host} can be reached from other machines; whoever does sees these files and can start a profile")
+        say(f"warning: {host} can be reached from other machines; whoever does sees these files and can start a training")
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
