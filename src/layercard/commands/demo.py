@@ -21,19 +21,20 @@ def demo(
     ctx: typer.Context,
     output: Path = setting(Path("demo"), "Folder for everything that the demo makes.", metavar="DIR"),
     model: str = setting("smollm2-135m", "Another model, named as in `layercard run`.", metavar="MODEL"),
-    records: int = setting(400, "Records to train on.", low=16),
-    steps: int = setting(72, "Steps of both trainings.", low=1),
+    records: int = setting(512, "Records to train on.", low=16),
+    steps: int = setting(64, "Steps of both trainings, of eight records each.", low=1),
     force: bool = setting(False, "Make everything again."),
 ) -> None:
     """See on built-in data what `run` gives, beside the usual training.
 
     So few steps leave no time to try layers, so `run` is asked for quality: it finds a learning rate and trains all layers faster.
-    The usual training is LoRA in all layers with PEFT and transformers' Trainer as they are, for as many steps and at the learning rate
+    The usual training is LoRA in all layers with PEFT and transformers' Trainer as they are, for all the steps and at the learning rate
     that the race found best for it. Finished parts are used again when the demo is run a second time.
     """
     check_folder(output, resume=True, force=force)
     ours, default = output / RUN, output / DEFAULT
     data = ("--data", "synthetic", "--records", records, "--valid", "synthetic:valid", "--valid-records", VALID_RECORDS)
+    how = ("--steps", steps, "--batch-size", 8, "--dtype", "bfloat16")
 
     def step(*words: object) -> None:
         """Run a command in this process, print its command line before it, and stop the demo where it stops."""
@@ -43,16 +44,16 @@ def demo(
         if status:
             raise typer.Exit(status)
 
-    step("run", model, *data, "--steps", steps, "--objective", "quality", "--search", "40%", "-o", ours, *(["--force"] if force else []))
+    step("run", model, *data, *how, "--objective", "quality", "--search", "45%", "-o", ours, *(["--force"] if force else []))
     from layercard.trials.compare import COMPARE_FILE
     from layercard.trials.records import Comparison
     from layercard.trials.result import Result
     from layercard.workflow.run import REPORT_FILE, RESULT_FILE, rate_of_all
 
     result = Result.load(ours / RESULT_FILE)
-    how = ("--placements", "all", "--stock", "--steps", result.steps, "--learning-rate", f"{rate_of_all(ours):.4g}")
+    usual_way = ("--placements", "all", "--stock", "--learning-rate", f"{rate_of_all(ours):.4g}")
     again = [] if not default.exists() else ["--force"] if force else ["--resume"]
-    step("compare", model, *data, *how, "-o", default, *again)
+    step("compare", model, *data, *how, *usual_way, "-o", default, *again)
     usual = Comparison.load(default / COMPARE_FILE).rows[0]
     if usual.loss_after is None or usual.train_seconds is None:
         raise TrainingError("the usual training diverged, so there is nothing to compare with; try --force with more --records")
