@@ -24,10 +24,11 @@ from layercard.adapters.apply import adapted, loaded, place
 from layercard.data.load import IGNORED, Dataset, collate, load_data, shuffled
 from layercard.errors import DataError, OutputError, PlacementError, TrainingError
 from layercard.models.load import BaseModel, wrap_model
-from layercard.models.losses import labelled_losses
+from layercard.models.losses import RecordLosses, labelled_losses
 from layercard.selection.placement import Placement
 from layercard.settings import SCHEDULERS, FastSettings, TrainSettings
 from layercard.training import trainer as trainer_module
+from layercard.training.evaluate import held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import train
 from layercard.training.trainer import heaviest_step, last_checkpoint
@@ -351,6 +352,26 @@ def test_adapters_that_do_not_learn(run: Callable[..., Run], tiny_base: BaseMode
             train(base, place(base, [1]).changed(paths=tuple(paths)), data, tmp_path / "c", FAST)
     finally:
         tiny_base.model.load_state_dict(state)
+
+
+def test_watching_takes_a_tenth_of_the_training(
+    run: Callable[..., Run], tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more held-out records than that, but 24; before and after, all are measured."""
+    many = load_data(str(write_records(tmp_path / "many.jsonl", tiny_records(60))), tiny_base.tokenizer)
+    measured: list[int] = []
+
+    def measure(model: Any, pad_id: int, records: Dataset, **more: Any) -> RecordLosses:
+        measured.append(len(records))
+        return held_out_losses(model, pad_id, records, **more)
+
+    monkeypatch.setattr("layercard.training.train.held_out_losses", measure)
+    for batch_size, watched in ((2, 24), (100, 30)):  # 10 steps of 100 records: a tenth is 100 records trained, or 300 measured
+        measured.clear()
+        record = run(f"batches of {batch_size}", replace(FAST, steps=10, patience=10, batch_size=batch_size), valid=many)
+        assert measured == [60, *[watched] * 10, 60]
+        nats, labelled = (record.valid["per_record"][name][:watched] for name in ("nats_before", "labelled"))
+        assert record.curve[0].loss == pytest.approx(sum(nats) / sum(labelled))
 
 
 def test_the_adapter_of_the_lowest_held_out_loss_is_kept(run: Callable[..., Run], valid: Dataset, tmp_path: Path) -> None:
