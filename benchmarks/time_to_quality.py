@@ -263,14 +263,14 @@ def ours(
     patience = workflow.PATIENCE if kind in ("run-rule", "run-modules") else None
     training = replace(training, learning_rate=float(f"{rate:.4g}"), patience=patience, save_steps=0)
     placement = place(base, layers, modules=modules)
-    done = train(base, placement, data, folder / "adapter", training, valid=None if patience is None else watched, fast=fast)
+    trained = train(base, placement, data, folder / "adapter", training, valid=None if patience is None else watched, fast=fast)
     return {
         "seconds": seconds() - judge.started,
-        "steps": done.steps,
+        "steps": trained.steps,
         "layers": len(layers),
         "modules": modules,
         "learning_rate": training.learning_rate,
-        "peak_memory_bytes": done.peak_memory_bytes,
+        "peak_memory_bytes": trained.peak_memory_bytes,
         "folder": folder / "adapter",
     }
 
