@@ -2,7 +2,8 @@
 
 Trains LoRA in each of 13 layers alone (`single_layer.py`, resumable), makes a card, and prints Spearman's rank correlation of
 the trained gain with each measure of the card, with a 95 % interval: bootstrap over layers and, within each, over the held-out
-records that the gain was measured on.
+records that the gain was measured on. Three rows need no card of the task: nearness to the middle, what a single layer covers by the depth
+kernel `Σ_j exp(−|i − j| / 6)`, and the gain estimate of another task's card.
 
     python benchmarks/rank_agreement.py --tasks e2e gsm8k
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from calibration import kernel
 from common import RESULTS, report, rounded, task_file
 from layercard.card.card import LayerCard
 from layercard.data.load import load_data
@@ -22,7 +24,9 @@ from layercard.settings import ProfileSettings
 from layercard.statistics.ranks import spearman
 from single_layer import BATCH, MAX_LENGTH, arguments, measure, run_file
 
-MEASURES = ("gain_estimate", "centrality", "step_probe", "predicted_gain", "resnorm", "gradient_norm", "activation_energy", "middle")
+MEASURES = ("gain_estimate", "centrality", "step_probe", "predicted_gain", "resnorm", "gradient_norm", "activation_energy")
+WITHOUT_CARD = ("middle", "depth kernel")
+OTHER = "gain_estimate of another task's card"
 REPEATS = 2000
 
 
@@ -55,6 +59,8 @@ def scores(card: LayerCard, measure_name: str, layers: list[int]) -> np.ndarray:
     """A measure at the trained layers."""
     if measure_name == "middle":
         return -np.abs(np.array(layers) - (card.model.layers - 1) / 2)
+    if measure_name == "depth kernel":
+        return kernel(card.model.layers, 6)[layers].sum(axis=1)
     return np.array(card.values(measure_name))[layers]
 
 
@@ -84,14 +90,16 @@ def main() -> None:
             measure(base, task, tuple(options.layers), ProbeTraining(seed=seed, batch_size=BATCH[task]))
         gains = TrainedGains(task, options.seeds, options.layers)
         card = card_of(base, task, options.records)
-        found[task] = {name: agreement(gains, scores(card, name, options.layers)) for name in MEASURES}
+        found[task] = {name: agreement(gains, scores(card, name, options.layers)) for name in (*MEASURES, *WITHOUT_CARD)}
+        other = card_of(base, next(each for each in options.tasks if each != task), options.records)
+        found[task][OTHER] = agreement(gains, scores(other, "gain_estimate", options.layers))
         trained[task] = dict(zip(map(str, options.layers), gains.mean().tolist(), strict=True))
     report(
         "rank_agreement",
         f"Spearman of the gain of LoRA trained in one layer alone ({len(options.layers)} layers, 96 steps, {len(options.seeds)} seed(s)) "
         "with each measure of the card, with 95 % interval",
         ["measure", *options.tasks],
-        [[name, *(rounded(*found[task][name]) for task in options.tasks)] for name in MEASURES],
+        [[name, *(rounded(*found[task][name]) for task in options.tasks)] for name in (*MEASURES, *WITHOUT_CARD, OTHER)],
         trained_gains=trained,
         seeds=options.seeds,
         records=options.records,

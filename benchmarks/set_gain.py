@@ -5,6 +5,9 @@ every set model Spearman's rank correlation of its value, from the card alone, w
 whose runs are there. The interval is a bootstrap over sets. The last row says what a perfect model would reach against measurements as
 noisy as these: with r the mean rank correlation between two of n seeds, `√(n r / (1 + (n − 1) r))` (Spearman and Brown).
 
+Models that need no card, or the card of another task, stand beside those from the card. What `select` uses, and the length of the depth
+kernel, are chosen in `calibration.py` on tasks that are left out in turn; nothing is fitted here.
+
     python benchmarks/set_gain.py --tasks gsm8k --seeds 0 1 2    train what is missing
     python benchmarks/set_gain.py                                the table of both tasks
 """
@@ -17,11 +20,12 @@ from itertools import combinations
 
 import numpy as np
 
+from calibration import by_depth, near_the_middle
 from common import RESULTS, data_folder, report, rounded
 from layercard.card.card import LayerCard
 from layercard.selection.select import coverage_of, layer_weights, probe_measure, set_similarity
 from layercard.settings import BenchSettings
-from layercard.statistics.coverage import coverage, similarity
+from layercard.statistics.coverage import coverage, shrunk, similarity
 from layercard.statistics.intervals import spearman
 from layercard.trials.bench import Bench, Cell
 from layercard.trials.storage import Storage
@@ -81,12 +85,17 @@ SET_MODELS: dict[str, Callable[[LayerCard], SetGain]] = {
     "coverage, squared coupling": lambda card: covering(card, set_similarity(card) ** 2),
     "coverage, equal weights": lambda card: covering(card, set_similarity(card), weighted=False),
     "coverage, equal weights, squared coupling": lambda card: covering(card, set_similarity(card) ** 2, weighted=False),
+    "coverage without the depth kernel": lambda card: covering(card, shrunk(card.coupling)),
+    "depth kernel, length 6": lambda card: by_depth(6)(card, card),
+    "number of layers": lambda card: lambda layers: float(len(layers)),
+    "nearness to the middle": lambda card: near_the_middle(card, card),
     "quadratic from step probes": probe_quadratic,
     "quadratic": curved,
     "sum of step probes": lambda card: additive(card, probe_measure(card)),
     "sum of quadratic gains": lambda card: additive(card, "predicted_gain"),
 }
 """What a card says a set of layers will gain, in several ways by name; `select` uses the first."""
+OTHER = "coverage from another task's card"
 
 
 def random_sets(depth: int) -> list[tuple[int, ...]]:
@@ -125,13 +134,14 @@ def attainable(measured: np.ndarray) -> float | None:
     return float(np.sqrt(count * between / (1 + (count - 1) * between)))
 
 
-def agreement(card: LayerCard, sets: list[tuple[int, ...]], measured: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """For every set model its rank correlation with the measured reductions, and the interval."""
+def agreement(
+    card: LayerCard, other: LayerCard, sets: list[tuple[int, ...]], measured: np.ndarray
+) -> dict[str, tuple[float, float, float]]:
+    """For every set model its rank correlation with the measured reductions, and the interval; `other` is another task's card."""
     found = {}
     draw = np.random.default_rng(0)
     rows = [draw.integers(len(sets), size=len(sets)) for _ in range(REPEATS)]
-    for name, make in SET_MODELS.items():
-        value = make(card)
+    for name, value in {**{name: make(card) for name, make in SET_MODELS.items()}, OTHER: coverage_of(other)}.items():
         predicted = np.array([value(layers) for layers in sets])
         low, high = np.quantile([spearman(predicted[row], measured[row]) for row in rows], [0.025, 0.975])
         found[name] = (spearman(predicted, measured), float(low), float(high))
@@ -159,8 +169,9 @@ def main() -> None:
         trained = complete(bench, task, depth, range(SEEDS))
         measured = np.array([reductions(group) for group in trained.values()])
         heads[task], best[task] = f"{task}, {len(trained)} seed(s)", attainable(measured)
-        columns[task] = agreement(card, random_sets(depth), measured.mean(axis=0))
-    rows: list[list[object]] = [[name, *(rounded(*columns[task][name]) for task in options.tasks)] for name in SET_MODELS]
+        other = bench.card(next(each for each in [*options.tasks, "e2e", "gsm8k"] if each != task))
+        columns[task] = agreement(card, other, random_sets(depth), measured.mean(axis=0))
+    rows: list[list[object]] = [[name, *(rounded(*columns[task][name]) for task in options.tasks)] for name in [*SET_MODELS, OTHER]]
     rows.append(["a perfect model, with this noise", *("–" if (value := best[task]) is None else f"{value:.2f}" for task in options.tasks)])
     count = len(SIZES) * EACH
     title = f"Spearman's rank correlation of predicted and measured loss reduction, {count} random sets of {SIZES[0]} to {SIZES[-1]} layers"

@@ -60,7 +60,8 @@ def main() -> None:
         bench.prepare(task)
     cards = [(task, bench.card(task)) for task in options.tasks]
     depth = cards[0][1].model.layers
-    found = transfer(cards, k=K)
+    trained = {task: choices["k"][str(K)] for task in options.tasks if (choices := bench.choices(task))}
+    found = transfer(cards, k=K, choices=trained)
     swaps = [(pair, swap) for pair in found.pairs for swap in pair.swaps]
     cells = [Cell(task, "all", depth, None, seed, tuple(range(depth)), rank) for task in options.tasks for seed in options.seeds]
     cells += [swapped(swap.target, layers, seed, rank) for _, swap in swaps for layers in (swap.layers, swap.own) for seed in options.seeds]

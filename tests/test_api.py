@@ -109,7 +109,6 @@ def test_settings_reach_the_card(tokenizer: PreTrainedTokenizerFast, tmp_path: P
         tiny_records(12),
         records=9,
         rank=3,
-        fit_share=0.5,
         probe_records=2,
         seed=4,
         progress=lambda phase, done, total: phases.add(phase),

@@ -238,7 +238,7 @@ class TestChoice:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         saved(tmp_path / "my card.json", card.to_json())
-        wanted = wishes("balanced", 0, 90, 100, 70, 100, 100)
+        wanted = wishes("balanced", 0, 75, 100, 80, 100, 100)
         import shlex
 
         words = shlex.split(command_line(wanted, "my card.json"))

@@ -96,13 +96,12 @@ def test_held_out_records_without_finite_slopes_are_counted(monkeypatch: pytest.
     found = profiling.held_out_pass
 
     def broken(*arguments: object, **options: object) -> object:
-        held = found(*arguments, **options)  # type: ignore[arg-type]
+        held, sums = found(*arguments, **options)  # type: ignore[arg-type]
         held.drawn[0, 1, 2] = torch.nan
-        held.slopes[1, 4] = torch.inf
-        return held
+        return held, sums
 
     monkeypatch.setattr(profiling, "held_out_pass", broken)
-    with pytest.raises(DataError, match=r"^on 2 of the 5 held-out records of random tokens the loss or its gradients are not finite"):
+    with pytest.raises(DataError, match=r"^on 2 of the 12 held-out records of random tokens the loss or its gradients are not finite"):
         profile(base_of(), dataset(), replace(HOW, probe="none"))
 
 
@@ -137,7 +136,8 @@ def test_a_layer_that_no_gradient_comes_back_to_is_named() -> None:
 
 def test_a_step_that_diverges_gains_nothing_and_is_named() -> None:
     after = torch.tensor([[[1.0, 1.0], [0.5, 0.5]], [[torch.nan, 0.0], [1.5, 1.0]], [[torch.inf, 0.0], [torch.nan, 0.0]]])
-    probe = StepProbe(torch.ones(3, 2), torch.tensor([2.0, 2.0]), after, torch.tensor([1.0, 1.0]))
+    places = {"depth": 3, "layers": (0, 1, 2), "rows": torch.arange(2), "half": torch.tensor([0, 1])}
+    probe = StepProbe(**places, alphas=torch.ones(3, 2), before=torch.tensor([2.0, 2.0]), after=after, tokens=torch.tensor([1.0, 1.0]))
     assert probe.gain(torch.ones(2)).tolist() == [1.5, 0.75, 0.0]
     assert probe.gain(torch.tensor([0.0, 1.0])).tolist() == [1.5, 1.0, 0.0]  # whatever records are drawn
     assert probe.diverged == [1, 2]
@@ -180,7 +180,7 @@ def test_records_that_nothing_can_be_measured_on_are_refused(records: list[Examp
 def test_records_of_two_tokens_make_a_card() -> None:
     card = profile(base_of(), of([Example((7 + at, 9), (IGNORED, 9), {}) for at in range(6)]), HOW)
     assert card.data.labelled_tokens == 6
-    assert "few tokens: 8 made the steps" in words(card)
+    assert "few tokens: 6 in half of the records make steps" in words(card)
 
 
 def test_training_refuses_ids_that_the_model_does_not_have(tiny_base: BaseModel, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def base_of(model: PreTrainedModel) -> BaseModel:
 def passes(base: BaseModel, *, batch_size: int = 2) -> tuple[Fit, HeldOut]:
     settings = ProfileSettings(rank=4, batch_size=batch_size, label_samples=2)
     fit = fit_pass(base, examples(LENGTHS, seed=1), settings)
-    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, settings)
+    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, settings)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +194,7 @@ def test_signals_do_not_depend_on_batches_and_follow_a_permutation_of_experts() 
         for one, other in zip(fit.layers[layer].modules, same.layers[layer].modules, strict=True):
             assert one.module.path == other.module.path and one.tokens == other.tokens
             assert one.resnorm_squared == pytest.approx(other.resnorm_squared)
-    for one, other in ((held.slopes, same_held.slopes), (held.drawn, same_held.drawn), (held.residual, same_held.residual)):
+    for one, other in ((held.slopes, same_held.slopes), (held.drawn, same_held.drawn), (held.gradient, same_held.gradient)):
         torch.testing.assert_close(one, other)
     order = [2, 0, 3, 1]
     with torch.no_grad():
@@ -223,8 +223,9 @@ def test_from_card_to_a_trained_adapter(tmp_path: Path) -> None:
         assert [module.path for module in stacks] == [stack.path for stack in block.stacks]
         for module in stacks:
             assert module.experts == 4 and sum(module.expert_tokens) > 0
-            assert module.resnorm == pytest.approx(math.sqrt(sum(value**2 for value in module.expert_resnorm)))
-        assert entry.resnorm.value == pytest.approx(math.sqrt(sum(module.resnorm**2 for module in entry.modules)), rel=1e-5)
+            # Squares add up, but for those that noise puts below zero, of which the card says 0.
+            assert module.resnorm <= math.sqrt(sum(value**2 for value in module.expert_resnorm)) * (1 + 1e-6)
+        assert entry.resnorm.value <= math.sqrt(sum(module.resnorm**2 for module in entry.modules)) * (1 + 1e-5)
     placement = select(card, k=1, objective="performance")
     (layer,) = placement.layers
     assert placement.parameters == tuple(stack.path for stack in base.blocks[layer].stacks)
@@ -325,10 +326,10 @@ def test_experts_count_as_one_input_by_their_tokens(tmp_path: Path) -> None:
     data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(12)), base.tokenizer)
     settings = ProfileSettings(rank=2, probe="none", cost=False)
     card = profile(base, data, settings)
-    fit_examples, _ = split_records(data, settings)
-    fit = fit_pass(base, fit_examples, ProfileSettings(rank=2, batch_size=8))
-    for entry, layer in zip(card.layers, fit.layers, strict=True):
-        inputs, modules = layer.inputs, layer.modules
+    fits = [fit_pass(base, half, ProfileSettings(rank=2, batch_size=8)) for half in split_records(data, settings)]
+
+    def of_half(fit: Fit, index: int) -> tuple[float, float]:
+        inputs, modules = fit.layers[index].inputs, fit.layers[index].modules
         tokens = {m.module.path: m.tokens for m in modules}
         ranks = {signals.path: signals.energy**2 / signals.second_moment_squared for signals in inputs}
         single = [rank for path, rank in ranks.items() if "[" not in path]
@@ -336,8 +337,12 @@ def test_experts_count_as_one_input_by_their_tokens(tmp_path: Path) -> None:
         for name in ("gate_up_proj[", "down_proj["):
             own = {path: rank for path, rank in ranks.items() if name in path}
             stacked.append(sum(tokens[path] * rank for path, rank in own.items()) / sum(tokens[path] for path in own))
-        assert entry.effective_rank.value == pytest.approx(sum([*single, *stacked]) / (len(single) + 2))
-        assert entry.activation_energy.value == pytest.approx(sum(signals.energy for signals in inputs))
+        return sum([*single, *stacked]) / (len(single) + 2), sum(signals.energy for signals in inputs)
+
+    for index, entry in enumerate(card.layers):
+        ranks, energies = zip(*(of_half(fit, index) for fit in fits), strict=True)
+        assert entry.effective_rank.value == pytest.approx(sum(ranks) / 2)
+        assert entry.activation_energy.value == pytest.approx(sum(energies) / 2)
 
 
 def test_few_tokens_and_unread_experts_are_named(tmp_path: Path) -> None:

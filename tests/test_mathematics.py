@@ -8,6 +8,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from cards import fake_card
 from layercard.adapters.apply import adapted, place
 from layercard.adapters.lora_config import lora_arguments
-from layercard.card.card import LayerCard
+from layercard.card.card import LayerCard, LayerEntry
 from layercard.cost.estimate import estimated_cost
 from layercard.data.chat import ChatEncoder, labelled_tokens
 from layercard.data.encoding import encode_pair
@@ -41,7 +42,7 @@ from layercard.selection.select import coverage_of, performance_kept, select
 from layercard.selection.transfer import agreement, transfer
 from layercard.settings import FastSettings, ProfileSettings, TrainSettings
 from layercard.statistics.coupling import centrality, correlation, curvature
-from layercard.statistics.coverage import coverage, demand, shrunk
+from layercard.statistics.coverage import blended, coverage, demand, depth_kernel, shrunk
 from layercard.statistics.intervals import bootstrap_weights, interval, ratio_deviation, split_half_spearman
 from layercard.statistics.moments import GradientMoments, InputMoments
 from layercard.statistics.ranks import noise_scale, spearman_rows
@@ -62,7 +63,7 @@ def base_of(**changes: object) -> BaseModel:
 def test_the_interval_of_the_bootstrap_holds_the_truth_in_95_of_100_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(4000, 80, generator=generator, dtype=torch.float64)
-    low, high = interval(bootstrap_weights(80, 0, 1000) @ samples.T / 80)
+    low, high = interval(bootstrap_weights(torch.zeros(80), 0, 1000) @ samples.T / 80)
     assert float(((low <= 0) & (high >= 0)).double().mean()) == pytest.approx(0.945, abs=0.012)  # of the mean of 80 values; nominal 0.95
     for tail in ((low > 0), (high < 0)):
         assert float(tail.double().mean()) == pytest.approx(0.0275, abs=0.01)  # as often too high as too low
@@ -70,7 +71,7 @@ def test_the_interval_of_the_bootstrap_holds_the_truth_in_95_of_100_samples() ->
 
 
 def test_resampled_records_are_drawn_with_replacement_each_as_often() -> None:
-    weights = bootstrap_weights(12, 0, 20_000)
+    weights = bootstrap_weights(torch.zeros(12), 0, 20_000)
     assert bool((weights.sum(dim=1) == 12).all())
     torch.testing.assert_close(weights.mean(dim=0), torch.ones(12, dtype=torch.float64), rtol=0, atol=0.04)
     torch.testing.assert_close(weights.var(dim=0), torch.full((12,), 11 / 12, dtype=torch.float64), rtol=0, atol=0.06)  # multinomial
@@ -78,7 +79,7 @@ def test_resampled_records_are_drawn_with_replacement_each_as_often() -> None:
 
 def test_a_ratio_that_all_records_share_does_not_move() -> None:
     tokens = torch.randint(1, 9, (20,), generator=torch.Generator().manual_seed(0)).double()
-    weights = bootstrap_weights(20, 0)
+    weights = bootstrap_weights(torch.zeros(20), 0)
     moved = ratio_deviation(torch.stack([3 * tokens, tokens - 2]), tokens, weights)
     assert float(moved[:, 0].abs().max()) < 1e-12
     assert float(moved[:, 1].std()) > 0.05
@@ -86,52 +87,54 @@ def test_a_ratio_that_all_records_share_does_not_move() -> None:
 
 def test_halves_of_nothing_but_noise_do_not_agree() -> None:
     values = torch.randn(40, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert abs(split_half_spearman(lambda weights: values @ weights, 60, 0)) < 0.3
+    assert abs(split_half_spearman(lambda weights: values @ weights, torch.zeros(60), 0)) < 0.3
     level = torch.linspace(0, 50, 40, dtype=torch.float64)[:, None]
-    assert split_half_spearman(lambda weights: (values + level) @ weights, 60, 0) > 0.98
-    assert split_half_spearman(lambda weights: 0 * level[:, 0], 60, 0) == 0.0  # a flat profile
+    assert split_half_spearman(lambda weights: (values + level) @ weights, torch.zeros(60), 0) > 0.98
+    assert split_half_spearman(lambda weights: 0 * level[:, 0], torch.zeros(60), 0) == 0.0  # a flat profile
 
 
-def synthetic(base: BaseModel, fit: Fit, held_out: HeldOut, fit_records: int, seed: int) -> tuple[Fit, HeldOut]:
+def synthetic(fits: list[Fit], held_out: HeldOut, seed: int) -> tuple[list[Fit], HeldOut]:
     """Results of passes over records whose gradients along 6 axes are drawn around (1, 0, …): each layer is a draw of its own."""
     rng = np.random.default_rng(seed)
-    layers, records = len(base.blocks), len(held_out.labelled)
-    truth, spread = np.eye(6)[0], 0.5
+    layers, half = held_out.gradient.shape[0], held_out.half.numpy()
+    records_lni = np.eye(6)[0] + 0.5 * rng.standard_normal((layers, len(half), 6))
+    gradients = [records_lni[:, half == number].mean(axis=1) for number in (0, 1)]
+    contributions = torch.from_numpy(np.stack([(records_lni[:, n] * gradients[1 - half[n]]).sum(axis=1) for n in range(len(half))], axis=1))
     made = []
-    contributions = np.zeros((layers, records))
-    for layer in range(layers):
-        gradient = (truth + spread * rng.standard_normal((fit_records, 6))).mean(axis=0)
-        contributions[layer] = (truth + spread * rng.standard_normal((records, 6))) @ gradient
-        squared = float(gradient @ gradient)
-        modules = [
-            dataclasses.replace(
-                m,
-                resnorm_squared=squared if number == 0 else 0.0,
-                resnorm_rank_squared=squared if number == 0 else 0.0,
-                gradient_squared=squared if number == 0 else 0.0,
-                residual_energy=10.0 if number == 0 else 0.0,
-            )
-            for number, m in enumerate(fit.layers[layer].modules)
-        ]
-        made.append(dataclasses.replace(fit.layers[layer], modules=modules))
-    tensor = torch.from_numpy(contributions)
-    parts = {"residual": tensor, "gradient": tensor, "slopes": -tensor, "labelled": torch.ones(records, dtype=torch.float64)}
-    return dataclasses.replace(fit, layers=made), dataclasses.replace(held_out, **parts)
+    for number, fit in enumerate(fits):
+        changed = []
+        for layer, signals in enumerate(fit.layers):
+            squared = float(gradients[number][layer] @ gradients[number][layer])
+            first, *others = signals.modules
+            first = dataclasses.replace(first, gradient_squared=squared, residual_energy=10.0)
+            others = [dataclasses.replace(m, gradient_squared=0.0, residual_energy=0.0) for m in others]
+            changed.append(dataclasses.replace(signals, modules=[first, *others]))
+        made.append(dataclasses.replace(fit, layers=changed))
+    modules = {
+        m.module.path: torch.stack([contributions[layer]] * 2) * (number == 0)
+        for layer, signals in enumerate(fits[0].layers)
+        for number, m in enumerate(signals.modules)
+    }
+    ones = torch.ones(len(half), dtype=torch.float64)
+    return made, dataclasses.replace(held_out, modules=modules, gradient=contributions, slopes=-contributions, labelled=ones)
 
 
-def test_intervals_of_fit_measures_are_as_wide_as_the_measures_spread() -> None:
+def crossed(base: BaseModel, halves: list[list[Any]], settings: ProfileSettings) -> tuple[list[Fit], HeldOut]:
+    """Both halves' steps, and what they are on the other half."""
+    fits = [fit_pass(base, half, settings) for half in halves]
+    return fits, HeldOut.joined(*(held_out_pass(base, halves[h], fits[1 - h], settings, half=h)[0] for h in (0, 1)))
+
+
+def test_intervals_of_gradients_and_residuals_are_as_wide_as_these_spread() -> None:
     """Each layer stands for another sample of records, so the spread over layers is what the intervals should say."""
     base = base_of(num_hidden_layers=24)
     made = examples(tuple(5 + number % 5 for number in range(90)), seed=4)
     dataset = Dataset(tuple(made), "random tokens", "0" * 16)
-    fit_examples, held_out_examples = made[:60], made[60:]
-    settings = ProfileSettings(rank=2, batch_size=30, label_samples=1)
-    fit = fit_pass(base, fit_examples, settings)
-    held_out = held_out_pass(base, held_out_examples, fit, settings)
+    fits, held_out = crossed(base, [made[:45], made[45:]], ProfileSettings(rank=2, batch_size=30, label_samples=1))
     for measure in ("resnorm", "resnorm_rank", "gradient_norm", "residual_fraction"):
         spreads, widths = [], []
         for seed in range(2):
-            card = assemble_card(base, dataset, {"seed": 0}, *synthetic(base, fit, held_out, 60, seed), None, None)
+            card = assemble_card(base, dataset, {"seed": 0}, *synthetic(fits, held_out, seed), None, None)
             estimates = [getattr(layer, measure) for layer in card.layers]
             spreads.append(np.std([each.value for each in estimates], ddof=1))
             widths.append(np.mean([each.high - each.low for each in estimates]))
@@ -141,20 +144,61 @@ def test_intervals_of_fit_measures_are_as_wide_as_the_measures_spread() -> None:
         assert np.mean(widths) == pytest.approx(2 * 1.96 * np.mean(spreads), rel=0.25), measure
 
 
+def test_resnorm_has_no_bias_by_noise_and_the_norm_of_a_gradient_has() -> None:
+    """Gradients around (1, 0, …) with much noise: the true squared norm is 1."""
+    base = base_of(num_hidden_layers=24)
+    made = examples(tuple(5 + number % 5 for number in range(90)), seed=4)
+    dataset = Dataset(tuple(made), "random tokens", "0" * 16)
+    fits, held_out = crossed(base, [made[:45], made[45:]], ProfileSettings(rank=2, batch_size=30, label_samples=1))
+    cards = [assemble_card(base, dataset, {"seed": 0}, *synthetic(fits, held_out, seed), None, None) for seed in range(4)]
+    fractions = [layer.residual_fraction.value * 10 for card in cards for layer in card.layers]  # squares, before the root
+    assert np.mean(fractions) == pytest.approx(1.0, abs=0.03)
+    squares = [layer.gradient_norm.value**2 for card in cards for layer in card.layers]
+    assert np.mean(squares) > 1.02
+
+
 # --- signals of a layer -----------------------------------------------------------------------------------------------------
 
 
 def test_measures_of_a_card_equal_explicit_matrices() -> None:
     """Inputs and gradients of every linear map by plain hooks, the measures by their definitions in float64."""
     base = wrap_model(build_tiny("llama").double(), tiny_tokenizer())
-    dataset = Dataset(tuple(examples((9, 6, 12, 7, 15, 11, 8, 10, 14, 13, 19, 8), seed=4)), "random tokens", "0" * 16)
-    settings = ProfileSettings(rank=2, batch_size=3, cost=False, probe="none", ridge=0.01)
+    made = examples((9, 6, 12, 7, 15, 11, 8, 10, 14, 13, 19, 8), seed=4)
+    dataset = Dataset((*made, *made), "random tokens, each twice", "0" * 16)  # so that one half says something of the other
+    settings = ProfileSettings(rank=RANK, batch_size=3, cost=False, probe="none", ridge=RIDGE)
     card = profile_records(base, dataset, settings)
-    fit_examples, _ = split_records(dataset, settings)
+    halves = [signals_by_hooks(base, half) for half in split_records(dataset, settings)]
+    for index, layer in enumerate(card.layers):
+        expected: dict[str, list[float]] = {}
+        for inputs, slopes, labelled in halves:
+            for measure, value in explicit_measures(layer, inputs, slopes, labelled).items():
+                expected.setdefault(measure, []).append(value)
+        crossed_squares = [explicit_cross(layer, halves[half], halves[1 - half]) for half in (0, 1)]
+        for measure, values in expected.items():
+            if measure not in ("residual", "condition"):
+                assert getattr(layer, measure).value == pytest.approx(sum(values) / 2, rel=1e-6), (index, measure)
+        assert layer.condition.value == pytest.approx(sum(expected["condition"]) / 2, rel=0.1)  # by power iteration
+        within, whole = (sum(each[part] for each in crossed_squares) / 2 for part in (0, 1))
+        assert whole > within > 0
+        assert layer.resnorm_rank.value**2 == pytest.approx(within, rel=0.02), index  # by a few power iterations
+        assert layer.resnorm.value**2 - within == pytest.approx(whole - within, rel=0.5), index  # by 8 random directions
+        energy = sum(expected["residual"]) / 2
+        assert layer.residual_fraction.value == pytest.approx(layer.resnorm.value**2 / energy, rel=1e-6, abs=1e-9)
+        for measure in (*(set(expected) - {"residual"}), "resnorm", "resnorm_rank", "predicted_gain", "centrality", "gain_estimate"):
+            estimate = getattr(layer, measure)
+            assert estimate.low <= estimate.value <= estimate.high and estimate.low < estimate.high, measure
+
+
+Signals = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]
+"""By path the inputs `[N, in]` and output gradients `[N, out]` of some records, and how many labelled tokens these have."""
+
+
+def signals_by_hooks(base: BaseModel, made: list[Any]) -> Signals:
+    """Inputs and gradients of every linear map, one record at a time."""
     inputs: dict[str, list[torch.Tensor]] = {}
     slopes: dict[str, list[torch.Tensor]] = {}
     labelled = 0
-    for example in fit_examples:
+    for example in made:
         handles = []
         for name, module in base.model.named_modules():
             if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -171,48 +215,62 @@ def test_measures_of_a_card_equal_explicit_matrices() -> None:
         labelled += len(losses)
         for handle in handles:
             handle.remove()
-    for index, layer in enumerate(card.layers):
-        sums = dict.fromkeys(("resnorm", "rank", "gradient", "energy", "residual", "step", "noise"), 0.0)
-        effective, condition = [], []
-        for module in layer.modules:
-            a, d = torch.cat(inputs[module.path]), torch.cat(slopes[module.path])
-            tokens = len(a)
-            second = a.T @ a / tokens
-            gradient = d.T @ a / labelled
-            values, vectors = torch.linalg.eigh(second)
-            typical = min(float(a.square().sum(dim=1).median()) / a.shape[1], float(second.diagonal().median()))
-            ridge = 0.01 * typical
-            assert module.ridge == pytest.approx(ridge)
-            whitened = gradient @ vectors / (values + ridge).sqrt()
-            singular = torch.linalg.svdvals(whitened)
-            error = d * tokens / labelled  # such that the gradient is a mean over tokens
-            energy = float(error.square().sum(dim=1).mean())
-            sums["resnorm"] += float(whitened.square().sum())
-            sums["rank"] += float(singular[:2].square().sum())
-            sums["gradient"] += float(gradient.square().sum())
-            sums["residual"] += energy
-            sums["step"] += float((whitened / (values + ridge).sqrt()).square().sum())
-            sums["noise"] += energy / tokens * float((values / (values + ridge).square()).sum())
-            if module.shares_input_with is None:
-                sums["energy"] += float(a.square().sum(dim=1).mean())
-                effective.append(float(values.sum().square() / values.square().sum()))
-                condition.append(math.log(float((values[-1] + ridge) / (values[0] + ridge))))
-        expected = {
-            "resnorm": math.sqrt(sums["resnorm"]),
-            "resnorm_rank": math.sqrt(sums["rank"]),
-            "gradient_norm": math.sqrt(sums["gradient"]),
-            "residual_fraction": sums["resnorm"] / sums["residual"],
-            "activation_energy": sums["energy"],
-            "effective_rank": sum(effective) / len(effective),
-            "noise_amplification": sums["noise"] / sums["step"],
-        }
-        for measure, value in expected.items():
-            tolerance = 1e-3 if measure == "resnorm_rank" else 1e-6  # that one by a few power iterations
-            assert getattr(layer, measure).value == pytest.approx(value, rel=tolerance), (index, measure)
-        assert layer.condition.value == pytest.approx(math.exp(sum(condition) / len(condition)), rel=0.1)  # by power iteration
-        for measure in (*expected, "condition", "predicted_gain", "centrality", "gain_estimate"):
-            estimate = getattr(layer, measure)
-            assert estimate.low <= estimate.value <= estimate.high and estimate.low < estimate.high, measure
+    return {path: torch.cat(rows) for path, rows in inputs.items()}, {path: torch.cat(rows) for path, rows in slopes.items()}, labelled
+
+
+RIDGE, RANK = 0.01, 2
+
+
+def explicit_step(a: torch.Tensor, d: torch.Tensor, labelled: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`Δ = −G Σ_λ⁻¹`, the same cut to the rank, and λ."""
+    second, gradient = a.T @ a / len(a), d.T @ a / labelled
+    typical = min(float(a.square().sum(dim=1).median()) / a.shape[1], float(second.diagonal().median()))
+    whitening = second + RIDGE * typical * torch.eye(a.shape[1], dtype=a.dtype)
+    step = -torch.linalg.solve(whitening, gradient.T).T
+    values, vectors = torch.linalg.eigh(whitening)
+    root = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    up = torch.linalg.svd(gradient @ root).U[:, :RANK]
+    return step, up @ up.T @ step, RIDGE * typical
+
+
+def explicit_cross(layer: LayerEntry, measured: Signals, made: Signals) -> tuple[float, float]:
+    """`−⟨G, Δ⟩` with the gradient of some records and the step of others, within reach of the rank and in all, over a layer's modules."""
+    sums = [0.0, 0.0]
+    for module in layer.modules:
+        gradient = measured[1][module.path].T @ measured[0][module.path] / measured[2]
+        step, low_rank, _ = explicit_step(made[0][module.path], made[1][module.path], made[2])
+        sums = [total - float((gradient * each).sum()) for total, each in zip(sums, (low_rank, step), strict=True)]
+    return sums[0], sums[1]
+
+
+def explicit_measures(
+    layer: LayerEntry, inputs: dict[str, torch.Tensor], slopes: dict[str, torch.Tensor], labelled: int
+) -> dict[str, float]:
+    """The measures of a layer that one half of the records has by itself."""
+    sums = dict.fromkeys(("gradient", "energy", "residual", "step", "noise"), 0.0)
+    effective, condition = [], []
+    for module in layer.modules:
+        a, d = inputs[module.path], slopes[module.path]
+        tokens = len(a)
+        step, _, ridge = explicit_step(a, d, labelled)
+        values = torch.linalg.eigvalsh(a.T @ a / tokens)
+        energy = float((d * tokens / labelled).square().sum(dim=1).mean())  # such that the gradient is a mean over tokens
+        sums["gradient"] += float((d.T @ a / labelled).square().sum())
+        sums["residual"] += energy
+        sums["step"] += float(step.square().sum())
+        sums["noise"] += energy / tokens * float((values / (values + ridge).square()).sum())
+        if module.shares_input_with is None:
+            sums["energy"] += float(a.square().sum(dim=1).mean())
+            effective.append(float(values.sum().square() / values.square().sum()))
+            condition.append(math.log(float((values[-1] + ridge) / (values[0] + ridge))))
+    return {
+        "gradient_norm": math.sqrt(sums["gradient"]),
+        "activation_energy": sums["energy"],
+        "effective_rank": sum(effective) / len(effective),
+        "noise_amplification": sums["noise"] / sums["step"],
+        "condition": math.exp(sum(condition) / len(condition)),
+        "residual": sums["residual"],
+    }
 
 
 def test_a_step_made_of_noise_alone_has_noise_amplification_one() -> None:
@@ -257,8 +315,8 @@ def test_scaled_steps_end_at_the_minimum_of_the_parabola() -> None:
     base = wrap_model(build_tiny("llama").double(), tiny_tokenizer())
     settings = ProfileSettings(rank=2, batch_size=4, label_samples=4)
     fit = fit_pass(base, examples((9, 6, 12, 7, 15, 11), seed=1), settings)
-    held_out = held_out_pass(base, examples((9, 6, 12, 7, 15, 11), seed=1), fit, settings)
-    steps, slopes = scaled_steps(fit, held_out)
+    held_out, _ = held_out_pass(base, examples((9, 6, 12, 7, 15, 11), seed=1), fit, settings)
+    (steps, _), slopes = scaled_steps([fit, fit], held_out)
     records = held_out.labelled.sum()
     for layer, (step, slope) in enumerate(zip(steps, slopes, strict=True)):
         path = next(iter(step))
@@ -278,7 +336,7 @@ def test_coupling_is_the_cosine_between_slopes() -> None:
     rho = correlation(curvature(slopes, torch.full((40,), 3.0, dtype=torch.float64)))
     flat = slopes.transpose(0, 1).flatten(1)
     torch.testing.assert_close(rho, torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=2))
-    torch.testing.assert_close(centrality(rho), (rho @ rho.T).diagonal())  # squares unless told
+    torch.testing.assert_close(centrality(rho), (rho @ rho.T).diagonal())
 
 
 def test_shrinking_brings_a_noisy_coupling_nearer_to_the_true_one() -> None:
@@ -313,18 +371,30 @@ def test_demand_is_a_length_whose_square_is_a_gain() -> None:
     assert demand(np.full(30, 4.0)) == pytest.approx(np.full(30, 2.0))
 
 
-def test_performance_kept_holds_95_of_100_trained_placements(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_performance_kept_holds_trained_placements_of_tasks_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nominal 90 %; each task is predicted from the others, and at least 85 % of its runs must lie inside. Of all runs at least 90 %."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     sys.modules.pop("common", None)
-    from calibration import points_of  # the measured placements; nothing of the fit
+    from calibration import left_out_coverage, points_of  # the measured placements
 
+    assert min(share for share, _, _ in left_out_coverage().values()) >= 0.85
     held = []
     for task in ("e2e", "webnlg", "gsm8k"):
         points = points_of(task)
         for share, kept in zip(points.share.tolist(), (points.kept / 100).tolist(), strict=True):
             _, low, high = performance_kept(share)
-            held.append(low <= min(kept, 1.0) <= high)
-    assert len(held) > 300 and np.mean(held) == pytest.approx(0.95, abs=0.03)
+            held.append(low <= kept <= high)
+    assert len(held) > 300 and 0.9 <= np.mean(held) < 0.99
+
+
+def test_the_blend_of_coupling_and_depth() -> None:
+    rho = np.array([[1.0, -0.6, 0.2], [-0.6, 1.0, 0.4], [0.2, 0.4, 1.0]])
+    expected = 0.25 * 0.6  # the mean of neighbours is below 0, and so taken for none
+    assert shrunk(rho)[0, 1] == pytest.approx(expected)
+    assert blended(rho, 1.0)[0, 2] == pytest.approx(math.exp(-10 / 3))
+    assert blended(rho)[0, 1] == pytest.approx((expected + math.exp(-5 / 3)) / 2)
+    assert np.diag(blended(rho)) == pytest.approx(np.ones(3))
+    assert depth_kernel(30)[3, 9] == pytest.approx(math.exp(-1))  # six layers of thirty
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------------
@@ -334,18 +404,21 @@ def test_gains_of_probes_count_records_as_often_as_copies_would() -> None:
     generator = torch.Generator().manual_seed(0)
     before, tokens = torch.rand(10, generator=generator).double() * 50, torch.randint(1, 9, (10,), generator=generator).double()
     after = before - torch.rand(4, 2, 10, generator=generator).double() * 9
-    weights = bootstrap_weights(10, 0)[3]
+    weights = bootstrap_weights(torch.zeros(10), 0)[3]
     copies = torch.repeat_interleave(torch.arange(10), weights.long())
     once = torch.ones(10, dtype=torch.float64)
-    step = StepProbe(torch.ones(4, 2), before, after, tokens)
-    copied = StepProbe(torch.ones(4, 2), before[copies], after[:, :, copies], tokens[copies])
+    half, every = torch.tensor([0] * 5 + [1] * 5), torch.arange(10)
+    step = StepProbe(4, (0, 1, 2, 3), every, half, torch.ones(4, 2), before, after, tokens)
+    copied = StepProbe(4, (0, 1, 2, 3), every, half[copies], torch.ones(4, 2), before[copies], after[:, :, copies], tokens[copies])
     torch.testing.assert_close(step.gain(weights), copied.gain(once))
-    per_token = (before.sum() - after.sum(dim=2)) / tokens.sum()
-    torch.testing.assert_close(step.gain(once), per_token.amax(dim=1))
+    of_halves = [(before[rows].sum() - after[:, :, rows].sum(dim=2)) / tokens[rows].sum() for rows in (half == 0, half == 1)]
+    chosen = [of_halves[h][range(4), of_halves[1 - h].argmax(dim=1)] for h in (0, 1)]  # the other half says which length counts
+    torch.testing.assert_close(step.gain(once), ((chosen[0] + chosen[1]) / 2).clamp(min=0))
     training = TrainingProbe(before, after[:, 0], tokens, (1,) * 4)
     copied_training = TrainingProbe(before[copies], after[:, 0][:, copies], tokens[copies], (1,) * 4)
     torch.testing.assert_close(training.gain(weights), copied_training.gain(once))
-    torch.testing.assert_close(training.gain(once), per_token[:, 0])
+    per_token = (before.sum() - after[:, 0].sum(dim=1)) / tokens.sum()
+    torch.testing.assert_close(training.gain(once), per_token)
 
 
 # --- transfer ---------------------------------------------------------------------------------------------------------------

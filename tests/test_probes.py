@@ -21,7 +21,7 @@ from layercard.models.losses import labelled_losses
 from layercard.profiling import training_probe as halving
 from layercard.profiling.fit import fit_pass
 from layercard.profiling.profile import profile_records as profile
-from layercard.profiling.step_probe import ReplayedSet, second_length, step_probe
+from layercard.profiling.step_probe import ReplayedSet, StepProbe, probed_layers, second_length, step_probe
 from layercard.profiling.training_probe import (
     ProbeTraining,
     TrainingProbe,
@@ -64,25 +64,61 @@ def mean_loss(model: torch.nn.Module, seed: int) -> float:
 def test_step_probe_equals_a_model_whose_weights_were_changed(family: str) -> None:
     base = base_of(family, 3)
     before = state(base.model)
-    fit = fit_pass(base, examples(LENGTHS, seed=1), ProfileSettings(rank=3, batch_size=3))
-    steps = [layer.step for layer in fit.layers]
-    held_out = ReplayedSet(base, examples(LENGTHS, seed=2), range(3), 3)
-    probe = step_probe(base, steps, [0.1] * 3, held_out)
+    seeds = (1, 2)  # each half's records are measured with the steps that the other half made
+    fits = [fit_pass(base, examples(LENGTHS, seed), ProfileSettings(rank=3, batch_size=3)) for seed in seeds]
+    steps = [[layer.step for layer in fit.layers] for fit in fits]
+    sets = [ReplayedSet(base, examples(LENGTHS, seed), range(3), 3) for seed in seeds]
+    count = len(LENGTHS)
+    probe = step_probe(base, list(zip(reversed(steps), sets, strict=True)), [0.1] * 3, range(3), torch.arange(2 * count))
     assert_same(before, state(base.model))
-    assert float(probe.before.sum() / probe.tokens.sum()) == pytest.approx(mean_loss(base.model, 2), rel=1e-6)
-    gains = probe.gain(torch.ones(len(LENGTHS)))
-    for layer, step in enumerate(steps):
-        found = []
-        for at in range(2):
-            changed = copy.deepcopy(base.model)
-            with torch.no_grad():
-                for p in base.blocks[layer].linear_modules:
-                    down, up = step[p.path]
-                    change = probe.alphas[layer, at] * (up @ down).double()
-                    changed.get_parameter(f"{p.path}.weight").add_((change.T if p.transposed else change).float())
-            found.append(mean_loss(changed, 2))
-            assert float(probe.after[layer, at].sum() / probe.tokens.sum()) == pytest.approx(found[at], rel=1e-5)
-        assert float(gains[layer]) == pytest.approx(max(0.0, mean_loss(base.model, 2) - min(found)), abs=1e-5)
+    before_loss = [mean_loss(base.model, seed) for seed in seeds]
+    gains = probe.gain(torch.ones(2 * count))
+    for layer in range(3):
+        reductions = []
+        for half, seed in enumerate(seeds):
+            rows = slice(half * count, (half + 1) * count)
+            assert float(probe.before[rows].sum() / probe.tokens[rows].sum()) == pytest.approx(before_loss[half], rel=1e-6)
+            reductions.append([])
+            for at in range(2):
+                changed = copy.deepcopy(base.model)
+                with torch.no_grad():
+                    for p in base.blocks[layer].linear_modules:
+                        down, up = steps[1 - half][layer][p.path]
+                        change = probe.alphas[layer, at] * (up @ down).double()
+                        changed.get_parameter(f"{p.path}.weight").add_((change.T if p.transposed else change).float())
+                loss = mean_loss(changed, seed)
+                assert float(probe.after[layer, at, rows].sum() / probe.tokens[rows].sum()) == pytest.approx(loss, rel=1e-5)
+                reductions[-1].append(before_loss[half] - loss)
+        # On each half the length counts that was better on the other.
+        chosen = [reductions[half][reductions[1 - half].index(max(reductions[1 - half]))] for half in (0, 1)]
+        assert float(gains[layer]) == pytest.approx(max(0.0, sum(chosen) / 2), abs=1e-5)
+
+
+def probe_along(slope: float, bend: float, twist: float, alphas: tuple[float, float]) -> StepProbe:
+    """A probe of one layer, one record of each half, whose loss falls by `slope α − bend α² − twist α³`."""
+    reductions = torch.tensor([slope * a - bend * a**2 - twist * a**3 for a in alphas], dtype=torch.float64)
+    after = (10 - reductions)[None, :, None].expand(1, 2, 2)
+    ones, places = torch.ones(2, dtype=torch.float64), torch.arange(2)
+    return StepProbe(1, (0,), places, places, torch.tensor([alphas], dtype=torch.float64), 10 * ones, after, ones)
+
+
+@pytest.mark.parametrize(
+    ("slope", "bend", "twist"), [(1.0, 0.5, 0.0), (1.0, 0.5, 0.2), (1.0, 0.6, -0.05), (1.0, 0.0, 0.0), (-1.0, 0.5, 0.1)]
+)
+def test_the_longest_step_is_where_the_loss_is_back(slope: float, bend: float, twist: float) -> None:
+    lengths = torch.linspace(1e-3, 10, 100_000, dtype=torch.float64)
+    gone = (slope * lengths - bend * lengths**2 - twist * lengths**3 <= 0).nonzero()
+    expected = float(lengths[gone[0, 0]]) if len(gone) else 10.0
+    found = probe_along(slope, bend, twist, (1.0, 1.6)).longest(torch.full((1, 2), slope, dtype=torch.float64), torch.ones(2).double())
+    assert float(found[0]) == pytest.approx(expected, abs=2e-3)
+
+
+def test_layers_between_those_that_are_probed_are_interpolated() -> None:
+    assert probed_layers(30, 8) == (0, 4, 8, 12, 17, 21, 25, 29) and probed_layers(1, 8) == (0,) and probed_layers(5, 8) == tuple(range(5))
+    after = torch.tensor([[[1.0, 1.0]] * 2, [[0.0, 0.0]] * 2], dtype=torch.float64)
+    two, places = torch.full((2,), 2.0, dtype=torch.float64), torch.arange(2)
+    probe = StepProbe(5, (0, 4), places, places, torch.ones(2, 2), two, after, torch.ones(2))
+    assert probe.gain(torch.ones(2)).tolist() == [1.0, 1.25, 1.5, 1.75, 2.0]
 
 
 def test_second_length_is_the_minimum_of_a_parabola() -> None:

@@ -81,7 +81,7 @@ def test_card_with_measured_cost_has_its_phases_and_one_without_has_none(tiny_ba
     settings = ProfileSettings(rank=2, batch_size=3, probe="none", cost=False)
     assert profile(tiny_base, dataset(), settings).phases == ()
     timed = profile(tiny_base, dataset(), ProfileSettings(rank=2, batch_size=3, probe="none", cost=True))
-    assert [phase.name for phase in timed.phases] == ["fit", "held-out", "cost"]
+    assert [phase.name for phase in timed.phases] == ["fit", "cross", "held-out", "cost"]
     assert type(timed).from_json(timed.to_json()) == timed
     older = {key: value for key, value in timed.to_json().items() if key != "phases"}
     assert type(timed).from_json(older).phases == ()

@@ -47,7 +47,7 @@ def test_set_models_grow_with_the_set_and_know_single_layers(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("script", "arguments", "results"),
     [
-        ("calibration", ["--check"], {"calibration"}),
+        ("calibration", ["--check"], {"calibration", "set_models"}),
         (
             "placements",
             ["--tables"],
@@ -87,17 +87,31 @@ def test_committed_results_follow_from_the_runs(
         ], name
 
 
-def test_the_curve_of_select_is_near_the_one_that_the_runs_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is older than six of the runs, as docs/choosing.md says."""
+def test_the_curve_of_select_is_the_one_that_the_runs_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     calibration = importlib.import_module("calibration")
     committed = json.loads(calibration.CURVE.read_text())
-    tasks = [calibration.points_of(task) for task in ("e2e", "webnlg", "gsm8k")]
-    shares = np.linspace(0, 1, 101)
-    old, new = (np.interp(shares, *np.array(knots).T) for knots in (committed["knots"], calibration.fitted(tasks)))
+    tasks = [calibration.points_of(task) for task in calibration.TASKS]
+    assert np.array(committed["knots"]) == pytest.approx(calibration.fitted(tasks), abs=1e-4)
+    assert (committed["below"], committed["above"]) == pytest.approx(calibration.spreads(tasks), abs=1e-3)
     page = (BENCHMARKS.parent / "docs" / "choosing.md").read_text()
-    assert f"moves it by at most {np.abs(old - new).max():.1f} points" in page
     assert f"{sum(len(points.share) for points in tasks)} runs" in page
+    held = [f"{100 * share:.0f}" for share, _, _ in calibration.left_out_coverage().values()]
+    assert f"held {held[0]}, {held[1]} and {held[2]} % of its runs" in page
+    models = {row[0]: row[-2:] for row in json.loads((RESULTS / "set_models.json").read_text())["rows"]}
+    for name, words in (
+        ("depth kernel", "a mean Spearman of {rank:.2f}"),
+        ("coverage from the card", "coverage from the card {rank:.2f}"),
+        ("number of layers", "the number of layers {rank:.2f}"),
+        ("coverage as `select` uses it", "a blend of both ({rank:.2f})"),
+        ("coverage from the card", "is {level} points off"),
+        ("depth kernel", "{level} with depth alone"),
+    ):
+        rank, level = models[name]
+        assert words.format(rank=float(rank), level=level) in page, name
+    of_cards = (BENCHMARKS.parent / "docs" / "card.md").read_text()
+    level, of_depth = models["coverage from the card"][1], models["depth kernel"][1]
+    assert f"error of {level} points of all layers' performance, depth alone with {of_depth}" in of_cards
 
 
 def test_shares_of_the_step_time_err_as_the_page_says() -> None:

@@ -25,7 +25,7 @@ def base_of(family: str = "llama") -> BaseModel:
 def passes(base: BaseModel, *, batch_size: int = 2, samples: int = 2, rank: int = 4) -> tuple[Fit, HeldOut]:
     settings = ProfileSettings(rank=rank, batch_size=batch_size, label_samples=samples)
     fit = fit_pass(base, examples(LENGTHS, seed=1), settings)
-    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, settings)
+    return fit, held_out_pass(base, examples(LENGTHS, seed=2), fit, settings)[0]
 
 
 def logits_with_steps(base: BaseModel, fit: Fit, made: list[Example], c: torch.Tensor) -> torch.Tensor:
@@ -85,14 +85,16 @@ def test_held_out_contributions_estimate_the_fit_quantities() -> None:
     made = examples(tuple(range(5, 25)), seed=1)
     settings = ProfileSettings(rank=4, batch_size=4, label_samples=1)
     fit = fit_pass(base, made, settings)
-    held = held_out_pass(base, made, fit, settings)
+    held = held_out_pass(base, made, fit, settings)[0]
     for layer, modules in enumerate(found.modules for found in fit.layers):
         squared = sum(m.resnorm_squared for m in modules)
-        assert float(held.residual[layer].sum() / held.labelled.sum()) == pytest.approx(squared, rel=0.4)
+        within_rank, whole = sum(held.modules[m.module.path] for m in modules).sum(dim=1) / held.labelled.sum()
+        assert float(whole) == pytest.approx(squared, rel=0.2)
         gradient = sum(m.gradient_squared for m in modules)
         assert float(held.gradient[layer].sum() / held.labelled.sum()) == pytest.approx(gradient, rel=0.4)
         rank_squared = sum(m.resnorm_rank_squared for m in modules)
         assert -float(held.slopes[layer].sum() / held.labelled.sum()) == pytest.approx(rank_squared, rel=1e-6)
+        assert float(within_rank) == pytest.approx(rank_squared, rel=1e-6)
         for signals in fit.layers[layer].inputs:
             energy, square, top, noise = held.inputs[signals.path].sum(dim=1) / held.tokens.sum()
             assert float(energy) == pytest.approx(signals.energy)

@@ -42,6 +42,9 @@ def data_for(folder: Path, tokenizer: Any) -> Dataset:
 def comparable(card: LayerCard) -> dict[str, Any]:
     value = card.to_json()
     value["settings"].pop("stream", None)
+    for layer in value["layers"]:  # a root of differences of losses, which enlarges their rounding
+        if layer["longest_step"]:
+            layer["longest_step"] = {end: round(number, 5) for end, number in layer["longest_step"].items()}
     return value
 
 
@@ -235,13 +238,13 @@ def test_what_is_too_large_for_the_memory_goes_beside_the_card(tmp_path: Path, m
 
     def watch(phase: str, done: int, total: int) -> None:
         folder = tmp_path / "state" / "boundaries"
-        seen.append([path.name for path in folder.glob("fit-*")] if folder.exists() else [])
+        seen.append([path.name for path in folder.glob("half-*")] if folder.exists() else [])
 
     monkeypatch.setattr("layercard.profiling.streamed.free_bytes", lambda _: 4 * 4 * data.tokens * 32 * 4 - 1)
     settings = ProfileSettings(probe="none", rank=2, cost=False)
     expected = comparable(profile(streamed, data, settings))
     found = profile(streamed, data, settings, watch, state=tmp_path / "state")
-    assert comparable(found) == expected and "fit-0-0.safetensors" in seen[0]
+    assert comparable(found) == expected and "half-0-0-0.safetensors" in seen[0]
 
 
 def test_a_model_on_the_hub_is_fetched_and_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

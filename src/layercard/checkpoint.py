@@ -80,7 +80,7 @@ class Form:
                 return item
             kind, content = str(item["kind"]), item["of"]
             if kind == "tensor":
-                return tensors[content].to(item["device"])
+                return tensors[content].to(item["device"], copy=True)  # aligned as torch does it: kernels round by that
             if kind == "outside":
                 return self.outside[content]
             if kind in ("list", "tuple"):

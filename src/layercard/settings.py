@@ -160,9 +160,8 @@ class ProfileSettings(Settings, group="Profile"):
     rank: int = setting(8, _RANK, low=1)
     ridge: float = setting(1.0, "Regularisation of each input's covariance, as a share of its usual energy.", low=0, high=1e6)
     batch_size: int = setting(8, _BATCH_SIZE, low=1)
-    fit_share: float = setting(0.6, "Share of the records that make the steps; the others measure them.", low=0.01, high=0.99, option="")
     label_samples: int = setting(
-        3, "Samples of labels from the model for the coupling; each is one more backward pass.", low=1, metavar="N"
+        1, "Samples of labels from the model for the coupling; each is one more backward pass.", low=1, metavar="N"
     )
     probe: str = setting(
         "step",
@@ -172,7 +171,10 @@ class ProfileSettings(Settings, group="Profile"):
     )
     probe_steps: int = setting(48, "Training steps of --probe train for the best layers.", low=1)
     probe_records: int = setting(
-        16, "Held-out records that the step probe measures on; it takes two forward passes for each layer.", low=1, option=""
+        12, "Records that the step probe measures on, half of them with the steps of the other half.", low=2, option=""
+    )
+    probe_layers: int = setting(
+        8, "Layers that the step probe measures, with two forward passes each; those between are interpolated.", low=2, option=""
     )
     cost: bool = setting(True, "Time a few training steps on this machine, for what placements cost.")
     seed: int = setting(0, _SEED, low=0, high=2**32 - 1)

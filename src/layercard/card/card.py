@@ -82,7 +82,8 @@ def check_same_model(made: Mapping[str, Any], here: Mapping[str, Any], noun: str
 
 
 class DataInfo(Part):
-    """The records that were profiled; `fit_records` made the steps, the others measured them."""
+    """The records that were profiled. `fit_records` of them made the steps, the others measured them; when not given each did both, with
+    the steps of the half to which it does not belong."""
 
     source: str
     fingerprint: str
@@ -138,6 +139,8 @@ class LayerEntry(Part):
     predicted_gain: Estimate
     centrality: Estimate
     step_probe: Estimate | None = None
+    step_curvature: Estimate | None = None
+    longest_step: Estimate | None = None
     training_probe: Estimate | None = None
     training_probe_steps: int | None = None
     gain_estimate: Estimate
@@ -161,6 +164,9 @@ class LayerCard(Record):
         descent: `b_ℓ`, first-order decrease of the held-out loss along each layer's step, nats per labelled token.
         curvature: `K_ℓℓ`, nats per labelled token.
         stability: For each measure the median Spearman correlation of its profile between halves of the records.
+        cross_fitted: The measures that are cross-fitted: half of the records made the steps and the other half measured them, then the
+            other way round, and the two are averaged. The others describe the records themselves. Empty: made by an earlier version,
+            which held some records out once.
         units: Unit of each measure.
         warnings: What a reader must know before trusting the card, in words.
         cost: What placements cost on the machine that made the card; `None` was not measured (`cost_of` estimates it).
@@ -180,6 +186,7 @@ class LayerCard(Record):
     descent: tuple[FiniteFloat, ...]
     curvature: tuple[FiniteFloat, ...]
     stability: dict[str, FiniteFloat]
+    cross_fitted: tuple[str, ...] = ()
     units: dict[str, str] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     cost: CostModel | None = None

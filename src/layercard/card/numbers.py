@@ -15,8 +15,8 @@ from layercard.records import Estimate
 Json = Mapping[str, Any]
 _STABILITY = ((0.9, "very stable"), (0.75, "stable"), (0.5, "shaky, profile more records before relying on single layers"))
 PREDICTED = (
-    "predicted: read off the card by a curve fitted to trained placements of one model (SmolLM2-135M, three tasks); the interval is how "
-    "far these lie from the curve, and says nothing of your own records"
+    "predicted and not measured: read off the card by a curve fitted to trained placements of one model (SmolLM2-135M, three tasks, 32 "
+    "steps); the 90 % interval is how far placements of a task lie that had no part in the curve, and says nothing of other models"
 )
 """What a predicted performance is, and what its interval is of (`selection/calibration.json`)."""
 _COSTS = {"step_time": ("step time", "seconds"), "peak_memory": ("peak memory", "bytes"), "latency": ("added latency", "seconds")}

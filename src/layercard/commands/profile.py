@@ -6,8 +6,8 @@ from pathlib import Path
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, say, show_result
-from layercard.errors import OutputError, TrainingError
-from layercard.files import refuse_existing
+from layercard.errors import DataError, OutputError, TrainingError
+from layercard.files import refuse_existing, shown
 from layercard.processes import count, is_first
 from layercard.settings import DataSettings, LoadSettings, ProfileSettings, setting
 
@@ -16,7 +16,12 @@ def profile(
     model: str = opt.MODEL,
     data: list[str] = opt.DATA,
     output: Path = setting(..., "Where to write the card.", metavar="CARD"),
-    records: int = setting(64, "Profile the first N records.", low=1),
+    records: str = setting(
+        "64",
+        "Profile the first N records; auto: 16, then twice as many, and so on, until the choice of layers is stable.",
+        metavar="N|auto",
+    ),
+    most_records: int = setting(256, "With --records auto: at most N.", low=4),
     reading: DataSettings = DataSettings(),
     settings: ProfileSettings = ProfileSettings(),
     stream: bool = setting(
@@ -68,18 +73,21 @@ def profile(
     if boundaries is not None and not stream:
         raise TrainingError("--boundaries says where --stream keeps what goes from block to block; pass --stream too, or leave it out")
     check_folder(state)
+    count_records = most_records if records == "auto" else int(records) if records.isdecimal() and len(records) < 10 else 0
+    if count_records < 1:
+        raise DataError(f"--records {shown(records)} is not a number of records; give a whole number of at least 1, or auto")
 
     # Load the model, whole or block by block; take a card that is there already, or make one.
     from layercard.commands.reuse import card_folder, keep, reusable
     from layercard.models.streamed import open_model
-    from layercard.profiling.profile import profile_records
+    from layercard.profiling.profile import profile_records, profile_until_stable
     from layercard.training.train import first_day
 
     started, folder = time.perf_counter(), card_folder(cache_dir)
     with Display() as display:
         streamed = open_model(model, progress=display, **loading.to_json()) if stream else None
         base = streamed.base if streamed is not None else opt.load(model, loading, display, streams=True)
-        dataset = opt.read(data, base, records, reading, first_day(*() if force else (state / PLAN_FILE,)))
+        dataset = opt.read(data, base, count_records, reading, first_day(*() if force else (state / PLAN_FILE,)))
         card = None
         if reuse:
             card, source, reasons = reusable(base, dataset, settings, folder, display)
@@ -93,7 +101,8 @@ def profile(
         if card is None:
             if force and is_first():
                 discard(state)
-            card = profile_records(streamed or base, dataset, settings, display, state=state, boundaries=boundaries)
+            make = profile_until_stable if records == "auto" else profile_records
+            card = make(streamed or base, dataset, settings, display, state=state, boundaries=boundaries)
     if not is_first():
         return
 

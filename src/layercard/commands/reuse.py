@@ -102,7 +102,7 @@ def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide about a card's numbers, `None` where one is not there: neither those of a probe that does not run, nor
     whether steps are timed."""
     probe = settings.get("probe")
-    idle = {"cost"} | ({"probe_steps"} if probe != "train" else set()) | ({"probe_records"} if probe == "none" else set())
+    idle = {"cost"} | ({"probe_steps"} if probe != "train" else set()) | ({"probe_records", "probe_layers"} if probe == "none" else set())
     return {name: None if name in idle else settings.get(name) for name in asdict(ProfileSettings())}
 
 

@@ -30,7 +30,9 @@ def select(
     max_memory: str | None = setting(None, "Peak memory above the frozen model: 2GB, 500MiB, or 60%.", metavar="X"),
     max_params: str | None = setting(None, "Adapter weights: 300000, 2M, or 60%.", metavar="X"),
     max_latency: str | None = setting(None, "Latency that unmerged adapters add to each token: 5ms, or 60%.", metavar="X"),
-    min_performance: str | None = setting(None, "Predicted performance kept, in % of all layers; 95% for balanced.", metavar="X"),
+    min_performance: str | None = setting(
+        None, "Performance kept, in % of all layers: the lower end of what is predicted; 95% for balanced.", metavar="X"
+    ),
     allocate_ranks: bool = setting(False, "Share the total rank, --rank times the layers, out by what each layer covers."),
     rank: int = setting(8, "Mean rank, with --allocate-ranks.", low=1),
     alpha: float = setting(16.0, "Alpha at the mean rank, with --allocate-ranks.", low=1e-9, high=1e6),

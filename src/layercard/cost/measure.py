@@ -130,14 +130,15 @@ def random_batch(vocabulary: int, size: int, length: int, seed: int = 0) -> Batc
 def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int = 3, progress: Progress | None = None) -> CostModel:
     """Measure what training adapters of this model costs here, part by part.
 
-    Takes `9 · repeats + 4` training steps on the batch and a few forward passes of one token. The model is the same afterwards:
-    weights, hooks, `requires_grad`, modes, random state.
+    Takes `9 · repeats + 4` training steps on the batch, 7 without repeats, and a few forward passes of one token. The model is the same
+    afterwards: weights, hooks, `requires_grad`, modes, random state.
 
     Args:
         base: The model.
         batch: A batch as training would see it (`usual_batch`, `random_batch`).
         rank: Rank of each adapter.
-        repeats: How often each kind of step is set up; each time two steps are timed after one to warm up.
+        repeats: How often each kind of step is set up; each time two steps are timed after one to warm up. 0: the round that counts bytes
+            warms up, and one step of each kind is timed behind it.
         progress: Told of the phase `cost`.
 
     Raises:
@@ -165,8 +166,8 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
                     if kind == "all":
                         training_step(model, batch, optimizer)  # makes the optimiser's state, which is not to be counted
                     counts[kind] = counted_step(base, model, batch, optimizer)
-                else:
-                    clocks[kind] += timed_steps(base, model, batch, optimizer)
+                if part >= 3 or not repeats:
+                    clocks[kind] += timed_steps(base, model, batch, optimizer, 3 if repeats else 1)[1 if repeats else 0 :]
                     if kind != "last":
                         clocks[f"{kind}, token"] += _timed_tokens(base, model, token)
     except RuntimeError as error:
@@ -178,13 +179,13 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
     return _cost_model(base, batch, rank, clocks, counts)
 
 
-def timed_steps(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> list[StepClock]:
-    """Two steps, after one that makes the optimiser's state and warms up."""
-    clocks = [StepClock(base.device) for _ in range(3)]
+def timed_steps(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None, steps: int) -> list[StepClock]:
+    """So many steps one after another; the first one makes the optimiser's state and warms up, unless there was one before."""
+    clocks = [StepClock(base.device) for _ in range(steps)]
     for clock in clocks:
         with block_borders(base.blocks, clock):
             training_step(model, batch, optimizer, clock)
-    return clocks[1:]
+    return clocks
 
 
 def counted_step(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> StepBytes:

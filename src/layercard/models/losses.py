@@ -152,11 +152,13 @@ def record_losses(
     batches: Iterable[Batch],
     records: int,
     around: Callable[[int], AbstractContextManager[object]] = lambda batch: nullcontext(),
+    *,
+    count_right: bool = True,
 ) -> RecordLosses:
     """Losses of every record without gradients; the model's mode is the caller's.
 
     `records` is their number in all batches, which lie on the model's device. `around` gives a context manager for the forward pass of
-    each batch, by the batch's number.
+    each batch, by the batch's number. Without `count_right` it is left open how many tokens the model ranks first.
     """
     nats, tokens, right = (torch.zeros(records, dtype=torch.float64) for _ in range(3))
     with torch.no_grad():
@@ -166,8 +168,9 @@ def record_losses(
             record = torch.tensor(batch.rows)[rows.cpu()]
             nats.index_add_(0, record, cross_entropy(logits.float(), targets, reduction="none").double().cpu())
             tokens.index_add_(0, record, torch.ones(len(record), dtype=torch.float64))
-            right.index_add_(0, record, (logits.argmax(dim=1) == targets).double().cpu())
-    return RecordLosses(nats, tokens, right)
+            if count_right:
+                right.index_add_(0, record, (logits.argmax(dim=1) == targets).double().cpu())
+    return RecordLosses(nats, tokens, right if count_right else None)
 
 
 def training_step(

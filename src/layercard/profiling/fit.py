@@ -1,8 +1,8 @@
-"""The fit pass: a share of the records goes through the model forward and backward once, and each layer gets a low-rank step `Δ_ℓ`.
+"""Half of the records makes a low-rank step `Δ_ℓ` for each layer, to be measured on the other half.
 
-What enters each linear module, and the gradient of what leaves it, is summed up batch by batch (`FitSums`). One solve a layer
-(`solve_layer`) then turns the sums into signals, steps, and directions against which the held-out pass (`held_out`) measures other records.
-Both are the same for a model in memory (`fit_pass`) and for one on disk (`streamed`).
+What enters each linear module, and the gradient of what leaves it, is summed up batch by batch (`FitSums`): by the fit pass over the first
+half, by the held-out pass (`held_out`) over the second. One solve a layer (`solve_layer`) then turns the sums into signals, steps, and
+directions against which the other half is measured. Both are the same for a model in memory and for one on disk (`streamed`).
 """
 
 import math
@@ -109,7 +109,8 @@ class ModuleSignals:
         leader: Path of the module whose input it reads.
         tokens: How many entered it: all of the pass, or those that were sent to its expert.
         rank: Rank of its step.
-        directions_in: `[in, rank + 16]`: the step's `Aᵀ`, then what squared norms of gradient and residual are estimated with.
+        directions_in: `[in, rank + 16]`: the step's `Aᵀ`, then what squared norms of the gradient, and of the residual beyond the rank, are
+            estimated with.
         directions_out: `[out, rank + 8]`: the step's `B`, then random directions.
     """
 
@@ -158,7 +159,7 @@ class LayerSignals:
 
 @dataclass(frozen=True)
 class Fit:
-    """Result of the fit pass: tokens, labelled tokens, loss in nats per labelled token, and the signals of each layer."""
+    """What one half of the records gave: tokens, labelled tokens, loss in nats per labelled token, and the signals of each layer."""
 
     tokens: int
     labelled: int
@@ -200,10 +201,8 @@ def fit_pass(
         DataError: The loss is not finite.
         ModelError: Activations or gradients are not, though the loss is.
     """
-    state, sums_name, layers_name = state or State(), f"fit-pass-{processes.rank()}", f"steps-{processes.rank()}"
+    state, sums_name = state or State(), f"fit-pass-{processes.rank()}"
     tokens = sum(len(example.input_ids) for example in examples)
-
-    # Step 1: sum up this process's batches, from where an earlier call stood.
     sums: FitSums = state.load(sums_name) or FitSums()
     with capturing(base.model, base.blocks) as capture:
         capture.leaders.update(sums.leaders)
@@ -218,21 +217,30 @@ def fit_pass(
             del loss
             sums.leaders = dict(capture.leaders)
             state.snapshot(sums_name, lambda: sums)
+    return solved(base, sums, tokens, settings, progress, state)
+
+
+def solved(
+    base: BaseModel, sums: FitSums, tokens: int, settings: ProfileSettings, progress: Progress | None = None, state: State | None = None
+) -> Fit:
+    """The steps of all layers from the sums of this and all other processes, which share the layers; the sums are used up.
+
+    `tokens` are those of all records. Raises as `fit_pass` does.
+    """
+    state, layers_name = state or State(), f"steps-{processes.rank()}"
     sums.merge(torch.zeros(0, dtype=next(base.model.parameters()).dtype, device=base.device))
     sums.check_loss(base)
-
-    # Step 2: solve for this process's layers, and exchange them.
-    solved: dict[str, LayerSignals] = state.load(layers_name) or {}
+    layers: dict[str, LayerSignals] = state.load(layers_name) or {}
     for block in base.blocks:
-        if block.index % processes.count() == processes.rank() and str(block.index) not in solved:
-            solved[str(block.index)] = solve_layer(block, sums, tokens, settings)
-            state.snapshot(layers_name, lambda: solved)
+        if block.index % processes.count() == processes.rank() and str(block.index) not in layers:
+            layers[str(block.index)] = solve_layer(block, sums, tokens, settings)
+            state.snapshot(layers_name, lambda: layers)
         if progress:
             progress("steps", block.index + 1, len(base.blocks))
     if processes.count() > 1:
-        for other in processes.gathered(checkpoint.to_bytes(form(base), solved)):
-            solved |= checkpoint.from_bytes(form(base), other)
-    return Fit(tokens, sums.labelled, sums.nats / sums.labelled, [solved[str(block.index)] for block in base.blocks])
+        for other in processes.gathered(checkpoint.to_bytes(form(base), layers)):
+            layers |= checkpoint.from_bytes(form(base), other)
+    return Fit(tokens, sums.labelled, sums.nats / sums.labelled, [layers[str(block.index)] for block in base.blocks])
 
 
 def solve_layer(block: Block, sums: FitSums, tokens: int, settings: ProfileSettings) -> LayerSignals:
@@ -255,6 +263,7 @@ def solve_layer(block: Block, sums: FitSums, tokens: int, settings: ProfileSetti
         residual = projected_residual(moments, gradients, whitening, scale, settings.rank)
         energy = gradients.residual_energy(whitening.tokens, scale)
         z_op = _gaussian(module.out_features, residual.gradient)
+        beyond_rank = residual.step - residual.up @ residual.down
         modules.append(
             ModuleSignals(
                 module,
@@ -267,7 +276,7 @@ def solve_layer(block: Block, sums: FitSums, tokens: int, settings: ProfileSetti
                 step_squared=residual.step_squared,
                 noise=energy * inputs[leader].noise_trace / whitening.tokens,
                 rank=residual.up.shape[1],
-                directions_in=torch.cat([residual.down.T, residual.gradient.T @ z_op, -residual.step.T @ z_op], dim=1),
+                directions_in=torch.cat([residual.down.T, residual.gradient.T @ z_op, -beyond_rank.T @ z_op], dim=1),
                 directions_out=torch.cat([residual.up, z_op], dim=1),
             )
         )

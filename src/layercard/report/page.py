@@ -20,7 +20,7 @@ from layercard.report.roadmap import ModelFile, Roadmap, roadmap
 from layercard.report.roi import GROUPS, RATIOS, SHOWN, RoiInputs, bound, javascript, ratios_of, roi, with_labels
 from layercard.report.sources import Sources, called
 from layercard.report.trials import by_regime, grouped, plain_name
-from layercard.report.words import MEASURES, amount, device_of, measured, template, title_of
+from layercard.report.words import MEASURES, amount, device_of, measured, read_on, template, title_of
 from layercard.selection.pareto import Front
 from layercard.selection.placement import Placement
 from layercard.trials.result import Result
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 SIGNALS: tuple[str, ...] = ("resnorm", "resnorm_rank", "residual_fraction", "gradient_norm", "activation_energy", "effective_rank")
-SIGNALS += ("condition", "noise_amplification", "predicted_gain")
+SIGNALS += ("condition", "noise_amplification", "predicted_gain", "step_curvature", "longest_step")
 PERFORMANCE = ("gain_estimate", "step_probe", "training_probe", "centrality")
 LEADING = ("saved_month", "saved_year", "hours_saved", "payback_months")
 """Results of the calculator that are shown large."""
@@ -62,7 +62,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
 
     # Theory and findings: every measure by depth, the coupling, the card as a whole.
     keys = [measure.key for measure in measured(card)] if card else []
-    signals, performance = ([MEASURES[key] for key in part if key in keys] for part in (SIGNALS, PERFORMANCE))
+    signals, performance = ([read_on(card, MEASURES[key]) for key in part if key in keys] for part in (SIGNALS, PERFORMANCE))
     if card is not None:
         drawn |= {measure.key: plots.depth_profile(card, measure.key, layers) for measure in [*signals, *performance]}
         drawn["card"], drawn["coupling"] = plots.heat_map(card, layers), plots.coupling(card, layers)

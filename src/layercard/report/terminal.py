@@ -114,7 +114,8 @@ def card_view(card: LayerCard, console: Console) -> RenderableType:
     header = {
         "Layer Card": f"{model.name} · {model.layers} layers · weights {model.fingerprint[:12]}",
         "Data": f"{data.source} · {data.records:,} records{cut} · {tokens}",
-        "Made with": f"{made} · {settings.get('dtype')} on {settings.get('device')} · seed {settings.get('seed')}",
+        "Made with": f"{made} · {settings.get('dtype')} on {settings.get('device')} · seed {settings.get('seed')}"
+        + (" · cross-fitted" if card.cross_fitted else ""),
         "Ranking": stability_words(card.stability),
     }
     warnings = [Text.assemble(("! ", "bold yellow"), warning) for warning in card.warnings]

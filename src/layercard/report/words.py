@@ -39,6 +39,18 @@ def measured(card: LayerCard) -> list[Measure]:
     return [measure for measure in MEASURES.values() if any(card.profile(measure.key))]
 
 
+def read_on(card: LayerCard, measure: Measure) -> Measure:
+    """A measure whose reading says whether it is cross-fitted on this card, as far as the card says so."""
+    if not card.cross_fitted or measure.key == "training_probe":
+        return measure
+    words = (
+        "Cross-fitted: each half of the records is measured with the steps of the other."
+        if measure.key in card.cross_fitted
+        else "Not cross-fitted: it describes the records themselves."
+    )
+    return measure._replace(reading=f"{measure.reading} {words}")
+
+
 def bar_fractions(values: Sequence[Estimate | None], *, wide: bool = False) -> list[float | None]:
     """Lengths of bars from 0 to 1: proportional to the values, or to their logarithm where they span orders of magnitude (`wide`).
 

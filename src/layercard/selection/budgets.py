@@ -41,7 +41,7 @@ class Budgets:
         max_memory: Peak memory above the frozen model, in bytes or % of all layers.
         max_params: Adapter weights, a count or % of all layers.
         max_latency: Latency that unmerged adapters add to each token, in seconds or % of all layers.
-        min_performance: Predicted performance kept, in % of all layers (95 or "95%").
+        min_performance: Performance kept, in % of all layers (95 or "95%"): the lower end of the interval of what is predicted reaches it.
     """
 
     max_time: str | float | None = None

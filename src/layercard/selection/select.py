@@ -1,8 +1,9 @@
 """From a Layer Card to a placement: objectives and budgets become a problem for the solver, its answer a placement with reasons.
 
 Coverage (`layercard.statistics.coverage`) says what a set of layers will gain. A monotone curve fitted to trained sets turns it into
-*performance kept*: the loss reduction of a placement as a share of the reduction of all layers, with an interval. The knots of the curve
-lie in `calibration.json`, in per cent of performance; between them it is straight.
+*performance kept*: the loss reduction of a placement as a share of the reduction of all layers, with a 90 % interval. The knots of the
+curve lie in `calibration.json`, in per cent of performance; between them it is straight. The interval is as wide as trained sets of tasks
+that had no part in the curve lie from it. A performance that is asked for must be reached by its lower end.
 """
 
 import json
@@ -22,7 +23,7 @@ from layercard.selection.budgets import LIMITS, Budgets, amount, option_of
 from layercard.selection.placement import Placement, check_layers
 from layercard.selection.solver import SECONDS, Problem, Solution, least_cost, most_coverage, resolution
 from layercard.selection.strategies import check_k, strategy_layers
-from layercard.statistics.coverage import coverage, covered_by, demand, shrunk, similarity
+from layercard.statistics.coverage import blended, coverage, covered_by, demand, similarity
 
 OBJECTIVES = {
     "performance": "best coverage",
@@ -34,30 +35,34 @@ LAYERS = 5
 """Number of layers where neither a number nor a budget says how many."""
 KEPT = 0.95
 """Performance that `balanced` keeps unless told."""
-CEILING = 1.05
-"""Performance at which the interval would close: a little over that of all layers, which some placements surpass."""
+LOWER_END, UPPER_END = 1.02, 1.1
+"""Performance at which the lower and the upper part of the interval would close: over that of all layers, which some placements surpass."""
 
 # ---- what a card says of a set of layers
 
 
 @cache
-def _curve() -> tuple[np.ndarray, np.ndarray, float]:
-    """Shares of coverage, performance kept at them, and the spread of trained sets around it."""
+def _curve() -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Shares of coverage, performance kept at them, and how far sets of other tasks lie below and above it, in units of what is left to
+    `LOWER_END` and `UPPER_END`."""
     fitted = json.loads(Path(__file__).with_name("calibration.json").read_text(encoding="utf-8"))
     knots = np.array(fitted["knots"], dtype=float)
-    return knots[:, 0], np.maximum.accumulate(knots[:, 1]) / 100, float(fitted["spread"])
+    return knots[:, 0], np.maximum.accumulate(knots[:, 1]) / 100, float(fitted["below"]), float(fitted["above"])
 
 
 def performance_kept(share: float) -> tuple[float, float, float]:
-    """Value, low and high of the performance kept, from 0 to 1, for a share of the coverage of all layers.
+    """Value, low and high of the performance kept, from 0 to about 1, for a share of the coverage of all layers.
 
-    >>> performance_kept(1.0)[0], performance_kept(0.0)[0]
-    (1.0, 0.0)
+    All layers keep 1, by definition.
+
+    >>> performance_kept(1.0), performance_kept(0.0)[0]
+    ((1.0, 1.0, 1.0), 0.0)
     """
-    shares, performance, spread = _curve()
+    shares, performance, below, above = _curve()
     value = float(np.interp(share, shares, performance))
-    half = spread * (CEILING - value)
-    return value, max(0.0, value - half) if share < 1 else value, min(max(1.0, value), value + half)
+    if share >= 1:
+        return value, value, value
+    return value, max(0.0, value - below * (LOWER_END - value)), value + above * (UPPER_END - value)
 
 
 def coverage_share(kept: float) -> float:
@@ -66,7 +71,7 @@ def coverage_share(kept: float) -> float:
     >>> round(performance_kept(coverage_share(0.95))[0], 9)
     0.95
     """
-    shares, performance, _ = _curve()
+    shares, performance, _, _ = _curve()
     if kept > performance[-1]:
         return float("inf")
     right = int(np.searchsorted(performance, kept, side="left"))
@@ -74,6 +79,16 @@ def coverage_share(kept: float) -> float:
         return float(shares[right])
     low, high = performance[right - 1], performance[right]
     return float(shares[right - 1] + (kept - low) / (high - low) * (shares[right] - shares[right - 1]))
+
+
+def sure_share(kept: float) -> float:
+    """The least share of coverage at which the lower end of the interval is `kept`, from 0 to 1; 1, all layers, where no other is sure.
+
+    >>> performance_kept(sure_share(0.9))[1] >= 0.9 - 1e-9
+    True
+    """
+    below = _curve()[2]
+    return min(coverage_share((kept + below * LOWER_END) / (1 + below)), 1.0)
 
 
 def probe_measure(card: LayerCard) -> str:
@@ -87,8 +102,8 @@ def layer_weights(card: LayerCard) -> np.ndarray:
 
 
 def set_similarity(card: LayerCard) -> np.ndarray:
-    """How far layer i stands in for layer j, `[L, L]`: the coupling with its noise reduced (`shrunk`)."""
-    return shrunk(similarity(card.coupling))
+    """How far layer i stands in for layer j, `[L, L]`."""
+    return blended(card.coupling)
 
 
 def coverage_of(card: LayerCard) -> Callable[[Sequence[int]], float]:
@@ -148,9 +163,9 @@ class Question:
     kept: float | None
     insists: bool
 
-    def performance(self, coverage: float) -> float:
-        """Performance kept in per cent."""
-        return 100 * performance_kept(coverage / self.full_coverage)[0]
+    def surely(self, coverage: float) -> float:
+        """Lower end of the interval of the performance kept, in per cent."""
+        return 100 * performance_kept(coverage / self.full_coverage)[1]
 
 
 def question(card: LayerCard, objective: str, k: int | None, budgets: Budgets) -> Question:
@@ -169,7 +184,7 @@ def question(card: LayerCard, objective: str, k: int | None, budgets: Budgets) -
         check_k(k, num_layers)
     problem = Problem(set_similarity(card), layer_weights(card), 1 if k is None else k, k, limits)
     full_coverage = problem.coverage(range(num_layers))
-    needed = 0.0 if kept is None else coverage_share(kept) * full_coverage
+    needed = 0.0 if kept is None else sure_share(kept) * full_coverage
     return Question(objective, replace(problem, needed=needed), cost, cost.linear("time"), full_coverage, kept, insists)
 
 
@@ -195,15 +210,16 @@ def answer(asked: Question, seconds: float = SECONDS) -> tuple[Solution, str | N
     cheapest = least_cost(problem, asked.time, seconds=seconds)
     if cheapest is not None:
         return cheapest, None
-    # The default of `balanced` gives way to the number of layers; what the user insists on, and budgets, do not.
+    # The default of `balanced` gives way to the number of layers and to budgets; what the user insists on does not.
     best = most_coverage(problem, seconds=seconds)
-    if best is not None and not asked.insists and not problem.budgets:
+    if best is not None and not asked.insists:
         nearest = least_cost(replace(problem, needed=KEPT * best.value), asked.time, seconds=seconds)
         if nearest is not None:
-            count = problem.least
+            count = problem.most
+            what = "what the budgets allow keeps" if count is None else "1 layer keeps" if count == 1 else f"{count} layers keep"
             return nearest, (
-                f"{count} {'layer keeps' if count == 1 else 'layers keep'} {asked.performance(best.value):.0f}% at most, less than "
-                f"{100 * KEPT:g}%; chosen is the cheapest placement with {100 * KEPT:g}% of the best coverage of {count}"
+                f"{what} at most {asked.surely(best.value):.0f}% for sure, less than {100 * KEPT:g}%; chosen is the cheapest with "
+                f"{100 * KEPT:g}% of the best coverage of these"
             )
     raise SelectionError(_why_not(asked, best, seconds))
 
@@ -227,14 +243,14 @@ def _why_not(asked: Question, best: Solution | None, seconds: float) -> str:
     if best is None:
         return f"no placement{count} keeps {limits}; {min(excesses)[1] if excesses else 'allow more'}"
 
-    ways = [f"the best keeps {asked.performance(best.value):.1f}% (layers {listed(best.layers)})"]
+    ways = [f"the best keeps {asked.surely(best.value):.1f}% for sure (layers {listed(best.layers)})"]
     if excesses:
         ways.append(min(excesses)[1])
     elif problem.most is not None and problem.most < problem.num_layers:
         free = least_cost(replace(problem, least=1, most=None), asked.time, seconds=seconds)
         if free is not None:
             ways.append(f"{len(free.layers)} layers would reach it")
-    needed = f"{100 * (asked.kept or 0):g}% of the performance of all layers"
+    needed = f"{100 * (asked.kept or 0):g}% of the performance of all layers for sure"
     within = f" within {limits}" if limits else ""
     return f"no placement{count}{within} keeps {needed}; {'; '.join(ways)}; lower --min-performance or allow more"
 
@@ -259,8 +275,9 @@ def select(
         k: How many layers. When not given: as many as the budgets and the objective make best, and 5 where nothing else decides
             (`performance` without budgets, `cost`, and a strategy).
         objective: `performance`: the best predicted performance within the budgets. `cost`: the least step time. `balanced`: the least
-            step time among the placements whose predicted performance kept reaches `budgets.min_performance`, 95 % unless given; where k is
-            given and cannot reach these 95 %, those that reach 95 % of the coverage of the best k.
+            step time among the placements whose predicted performance kept surely reaches `budgets.min_performance`, 95 % unless given:
+            the lower end of its 90 % interval does. Where k or budgets cannot reach these 95 %, those that reach 95 % of the best coverage
+            that they can.
         strategy: A plain placement instead (`strategy_layers`); objective and budgets are not used then.
         budgets: Limits on step time, memory, adapter weights and latency, and the least performance.
         seed: Of the random strategy.

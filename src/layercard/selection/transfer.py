@@ -5,7 +5,7 @@ and what is lost on B when its layers are chosen from A's card, as B's card pred
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, ClassVar, Literal
 
@@ -114,7 +114,13 @@ class Transfer(Record):
 
 
 def transfer(
-    cards: Sequence[tuple[str, LayerCard]], *, k: int = 5, measure: str = MEASURE, across_dtypes: bool = False, seed: int = 0
+    cards: Sequence[tuple[str, LayerCard]],
+    *,
+    k: int = 5,
+    measure: str = MEASURE,
+    across_dtypes: bool = False,
+    seed: int = 0,
+    choices: Mapping[str, Sequence[int]] | None = None,
 ) -> Transfer:
     """Compare cards of one model.
 
@@ -124,6 +130,7 @@ def transfer(
         measure: Which profile the matrix and the best k are of; the verdict always looks at the gain estimate.
         across_dtypes: Whether cards of one model in several dtypes may be compared; their weights differ by rounding.
         seed: Of the bootstrap.
+        choices: By the card's name the layers whose swap is valued, where they are not to be chosen from the card.
 
     Raises:
         CardError: Fewer than two cards, one card twice, cards of different models, or a measure that a card does not have.
@@ -133,7 +140,8 @@ def transfer(
     measures = shared_measures([card for _, card in cards])
     if measure not in measures:
         raise CardError(f"not all cards have the measure {measure!r}; {suggestion(measure, measures)}")
-    chosen = {name: select(card, k=k, objective="performance").layers for name, card in cards}
+    chosen = {name: select(card, k=k, objective="performance").layers for name, card in cards if name not in (choices or {})}
+    chosen |= {name: tuple(sorted(layers)) for name, layers in (choices or {}).items()}
     rows = {name: row for row, (name, _) in enumerate(cards)}
     matrix, lost = np.eye(len(cards)), np.zeros((len(cards), len(cards)))
     pairs = []

@@ -10,6 +10,8 @@ matrix is formed. Everything here starts from these scalars, so a bootstrap over
 Source: arXiv 2602.04019 (coupling), Schraudolph 2002 and Martens 2020 (Gauss-Newton and Fisher).
 """
 
+import math
+
 import torch
 
 _FLOOR = 1e-12
@@ -51,6 +53,19 @@ def single_gain(descent_l: torch.Tensor, curvature_lm: torch.Tensor) -> torch.Te
     return torch.where(usable, 0.5 * descent_l.square() / diagonal.clamp(min=torch.finfo(diagonal.dtype).tiny), torch.zeros_like(descent_l))
 
 
-def centrality(rho_lm: torch.Tensor, power: float = 2.0) -> torch.Tensor:
-    """`c_ℓ = Σ_j |ρ_jℓ|^p: [L]`: how much of what the other layers correct this layer can correct too."""
-    return rho_lm.abs().pow(power).sum(dim=0)
+def centrality(rho_lm: torch.Tensor, other_lm: torch.Tensor | None = None) -> torch.Tensor:
+    """`c_ℓ = Σ_j ρ_jℓ ρ'_jℓ: [L]`: how much of what the other layers correct this layer can correct too.
+
+    ρ' is a second measurement of ρ, with other steps on other records. The product of two has no bias; the square of one, which is taken
+    where there is no other, is too large by the variance of its noise.
+    """
+    return (rho_lm * (rho_lm if other_lm is None else other_lm)).sum(dim=0)
+
+
+def best_lengths(descent_l: torch.Tensor, curvature_lm: torch.Tensor) -> torch.Tensor:
+    """`b_ℓ / K_ℓℓ: [L]`, where the quadratic model puts its minimum along each layer's step; their median where a step leads uphill."""
+    diagonal = curvature_lm.diagonal()
+    usable = (diagonal > 0) & (descent_l > 0)
+    lengths = torch.where(usable, descent_l / diagonal.clamp(min=_FLOOR), torch.full_like(descent_l, math.nan))
+    median = lengths.nanmedian()
+    return torch.where(usable, lengths, median if not median.isnan() else torch.ones_like(median))

@@ -1,13 +1,15 @@
 """What a set of layers can correct: how much of every layer's own gain it covers.
 
-Let `s_j` be what a step in layer j alone gains (the step probe, smoothed over depth) and `ρ_ji` the coupling of layers j and i.
-Lengths add where squares are gains, so layer j asks for `w_j = √s_j`, and layer i meets the share `|ρ_ji|` of it. A set S covers
+Let `s_j` be what a step in layer j alone gains (the step probe, smoothed over depth) and `C_ji` how far layer i stands in for layer j:
+their coupling `|ρ_ji|`, with its noise reduced and drawn towards what depth alone says (`blended`). Lengths add where squares are gains,
+so layer j asks for `w_j = √s_j`, and layer i meets the share `C_ji` of it. A set S covers
 
-    f(S) = Σ_j w_j max_{i ∈ S} |ρ_ji|,
+    f(S) = Σ_j w_j max_{i ∈ S} C_ji,
 
 which is facility location (p-median): monotone and submodular, so neighbours, which correct the same residual, count once.
 Greedy is within 1 − 1/e of the best set (Nemhauser, Wolsey and Fisher 1978); a mixed-integer programme finds the best.
-How well it predicts trained gains is measured in `benchmarks/rank_agreement.py`.
+How well it predicts trained gains, and depth alone and other models beside it, is measured in `benchmarks/calibration.py`,
+`benchmarks/set_gain.py` and `benchmarks/rank_agreement.py`.
 """
 
 from collections.abc import Sequence
@@ -41,21 +43,33 @@ def demand(gains: Sequence[float] | np.ndarray) -> np.ndarray:
     return roots if roots.any() else np.ones_like(roots)
 
 
-def shrunk(similar: np.ndarray, share: float = 0.75) -> np.ndarray:
+def shrunk(coupling: Sequence[Sequence[float]] | np.ndarray, share: float = 0.75) -> np.ndarray:
     """Each `|ρ_ji|` moved three quarters of the way to the mean over all pairs as far apart in depth, `[L, L]`.
 
     An entry of the coupling comes from a few dozen records and is noisy; the best of all sets would be one that noise flatters. The
     mean over pairs is steadier, and coupling depends above all on the distance. The means fall with the distance, as they would
-    without noise; the diagonal stays 1.
+    without noise; the diagonal stays 1. Signs are kept until all is averaged: noise has none to prefer, and its absolute value has.
 
     Args:
-        similar: `|ρ|: [L, L]`.
+        coupling: `ρ: [L, L]`.
         share: How far to move, 0 to 1.
     """
-    index = np.arange(len(similar))
+    rho = np.asarray(coupling, dtype=float)
+    index = np.arange(len(rho))
     apart = np.abs(index[:, None] - index)
-    means = np.minimum.accumulate([similar[apart == distance].mean() for distance in index])
-    return (1 - share) * similar + share * means[apart]
+    means = np.minimum.accumulate([max(rho[apart == distance].mean(), 0.0) for distance in index])
+    return np.abs((1 - share) * rho + share * means[apart])
+
+
+def depth_kernel(depth: int) -> np.ndarray:
+    """How far one layer stands in for another as far as depth alone tells, `[L, L]`: `exp(−5 |i − j| / L)`, no card needed."""
+    index = np.arange(depth)
+    return np.exp(-5 * np.abs(index[:, None] - index) / depth)
+
+
+def blended(coupling: Sequence[Sequence[float]] | np.ndarray, share: float = 0.5) -> np.ndarray:
+    """What `select` takes for `C_ji`: the coupling with its noise reduced (`shrunk`), half way to the `depth_kernel`."""
+    return (1 - share) * shrunk(coupling) + share * depth_kernel(len(coupling))
 
 
 def coverage(similar: np.ndarray, weights: np.ndarray, layers: Sequence[int]) -> float:
@@ -63,6 +77,15 @@ def coverage(similar: np.ndarray, weights: np.ndarray, layers: Sequence[int]) ->
     if not len(layers):
         return 0.0
     return float(weights @ similar[:, list(layers)].max(axis=1))
+
+
+def greedy_layers(similar: np.ndarray, weights: np.ndarray, count: int) -> list[int]:
+    """So many layers, each the one that adds most to the coverage of those before it."""
+    chosen: list[int] = []
+    for _ in range(min(count, len(weights))):
+        left = [layer for layer in range(len(weights)) if layer not in chosen]
+        chosen.append(max(left, key=lambda layer: coverage(similar, weights, [*chosen, layer])))
+    return chosen
 
 
 def gain_estimate(similar: np.ndarray, gains: Sequence[float] | np.ndarray) -> np.ndarray:

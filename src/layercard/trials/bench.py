@@ -185,6 +185,14 @@ class Bench:
         scores: dict[str, list[float]] = self.storage.read(name, "scores")["scores"] if self.storage.exists(name) else {}
         return scores
 
+    def choices(self, task: str) -> dict[str, Any]:
+        """What an earlier version chose from the task's card, where its choices were trained and are kept.
+
+        Layers by `k`, by `max_time` in % of all layers, and `balanced`. They are not chosen anew: results stay those of the sets that ran.
+        """
+        name = f"choices/{task}.json"
+        return self.storage.read(name, "choices") if self.storage.exists(name) else {}
+
     # ---- what each strategy chooses
 
     def cells(self, grid: Grid) -> list[Cell]:
@@ -296,22 +304,24 @@ class Chooser:
         self.task, self.rank, self.card = task, bench.settings.rank, bench.card(task)
         self.scores = bench.scores(task) | {"resnorm": self.card.values("resnorm")}
         self.num_layers, self.time = self.card.model.layers, cost_of(self.card).linear("time")
+        self.choices = bench.choices(task)
 
     def choose(self, strategy: str, k: int, seed: int, budget: float | None = None) -> Cell:
         """The layers that a strategy takes: k, or as many as a budget allows."""
         rank, layers = self.rank, []
         if budget is not None:
-            ours = list(select(self.card, objective="performance", budgets=Budgets(max_time=f"{budget:g}%")).layers)
+            ours = self.choices.get("max_time", {}).get(f"{budget:g}")
+            ours = ours or list(select(self.card, objective="performance", budgets=Budgets(max_time=f"{budget:g}%")).layers)
             layers = ours if strategy == "performance" else self._uniform_above(len(ours), budget)
         elif strategy in FIXED:
             layers = strategy_layers(strategy, self.num_layers, k, seed)
         elif strategy == UNIFORM_ABOVE:
             layers = strategy_layers("uniform", self.num_layers, k)
         elif strategy in ("performance", EQUAL_PARAMETERS):
-            layers = list(select(self.card, k=k, objective="performance").layers)
+            layers = self.choices.get("k", {}).get(str(k)) or list(select(self.card, k=k, objective="performance").layers)
             rank = self.rank if strategy == "performance" else max(1, round(self.rank * self.num_layers / k))
         elif strategy == "balanced":
-            layers = list(select(self.card, objective="balanced").layers)
+            layers = self.choices.get("balanced") or list(select(self.card, objective="balanced").layers)
         else:
             layers = top_layers(self.scores[strategy], k)
         predicted = 100 * predict(self.card, layers)["performance_kept"]["value"]
