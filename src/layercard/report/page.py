@@ -62,7 +62,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
 
     # Theory and findings: every measure by depth, the coupling, the card as a whole.
     keys = [measure.key for measure in measured(card)] if card else []
-    signals, performance = ([read_on(card, MEASURES[key]) for key in part if key in keys] for part in (SIGNALS, PERFORMANCE))
+    signals, performance = ([read_on(card, MEASURES[key]) for key in part if card and key in keys] for part in (SIGNALS, PERFORMANCE))
     if card is not None:
         drawn |= {measure.key: plots.depth_profile(card, measure.key, layers) for measure in [*signals, *performance]}
         drawn["card"], drawn["coupling"] = plots.heat_map(card, layers), plots.coupling(card, layers)
