@@ -665,7 +665,7 @@ class TestServer:
         folder = tmp_path_factory.mktemp("cards")
         saved(folder / "card.json", fake_card(8))
         saved(folder.parent / "outside.json", fake_card(8, model={"name": "outside", "fingerprint": "o", "layers": 8}))
-        command = [sys.executable, "-m", "layercard.commands.main", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
+        command = [sys.executable, "-m", "layercard", "app", "--cards", str(folder), "--port", "0", "--no-browser"]
         temporary = tmp_path_factory.mktemp("temporary")
         streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, **streams, cwd=folder, env={**os.environ, "TMPDIR": str(temporary)})

@@ -305,7 +305,7 @@ def test_pull_by_model(hub: Hub, layercard: Layercard, tiny_base: BaseModel, tin
 def test_the_endpoint_of_the_environment_is_asked(hub: Hub, tmp_path: Path) -> None:
     push(card_of(), "ann/one")
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "layercard.commands.main", "pull", "ann/one", "-o", str(tmp_path / "card.json")]
+    command = [sys.executable, "-m", "layercard", "pull", "ann/one", "-o", str(tmp_path / "card.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert LayerCard.load(tmp_path / "card.json") == card_of()

@@ -145,7 +145,7 @@ def inputs(tiny_folder: Path, tmp_path: Path) -> tuple[str, ...]:
 
 
 def test_torchrun_prints_once(inputs: tuple[str, ...], tmp_path: Path) -> None:
-    command = [sys.executable, *TORCHRUN, "-m", "layercard.commands.main", *inputs, "--steps", "2", "-o", str(tmp_path / "a")]
+    command = [sys.executable, *TORCHRUN, "-m", "layercard", *inputs, "--steps", "2", "-o", str(tmp_path / "a")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 steps") == 1
@@ -203,7 +203,7 @@ def numbers(value: Any, path: str = "") -> dict[str, float]:
 @pytest.mark.parametrize("records", [3, 64], ids=["rows of tokens", "sums"])  # fewer tokens than features, and more
 def test_two_processes_profile_as_one(records: int, tiny_folder: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path / "data.jsonl", tiny_records(24) if records > 3 else [{"prompt": "a", "completion": c} for c in "bcde"])
-    arguments = ["-m", "layercard.commands.main", "profile", str(tiny_folder), "--data", str(data)]
+    arguments = ["-m", "layercard", "profile", str(tiny_folder), "--data", str(data)]
     arguments += ["--rank", "2", "--device", "cpu", "--no-cost", "--probe", "train", "--probe-steps", "4", "--batch-size", "3"]
     for name, launcher in (("one", ()), ("two", TORCHRUN), ("accelerated", ACCELERATE)):
         command = [sys.executable, *launcher, *arguments, "-o", str(tmp_path / f"{name}.json")]
