@@ -172,9 +172,9 @@ def equality(options: argparse.Namespace) -> list[dict[str, Any]]:
             subprocess.run([*line, *more, "-o", str(work / name)], check=True, stdout=subprocess.DEVNULL)
             runs[name] = read_json(work / name / "run.json", BenchmarkError, "run")
         shutil.rmtree(work / "states")
-        killed = [_kill([*line, "--stream", "-o", str(work / "killed")], word) for word in ("pass", "train")]
-        resumed = ["--resume"] if (work / "killed").exists() else []
-        subprocess.run([*line, "--stream", "-o", str(work / "killed"), *resumed], check=True, stdout=subprocess.DEVNULL)
+        line += ["--stream", "--resume", "-o", str(work / "killed")]  # where there is nothing to go on with, a new run begins
+        killed = [_kill(line, word) for word in ("pass", "train")]
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
         tensors = {name: load_file(work / name / "adapter_model.safetensors") for name in ("memory", "stream", "killed")}
         largest = max(float(value.abs().max()) for value in tensors["memory"].values())
         losses = np.array([runs[name]["losses"] for name in ("memory", "stream")])
