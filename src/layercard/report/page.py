@@ -83,7 +83,7 @@ def report_page(sources: Sources, *, inputs: RoiInputs | None = None, commands: 
         shown["lost"] = tables.matrix_table(lost, "Card", cards, transfer.lost, 1)
 
     # Trade-offs: the placement, the cost of each layer, the front, and what was measured.
-    if placement:
+    if placement and (placement.predicted or not result):  # a run chooses by trainings and predicts nothing
         shown["placements"] = tables.placement_tables(sources.placements, sources.front)
     cost = card.cost if card else None
     if card is not None and cost is not None:
