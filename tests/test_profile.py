@@ -263,4 +263,4 @@ def test_a_card_of_an_earlier_version_is_read(card: LayerCard) -> None:
 def test_records_that_are_no_number_are_one_line(records: str, tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["profile", "nowhere", "--data", str(tiny_file), "--records", records, "-o", str(tmp_path / "card.json")]) == 2
     err = capsys.readouterr().err
-    assert "whole number of at least 1, or auto" in err and err.count("\n") == 1
+    assert "give a whole number from 1, or auto" in err and err.count("\n") == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from layercard.commands import options as opt
 from layercard.commands.terminal import Display, say, show_result
-from layercard.errors import DataError, OutputError, TrainingError
-from layercard.files import refuse_existing, shown
+from layercard.errors import DataError, OutputError, TrainingError, visible
+from layercard.files import refuse_existing
 from layercard.processes import count, is_first
 from layercard.settings import DataSettings, LoadSettings, ProfileSettings, setting
 
@@ -75,7 +75,7 @@ def profile(
     check_folder(state)
     count_records = most_records if records == "auto" else int(records) if records.isdecimal() and len(records) < 10 else 0
     if count_records < 1:
-        raise DataError(f"--records {shown(records)} is not a number of records; give a whole number of at least 1, or auto")
+        raise DataError(f"--records is {visible(" ".join(records.split()))[:40]}; give a whole number from 1, or auto")
 
     # Load the model, whole or block by block; take a card that is there already, or make one.
     from layercard.commands.reuse import card_folder, keep, reusable
