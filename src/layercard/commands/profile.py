@@ -75,7 +75,7 @@ def profile(
     check_folder(state)
     count_records = most_records if records == "auto" else int(records) if records.isdecimal() and len(records) < 10 else 0
     if count_records < 1:
-        raise DataError(f"--records is {visible(" ".join(records.split()))[:40]}; give a whole number from 1, or auto")
+        raise DataError(f"--records is {visible(' '.join(records.split()))[:40]}; give a whole number from 1, or auto")
 
     # Load the model, whole or block by block; take a card that is there already, or make one.
     from layercard.commands.reuse import card_folder, keep, reusable
