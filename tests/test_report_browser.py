@@ -1,5 +1,6 @@
 """The report in a real browser, from the disk and without network: everything is drawn and can be read, and the calculator follows."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from browser import NEEDS_BROWSER, VIEWS, chromium, opened, problems
 from layercard.files import write_text
 from layercard.report.page import report_page
 from layercard.report.roi import RoiInputs, ratios_of, roi
+from layercard.report.sources import read_sources
 from layercard.report.trials import grouped
-from test_report_page import full
+from test_report_page import full, run_folder
 
 pytestmark = NEEDS_BROWSER
 
@@ -65,7 +67,36 @@ def test_the_calculator_follows_what_is_typed(browser: Any, report: Path) -> Non
     for name in ("saved_month", "energy_saved", "payback_months"):
         cell = page.locator(f'td[data-result="{name}"][data-end="mid"]')
         assert float(cell.get_attribute("data-exact")) == expected[name].mid
+    # A decimal comma is refused in English, without a result anywhere, and read where the page's language writes it.
+    page.fill("#roi-gpu_price_per_hour", "4,5")
+    assert "GPU price" in page.inner_text("#roi-hint")
+    results = page.locator("[data-result]")
+    assert {results.nth(number).inner_text() for number in range(results.count())} == {"–"}
+    page.evaluate("document.documentElement.lang = 'de'")
+    page.fill("#roi-gpu_price_per_hour", "4,50")
+    expected = roi(RoiInputs(gpu_price_per_hour=4.5, gpu_watts=400), ratios).results
+    assert float(page.locator('td[data-result="saved_month"][data-end="mid"]').get_attribute("data-exact")) == expected["saved_month"].mid
     page.fill("#roi-gpus", "0")
     assert "GPUs a run" in page.inner_text("#roi-hint")
     assert page.get_attribute("#roi-gpus", "aria-invalid") == "true"
     page.close()
+
+
+def test_print_is_at_most_eight_pages(browser: Any, report: Path) -> None:
+    page = browser.new_page()
+    page.goto(report.as_uri())
+    page.wait_for_selector("html[data-drawn]", timeout=60_000)
+    assert 1 < len(re.findall(rb"/Type\s*/Page\b", page.pdf(format="A4"))) <= 8
+    page.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), VIEWS)
+def test_the_page_of_a_run_says_it_all_on_the_first_screen(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    """Sentence, four tiles and the picture on the first screen, the calculator within two; nothing cut."""
+    page_file = write_text(tmp_path / "report.html", report_page(read_sources([run_folder(tmp_path / "run", depth=30)])))
+    with opened(browser, page_file.as_uri(), width, scheme, offline=True) as page:
+        page.wait_for_selector("html[data-drawn]", timeout=60_000)
+        bottom = {part: page.locator(part).first.bounding_box() for part in (".verdict", "main > .tiles", "#plot-loss", "#roi-leading")}
+        assert all(box["y"] + box["height"] <= 900 for part, box in bottom.items() if part != "#roi-leading")
+        assert bottom["#roi-leading"]["y"] < 1800
+        assert problems(page) == []

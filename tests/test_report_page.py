@@ -374,23 +374,26 @@ def test_the_first_screen_says_what_was_measured_and_what_is_predicted(trained: 
     assert order == sorted(order)
 
 
+def run_folder(folder: Path, depth: int = 6, *, with_card: bool = True) -> Path:
+    """What `layercard run` leaves, as far as its report reads it; the upper half was chosen."""
+    card, layers = costed(fake_card(depth)), list(range(depth // 2, depth))
+    reasons = dict.fromkeys(map(str, layers), "won the race")
+    placement = {**fake_placement(card, layers), "modules": "mlp", "predicted": {}, "reasons": reasons}
+    curve = [{"step": 48 * at, "seconds": 19.7 * at, "loss": 2.9 - 0.092 * at} for at in range(11)]
+    values = {"placement.json": placement, "result.json": fake_result(card, layers), "race.json": fake_race(card, layers)}
+    values["adapter/run.json"] = {**run_record(card, layers, 197.0, 6.0), "placement": placement, "curve": curve}
+    values["timing/run.json"] = run_record(card, list(range(depth)), 3.0, 8.0)
+    for name, value in (values | ({"card.json": card} if with_card else {})).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize("with_card", [True, False])
 def test_the_page_of_a_run(with_card: bool, tmp_path: Path) -> None:
     """`layercard report FOLDER` of a run: sentence, picture, tiles and calculator, then how it was chosen, a table for each length."""
-    card, layers = costed(fake_card(6)), [3, 4, 5]
-    placement = {**fake_placement(card, layers), "modules": "mlp", "predicted": {}, "reasons": dict.fromkeys("345", "won the race")}
-    run = {
-        **run_record(card, layers, 197.0, 6.0),
-        "placement": placement,
-        "curve": [{"step": 1, "seconds": s, "loss": 3 - s} for s in (0, 1, 2)],
-    }
-    values = {"placement.json": placement, "result.json": fake_result(card, layers), "race.json": fake_race(card, layers)}
-    values |= {"adapter/run.json": run, "timing/run.json": run_record(card, list(range(6)), 3.0, 8.0)} | (
-        {"card.json": card} if with_card else {}
-    )
-    for name, value in values.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
+    layers = [3, 4, 5]
+    run_folder(tmp_path, with_card=with_card)
     sources = read_sources([tmp_path])
     text = html.unescape(report_page(sources, commands=["layercard run model --data d.jsonl"]))
     sentence = re.sub("<[^>]*>", "", re.search('<p class="verdict">(.*?)</p>', text)[1])
