@@ -68,7 +68,7 @@ bench: setup
 report-sample: setup
 	mkdir -p build
 	$(BIN)/layercard select $(SAMPLE)/cards/e2e.json --strategy uniform --k 5 -o build/uniform.json --force >/dev/null
-	$(BIN)/layercard select $(SAMPLE)/cards/e2e.json -o build/balanced.json --force >/dev/null
+	$(BIN)/layercard select $(SAMPLE)/cards/e2e.json --stock -o build/balanced.json --force >/dev/null
 	$(BIN)/layercard report $(SAMPLE)/cards/e2e.json build/balanced.json build/uniform.json $(SAMPLE)/cards/webnlg.json \
 		$(SAMPLE)/cards/gsm8k.json $(SAMPLE)/runs $(SAMPLE)/times benchmarks/results/placements_table.json \
 		benchmarks/results/trade_off_e2e.json -o build/report-sample.html --force

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from common import RESULTS, report, rounded
-from layercard.trials.race import HEAT_NOISE, LAYERS_SHIFT, PASSES_SHIFT, SHIFT, Length, usual_rate
+from layercard.selection.learning_rate import LAYERS_SHIFT, PASSES_SHIFT, SHIFT, Length, usual_rate
+from layercard.trials.race import HEAT_NOISE
 
 GOOD = 0.9
 """Share of the best placement's mean gain above which a placement's noise counts."""

@@ -64,12 +64,12 @@ from layercard.files import write_json
 from layercard.measure import PeakMemory
 from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel, load_model, quiet_libraries
+from layercard.selection.learning_rate import Length, usual_rate
 from layercard.settings import FastSettings, RunSettings, TrainSettings
 from layercard.training import trainer as own_trainer
 from layercard.training.evaluate import held_out_losses
 from layercard.training.train import train
 from layercard.training.trainer import heaviest_step
-from layercard.trials.race import Length, usual_rate
 from layercard.workflow import run as workflow
 
 RANK, ALPHA, BATCH = 8, 16, 8

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from cards import fake_card
-from layercard.card.card import LayerCard, cost_of
+from layercard.card.card import LayerCard, training_cost
 from layercard.errors import SelectionError
 from layercard.report import plots
 from layercard.report.page import front_page
@@ -56,7 +56,7 @@ def test_points_and_baselines_say_what_the_card_predicts(card: LayerCard, front:
     assert {"all", "last-1", "middle-3", "uniform-5", "first-8"} <= set(names) and len(set(names)) == len(names)
     assert front["baselines"][names.index("last-2")]["layers"] == [7, 8]
     for point in [*front["fronts"]["time"], *front["baselines"]]:
-        assert point["step_time"]["share"] == pytest.approx(cost_of(card).step_time(point["layers"]))
+        assert point["step_time"]["share"] == pytest.approx(training_cost(card).step_time(point["layers"]))
         assert point["performance_kept"] == predict(card, point["layers"])["performance_kept"]
     assert front["cost_source"] == "shapes"
 

@@ -12,8 +12,9 @@ from layercard.commands.main import run as command
 from layercard.commands.run import Inputs
 from layercard.errors import TrainingError
 from layercard.models.losses import RecordLosses
+from layercard.selection.learning_rate import Length, moved, usual_rate
 from layercard.settings import DataSettings, LoadSettings, RunSettings, TrainSettings
-from layercard.trials.race import Entrant, Heat, Length, choose, moved, race_shape, usual_rate
+from layercard.trials.race import Entrant, Heat, choose, race_shape
 from layercard.trials.workers import Workers
 from layercard.workflow import run as workflow
 from tiny import tiny_records, write_records

@@ -12,14 +12,24 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from cards import fake_card, fake_placement
-from layercard.card.card import LayerCard, cost_of
+from layercard.card.card import LayerCard, training_cost
 from layercard.commands.main import run
 from layercard.errors import PlacementError, SelectionError
 from layercard.selection.budgets import Budgets
 from layercard.selection.placement import Placement, check_layers
-from layercard.selection.select import allocate_ranks, coverage_of, coverage_share, performance_kept, select, shared_ranks, sure_share
+from layercard.selection.select import (
+    allocate_ranks,
+    coverage_of,
+    coverage_share,
+    performance_kept,
+    predict,
+    select,
+    shared_ranks,
+    sure_share,
+)
 from layercard.selection.strategies import strategy_layers, top_layers
 from layercard.statistics.coverage import coverage, demand, gain_estimate, similarity, smoothed
+from test_cost import measured
 
 
 def made_card(depth: int, seed: int = 0) -> LayerCard:
@@ -40,14 +50,14 @@ def time(placement: Placement) -> float:
 
 def between(card: LayerCard, part: float) -> str:
     """A step time so far between that of the last layer alone and that of all layers."""
-    time, depth = cost_of(card).linear("time"), card.model.layers
+    time, depth = training_cost(card).linear("time"), card.model.layers
     least = time.of([depth - 1]) / time.of(range(depth))
     return f"{100 * (least + part * (1 - least)):.2f}%"
 
 
 def feasible(card: LayerCard, kept_at_least: float, k: int | None = None) -> Iterator[tuple[float, tuple[int, ...]]]:
     """Step time and layers of every placement that surely keeps so much, by enumeration."""
-    cost, gain = cost_of(card), coverage_of(card)
+    cost, gain = training_cost(card), coverage_of(card)
     depth = card.model.layers
     for size in range(1, depth + 1) if k is None else [k]:
         for layers in combinations(range(depth), size):
@@ -84,7 +94,7 @@ def test_balanced_is_the_cheapest_that_keeps_the_wanted_performance(k: int | Non
         return
     found = select(card, k=k, budgets=Budgets(min_performance=wanted))
     assert surely(found) >= at_least - 1e-9
-    assert cost_of(card).step_time(found.layers) == pytest.approx(cheapest[0], rel=2e-4)
+    assert training_cost(card).step_time(found.layers) == pytest.approx(cheapest[0], rel=2e-4)
 
 
 def test_performance_takes_five_layers_unless_a_number_or_budget_says_otherwise() -> None:
@@ -95,16 +105,16 @@ def test_performance_takes_five_layers_unless_a_number_or_budget_says_otherwise(
     assert len(loose.layers) > 15  # within 0.01 % of the best, the cheapest
 
 
-@pytest.mark.parametrize("name", ["max_time", "max_memory", "max_params", "max_latency"])
+@pytest.mark.parametrize("name", ["max_time", "max_training_memory", "max_params", "max_latency"])
 def test_more_budget_is_never_worse_and_budgets_hold(name: str) -> None:
     card = made_card(14)
     what, of = {
         "max_time": ("time", "step_time"),
-        "max_memory": ("memory", "peak_memory"),
+        "max_training_memory": ("memory", "peak_memory"),
         "max_params": ("params", "parameters"),
         "max_latency": ("latency", "latency"),
     }[name]
-    form = cost_of(card).linear(what)  # type: ignore[arg-type]
+    form = training_cost(card).linear(what)  # type: ignore[arg-type]
     before = 0.0
     for share in (75, 82, 90, 100):
         found = select(card, objective="performance", budgets=Budgets(**{name: f"{share}%"}))
@@ -131,14 +141,14 @@ def test_a_looser_demand_is_never_dearer() -> None:
         ({"objective": "performance", "k": 6, "budgets": Budgets(max_params="20%")}, ["of 6 layers", "adapter weights", "50.0%"]),
         ({"objective": "cost", "k": 1, "budgets": Budgets(min_performance=99)}, ["of 1 layer ", "the best keeps", "layers would reach it"]),
         (
-            {"budgets": Budgets(max_time=between(made_card(12), 0.1), max_memory="1%")},
-            ["--max-time", "--max-memory", "the least peak memory"],
+            {"budgets": Budgets(max_time=between(made_card(12), 0.1), max_training_memory="1%")},
+            ["--max-time", "--max-training-memory", "the least peak memory"],
         ),
         ({"budgets": Budgets(max_time="12s")}, ["--max-time 12s", "no measured cost", "60%", "--cost"]),
         ({"budgets": Budgets(max_latency="5ms")}, ["--max-latency 5ms", "no measured cost"]),
         ({"budgets": Budgets(max_time="0%")}, ["--max-time 0%", "leaves nothing"]),
         ({"budgets": Budgets(max_time="-3s")}, ["--max-time -3s"]),
-        ({"budgets": Budgets(max_memory="2 apples")}, ["--max-memory '2 apples'", "2GB"]),
+        ({"budgets": Budgets(max_training_memory="2 apples")}, ["--max-training-memory '2 apples'", "2GB"]),
         ({"budgets": Budgets(max_params="many")}, ["--max-params 'many'", "300000"]),
         ({"budgets": Budgets(max_time="nan%")}, ["--max-time 'nan%'"]),
         ({"budgets": Budgets(min_performance=0.95)}, ["did you mean 95%"]),
@@ -166,7 +176,7 @@ def test_the_named_least_time_would_do() -> None:
 
 def test_absolute_budgets_need_a_measured_cost_and_then_mean_what_they_say() -> None:
     card = made_card(8)
-    measured = cost_of(card).model_copy(update={"source": "measured"})
+    measured = training_cost(card).model_copy(update={"source": "measured"})
     card = card.model_copy(update={"cost": measured})
     whole = measured.step_time(range(8))
     share = between(card, 0.4)
@@ -177,7 +187,7 @@ def test_absolute_budgets_need_a_measured_cost_and_then_mean_what_they_say() -> 
     assert select(made_card(8)).predicted["step_time"]["seconds"] is None
     memory = measured.linear("memory").of(range(8))
     for text in (0.7 * memory, f"{0.7 * memory}B", f"{0.7 * memory / 2**20}MiB", f"{0.7 * memory / 1e6} MB", "70%"):
-        assert Budgets(max_memory=text).resolve(measured)[0].limit == pytest.approx(0.7 * memory)
+        assert Budgets(max_training_memory=text).resolve(measured)[0].limit == pytest.approx(0.7 * memory)
     assert Budgets(max_params="2M").resolve(measured)[0].limit == 2e6
     assert Budgets(max_latency="5ms").resolve(measured)[0].limit == pytest.approx(0.005)
 
@@ -409,3 +419,83 @@ def test_smoothing_keeps_a_level_and_damps_a_spike() -> None:
     spike = smoothed(np.eye(30)[15])
     assert spike.argmax() == 15 and 0.15 < spike[15] < 0.25 and spike.sum() == pytest.approx(1.0, abs=0.01)
     assert smoothed([1.0, 2.0, 3.0]) == pytest.approx([1.0, 2.0, 3.0], abs=1e-4)  # three layers are not neighbours
+
+
+def measured_card(depth: int = 12) -> LayerCard:
+    """A card whose cost is measured, with a known size of every block."""
+    cost = measured(depth)
+    layers = tuple(layer.model_copy(update={"weights_bytes": 10_000}) for layer in cost.layers)
+    return made_card(depth).with_cost(cost.model_copy(update={"layers": layers, "weights_bytes": 200_000, "head_weights_bytes": 50_000}))
+
+
+def test_a_limit_on_memory_counts_weights_and_what_stays_on_disk() -> None:
+    card = measured_card()
+    whole, streamed = (training_cost(card).linear_process(stream=stream) for stream in (False, True))
+    least = whole.of([11])
+    with pytest.raises(SelectionError, match=r"no placement.* keeps --max-memory .*the least memory that would do is .*with layers 11"):
+        select(card, objective="performance", budgets=Budgets(max_memory=least - 1))
+    # Streamed, the same limit leaves room for all blocks from some depth on.
+    found = select(card, objective="performance", budgets=Budgets(max_memory=least - 1, stream=True))
+    assert min(found.layers) > 0 and streamed.of(found.layers) <= least - 1
+    assert found.predicted["streamed_memory"]["bytes"] < found.predicted["process_memory"]["bytes"]
+    assert found.asked["stream"] is True
+
+
+def test_a_refusal_names_the_deepest_placement_that_would_fit() -> None:
+    card = measured_card()
+    limit = training_cost(card).linear_process(stream=True).of([9]) + 1
+    with pytest.raises(SelectionError, match="layers from 9 on would fit"):
+        select(card, budgets=Budgets(max_memory=limit, stream=True, min_performance=99.9))
+
+
+def test_a_streamed_training_does_not_adapt_block_0() -> None:
+    card = measured_card()
+    found = select(card, objective="performance", budgets=Budgets(max_memory="1TB", stream=True))
+    assert 0 not in found.layers and len(found.layers) > 5
+
+
+@pytest.mark.parametrize(
+    ("budgets", "words"),
+    [
+        (Budgets(stream=True), "--stream says how --max-memory is meant"),
+        (Budgets(max_memory="6"), "could be 6MB or 6%"),
+        (Budgets(max_memory="6 stones"), "cannot be read"),
+    ],
+)
+def test_limits_on_memory_that_cannot_be_read(budgets: Budgets, words: str) -> None:
+    with pytest.raises(SelectionError, match=words):
+        select(measured_card(), objective="performance", budgets=budgets)
+
+
+def test_weights_are_not_known_without_measured_cost() -> None:
+    with pytest.raises(SelectionError, match=r"counts the model's weights.*--max-training-memory"):
+        select(made_card(6), objective="performance", budgets=Budgets(max_memory="6GB"))
+
+
+def test_modules_are_a_part_of_the_choice() -> None:
+    card = made_card(12)
+    every = select(card, k=3)
+    for name in ("mlp", "down"):
+        placement = select(card, k=3, modules=name, budgets=Budgets(min_performance=90))
+        assert placement.modules == name and all(("mlp" in path) for path in placement.paths)
+        assert placement.predicted["step_time"]["share"] < every.predicted["step_time"]["share"]
+    best = select(card, modules="auto", budgets=Budgets(min_performance=90))
+    fixed = [select(card, modules=name, budgets=Budgets(min_performance=90)) for name in ("all", "mlp", "out", "down")]
+    assert time(best) <= min(time(placement) for placement in fixed) * (1 + 1e-6)
+    assert kept(best) >= 0.9 - 1e-6
+    with pytest.raises(SelectionError, match="set of modules 'mpl' is unknown"):
+        select(card, modules="mpl")
+    with pytest.raises(SelectionError, match="--modules auto needs an objective"):
+        select(card, strategy="last", modules="auto")
+
+
+def test_later_epochs_make_few_layers_cheaper() -> None:
+    card = made_card(12)
+    shares = [predict(card, [10, 11], training_cost(card, epochs=epochs))["step_time"]["share"] for epochs in (1, 3)]
+    assert shares[1] < shares[0]
+    assert predict(card, [11], training_cost(card, fast=False))["training"] == "stock"
+
+
+def test_a_placement_has_the_rate_of_the_rule() -> None:
+    placement = select(made_card(12), k=3)
+    assert placement.learning_rate is not None and placement.learning_rate_source == "rule" and placement.learning_rate_steps == 500

@@ -166,7 +166,7 @@ def test_parts_that_are_known_come_out(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(num_hidden_layers=DEPTH)
     kinds: dict[int, str] = {1: "last", 0: "through", DEPTH: "all"}
 
-    def timed(base: BaseModel, model: Any, batch: Batch, optimizer: Any, steps: int) -> list[StepClock]:
+    def timed(base: BaseModel, model: Any, batch: Batch, optimizer: Any, steps: int, around: Any = None) -> list[StepClock]:
         adapters = sum("lora_A" in name for name, _ in model.named_parameters()) // len(base.blocks[0].linear_modules)
         return [made_clock(kinds[adapters])] * steps
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from layercard.adapters.apply import adapted, loaded, place
+from layercard.cost.training import heaviest_step
 from layercard.data.load import IGNORED, Dataset, collate, load_data, shuffled
 from layercard.errors import DataError, OutputError, PlacementError, TrainingError
 from layercard.models.load import BaseModel, wrap_model
@@ -31,7 +32,7 @@ from layercard.training import trainer as trainer_module
 from layercard.training.evaluate import held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import train
-from layercard.training.trainer import heaviest_step, last_checkpoint
+from layercard.training.trainer import last_checkpoint
 from test_adapters import assert_same, base_of, state_of
 from tiny import build_tiny, tiny_records, tiny_tokenizer, write_records
 

@@ -52,6 +52,7 @@ def setting(
     unit: float | None = None,
     argument: bool = False,
     envvar: str | None = None,
+    auto: bool = False,
 ) -> Any:
     """A field of a settings class, or a parameter of a command.
 
@@ -66,6 +67,7 @@ def setting(
         unit: How many of the field's units are one of the command line's, as 1e9 for bytes given in GB.
         argument: On the command line it has no name, only a place.
         envvar: The environment variable that holds it where the command line does not give it.
+        auto: `None`, which leaves the number to the program, is `auto` on the command line.
     """
     described = locals()
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=described)
@@ -189,7 +191,10 @@ class TrainSettings(Settings, group="Training"):
     alpha: float = setting(16.0, "Scale of the adapters; the update is alpha / rank times their product.", low=1e-9, high=1e6)
     dropout: float = setting(0.0, "Dropout on the adapters' inputs.", low=0, high=0.99)
     learning_rate: float | None = setting(
-        None, "Peak learning rate of AdamW; when not given that of the placement, and 0.002 where it has none.", low=1e-12
+        None,
+        "Peak learning rate of AdamW; auto: that of the placement, moved to the steps of the run, or that of the rule (docs/run.md).",
+        low=1e-12,
+        auto=True,
     )
     steps: int | None = setting(None, "Number of updates; or give --epochs. One epoch when neither is given.", low=1)
     epochs: float | None = setting(None, "Passes over the data.", low=1e-9, high=1e6)
@@ -234,7 +239,7 @@ class TrainSettings(Settings, group="Training"):
 
     @property
     def rate(self) -> float:
-        """The peak learning rate, with `LEARNING_RATE` where none is set."""
+        """The peak learning rate, with `LEARNING_RATE` where none is set and no rule knows one."""
         return LEARNING_RATE if self.learning_rate is None else self.learning_rate
 
     def reporters(self) -> list[str]:

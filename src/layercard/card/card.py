@@ -277,6 +277,16 @@ class LayerCard(Record):
         return framed("Layer Card", facts, "Best single layers, with 95 % intervals", list(columns), rows)
 
 
+def training_cost(card: LayerCard, *, fast: bool = True, epochs: float = 1.0) -> CostModel:
+    """What a step costs as it will be trained: with the fast parts and over so many epochs, or stock, which has neither."""
+    cost, data = cost_of(card), card.data
+    if not fast:
+        return cost
+    positions = cost.batch_size * cost.tokens
+    real = cost.real_tokens or cost.batch_size * data.tokens / data.records  # what is not padding, of a usual batch or on average
+    return cost.made_fast(min(1.0, real / positions), epochs)
+
+
 def cost_of(card: LayerCard) -> CostModel:
     """The card's measured cost or, where it has none, relative costs from the shapes of its modules and the length of its records."""
     if card.cost is not None:
@@ -287,10 +297,10 @@ def cost_of(card: LayerCard) -> CostModel:
 
     def shape(module: ModuleCard) -> Shape:
         if module.experts is None:
-            return Shape(module.in_features, module.out_features)
+            return Shape(module.in_features, module.out_features, name=module.path)
         # How many experts a token enters follows from the tokens that each of them saw.
         active = max(1, round(sum(module.expert_tokens or ()) / fit_tokens))
-        return Shape(module.in_features, module.out_features, module.experts, min(active, module.experts))
+        return Shape(module.in_features, module.out_features, module.experts, min(active, module.experts), module.path)
 
     return CostModel.from_shapes(
         [[shape(module) for module in layer.modules] for layer in card.layers],

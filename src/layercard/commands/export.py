@@ -27,6 +27,9 @@ def export(
     rank: int | None = setting(None, "Rank of each adapter; the file's, else 8.", low=1),
     alpha: float | None = setting(None, "Scale of the adapters; the file's, else twice the rank.", low=1e-9, high=1e6),
     dropout: float | None = setting(None, "Dropout on the adapters' inputs; the file's, else 0.", low=0, high=0.99),
+    learning_rate: float | None = setting(
+        None, "Peak learning rate; auto: the file's, else that of the placement where it has one.", low=1e-12, auto=True
+    ),
     model: str | None = setting(None, "Read the keys back on this model, built without weights: where do they land?", metavar="MODEL"),
     force: bool = setting(False, "Replace what exists at the output, and keys of the merged file that contradict the placement."),
     as_json: bool = opt.AS_JSON,
@@ -58,7 +61,7 @@ def export(
         return
     trainer, chosen = trainer_named(to), Placement.load(placement)
     suffix = output.suffix.lower() if output is not None else ""
-    result = exported(chosen, trainer, LoraSettings(rank, alpha, dropout), merge=merge, suffix=suffix, force=force)
+    result = exported(chosen, trainer, LoraSettings(rank, alpha, dropout, learning_rate), merge=merge, suffix=suffix, force=force)
     notes = list(result.notes)
     if model is not None:
         notes.append(check_landing(chosen, trainer, result.keys, model))

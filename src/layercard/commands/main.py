@@ -30,6 +30,7 @@ from layercard.commands.latency import latency
 from layercard.commands.merge import merge
 from layercard.commands.options import expanded
 from layercard.commands.pareto import pareto, transfer
+from layercard.commands.plan import plan
 from layercard.commands.profile import profile
 from layercard.commands.report import report
 from layercard.commands.roi import roi
@@ -50,6 +51,7 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
     "Start": {
         run_all: "run smollm2-135m --data synthetic --records 512 --max-time 20m -o run",
         data: "data mine.jsonl --model smollm2-135m",
+        plan: "plan smollm2-135m --data mine.jsonl --epochs 3",
         demo: "demo --output demo",
     },
     "Step by step": {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layercard.errors import LayercardError, ModelError, OutputError, TrainingError
-from layercard.files import refuse_existing, writing
+from layercard.files import refuse_existing, shown, writing
 from layercard.settings import DataSettings, FastSettings, LoadSettings, Settings, TrainSettings, check, setting
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
     from layercard.data.load import Dataset
     from layercard.models.load import BaseModel, Progress
+
+
+AUTO = "auto"
+"""The word for a number that is left to the program."""
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,7 +49,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         settings = declared[group]
         is_setting = isinstance(settings, Settings)
         default = getattr(settings, name) if is_setting else field.default
-        annotation: Any = Annotated[kind, _option(name, kind, field, settings.group if is_setting else None)]
+        default = AUTO if field.metadata["auto"] and default is None else default
+        shown_kind = str if field.metadata["auto"] else kind
+        annotation: Any = Annotated[shown_kind, _option(name, kind, field, settings.group if is_setting else None)]
         default = inspect.Parameter.empty if default is dataclasses.MISSING else default
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
 
@@ -56,6 +62,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             described, flag = field.metadata, name.upper() if field.metadata["argument"] else _flag(name, field).split()[0]
             value = given.pop(name) if group in changes else given[name]
             unit = described["unit"]
+            value = _number_or_auto(flag, value) if described["auto"] else value
             check(flag, value, kind, described if unit is None else {**described, "low": 1 / unit, "high": described["high"] / unit})
             value = value if unit is None or value is None else int(value * unit)
             if group in changes:
@@ -81,6 +88,14 @@ def options_of(command: Callable[..., None], **changes: Any) -> Callable[[Callab
         return function
 
     return declared
+
+
+def _number_or_auto(flag: str, text: str) -> float | None:
+    """`None` for `auto`."""
+    try:
+        return None if text == AUTO else float(text)
+    except ValueError:
+        raise TrainingError(f"{flag} {shown(text)} is not a number; give one, or auto") from None
 
 
 def _flag(name: str, field: "dataclasses.Field[Any]") -> str:

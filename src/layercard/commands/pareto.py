@@ -4,6 +4,7 @@ from itertools import combinations
 from pathlib import Path
 
 from layercard.commands import options as opt
+from layercard.commands.select import PRICED_EPOCHS, PRICED_STOCK
 from layercard.commands.terminal import Display, show_result
 from layercard.errors import CardError
 from layercard.files import write_text
@@ -13,6 +14,8 @@ from layercard.settings import setting
 def pareto(
     card: Path = opt.CARD,
     output: Path | None = setting(None, "Where to keep it: .json, or .html for a page that needs no network."),
+    epochs: float = PRICED_EPOCHS,
+    stock: bool = PRICED_STOCK,
     force: bool = opt.FORCE,
     as_json: bool = opt.AS_JSON,
 ) -> None:
@@ -27,7 +30,7 @@ def pareto(
 
     source = LayerCard.load(card)
     with Display() as display:
-        front = fronts(source, progress=display)
+        front = fronts(source, fast=not stock, epochs=epochs, progress=display)
     if output is not None and output.suffix == ".html":
         from layercard.report.page import front_page
 

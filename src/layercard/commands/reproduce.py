@@ -54,7 +54,9 @@ def _select(placement: "Placement") -> list[str]:
     how = "--objective" if objective in ("performance", "cost", "balanced") else "--strategy"
     asked = placement.asked
     count = asked.get("k") if asked else len(placement.layers)
-    budgets = _options(asked, "max_time", "max_memory", "max_params", "max_latency", "min_performance", "seed")
+    budgets = _options(
+        asked, "max_time", "max_memory", "max_training_memory", "max_params", "max_latency", "min_performance", "modules", "epochs", "seed"
+    )
     ranks = ["--allocate-ranks", *_options(asked, "rank", "alpha")] if "rank" in asked else []
     return ["select", "card.json", *_options({"k": count}, "k"), how, objective, *budgets, *ranks, "-o", "placement.json"]
 

@@ -86,6 +86,7 @@ def train(
         rows["Reduction"] = f"{record.loss_reduction:.4f} ({low:.4f} to {high:.4f})"
     if record.fast["did"]:
         rows["Left out"] = "\n".join(record.fast["did"].values())
+    rows["Learning rate"] = f"{record.settings['learning_rate']:.3g}, {record.learning_rate_source}"
     rows["Training"] = f"{record.steps} steps in {record.train_seconds:.1f} s · layers in backward {record.layers_in_backward}"
     if record.forward_seconds is not None and record.backward_seconds is not None and record.train_seconds > 0:
         forward, backward = (100 * part / record.train_seconds for part in (record.forward_seconds, record.backward_seconds))

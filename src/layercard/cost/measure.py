@@ -16,16 +16,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from layercard.cost.model import CostModel, LayerCost, ModuleCost
+from layercard.cost.model import STATE_BYTES, WEIGHT_BYTES, CostModel, LayerCost, ModuleCost
 from layercard.data.load import IGNORED, Batch, Example, batches, shuffled
 from layercard.errors import DataError, ModelError
 from layercard.measure import LiveTensors
@@ -38,6 +39,18 @@ from layercard.models.losses import training_step
 Border = tuple[str, int]
 """`("enter", i)`, `("leave", i)` and `("back", i)` as `block_borders` calls them, and with block 0 those of `training_step`: `start`,
 `loss` (once it is known), `backward` (once it is through) and `end` (after the update)."""
+
+
+class Speed(Protocol):
+    """How steps are made faster: what `layercard.fast.fast_training` yields."""
+
+    @property
+    def labels_only(self) -> bool:
+        """Whether `model(**batch)` gives its loss from labelled positions only."""
+
+
+Around = Callable[[nn.Module], AbstractContextManager[Speed]]
+"""Makes the steps inside a `with` block faster."""
 
 
 class StepClock:
@@ -127,7 +140,16 @@ def random_batch(vocabulary: int, size: int, length: int, seed: int = 0) -> Batc
     return Batch(ids, mask, labels, tuple(range(size)))
 
 
-def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int = 3, progress: Progress | None = None) -> CostModel:
+def measure_cost(
+    base: BaseModel,
+    batch: Batch,
+    *,
+    rank: int = 8,
+    repeats: int = 3,
+    heaviest: Batch | None = None,
+    around: Around | None = None,
+    progress: Progress | None = None,
+) -> CostModel:
     """Measure what training adapters of this model costs here, part by part.
 
     Takes `9 · repeats + 4` training steps on the batch, 7 without repeats, and a few forward passes of one token. The model is the same
@@ -139,6 +161,8 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
         rank: Rank of each adapter.
         repeats: How often each kind of step is set up; each time two steps are timed after one to warm up. 0: the round that counts bytes
             warms up, and one step of each kind is timed behind it.
+        heaviest: The batch whose bytes are counted; the same when not given.
+        around: Makes steps faster, such as `fast_training`; stock PEFT when not given.
         progress: Told of the phase `cost`.
 
     Raises:
@@ -150,7 +174,8 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
     length, limit = batch.input_ids.shape[1], getattr(base.model.config, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
         raise DataError(f"rows of {length} tokens are longer than the {limit} positions of {base.name}; choose a smaller length")
-    batch, depth, progress = batch.to(base.device), len(base.blocks), progress or (lambda *_: None)
+    counted, batch, depth = (heaviest or batch).to(base.device), batch.to(base.device), len(base.blocks)
+    progress = progress or (lambda *_: None)
     token = Batch(batch.input_ids[:1, :1], batch.attention_mask[:1, :1], batch.labels[:1, :1], (0,))
     clocks: dict[str, list[StepClock]] = {kind: [] for kind in ("last", "through", "all", "through, token", "all, token")}
     counts: dict[str, StepBytes] = {}
@@ -164,10 +189,10 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
             with through_all(base) if kind == "through" else adapted_layers(base, layers, rank) as (model, optimizer):
                 if part < 3:
                     if kind == "all":
-                        training_step(model, batch, optimizer)  # makes the optimiser's state, which is not to be counted
-                    counts[kind] = counted_step(base, model, batch, optimizer)
+                        training_step(model, counted, optimizer)  # makes the optimiser's state, which is not to be counted
+                    counts[kind] = counted_step(base, model, counted, optimizer, around)
                 if part >= 3 or not repeats:
-                    clocks[kind] += timed_steps(base, model, batch, optimizer, 3 if repeats else 1)[1 if repeats else 0 :]
+                    clocks[kind] += timed_steps(base, model, batch, optimizer, 3 if repeats else 1, around)[1 if repeats else 0 :]
                     if kind != "last":
                         clocks[f"{kind}, token"] += _timed_tokens(base, model, token)
     except RuntimeError as error:
@@ -176,24 +201,67 @@ def measure_cost(base: BaseModel, batch: Batch, *, rank: int = 8, repeats: int =
             raise ModelError(f"memory ran out training all layers of {base.name} on {size}; choose a smaller batch or length") from error
         raise
     progress("cost", parts, parts)
-    return _cost_model(base, batch, rank, clocks, counts)
+    return _cost_model(base, batch, rank, clocks, counts, fast=around is not None)
 
 
-def timed_steps(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None, steps: int) -> list[StepClock]:
+@contextmanager
+def _made_faster(base: BaseModel, model: nn.Module, around: Around | None, mark: Callable[[str, int], object]) -> Iterator[bool]:
+    """The borders of the blocks watched, and the fast parts at work where there are any; gives `training_step`'s `labels_only`."""
+    with ExitStack() as stack:
+        speed = stack.enter_context(around(model)) if around is not None else None
+        stack.enter_context(block_borders(base.blocks, mark))
+        yield speed is not None and speed.labels_only
+
+
+def timed_steps(
+    base: BaseModel,
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer | None,
+    steps: int,
+    around: Around | None = None,
+) -> list[StepClock]:
     """So many steps one after another; the first one makes the optimiser's state and warms up, unless there was one before."""
     clocks = [StepClock(base.device) for _ in range(steps)]
     for clock in clocks:
-        with block_borders(base.blocks, clock):
-            training_step(model, batch, optimizer, clock)
+        with _made_faster(base, model, around, clock) as labels_only:
+            training_step(model, batch, optimizer, clock, labels_only=labels_only)
     return clocks
 
 
-def counted_step(base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None) -> StepBytes:
+class Step(NamedTuple):
+    """One training step: seconds, and bytes at the worst moment above the frozen model."""
+
+    seconds: float
+    bytes: int
+
+
+def measure_step(
+    base: BaseModel,
+    batch: Batch,
+    *,
+    layers: Sequence[int] | None = None,
+    rank: int = 8,
+    heaviest: Batch | None = None,
+    around: Around | None = None,
+) -> Step:
+    """A step of adapters in some layers, or all: three on the batch, of which two are timed, and one more on the heaviest, counted."""
+    with adapted_layers(base, range(len(base.blocks)) if layers is None else layers, rank) as (model, optimizer):
+        clocks = timed_steps(base, model, batch.to(base.device), optimizer, 3, around)[1:]
+        counts = counted_step(base, model, (heaviest or batch).to(base.device), optimizer, around)
+        trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    seconds = statistics.mean(clock.between(("start", 0), ("end", 0)) for clock in clocks)
+    return Step(seconds, (WEIGHT_BYTES + STATE_BYTES) * trained + max(counts.peaks.values()))
+
+
+def counted_step(
+    base: BaseModel, model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer | None, around: Around | None = None
+) -> StepBytes:
     """One step whose tensors are counted."""
     with LiveTensors() as live:
         count = StepBytes(live)
-        with block_borders(base.blocks, count):
-            training_step(model, batch, optimizer, count)
+        with _made_faster(base, model, around, count) as labels_only:
+            training_step(model, batch, optimizer, count, labels_only=labels_only)
     return count
 
 
@@ -210,7 +278,15 @@ def _timed_tokens(base: BaseModel, model: nn.Module, token: Batch) -> list[StepC
     return clocks[1:]
 
 
-def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list[StepClock]], counts: dict[str, StepBytes]) -> CostModel:
+def _cost_model(
+    base: BaseModel,
+    batch: Batch,
+    rank: int,
+    clocks: dict[str, list[StepClock]],
+    counts: dict[str, StepBytes],
+    *,
+    fast: bool,
+) -> CostModel:
     """From readings to the cost of each part."""
     depth = len(base.blocks)
     modules = [[(each.name, each.in_features, each.out_features, each.experts) for each in block.adaptable] for block in base.blocks]
@@ -273,7 +349,9 @@ def _cost_model(base: BaseModel, batch: Batch, rank: int, clocks: dict[str, list
         model=base.name,
         batch_size=batch.input_ids.shape[0],
         tokens=batch.input_ids.shape[1],
+        real_tokens=int(batch.attention_mask.sum()),
         labelled_tokens=int((batch.labels[:, 1:] != IGNORED).sum()),
+        fast=fast,
         rank=rank,
         dtype=str(base.model.dtype).removeprefix("torch."),
         device=device_name(base.device),

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 from pydantic import Field, FiniteFloat, ValidationError
 
 from layercard.errors import CardError, PlacementError
+from layercard.models.module_sets import attention_outputs, mixes_tokens, module_set
 from layercard.records import Part, Record
 
 WEIGHT_BYTES = 4
@@ -37,6 +38,11 @@ CHUNK_BYTES = 3 * 24 * 2**20
 """Logits that the head makes at once in fast training on a CPU (`layercard.fast.labels`), and what the loss makes of them."""
 THIN = 0.4
 """Share of the rate of large products that the thin ones of adapters reach, measured at rank 8 on a CPU."""
+CHUNK = 128
+"""Labelled positions that the fast head takes at once, about."""
+FUSED_TIME, FUSED_HEAD = 0.6, 0.75
+"""What fused adapters take of the time of stock ones, and the head with its loss in one go of the time of both apart, for as many tokens:
+measured with 135M weights on a CPU in float32 (0.58 and 0.78) and assumed elsewhere."""
 UNION = 1.75
 """Positions that are labelled in any row of a batch, as a multiple of the labelled tokens; the head runs on all of them in all rows."""
 
@@ -47,12 +53,13 @@ _Positive = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class Shape(NamedTuple):
-    """A linear module, or one of `experts`, of which a token enters `active`."""
+    """A linear module, or one of `experts`, of which a token enters `active`; `name` is its path below the block."""
 
     in_features: int
     out_features: int
     experts: int = 1
     active: float = 1.0
+    name: str = ""
 
     @property
     def weights(self) -> int:
@@ -95,6 +102,21 @@ class ModuleCost(Part):
     experts: _Positive = 1
     adapter_seconds: _Amount = 0.0
 
+    @property
+    def path(self) -> str:
+        """Its name, by which sets of modules know it."""
+        return self.name
+
+    @property
+    def weights(self) -> int:
+        """Weights of the frozen module, or of all experts."""
+        return self.experts * self.in_features * self.out_features
+
+    @property
+    def adapter_weights(self) -> int:
+        """Weights of its adapters at rank 1."""
+        return self.experts * (self.in_features + self.out_features)
+
 
 class LayerCost(Part):
     """What one layer costs in one step.
@@ -121,6 +143,37 @@ class LayerCost(Part):
     weights_bytes: _Count = 0
     modules: tuple[ModuleCost, ...] = ()
 
+    def with_modules(self, name: str, *, fast: bool) -> Self:
+        """The layer with adapters on a set of its modules only (`MODULE_SETS`).
+
+        Time and latency are shared out by what each adapter takes alone, kept bytes by the inputs that the modules read (`kept_inputs`).
+
+        Raises:
+            PlacementError: An unknown set, or the layer has no such module.
+        """
+        chosen = module_set(self.modules, name)
+        time = sum(each.adapter_seconds for each in chosen) / (sum(each.adapter_seconds for each in self.modules) or 1)
+        weights = sum(each.adapter_weights for each in chosen) / sum(each.adapter_weights for each in self.modules)
+        inputs = self.kept_inputs(chosen, fast=fast) / (self.kept_inputs(self.modules, fast=fast) or 1)
+        changes = {
+            "adapter_seconds": time * self.adapter_seconds,
+            "adapter_latency_seconds": time * self.adapter_latency_seconds,
+            "adapter_saved_bytes": round(inputs * self.adapter_saved_bytes),
+            "adapter_parameters": round(weights * self.adapter_parameters),
+            "modules": tuple(chosen),
+        }
+        return self.model_copy(update=changes)
+
+    def kept_inputs(self, modules: Sequence[ModuleCost], *, fast: bool) -> int:
+        """Numbers that adapters on some of its modules keep for each token, and of experts each folded weight.
+
+        Modules of one part and width read the same input. That of the last module of attention is kept anyway, and once more by `fast`
+        adapters, which are fused.
+        """
+        last = {each.name for each in attention_outputs(self.modules)}
+        inputs = {(mixes_tokens(each.name), each.name in last, each.in_features) for each in modules if fast or each.name not in last}
+        return sum(width for _, _, width in inputs) + sum(each.weights for each in modules if each.experts > 1)
+
     @property
     def held_bytes(self) -> int:
         """Its adapters and the state of AdamW."""
@@ -140,7 +193,11 @@ class CostModel(Record):
             all layers is 1, and so is the latency that all of them add.
         batch_size: Records in the batch.
         tokens: Tokens of a row, padding included.
+        real_tokens: Tokens in the batch, padding not counted; 0 where that was not kept.
         labelled_tokens: Labelled tokens in the batch; the head runs on these only.
+        fast: Whether these are steps with the fast parts (`layercard.fast`): no padding, head on labelled positions, fused adapters.
+        epochs: Passes over the data that step times are means of: with the fast parts the blocks below the lowest adapted layer run in the
+            first one only.
         rank: Rank of each adapter.
         device: Where it was measured, in words.
         threads: Threads that torch computed with; 0 where that says nothing.
@@ -166,7 +223,10 @@ class CostModel(Record):
     model: str = ""
     batch_size: _Positive
     tokens: _Positive
+    real_tokens: _Count = 0
     labelled_tokens: _Positive
+    fast: bool = False
+    epochs: Annotated[FiniteFloat, Field(ge=1)] = 1.0
     rank: _Positive
     dtype: str
     device: str = ""
@@ -197,9 +257,10 @@ class CostModel(Record):
         layers, zeros = self.layers, (0.0,) * len(self.layers)
         if what == "time":
             steady = self.embedding_seconds + self.head_forward_seconds + self.head_backward_seconds + self.overhead_seconds
+            first = 1 / self.epochs if self.fast else 1.0  # share of the passes in which the frozen blocks run
             return Linear(
-                steady + sum(layer.forward_seconds for layer in layers),
-                tuple(layer.backward_seconds for layer in layers),
+                steady + sum(first * layer.forward_seconds for layer in layers),
+                tuple((1 - first) * layer.forward_seconds + layer.backward_seconds for layer in layers),
                 tuple(layer.adapter_seconds for layer in layers),
             )
         if what == "memory":
@@ -291,8 +352,62 @@ class CostModel(Record):
         if all(layer.weights_bytes for layer in self.layers):
             return [layer.weights_bytes for layer in self.layers], self.head_weights_bytes
         size = ELEMENT_BYTES.get(self.dtype, 4)
-        blocks = [size * sum(each.experts * each.in_features * each.out_features for each in layer.modules) for layer in self.layers]
+        blocks = [size * sum(each.weights for each in layer.modules) for layer in self.layers]
         return blocks, max(0, self.weights_bytes - sum(blocks))
+
+    def made_fast(self, real_share: float, epochs: float = 1.0) -> Self:
+        """The costs of steps with the fast parts, from those of stock ones.
+
+        Padding is left out, the head runs on labelled positions, forward and gradient in one go, and adapters are fused (`FUSED_TIME`). A
+        model that was measured with the fast parts is taken as it is.
+
+        Args:
+            real_share: Share of a batch's positions that are not padding, above 0 and up to 1.
+            epochs: Passes over the data.
+        """
+        if self.fast:
+            return self.model_copy(update={"epochs": epochs})
+        positions = self.batch_size * self.tokens
+        # The stock head runs on all positions that are labelled in any row; the fast one on each label's own.
+        union = self.labelled_tokens / min(positions, UNION * self.labelled_tokens) if self.batch_size > 1 else 1.0
+        layers = []
+        for layer in self.layers:
+            stock = layer.kept_inputs(layer.modules, fast=False)
+            kept = layer.kept_inputs(layer.modules, fast=True) / stock if stock else 1.0
+            changes = {
+                "forward_seconds": real_share * layer.forward_seconds,
+                "backward_seconds": real_share * layer.backward_seconds,
+                "adapter_seconds": real_share * FUSED_TIME * layer.adapter_seconds,
+                "saved_bytes": round(real_share * layer.saved_bytes),
+                "adapter_saved_bytes": round(real_share * kept * layer.adapter_saved_bytes),
+            }
+            layers.append(layer.model_copy(update=changes))
+        head = FUSED_HEAD * union * (self.head_forward_seconds + self.head_backward_seconds)
+        whole = {
+            "fast": True,
+            "epochs": epochs,
+            "real_tokens": round(real_share * positions),
+            "embedding_seconds": real_share * self.embedding_seconds,
+            "head_forward_seconds": head,
+            "head_backward_seconds": 0.0,
+            "shared_bytes": round(real_share * self.shared_bytes),
+            "head_bytes": round(union * self.head_bytes),
+            "block_bytes": round(real_share * self.block_bytes),
+            "forward_bytes": round(real_share * self.forward_bytes),
+            "layers": tuple(layers),
+        }
+        made = self.model_copy(update=whole)
+        return made if self.absolute else made.in_shares()
+
+    def with_modules(self, name: str) -> Self:
+        """The same model with adapters on a set of modules (`MODULE_SETS`) of each layer.
+
+        Raises:
+            PlacementError: An unknown set, or a layer has no such module.
+        """
+        if name in ("", "all"):
+            return self
+        return self.model_copy(update={"layers": tuple(layer.with_modules(name, fast=self.fast) for layer in self.layers)})
 
     def adapter_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of the adapters' weights, as they are stored (float32)."""
@@ -308,9 +423,12 @@ class CostModel(Record):
 
         FLOPs and bytes are weighed as on a usual device, `BALANCE` FLOP in the time of one byte. `sizes` are arguments of `from_rates`.
         """
-        cost = cls.from_rates(shapes, flops=BALANCE, bandwidth=1.0, launch=0.0, **sizes)
-        every = range(len(cost.layers))
-        step, latency = cost.step_time(every), cost.inference_latency(every)
+        return cls.from_rates(shapes, flops=BALANCE, bandwidth=1.0, launch=0.0, **sizes).model_copy(update={"device": ""}).in_shares()
+
+    def in_shares(self) -> Self:
+        """The same costs with times as shares of the step of all layers, and latencies as shares of what all of them add."""
+        every = range(len(self.layers))
+        step, latency = self.step_time(every), self.inference_latency(every)
 
         def shares(part: Part) -> dict[str, float]:
             seconds = {name: value for name, value in part if name.endswith("_seconds")}
@@ -318,9 +436,9 @@ class CostModel(Record):
 
         layers = tuple(
             layer.model_copy(update=shares(layer) | {"modules": tuple(m.model_copy(update=shares(m)) for m in layer.modules)})
-            for layer in cost.layers
+            for layer in self.layers
         )
-        return cost.model_copy(update=shares(cost) | {"layers": layers, "source": "shapes", "device": ""})
+        return self.model_copy(update=shares(self) | {"layers": layers, "source": "shapes"})
 
     @classmethod
     def from_rates(
@@ -336,6 +454,7 @@ class CostModel(Record):
         labelled: int | None = None,
         rank: int = 8,
         dtype: str = "float32",
+        fast: bool = False,
         model: str = "",
         device: str = "",
     ) -> Self:
@@ -356,6 +475,7 @@ class CostModel(Record):
             labelled: Labelled tokens in the batch; half of all when not given.
             rank: Rank of each adapter.
             dtype: Type of weights and activations.
+            fast: Of a step with the fast parts; `length` is that of the records then, without padding.
 
         Raises:
             CardError: A layer without modules, or a size or rate that is not positive or too large.
@@ -370,11 +490,11 @@ class CostModel(Record):
         if not shapes or any(not layer for layer in shapes):
             raise CardError("a layer has no linear maps; give the (in, out) of the maps of every layer")
         blocks = [[Shape(*shape) for shape in layer] for layer in shapes]
-        step = _Step(flops, bandwidth, launch, ELEMENT_BYTES[dtype], batch_size, length, rank)
+        step = _Step(flops, bandwidth, launch, ELEMENT_BYTES[dtype], batch_size, length, rank, fast)
         positions, width = batch_size * length, blocks[0][0].in_features
         try:
             # The head runs on every position that is labelled in some row; softmax and loss make float32 copies of the logits.
-            rows = labelled if batch_size == 1 else min(positions, round(UNION * labelled))
+            rows = labelled if batch_size == 1 or fast else min(positions, round(UNION * labelled))
             head = step.product(rows, width, vocabulary) + step.moved((rows + labelled) * vocabulary, 3, size=4)
             # Alive within one block at its worst moment: three tensors of its widest module.
             widest = max(step.rows(each) * max(each.in_features, each.out_features) for layer in blocks for each in layer)
@@ -384,7 +504,9 @@ class CostModel(Record):
                 model=model,
                 batch_size=batch_size,
                 tokens=length,
+                real_tokens=positions if fast else 0,
                 labelled_tokens=labelled,
+                fast=fast,
                 rank=rank,
                 dtype=dtype,
                 device=device or f"{flops:.3g} FLOP/s, {bandwidth:.3g} B/s",
@@ -395,7 +517,7 @@ class CostModel(Record):
                 weights_bytes=step.size * (vocabulary * width + sum(each.weights for layer in blocks for each in layer)),
                 head_weights_bytes=step.size * vocabulary * width,
                 shared_bytes=positions * width * step.size,
-                head_bytes=(rows + 3 * labelled) * vocabulary * 4,
+                head_bytes=4 * vocabulary * (3 * min(labelled, CHUNK) if fast else rows + 3 * labelled),
                 block_bytes=transient + step.size * max(map(_unfolded, blocks)),
                 forward_bytes=transient,
                 layers=tuple(step.layer(layer) for layer in blocks),
@@ -431,6 +553,7 @@ class _Step:
     batch_size: int
     length: int
     rank: int
+    fast: bool = False
 
     def seconds(self, flops: float, moved_bytes: float) -> float:
         return max(flops / self.flops, moved_bytes / self.bandwidth, self.launch)
@@ -457,14 +580,14 @@ class _Step:
         return self.product(rows, n_in, self.rank, THIN) + self.product(rows, self.rank, n_out, THIN)
 
     def adapter(self, rows: int, shape: Shape) -> float:
-        """Forward of an adapter: two thin products, the scaling (read, write) and the sum (two reads, write).
+        """Forward of an adapter: two thin products, the scaling (read, write) and the sum (two reads, write); fused, only read and write.
 
         Experts: PEFT adds `B A` to the weights of all of them before they run, which is one thin product, a read and a write.
         """
         n_in, n_out = shape[:2]
         if shape.experts > 1:
             return self.product(shape.experts * n_out, self.rank, n_in, THIN) + self.moved(shape.weights, 2)
-        return self.thin(rows, n_in, n_out) + self.moved(rows * n_out, 2) + self.moved(rows * n_out, 3)
+        return self.thin(rows, n_in, n_out) + self.moved(rows * n_out, 2) + (0.0 if self.fast else self.moved(rows * n_out, 3))
 
     def module(self, shape: Shape) -> ModuleCost:
         """An adapter's forward; backward has the gradients of A, of B and of the input, and sums the latter; and the update.
@@ -476,9 +599,11 @@ class _Step:
         if shape.experts > 1:
             backward = self.forward(shape) + self.moved(shape.weights, 1) + 2 * forward
         else:
-            backward = 2 * self.thin(rows, n_in, n_out) + self.moved(rows * n_out, 2) + self.moved(rows * n_in, 3)
+            summed = self.moved(rows * n_in, 2) if self.fast else self.moved(rows * n_out, 2) + self.moved(rows * n_in, 3)
+            backward = 2 * self.thin(rows, n_in, n_out) + summed
         update = self.moved(self.parameters(shape), 16, size=WEIGHT_BYTES)
-        return ModuleCost(in_features=n_in, out_features=n_out, experts=shape.experts, adapter_seconds=forward + backward + update)
+        seconds = forward + backward + update
+        return ModuleCost(name=shape.name, in_features=n_in, out_features=n_out, experts=shape.experts, adapter_seconds=seconds)
 
     def parameters(self, shape: Shape) -> int:
         """Weights of the adapters of a module or stack."""
@@ -494,10 +619,11 @@ class _Step:
         modules = tuple(self.module(each) for each in shapes)
 
         # Inputs that are kept for adapters alone, as far as widths tell. There are two of hidden width, of attention and of the
-        # feed-forward part, however many modules read them; the output of attention is kept anyway. Any other width is its own input.
+        # feed-forward part, however many modules read them; the output of attention is kept anyway (a fused adapter keeps it once more).
+        # Any other width is its own input.
         single, stacked = [each for each in shapes if each.experts == 1], [each for each in shapes if each.experts > 1]
         inputs = [each.in_features for each in single if each.in_features != width]
-        inputs += [width] * min(2, len(single) - len(inputs))
+        inputs += [width] * min(3 if self.fast else 2, len(single) - len(inputs))
         saved = rows * (sum(inputs) + self.rank * len(single)) + sum(self.rows(each) * each.in_features + each.weights for each in stacked)
         return LayerCost(
             forward_seconds=products + attention + elementwise,

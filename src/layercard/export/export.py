@@ -31,6 +31,7 @@ def configuration(
     rank: int | None = None,
     alpha: float | None = None,
     dropout: float | None = None,
+    learning_rate: float | None = None,
     merge: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> str:
@@ -46,6 +47,7 @@ def configuration(
         rank: Rank of each adapter; the merged file's, else 8.
         alpha: The update is `alpha / rank` times B A; the merged file's, else twice the rank.
         dropout: Probability of dropping an adapter's input; the merged file's, else 0.
+        learning_rate: Peak learning rate; the merged file's, else that of the placement where it has one.
         merge: A configuration to put the keys into; all else in it stays as it is.
         force: Replace keys of that configuration that contradict the placement.
 
@@ -54,7 +56,7 @@ def configuration(
         PlacementError: Rank, alpha or dropout are out of range.
     """
     source = None if merge is None else Path(merge)
-    return exported(placement, trainer_named(to), LoraSettings(rank, alpha, dropout), merge=source, force=force).text
+    return exported(placement, trainer_named(to), LoraSettings(rank, alpha, dropout, learning_rate), merge=source, force=force).text
 
 
 def exported(
@@ -63,12 +65,28 @@ def exported(
     """`configuration` with what it says and notes; `suffix` is that of the file to be written, which chooses among a trainer's forms."""
     settings.check(placement)
     if trainer.script is not None and merge is None and suffix not in trainer.suffixes:
-        return _script(placement, trainer, settings)
-    if merge is not None:
-        return merged(read_text(merge), str(merge), trainer, placement, settings, force=force)
-    as_json = suffix == ".json" or trainer.suffixes == (".json",)
-    start, source = ("", "new.json") if as_json else (f"# {_heading(placement)}\n", "new.yaml")
-    return merged(start, source, trainer, placement, settings)
+        result = _script(placement, trainer, settings)
+    elif merge is not None:
+        result = merged(read_text(merge), str(merge), trainer, placement, settings, force=force)
+    else:
+        as_json = suffix == ".json" or trainer.suffixes == (".json",)
+        start, source = ("", "new.json") if as_json else (f"# {_heading(placement)}\n", "new.yaml")
+        result = merged(start, source, trainer, placement, settings)
+    note = _rate_note(placement, trainer, settings, result)
+    return result._replace(notes=(*result.notes, note)) if note else result
+
+
+def _rate_note(placement: Placement, trainer: Trainer, settings: LoraSettings, result: Exported) -> str:
+    """Where the placement's learning rate comes from, and what to do where the text does not have it."""
+    if settings.learning_rate is not None or placement.learning_rate is None:
+        return ""
+    source = f" ({placement.learning_rate_source})" if placement.learning_rate_source else ""
+    steps = f" for {placement.learning_rate_steps} steps" if placement.learning_rate_steps else ""
+    recommended = f"recommended learning rate: {placement.learning_rate:g}{steps}{source}"
+    if not trainer.rate_key or (trainer.script is not None and f"learning_rate={placement.learning_rate:g}" in result.text):
+        return recommended if trainer.rate_key else f"{recommended}; set it where you train"
+    written = lookup(result.keys, trainer.rate_key)
+    return recommended if _same(written, placement.learning_rate) else f"{recommended}; the file's own ({shown(written)}) stays"
 
 
 def merged(text: str, source: str, trainer: Trainer, placement: Placement, settings: LoraSettings, *, force: bool = False) -> Exported:
@@ -159,8 +177,9 @@ def _script(placement: Placement, trainer: Trainer, settings: LoraSettings) -> E
             lines += [f"{name}={{", *(f"    {_quoted(key)}: {_quoted(item)}," for key, item in value.items()), "},"]
         else:
             lines.append(f"{name}={_quoted(value)},")
-    blocks = split(placement)
+    blocks, rate = split(placement), settings.rate_for(placement)
     text = (trainer.script or "").format(
+        rate="" if rate is None else f", learning_rate={rate:g}",
         heading=_heading(placement),
         model=_quoted(hub_name(placement)),
         model_class="FastLanguageModel" if blocks is not None and blocks.text_only else "FastModel",

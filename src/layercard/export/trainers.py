@@ -35,14 +35,20 @@ RANK, ALPHA, SCALE, DROPOUT = Setting
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank, alpha and dropout as far as they are given; the rest is left to the file that is merged into.
+    """Rank, alpha, dropout and learning rate as far as they are given; the rest is left to the file that is merged into.
 
-    Where nothing says, the rank is 8, alpha twice the rank (the update is `alpha / rank` times B A) and the dropout 0.
+    Where nothing says, the rank is 8, alpha twice the rank (the update is `alpha / rank` times B A), the dropout 0, and the learning rate
+    that of the placement, where it has one.
     """
 
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
+    learning_rate: float | None = None
+
+    def rate_for(self, placement: Placement) -> float | None:
+        """The learning rate that was given, else the placement's."""
+        return placement.learning_rate if self.learning_rate is None else self.learning_rate
 
     def values(self, rank_in_file: int = 8) -> dict[Setting, Any]:
         """The numbers, with the defaults where none are given; alpha is an integer where it can be."""
@@ -82,6 +88,7 @@ class Trainer:
     suffixes: tuple[str, ...] = (".yaml", ".yml")  # of the files that it reads, the usual one first; none where only Python calls it
     script: str | None = None  # Python that calls it, where that is its usual way
     has_ranks: bool = False  # whether single modules can have their own rank
+    rate_key: str = ""  # its key for the peak learning rate; none where what is written here does not train
     no_experts: str = ""  # why it cannot name stacked experts, where it cannot
     whole_alpha: bool = False  # whether it reads alpha as an integer
     notes: tuple[str, ...] = ()  # sentences that the user must know
@@ -123,6 +130,9 @@ class Trainer:
         required = self.choose(placement)
         required |= {key: values[setting] for setting in given for key, value in self.defaults.items() if value is setting}
         defaults = {key: values[value] if isinstance(value, Setting) else value for key, value in self.defaults.items()}
+        rate = settings.rate_for(placement)
+        if self.rate_key and rate is not None:
+            (defaults if settings.learning_rate is None else required)[self.rate_key] = rate
         others: dict[str, tuple[Any, ...]] = {key: ([], {}, "") for key in self.choosing if key not in required}
         return Plan(
             required,
@@ -305,7 +315,7 @@ peft_config = LoraConfig(
 )
 trainer = SFTTrainer(
     model={model},
-    args=SFTConfig(output_dir="adapter"),
+    args=SFTConfig(output_dir="adapter"{rate}),
     train_dataset=load_dataset("json", data_files="train.jsonl", split="train"),
     peft_config=peft_config,
 )
@@ -334,7 +344,7 @@ _ALL = (
     Trainer(
         "trl", "TRL's command line", "1.16.0", _trl,
         defaults={"lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": DROPOUT},
-        choosing=("lora_target_parameters",), script=_TRL_SCRIPT, whole_alpha=True,
+        choosing=("lora_target_parameters",), script=_TRL_SCRIPT, whole_alpha=True, rate_key="learning_rate",
     ),
     # utils/schemas/peft.py, utils/schemas/validation.py (`check_peft_layers_pattern`, `check_frozen`), loaders/adapter.py
     # (`_build_peft_lora_config` hands the keys to PEFT 0.20).
@@ -346,7 +356,7 @@ _ALL = (
             "peft_layer_replication": ([],), "unfrozen_parameters": ([],),
         },
         choosing=("peft_layers_to_transform", "peft_layers_pattern", "lora_target_parameters", "lora_rank_pattern", "lora_alpha_pattern"),
-        has_ranks=True, whole_alpha=True,
+        has_ranks=True, whole_alpha=True, rate_key="learning_rate",
     ),
     # hparams/finetuning_args.py (`lora_target` is one string, split at commas), model/adapter.py (`use_llama_pro` replaces the list),
     # model/model_utils/visual.py (in vision-language models a target also chooses every module whose path contains it).
@@ -354,7 +364,7 @@ _ALL = (
         "llamafactory", "LLaMA-Factory", "0.9.5", lambda placement: {"lora_target": ",".join(placement.paths)},
         defaults={"finetuning_type": "lora", "lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": DROPOUT},
         allowed={"finetuning_type": ("lora",), "use_llama_pro": (False,), "adapter_name_or_path": ("",)},
-        suffixes=_YAML_OR_JSON, no_experts="adapts modules only", whole_alpha=True,
+        suffixes=_YAML_OR_JSON, no_experts="adapts modules only", whole_alpha=True, rate_key="learning_rate",
     ),
     # models/llama.py and models/vision.py (`get_peft_model`: names, or full paths as a list; further arguments go to `LoraConfig`).
     Trainer(
@@ -372,7 +382,7 @@ _ALL = (
             "adapters": ([],),
         },
         allowed_with_experts={"tuner_backend": ("peft",)},
-        choosing=("target_modules", "target_regex", "target_parameters"), suffixes=_YAML_OR_JSON,
+        choosing=("target_modules", "target_regex", "target_parameters"), suffixes=_YAML_OR_JSON, rate_key="learning_rate",
     ),
     # tuner/utils.py (`linear_to_lora_layers`: of the last `num_layers` blocks, all for -1, modules whose name below the block is in
     # `keys`, and modules of the whole model whose path is), tuner/lora.py (`scale` multiplies B A directly), models/ for the paths.
@@ -382,7 +392,7 @@ _ALL = (
             "fine_tune_type": "lora", "lora_parameters.rank": RANK, "lora_parameters.dropout": DROPOUT, "lora_parameters.scale": SCALE
         },
         allowed={"fine_tune_type": ("lora", "dora"), "adapter_file": ("",), "resume_adapter_file": ("",)},
-        no_experts="keeps each map of the experts under a name of its own (switch_mlp)",
+        no_experts="keeps each map of the experts under a name of its own (switch_mlp)", rate_key="learning_rate",
         notes=("mlx-lm prints the share of trainable parameters as it starts: 0 % means that its paths are others",),
     ),
     # The `peft` section of `ConfigContainer`: peft/lora.py, peft/module_matcher.py, peft/utils.py (`wildcard_match`),
@@ -394,7 +404,7 @@ _ALL = (
             "peft.exclude_modules": ([],), "peft.canonical_mapping": ({},), "model.pipeline_model_parallel_size": (1,),
             "checkpoint.pretrained_adapter": ("",),
         },
-        no_experts="names experts by how it groups them", whole_alpha=True,
+        no_experts="names experts by how it groups them", whole_alpha=True, rate_key="optimizer.lr",
         notes=("every pipeline stage counts its layers from 0, so these patterns hold for pipeline_model_parallel_size 1 only",),
     ),
 )  # fmt: skip

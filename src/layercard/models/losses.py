@@ -180,14 +180,19 @@ def training_step(
     stamp: Callable[[str], object] | None = None,
     *,
     max_grad_norm: float = MAX_GRAD_NORM,
+    labels_only: bool = False,
 ) -> None:
     """One step as `layercard train` takes it: mean loss of the labelled tokens, backward, clipping, update, zeroing.
 
     Without an optimizer there is no update. `stamp` is called with `start`, `loss`, `backward` and `end` at the borders of the parts.
+    `labels_only` says that the model gives its loss from labelled positions by itself (`layercard.fast.labels`).
     """
     tell = stamp or (lambda _: None)
     tell("start")
-    loss = labelled_losses(model, batch)[0].mean()
+    if labels_only:
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False).loss
+    else:
+        loss = labelled_losses(model, batch)[0].mean()
     if stamp is not None:
         loss.item()  # training reads each loss, so a step that is timed waits for it too
     tell("loss")

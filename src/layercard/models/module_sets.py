@@ -55,7 +55,7 @@ def module_set(modules: Sequence[Module], name: str) -> list[Module]:
     """
     if name not in MODULE_SETS:
         raise PlacementError(f"module set {name!r} is unknown; {suggestion(name, MODULE_SETS)}")
-    attention = [module for module in modules if _MIXES_TOKENS.search(_below_block(module.path))]
+    attention = [module for module in modules if mixes_tokens(module.path)]
     feed_forward = [module for module in modules if module not in attention]
     chosen = {
         "all": list(modules),
@@ -68,6 +68,21 @@ def module_set(modules: Sequence[Module], name: str) -> list[Module]:
         where = modules[0].path.rpartition(".")[0] if modules else "a layer"
         raise PlacementError(f"{where} has no module of the set {name!r} ({MODULE_SETS[name]}); choose another set, or all")
     return [module for module in modules if module in chosen]
+
+
+def attention_outputs(modules: Sequence[Module]) -> list[Module]:
+    """The last modules of a layer's attention (`o_proj`); none where it has no such part."""
+    attention = [module for module in modules if mixes_tokens(module.path)]
+    return _last(attention, modules) if attention else []
+
+
+def mixes_tokens(path: str) -> bool:
+    """Whether a module belongs to the part of a block that mixes tokens: attention, or what a block has in its place.
+
+    >>> mixes_tokens("model.layers.3.self_attn.q_proj"), mixes_tokens("mlp.down_proj")
+    (True, False)
+    """
+    return _MIXES_TOKENS.search(_below_block(path)) is not None
 
 
 def _below_block(path: str) -> str:

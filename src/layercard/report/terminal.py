@@ -14,9 +14,10 @@ from rich.text import Text
 from layercard.card.card import LayerCard
 from layercard.card.numbers import PREDICTED, Json, interval, listed, percent, predicted_rows, reasons_apart, short, stability_words
 from layercard.cost.model import CostModel
+from layercard.cost.training import TrainingPlan
 from layercard.records import Estimate
 from layercard.report.roi import RATIOS, SHOWN, Roi
-from layercard.report.words import MEASURES, amount, bar_fractions, counted, seconds, signed, size, title_of
+from layercard.report.words import MEASURES, amount, bar_fractions, counted, duration, seconds, signed, size, title_of
 from layercard.selection.placement import Placement
 from layercard.selection.strategies import strategy_layers
 from layercard.trials.records import Comparison
@@ -356,6 +357,41 @@ def explain_view(cost: CostModel, layers: Sequence[int], padding: float | None =
     if total < every:
         lines.append(f"With adapters in all layers a step takes {seconds(every, cost)}, {every / total:.1f} times as long.")
     return Group(Text("\n".join(lines)), Text(), table)
+
+
+def plan_view(plan: TrainingPlan) -> RenderableType:
+    """The forecasts of a plan, one row a placement; what it takes when it is streamed stands beside it."""
+    work = plan.workload
+    header = (
+        f"{plan.model.get('name') or 'model'}: {work.steps:,} steps of {work.tokens:,.0f} tokens ({work.epochs:g} "
+        f"epoch{'' if work.epochs == 1 else 's'} over {work.records:,} records), {counted(work.evaluations, 'evaluation')}\n"
+        f"{'measured' if plan.source == 'measured' else 'estimated'} on {plan.device}; {size(plan.memory_bytes)} of memory"
+    )
+    streamed = {(row.layers, row.modules): row for row in plan.rows if row.stream}
+    priced = ["Price"] if plan.price_per_hour is not None else []
+    table = _table("Training", "Step", "Later", "In all", *priced, "Adds", "In memory", "Streamed", "Fits", dense=True)
+    for row in plan.rows:
+        if row.stream:
+            continue
+        other, price = streamed.get((row.layers, row.modules)) if row.fast else None, plan.price(row)
+        fits = "yes" if plan.fits(row) else "streamed" if other is not None and plan.fits(other) else "no"
+        table.add_row(
+            Text(row.name),
+            f"{row.first_step_seconds:.3g} s",
+            f"{row.later_step_seconds:.3g} s" if row.later_step_seconds < row.first_step_seconds else "",
+            duration(row.seconds),
+            *([] if price is None else [f"{price:.2f}"]),
+            size(row.memory_bytes),
+            size(row.resident_bytes),
+            "" if other is None else size(other.resident_bytes),
+            Text(fits, {"yes": "green", "no": "red"}.get(fits, "yellow")),
+        )
+    remarks = [
+        "Step: on new records; Later: in later epochs. Adds: above the frozen model. Streamed: with --stream, weights read from disk"
+    ]
+    if plan.margin is not None:
+        remarks.append(f"times are predicted, not measured: they may be off by a factor of {plan.margin:g} either way (docs/cost.md)")
+    return Group(Text(header), Text(), table, *(Text(remark) for remark in (*remarks, *plan.notes)))
 
 
 def latency_view(result: Json) -> RenderableType:

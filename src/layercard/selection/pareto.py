@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from layercard.card.card import LayerCard, cost_of
+from layercard.card.card import LayerCard, training_cost
 from layercard.cost.model import What
 from layercard.errors import SelectionError
 from layercard.records import Record
@@ -52,15 +52,18 @@ class Front(Record):
     baselines: tuple[dict[str, Any], ...]
 
 
-def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None = None) -> Front:
-    """The fronts of a card: performance kept against step time and against peak memory.
+def pareto(card: LayerCard, *, fast: bool = True, epochs: float = 1.0, progress: Callable[[str, int, int], None] | None = None) -> Front:
+    """The fronts of a card: performance kept against step time and against peak memory, priced as `select` does.
 
     Args:
         card: The Layer Card.
+        fast: Price steps with the fast parts; else stock ones.
+        epochs: Passes over the data that steps are priced for.
         progress: Hears of the phase `pareto`, in placements solved.
     """
-    predict, depth = predictor(card), card.model.layers
-    asked = question(card, "balanced", None, Budgets(min_performance=100))
+    cost, depth = training_cost(card, fast=fast, epochs=epochs), card.model.layers
+    predict = predictor(card, cost)
+    asked = question(card, "balanced", None, Budgets(min_performance=100), cost)
     # Up to `EXACT` layers each search ends by itself. Deeper, all of them share the greedy choices, and have a share of the time.
     chains = [greedy_chain(asked.problem, m) for m in range(depth)] if depth > EXACT else None
     seconds = SECONDS if depth <= EXACT else FRONT_SECONDS / (len(FRONTS) * len(LADDER))
@@ -83,4 +86,4 @@ def pareto(card: LayerCard, *, progress: Callable[[str, int, int], None] | None 
     plain = {f"{name}-{k}": strategy_layers(name, depth, k) for name in ("last", "middle", "uniform", "first") for k in SIZES if k < depth}
     plain["all"] = list(range(depth))
     baselines = tuple({"name": name, "layers": layers, **predict(layers)} for name, layers in plain.items())
-    return Front(model=card.model.model_dump(), cost_source=cost_of(card).source, fronts=fronts, baselines=baselines)
+    return Front(model=card.model.model_dump(), cost_source=cost.source, fronts=fronts, baselines=baselines)

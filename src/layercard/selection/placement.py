@@ -12,6 +12,9 @@ from layercard.errors import PlacementError
 from layercard.files import shown
 from layercard.records import Record
 
+RATE = ("learning_rate", "learning_rate_steps", "learning_rate_passes", "learning_rate_source")
+"""The parts of a placement that say its learning rate."""
+
 
 class Placement(Record):
     """The layers that get adapters in one model.
@@ -29,7 +32,10 @@ class Placement(Record):
         rank_pattern: The rank of each path's adapter; empty where all have the rank of the training settings.
         alpha_pattern: The alpha of each path's adapter; there is one exactly where there is a rank.
         modules: Which modules of each layer are adapted (`models.module_sets.MODULE_SETS`); empty: all, or as the paths say.
-        learning_rate: Peak learning rate that was measured to be best for it; `None` where none was measured.
+        learning_rate: Peak learning rate that is recommended for it; `None` where there is none.
+        learning_rate_steps: Updates of the run that it is recommended for; `None` where that is not known.
+        learning_rate_passes: Passes over the records of that run.
+        learning_rate_source: Where it comes from: `race` (measured on the user's records) or `rule`.
     """
 
     error: ClassVar = PlacementError
@@ -48,6 +54,9 @@ class Placement(Record):
     alpha_pattern: dict[str, Any] = Field(default_factory=dict)
     modules: str = ""
     learning_rate: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    learning_rate_steps: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    learning_rate_passes: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    learning_rate_source: str = ""
 
     @field_validator("model")
     @classmethod
@@ -96,7 +105,7 @@ class Placement(Record):
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema `layercard-placement/1`."""
-        optional = ("parameters", "asked", "rank_pattern", "alpha_pattern", "modules", "learning_rate")
+        optional = ("parameters", "asked", "rank_pattern", "alpha_pattern", "modules", *RATE)
         return {name: part for name, part in super().to_json().items() if part or name not in optional}
 
     def _repr_html_(self) -> str:

@@ -9,17 +9,19 @@ that had no part in the curve lie from it. A performance that is asked for must 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from layercard.card.card import LayerCard, cost_of
+from layercard.card.card import LayerCard, training_cost
 from layercard.card.numbers import listed
 from layercard.cost.model import CostModel, Linear
-from layercard.errors import SelectionError, suggestion
+from layercard.errors import PlacementError, SelectionError, suggestion
+from layercard.models.module_sets import MODULE_SETS, module_set
 from layercard.selection.budgets import LIMITS, Budgets, amount, option_of
+from layercard.selection.learning_rate import STEPS, Length, usual_rate
 from layercard.selection.placement import Placement, check_layers
 from layercard.selection.solver import SECONDS, Problem, Solution, least_cost, most_coverage, resolution
 from layercard.selection.strategies import check_k, strategy_layers
@@ -37,6 +39,12 @@ KEPT = 0.95
 """Performance that `balanced` keeps unless told."""
 LOWER_END, UPPER_END = 1.02, 1.1
 """Performance at which the lower and the upper part of the interval would close: over that of all layers, which some placements surpass."""
+
+AUTO = "auto"
+"""The set of modules that is left to the choice."""
+MODULES_KEEP = {"all": 1.0, "mlp": 0.984, "attention": 0.95, "out": 0.968, "down": 0.955}
+"""What a set of modules keeps of the performance of all modules in the same layers: measured on one model and task, and taken to hold for
+others (docs/choosing.md)."""
 
 # ---- what a card says of a set of layers
 
@@ -112,36 +120,45 @@ def coverage_of(card: LayerCard) -> Callable[[Sequence[int]], float]:
     return lambda layers: coverage(similar, weights, list(layers))
 
 
-def predictor(card: LayerCard) -> Callable[[Sequence[int]], dict[str, Any]]:
-    """`predict` for one card and any number of sets; coverage and cost are set up once."""
-    every, cover, cost = range(card.model.layers), coverage_of(card), cost_of(card)
-    params = cost.linear("params")
+def predictor(card: LayerCard, cost: CostModel | None = None, modules: str = "all") -> Callable[[Sequence[int]], dict[str, Any]]:
+    """`predict` for one card, any number of sets of layers, and one set of modules in them; coverage and cost are set up once.
+
+    `cost` is that of all modules, and shares are of all layers with all modules.
+    """
+    every, cover, whole = range(card.model.layers), coverage_of(card), cost or training_cost(card)
+    cost = whole.with_modules(modules)
 
     def predicted(layers: Sequence[int]) -> dict[str, Any]:
         share = cover(layers) / cover(every)
-        value, low, high = performance_kept(share)
+        value, low, high = (MODULES_KEEP[modules] * kept for kept in performance_kept(share))
 
-        def part(unit: str, of: Callable[[Iterable[int]], float], absolute: bool = True) -> dict[str, Any]:
-            value, total = of(layers), of(every)
+        def part(unit: str, of: Callable[[CostModel, Iterable[int]], float], absolute: bool = True) -> dict[str, Any]:
+            value, total = of(cost, layers), of(whole, every)
             return {unit: value if absolute else None, "share": value / total if total > 0 else 0.0}
 
         return {
             "coverage": share,
             "layers_in_backward": f"{len(every) - min(layers)}/{len(every)}",
             "performance_kept": {"value": value, "low": low, "high": high},
-            "step_time": part("seconds", cost.step_time, cost.absolute),
-            "peak_memory": part("bytes", cost.peak_memory),
-            "parameters": part("count", lambda chosen: round(params.of(chosen))),
-            "latency": part("seconds", cost.inference_latency, cost.absolute),
+            "step_time": part("seconds", CostModel.step_time, cost.absolute),
+            "peak_memory": part("bytes", CostModel.peak_memory),
+            "process_memory": part("bytes", CostModel.process_memory, cost.absolute),
+            "streamed_memory": part("bytes", partial(CostModel.process_memory, stream=min(layers) > 0), cost.absolute),
+            "parameters": part("count", lambda cost, chosen: round(cost.linear("params").of(chosen))),
+            "latency": part("seconds", CostModel.inference_latency, cost.absolute),
             "cost_source": cost.source,
+            "training": "fast" if cost.fast else "stock",
         }
 
     return predicted
 
 
-def predict(card: LayerCard, layers: Sequence[int]) -> dict[str, Any]:
-    """What the card says of a set of layers: performance kept, step time, memory, parameters and latency, each with its share of all."""
-    return predictor(card)(layers)
+def predict(card: LayerCard, layers: Sequence[int], cost: CostModel | None = None) -> dict[str, Any]:
+    """What the card says of a set of layers: performance kept, step time, memory, parameters and latency, each with its share of all.
+
+    `cost` prices it as it will be trained; fast and for one epoch when not given (`card.training_cost`).
+    """
+    return predictor(card, cost)(layers)
 
 
 # ---- what is asked of the solver
@@ -168,13 +185,15 @@ class Question:
         return 100 * performance_kept(coverage / self.full_coverage)[1]
 
 
-def question(card: LayerCard, objective: str, k: int | None, budgets: Budgets) -> Question:
-    """The problem behind an objective.
+def question(
+    card: LayerCard, objective: str, k: int | None, budgets: Budgets, cost: CostModel | None = None, modules: str = "all"
+) -> Question:
+    """The problem behind an objective, priced as `predict` does; of the performance a set of modules keeps its part (`MODULES_KEEP`).
 
     Raises:
         SelectionError: k is outside 1 to the number of layers, or a budget cannot be read.
     """
-    cost, num_layers = cost_of(card), card.model.layers
+    cost, num_layers = cost or training_cost(card), card.model.layers
     insists = budgets.min_performance is not None
     kept = budgets.kept() if insists else KEPT if objective == "balanced" else None
     limits = budgets.resolve(cost)
@@ -184,7 +203,7 @@ def question(card: LayerCard, objective: str, k: int | None, budgets: Budgets) -
         check_k(k, num_layers)
     problem = Problem(set_similarity(card), layer_weights(card), 1 if k is None else k, k, limits)
     full_coverage = problem.coverage(range(num_layers))
-    needed = 0.0 if kept is None else sure_share(kept) * full_coverage
+    needed = 0.0 if kept is None else sure_share(kept / MODULES_KEEP[modules]) * full_coverage
     return Question(objective, replace(problem, needed=needed), cost, cost.linear("time"), full_coverage, kept, insists)
 
 
@@ -238,7 +257,10 @@ def _why_not(asked: Question, best: Solution | None, seconds: float) -> str:
         cheapest = least_cost(relaxed, budget.form, seconds=seconds)
         if cheapest is not None and cheapest.cost is not None:
             what, _, label, _ = LIMITS[budget.name]
-            words = f"the least {label} that would do is {amount(what, cheapest.cost, asked.cost)}, with layers {listed(cheapest.layers)}"
+            fitting = [layer for layer in range(problem.num_layers) if budget.form.of([layer]) <= budget.limit]
+            deepest = f"layers from {fitting[0]} on would fit, " if what == "process" and fitting else ""
+            least = f"{amount(what, cheapest.cost, asked.cost)}, with layers {listed(cheapest.layers)}"
+            words = f"{deepest}the least {label} that would do is {least}"
             excesses.append((cheapest.cost / budget.limit, words))
     if best is None:
         return f"no placement{count} keeps {limits}; {min(excesses)[1] if excesses else 'allow more'}"
@@ -265,10 +287,13 @@ def select(
     objective: str = "balanced",
     strategy: str | None = None,
     budgets: Budgets | None = None,
+    modules: str = "all",
+    fast: bool = True,
+    epochs: float = 1.0,
     seed: int = 0,
     seconds: float = SECONDS,
 ) -> Placement:
-    """Choose layers.
+    """Choose layers, and modules in them.
 
     Args:
         card: The Layer Card.
@@ -280,31 +305,64 @@ def select(
             that they can.
         strategy: A plain placement instead (`strategy_layers`); objective and budgets are not used then.
         budgets: Limits on step time, memory, adapter weights and latency, and the least performance.
+        modules: The set of modules in these layers (`MODULE_SETS`), or `auto`: the set that serves the objective best.
+        fast: Price steps with the fast parts, as `train` runs them; else stock ones.
+        epochs: Passes over the data that steps are priced for: in later ones the frozen blocks do not run.
         seed: Of the random strategy.
         seconds: Time limit of each search; where it is reached, the solver's status says so, with the gap to the proven bound.
 
     Returns:
-        The placement. `predicted` has `performance_kept` (value, low, high; 1 is all layers), `step_time`, `peak_memory`, `parameters`
-        and `latency` with their `share` of all layers (times in seconds only where the card's cost is measured), the `solver`'s status
-        and gap, and `baseline`: a plain placement that is as good within the interval and not dearer, if there is one.
+        The placement. `predicted` has `performance_kept` (value, low, high; 1 is all layers), `step_time`, `peak_memory`, `process_memory`,
+        `streamed_memory`, `parameters` and `latency` with their `share` of all layers (times in seconds only where the card's cost is
+        measured), the `solver`'s status and gap, and `baseline`: a plain placement that is as good within the interval and not dearer, if
+        there is one. Its learning rate is that of the rule (`selection.learning_rate`).
 
     Raises:
-        SelectionError: Unknown objective or strategy, k outside 1 to the number of layers, a budget that cannot be read, or budgets that
-            no placement meets; the message names what comes nearest.
+        SelectionError: Unknown objective, strategy or set of modules, k outside 1 to the number of layers, a budget that cannot be read,
+            or budgets that no placement meets; the message names what comes nearest.
     """
+    if modules not in (AUTO, *MODULE_SETS):
+        raise SelectionError(f"set of modules {modules!r} is unknown; {suggestion(modules, (AUTO, *MODULE_SETS))}")
+    whole = training_cost(card, fast=fast, epochs=epochs)
+    about: dict[str, Any] = {"modules": modules} if modules != "all" else {}
+    about |= ({} if fast else {"stock": True}) | ({"epochs": epochs} if epochs != 1 else {})
     if strategy is not None:
+        if modules == AUTO:
+            raise SelectionError(f"--modules auto needs an objective, but --strategy {strategy} is a fixed rule; name the set of modules")
         layers = strategy_layers(strategy, card.model.layers, min(LAYERS, card.model.layers) if k is None else k, seed)
-        asked = {"k": k, **({"seed": seed} if strategy == "random" else {})}
-        return _placement(card, layers, strategy, f"strategy {strategy}", predict(card, layers), asked)
+        asked = {"k": k, **({"seed": seed} if strategy == "random" else {}), **about}
+        predicted = predictor(card, whole, modules)(layers)
+        return _placement(card, layers, strategy, f"strategy {strategy}", predicted, asked, modules)
     if objective not in OBJECTIVES:
         raise SelectionError(f"objective {objective!r} is unknown; {suggestion(objective, OBJECTIVES)}")
     budgets = budgets or Budgets()
-    solution, remark = answer(question(card, objective, k, budgets), seconds)
+
+    # Each set of modules is a problem of its own; the one that serves the objective best is taken, of equal ones the larger set.
+    answers: list[tuple[float, float, str, Solution, str | None]] = []
+    refusals: list[SelectionError] = []
+    for name in MODULE_SETS if modules == AUTO else [modules]:
+        try:
+            asked_of = question(card, objective, k, budgets, whole.with_modules(name), name)
+            solution, remark = answer(asked_of, seconds)
+        except SelectionError as error:
+            refusals.append(error)
+            continue
+        except PlacementError:
+            if modules != AUTO:
+                raise
+            continue
+        kept = MODULES_KEEP[name] * performance_kept(solution.value / asked_of.full_coverage)[0]
+        time = asked_of.time.of(solution.layers)
+        answers.append((-kept, time, name, solution, remark) if objective == "performance" else (time, -kept, name, solution, remark))
+    if not answers:
+        raise refusals[0]
+    *_, name, solution, remark = min(answers, key=lambda each: (round(each[0], 6), round(each[1], 6)))
     notes: dict[str, Any] = {"solver": solution.notes(), **({} if remark is None else {"remark": remark})}
-    predict_set = predictor(card)
+    predict_set = predictor(card, whole, name)
     predicted = predict_set(solution.layers)
     notes["baseline"] = _as_good(card.model.layers, solution.layers, predicted, predict_set)
-    return _placement(card, solution.layers, objective, OBJECTIVES[objective], {**predicted, **notes}, {"k": k, **budgets.given()})
+    asked = {"k": k, **budgets.given(), **about}
+    return _placement(card, solution.layers, objective, OBJECTIVES[objective], {**predicted, **notes}, asked, name)
 
 
 def given(card: LayerCard, layers: Iterable[Any]) -> Placement:
@@ -326,7 +384,8 @@ def allocate_ranks(card: LayerCard, placement: Placement, rank: int = 8, alpha: 
         SelectionError: The rank is below 1.
     """
     ranks = shared_ranks(set_similarity(card), layer_weights(card), placement.layers, rank)
-    pattern = {module.path: ranks[layer] for layer in placement.layers for module in card.layers[layer].modules}
+    name = placement.modules or "all"
+    pattern = {module.path: ranks[layer] for layer in placement.layers for module in module_set(card.layers[layer].modules, name)}
     return placement.changed(
         asked={**placement.asked, "rank": rank, "alpha": alpha},
         rank_pattern=pattern,
@@ -379,9 +438,15 @@ def _as_good(
 
 
 def _placement(
-    card: LayerCard, layers: Sequence[int], objective: str, why: str, predicted: dict[str, Any], asked: dict[str, Any]
+    card: LayerCard,
+    layers: Sequence[int],
+    objective: str,
+    why: str,
+    predicted: dict[str, Any],
+    asked: dict[str, Any],
+    chosen_set: str = "all",
 ) -> Placement:
-    """The placement of layers, each with the reason why it was taken."""
+    """The placement of layers, each with the reason why it was taken, and with the learning rate of the rule."""
     gains, similar = np.array(card.values("gain_estimate")), similarity(card.coupling)
     ranks = gains.size - gains.argsort().argsort()
     covering = covered_by(set_similarity(card), layers)
@@ -392,7 +457,9 @@ def _placement(
         if others:
             covers = f"stands in for layers {listed(others)} (mean coupling {float(similar[others, layer].mean()):.2f})"
         reasons[str(layer)] = f"{why}: {covers}; gain estimate {gains[layer]:.2f}, rank {ranks[layer]} of {gains.size}"
-    modules = [module for layer in layers for module in card.layers[layer].modules]
+    modules = [module for layer in layers for module in module_set(card.layers[layer].modules, chosen_set)]
+    width = card.layers[0].modules[0].in_features if card.layers[0].modules else 0  # the first module of a block reads the hidden state
+    rate = float(f"{usual_rate(width, Length(STEPS), len(layers) / card.model.layers):.3g}") if width else None
     return Placement(
         model=card.model.model_dump(),
         layers=tuple(layers),
@@ -402,4 +469,8 @@ def _placement(
         predicted=predicted,
         reasons=reasons,
         asked=asked,
+        modules="" if chosen_set == "all" else chosen_set,
+        learning_rate=rate,
+        learning_rate_steps=STEPS if rate else None,
+        learning_rate_source="rule" if rate else "",
     )

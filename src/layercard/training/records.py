@@ -32,6 +32,7 @@ class Run(Record):
     started: str  # ISO 8601 in UTC
     placement: dict[str, Any]
     settings: dict[str, Any]
+    learning_rate_source: str = ""  # where the learning rate in the settings comes from, in words
     model: dict[str, Any]
     data: dict[str, Any]
     valid: dict[str, Any] | None = None  # the held-out records; their losses before and after, one by one, are in `per_record`

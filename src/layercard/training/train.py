@@ -30,6 +30,7 @@ from layercard.measure import Phases
 from layercard.models.adapted import quiet_peft
 from layercard.models.load import BaseModel, Progress, describe, quiet_libraries
 from layercard.models.losses import RecordLosses, extra_loss, without_router_logits
+from layercard.selection.learning_rate import Length, Recommended, recommended
 from layercard.selection.placement import Placement
 from layercard.settings import FastSettings, TrainSettings
 from layercard.training.evaluate import describe_data, held_out_losses, reduction_interval
@@ -57,6 +58,8 @@ EARLIER: dict[str, Any] = {
 """What a plan means that was written before it had these keys."""
 WATCH_SHARE, LEAST_WATCHED = 0.1, 24
 """What watching the held-out loss (`TrainSettings.patience`) may take of the training time, and the records below which chance decides."""
+LIKE_LORA = ("lora", "rslora", "dora", "eva", "pissa", "olora", "adalora")
+"""Methods that the rule for the learning rate is for."""
 PACKAGES = ("layercard", "torch", "transformers", "peft", "accelerate")
 
 
@@ -115,8 +118,11 @@ def train(
     """
     settings, fast, phases, output = settings or TrainSettings(), fast or FastSettings(), phases or Phases(), Path(output)
     steps, count = settings.total_steps(len(data)), processes.count()
+    rate_source = "given"
     if settings.learning_rate is None:
-        settings = replace(settings, learning_rate=placement.learning_rate or settings.rate)
+        passes = steps * settings.batch_size * settings.accumulation / len(data)
+        rate, rate_source = learning_rate(base, placement, settings, Length(steps, passes))
+        settings = replace(settings, learning_rate=rate)
 
     # Step 1: refuse what cannot be trained before anything is written.
     check_reporters(settings)
@@ -199,6 +205,7 @@ def train(
             started=started,
             placement=placement.to_json(),
             settings=settings.to_json(),
+            learning_rate_source=rate_source,
             model=describe(base) | {"dtype": str(base.model.dtype).removeprefix("torch."), "device": str(base.device)},
             data=describe_data(data),
             steps=len(log.losses),
@@ -236,6 +243,15 @@ def _watched(valid: Dataset, settings: TrainSettings, steps: int) -> list[int]:
     trained = steps * settings.batch_size * settings.accumulation
     count = max(LEAST_WATCHED, int(3 * WATCH_SHARE * trained / MEASUREMENTS))
     return [row for row, example in enumerate(valid.examples) if example.labelled][:count]
+
+
+def learning_rate(base: BaseModel, placement: Placement, settings: TrainSettings, length: Length) -> Recommended:
+    """The learning rate of a run that is given none: the placement's, or the rule's, which is for LoRA; for other methods a fixed one."""
+    has_own = placement.learning_rate is not None and placement.learning_rate_source != "rule"
+    if settings.method not in LIKE_LORA and not has_own:
+        return Recommended(settings.rate, f"fixed for {settings.method}, for which there is no rule")
+    width = base.model.get_input_embeddings().weight.shape[1]
+    return recommended(placement, width, length, settings.rank)
 
 
 def versions() -> dict[str, str]:

@@ -20,8 +20,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from layercard import processes
 from layercard.adapters.methods import RankAllocation
+from layercard.cost.training import heaviest_step, order_of
 from layercard.data.checks import precision_advice
-from layercard.data.load import IGNORED, Batch, Dataset, Example, collate, shuffled
+from layercard.data.load import IGNORED, Batch, Dataset, Example, collate
 from layercard.errors import DivergedError, LayercardError, OutputError, ProcessError, TrainingError, one_line
 from layercard.files import read_json, write_json
 from layercard.measure import PeakMemory
@@ -89,7 +90,7 @@ def fit(
             machine cannot train with these settings.
     """
     steps, patience = settings.total_steps(len(data)), settings.patience
-    order = shuffled(len(data), steps * settings.batch_size * settings.accumulation, settings.seed)
+    order = order_of(data, settings)
     trainer = AdapterTrainer(model, [data.examples[row] for row in order], pad_id, settings, steps, folder, labels_only, expect)
     watch = _Watch(trainer, progress, len(order) / len(data), moments, measure)
     trainer.add_callback(watch)
@@ -143,14 +144,6 @@ def _explained(error: Exception, settings: TrainSettings, folder: Path, reading:
         reason = "No space left on device" if full else message
         return OutputError(f"cannot write a checkpoint to {folder}: {reason}; make room, then pass --resume")
     return None
-
-
-def heaviest_step(examples: Sequence[Example], batch_size: int, accumulation: int) -> int:
-    """The step, counted from 0, with the largest padded batch; never the first of several, which has no optimiser state yet."""
-    starts = range(0, len(examples), batch_size)
-    sizes = [batch_size * max(len(example.input_ids) for example in examples[start : start + batch_size]) for start in starts]
-    steps = [max(sizes[start : start + accumulation]) for start in range(0, len(sizes), accumulation)]
-    return max(range(min(1, len(steps) - 1), len(steps)), key=steps.__getitem__)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

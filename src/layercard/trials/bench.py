@@ -311,17 +311,17 @@ class Chooser:
         rank, layers = self.rank, []
         if budget is not None:
             ours = self.choices.get("max_time", {}).get(f"{budget:g}")
-            ours = ours or list(select(self.card, objective="performance", budgets=Budgets(max_time=f"{budget:g}%")).layers)
+            ours = ours or list(select(self.card, objective="performance", budgets=Budgets(max_time=f"{budget:g}%"), fast=False).layers)
             layers = ours if strategy == "performance" else self._uniform_above(len(ours), budget)
         elif strategy in FIXED:
             layers = strategy_layers(strategy, self.num_layers, k, seed)
         elif strategy == UNIFORM_ABOVE:
             layers = strategy_layers("uniform", self.num_layers, k)
         elif strategy in ("performance", EQUAL_PARAMETERS):
-            layers = self.choices.get("k", {}).get(str(k)) or list(select(self.card, k=k, objective="performance").layers)
+            layers = self.choices.get("k", {}).get(str(k)) or list(select(self.card, k=k, objective="performance", fast=False).layers)
             rank = self.rank if strategy == "performance" else max(1, round(self.rank * self.num_layers / k))
         elif strategy == "balanced":
-            layers = self.choices.get("balanced") or list(select(self.card, objective="balanced").layers)
+            layers = self.choices.get("balanced") or list(select(self.card, objective="balanced", fast=False).layers)
         else:
             layers = top_layers(self.scores[strategy], k)
         predicted = 100 * predict(self.card, layers)["performance_kept"]["value"]

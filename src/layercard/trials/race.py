@@ -23,23 +23,12 @@ from typing import Any, NamedTuple
 from layercard.errors import BenchmarkError
 from layercard.models.load import Progress
 from layercard.models.losses import RecordLosses
+from layercard.selection.learning_rate import Length, moved
 from layercard.settings import TrainSettings
 from layercard.trials.records import Entrant, Heat, Race, TrialRecord
 from layercard.trials.trial import Opener, Trial, run_trials
 from layercard.trials.workers import Workers
 
-SHIFT = 0.35
-"""How the best learning rate falls with the number of steps, `steps ** -SHIFT`: assumed from few runs, not fitted (docs/run.md)."""
-PASSES_SHIFT = 0.7
-"""How it falls with the passes over the records beside that, `passes ** -PASSES_SHIFT`: records seen again are learnt by heart, the sooner
-the higher the rate. From one ladder (`benchmarks/race_constants.py`)."""
-SETTLED = 24
-"""Steps below which the best learning rate no longer rises: there it is limited by what the first steps can bear."""
-USUAL = (0.9, 500)
-"""The rule for a rate without a race: `USUAL[0] / width` for adapters in all layers and `USUAL[1]` steps; see `usual_rate`."""
-LAYERS_SHIFT = 0.4
-"""How the best learning rate grows as fewer layers are adapted, `share of layers ** -LAYERS_SHIFT`: fitted to 26 ladders, one model, three
-tasks (`benchmarks/race_constants.py`)."""
 SHORTEST, LONGEST = 8, 64
 """Steps of a heat: below, chance decides; above, more heats say more."""
 JUDGES = (16, 64)
@@ -54,40 +43,6 @@ HEAT_NOISE = 0.026
 of 32 steps over seeds, one model, three tasks (`benchmarks/race_constants.py`)."""
 CERTAIN = 0.9
 """Probability with which the chosen entrant must be within the tolerance of the best."""
-
-
-class Length(NamedTuple):
-    """How long a training is: updates, and passes over the records (a part of one counts as one)."""
-
-    steps: int
-    passes: float = 1.0
-
-    def factor(self) -> float:
-        """What the best learning rate of this length is a multiple of."""
-        return float(max(self.steps, SETTLED) ** -SHIFT * max(self.passes, 1.0) ** -PASSES_SHIFT)
-
-
-def usual_rate(width: int, length: Length, share: float = 1.0) -> float:
-    """A peak learning rate for LoRA where nothing was measured: it falls with the width and the length, and grows with fewer layers.
-
-    Args:
-        width: Size of the hidden state.
-        length: Of the run.
-        share: Part of the layers that are adapted, 0 to 1.
-
-    >>> round(usual_rate(576, Length(500)), 5), round(usual_rate(4096, Length(500)), 5)
-    (0.00156, 0.00022)
-    """
-    return moved(USUAL[0] / width, Length(USUAL[1]), length) * share**-LAYERS_SHIFT
-
-
-def moved(rate: float, length: Length, other: Length) -> float:
-    """The learning rate for a run of the length `other` that answers to `rate` in one of `length`.
-
-    >>> round(moved(0.002, Length(960), Length(96)) / 0.002, 2), moved(0.002, Length(8), Length(16))
-    (2.24, 0.002)
-    """
-    return rate * other.factor() / length.factor()
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Trial:
         if settings["steps"] is None and settings["epochs"] is None:
             settings["epochs"] = 1.0
         if settings["learning_rate"] is None:
-            settings["learning_rate"] = (self.placement and self.placement.learning_rate) or self.settings.rate
+            settings["learning_rate"] = (self.placement and self.placement.learning_rate) or "auto"
         words = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in settings.items()}
         parts = [re.sub(r"[^\w.+]+", "-", self.task).strip("-."), self.split]
         parts += [f"{short}{words[name]}" for name, short in _IN_KEY.items() if settings[name] is not None]

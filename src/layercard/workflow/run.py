@@ -37,7 +37,9 @@ from layercard.profiling.profile import profile_records
 from layercard.records import Estimate
 from layercard.report.page import report_page
 from layercard.report.sources import TIMING, read_sources
+from layercard.report.words import duration
 from layercard.selection.budgets import Budgets
+from layercard.selection.learning_rate import Length, usual_rate
 from layercard.selection.pareto import pareto
 from layercard.selection.placement import Placement
 from layercard.selection.select import select
@@ -47,7 +49,7 @@ from layercard.training.evaluate import describe_data, held_out_losses
 from layercard.training.records import Run
 from layercard.training.train import LEAST_WATCHED, PLAN as TRAIN_PLAN, RUN_FILE, WATCH_SHARE, other_run, train
 from layercard.training.trainer import MEASUREMENTS, check_reporters
-from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Heat, Length, Race, Shape, race, race_shape, usual_rate
+from layercard.trials.race import HEAT_NOISE, LONGER, Course, Entrant, Heat, Race, Shape, race, race_shape
 from layercard.trials.result import AllLayers, Chosen, Measured, Result, Seconds
 from layercard.trials.trial import Task
 from layercard.trials.workers import Workers
@@ -108,15 +110,6 @@ class Plan:
             f"train: {training} ({self.step_seconds:.2f} s a step of all layers)",
             *self.notes,
         ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them.
-
-    >>> duration(5.2), duration(400), duration(9000)
-    ('5 s', '6.7 min', '2.5 h')
-    """
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def split(data: Dataset, valid: Dataset | None, seed: int) -> tuple[Dataset, Dataset, str]:
@@ -238,7 +231,13 @@ def _chosen(
     why = raced.why if raced else "there was no time for a race, so the rules decide (docs/run.md)"
     tell(f"chosen: {chosen.name}, learning rate {chosen.learning_rate:.3g}; {why}")
     placement = place(base, chosen.layers, objective=chosen.name, modules=chosen.modules)
-    placement = placement.changed(learning_rate=chosen.learning_rate, reasons=dict.fromkeys(map(str, chosen.layers), why))
+    placement = placement.changed(
+        learning_rate=chosen.learning_rate,
+        learning_rate_steps=plan.steps,
+        learning_rate_passes=length.passes,
+        learning_rate_source="given" if training.learning_rate is not None else "race" if raced else "rule",
+        reasons=dict.fromkeys(map(str, chosen.layers), why),
+    )
     placement.save(output / PLACEMENT_FILE, force=True)
     return Choice(data, valid, before, plan, timed, card, raced, chosen, why, placement)
 
@@ -410,7 +409,7 @@ def candidates(
     All layers are always asked; with a limit on memory the reference is the largest that is predicted to keep it.
     """
     count, limit = len(base.blocks), settings.max_memory_bytes()
-    width = base.model.get_input_embeddings().weight.shape[1]
+    width, rank = base.model.get_input_embeddings().weight.shape[1], timed.settings["rank"]
     every = tuple(range(count))
     half, quarter = every[count // 2 :], every[count - max(1, count // 4) :]
     named: list[tuple[str, Sequence[int], str]] = [(ALL_LAYERS, every, "all"), ("all layers, MLP", every, "mlp")]
@@ -438,11 +437,11 @@ def candidates(
         if limit is not None and predicted > 1.1 * limit:
             left_out.append(f"{name}: predicted to take {predicted / 2**20:,.0f} MiB")
             continue
-        rate = usual_rate(width, length, len(layers) / count)
+        rate = usual_rate(width, length, len(layers) / count, rank)
         entrants.append(Entrant(name=name, layers=tuple(layers), modules=modules, learning_rate=float(f"{rate:.3g}")))
     if not entrants:
         fewest = every[-1:]
-        rate = usual_rate(width, length, 1 / count)
+        rate = usual_rate(width, length, 1 / count, rank)
         entrants.append(Entrant(name="last layer", layers=fewest, modules="all", learning_rate=float(f"{rate:.3g}")))
     return entrants, left_out
 
@@ -496,7 +495,7 @@ def _timed(base: BaseModel, data: Dataset, training: TrainSettings, fast: FastSe
     placement = place(base, range(len(base.blocks)), objective="all layers")
     least, most = TIMED_STEPS
     steps = max(least, min(most, training.total_steps(len(data)) // 50))
-    rate = usual_rate(base.model.get_input_embeddings().weight.shape[1], Length(steps))
+    rate = usual_rate(base.model.get_input_embeddings().weight.shape[1], Length(steps), rank=training.rank)
     settings = replace(training, steps=steps, epochs=None, learning_rate=rate, save_steps=0, report_to="none", patience=None)
     told = progress and (lambda phase, done, total: progress("time a few steps", done, total))
     return train(base, placement, data, folder, settings, fast=fast, force=folder.exists(), progress=told)

@@ -193,7 +193,7 @@ SECONDS = 0.06
 """Time limit of each search while a slider moves; the placement says how far it may be from the best."""
 COSTS = {
     "Step time": ("step_time", "seconds", "max_time"),
-    "Peak memory": ("peak_memory", "bytes", "max_memory"),
+    "Peak memory": ("peak_memory", "bytes", "max_training_memory"),
     "Adapter weights": ("parameters", "count", "max_params"),
     "Added latency": ("latency", "seconds", "max_latency"),
 }
@@ -215,11 +215,12 @@ def wishes(objective: str, k: float, min_performance: float, *limits: float) -> 
     """The controls as they stand: 0 layers or 0 % kept means not given, 100 % of a cost (in the order of `COSTS`) no limit.
 
     >>> wishes("balanced", 0, 90, 100, 60, 100, 100).budgets.given()
-    {'max_memory': '60%', 'min_performance': '90%'}
+    {'max_training_memory': '60%', 'min_performance': '90%'}
     """
     shares = {budget: value for (_, _, budget), value in zip(COSTS.values(), limits, strict=True) if value is not None and value < 100}
     shares |= {"min_performance": min_performance} if min_performance else {}
-    return Wishes(objective, int(k) or None, Budgets(**{name: f"{value:g}%" for name, value in shares.items()}))
+    given: dict[str, Any] = {name: f"{value:g}%" for name, value in shares.items()}
+    return Wishes(objective, int(k) or None, Budgets(**given))
 
 
 class Choice(NamedTuple):

@@ -132,9 +132,8 @@ def take_away(choice: Choice, command: str = "") -> str:
 
 def trl_script(placement: Placement) -> str:
     """The script of `layercard export --to trl`, with a learning rate: TRL's own is that of training without adapters."""
-    script = exported(placement, trainer_named("trl"), LoraSettings()).text
     rate = placement.learning_rate or TrainSettings().rate
-    return script.replace('output_dir="adapter"', f'output_dir="adapter", learning_rate={rate:g}', 1)
+    return exported(placement, trainer_named("trl"), LoraSettings(learning_rate=rate)).text
 
 
 def change_table(changes: Sequence[tuple[str, str, str, str]]) -> str:
@@ -211,7 +210,7 @@ def _range(of: Range, empty: str) -> str:
 
 # ---- figures
 
-LIMIT_OF = {"time": "max_time", "memory": "max_memory"}
+LIMIT_OF = {"time": "max_time", "memory": "max_training_memory"}
 """The budget that each front's cost has."""
 CHOSEN, HAND, LINE = "#c2410c", "#7c3aed", "#6b7280"
 
