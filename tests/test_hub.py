@@ -228,8 +228,8 @@ def test_any_text_stays_a_line_of_text(text: str) -> None:
 def test_the_page_draws_every_layer(depth: int) -> None:
     page = readme(LayerCard.from_json(fake_card(depth=depth)), "ann/one")
     gains, coupling = (block.splitlines()[1:] for block in page.split("```")[1:4:2])
-    assert [int(line.strip("★ ").split()[0]) for line in gains] == list(range(depth)) == [int(line[:5]) for line in coupling]
-    assert max(gains, key=lambda line: line.count("█")).startswith("★")
+    assert [int(line.strip("▲ ").split()[0]) for line in gains] == list(range(depth)) == [int(line[:5]) for line in coupling]
+    assert max(gains, key=lambda line: line.count("█")).startswith("▲")
     assert all(line[5 + layer] == "█" and len(line) == 5 + depth for layer, line in enumerate(coupling))
     assert len(page) < 60_000
 
