@@ -116,7 +116,7 @@ def test_forecast_memory_is_that_of_the_run(
     placement = place(tiny_base, layers, modules=modules)
     trained = train(tiny_base, placement, data, tmp_path / "run", replace(SETTINGS, learning_rate=1e-3), fast=how)
     # A set of modules shares out what all of them keep, which is nearer for larger models (benchmarks/plan_forecast.py).
-    assert row.memory_bytes == pytest.approx(trained.peak_memory_bytes, rel=0.1 if modules == "all" else 0.2)
+    assert row.memory_bytes == pytest.approx(trained.peak_memory_bytes, rel=0.1 if modules == "all" else 0.2 if fast else 0.3)
 
 
 def test_a_plan_has_stock_training_first_and_streamed_rows(tiny_base: BaseModel, data: Dataset, valid: Dataset) -> None:
