@@ -179,9 +179,11 @@ def test_a_module_has_as_many_weights_as_its_shape() -> None:
 
 
 def test_the_rule_falls_with_steps_width_and_rank_and_rises_with_fewer_layers() -> None:
-    rate = usual_rate(576, 500)
-    assert (
-        usual_rate(576, 500, 0.2) > rate > usual_rate(576, 2000) and usual_rate(1024, 500) < rate and usual_rate(576, 500, rank=32) < rate
+    usual = Length(500)
+    rate = usual_rate(576, usual)
+    assert usual_rate(576, usual, 0.2) > rate
+    assert rate > max(
+        usual_rate(576, Length(2000)), usual_rate(576, Length(500, 3)), usual_rate(1024, usual), usual_rate(576, usual, rank=32)
     )
 
 
