@@ -43,8 +43,8 @@ LOWER_END, UPPER_END = 1.02, 1.1
 AUTO = "auto"
 """The set of modules that is left to the choice."""
 MODULES_KEEP = {"all": 1.0, "mlp": 0.984, "attention": 0.95, "out": 0.968, "down": 0.955}
-"""What a set of modules keeps of the performance of all modules in the same layers: single runs of one model and task (13 layers, 48 steps),
-taken to hold for others; that of attention is assumed (docs/choosing.md)."""
+"""What a set of modules keeps of the performance of all modules in the same layers: single runs of one model and task (13 layers, 48
+steps), taken to hold for others; that of attention is assumed (docs/choosing.md)."""
 
 # ---- what a card says of a set of layers
 
