@@ -334,8 +334,8 @@ def kind_of(name: str) -> str:
 def rows(regime: Regime) -> list[list[Any]]:
     """The table of a regime: of each method the learning rate of least loss, then its others, then other seeds.
 
-    The target is the loss at the end of the baseline that ends lowest, and 1 % more; the time to beat is that of the baseline, with whatever
-    trainer and learning rate, that is there first.
+    The target is the loss at the end of the baseline that ends lowest, and 1 % more; the time to beat is that of the
+    baseline, with whatever trainer and learning rate, that is there first.
     """
     runs = [json.loads(path.read_text()) for path in sorted(regime.folder.glob("*-s*.json"))]
     baselines = [each for each in runs if kind_of(each["name"]) in BASELINES and each["seed"] == 0]
@@ -389,7 +389,8 @@ def main() -> None:
         for seed in options.seeds:
             for name in options.only or QUEUE:
                 child(regime, name, seed, options.dtype)
-    title = f"Seconds of one core until the loss of the best all-layer baseline; times faster: than the first baseline there; {Path(regime.model).stem}, {regime.task}, "
+    title = "Seconds of one core until the loss of the best all-layer baseline; times faster: than the first baseline there; "
+    title += f"{Path(regime.model).stem}, {regime.task}, "
     title += f"{regime.records} records × {regime.epochs} epochs, batches of {BATCH}, {options.dtype}, seed 0 but where another is named"
     name = "time_to_quality" if regime == Regime("smollm2-135m", "e2e", 300, 3) else f"time_to_quality_{regime.name}"
     report(name, title, COLUMNS, rows(regime))
