@@ -17,7 +17,7 @@ EPOCHS, RECORDS, BATCH = 3, 64, 4
 def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "loop-adapter") -> None:
     base = layercard.load_model(model)
     dataset = layercard.load_data(data, base.tokenizer, records=RECORDS)
-    placement = layercard.select(layercard.profile(base, None, dataset))
+    placement = layercard.select(layercard.profile(base, None, dataset), k=2)
     print("layers", *placement.layers)
 
     lora = layercard.apply(base.model, placement, LoraConfig(r=8, lora_alpha=16)).train()

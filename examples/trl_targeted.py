@@ -16,7 +16,7 @@ EPOCHS, RECORDS = 3, 64
 def main(model: str = "smollm2-135m", data: str = "synthetic", output: str = "trl-adapter") -> None:
     base = layercard.load_model(model)
     dataset = layercard.load_data(data, base.tokenizer, records=RECORDS)
-    placement = layercard.select(layercard.profile(base, None, dataset))
+    placement = layercard.select(layercard.profile(base, None, dataset), k=2)
     print("layers", *placement.layers)
 
     records = [example.record for example in dataset.examples]

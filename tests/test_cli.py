@@ -519,7 +519,8 @@ def test_defaults_are_those_of_the_library() -> None:
         defaults = {name: parameter.default for name, parameter in inspect.signature(expanded(command)).parameters.items()}
         shared = [field.name for field in dataclasses.fields(settings) if field.name in defaults]
         assert len(shared) >= 7
-        assert {name: defaults[name] for name in shared} == {name: getattr(settings, name) for name in shared}
+        plain = {name: None if name == "learning_rate" and defaults[name] == "auto" else defaults[name] for name in shared}
+        assert plain == {name: getattr(settings, name) for name in shared}
 
 
 @pytest.mark.parametrize(("number", "status", "word"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")])
@@ -579,7 +580,7 @@ MISTAKES = {
     "train tiny --data data.jsonl --placement placement.json --alpha much -o new": "must be a number",
     "data data.jsonl --model tiny --columns prompt=nothing": "has no column 'nothing'",
     "run tiny --data data.jsonl --columns prompt=nothing -o new": "has no column 'nothing'",
-    "profile tiny --data data.jsonl --columns nothing=prompt -o new.json": "is no field",
+    "profile tiny --data data.jsonl --columns nothing=prompt -o new.json": "is not a field",
     "profile tiny --data card.json -o new.json": "needs prompt and completion",
 }
 """What a user may get wrong, and words of the one line that says so."""

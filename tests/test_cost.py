@@ -223,7 +223,7 @@ def test_a_cost_model_survives_the_disk_and_refuses_what_is_broken(tmp_path: Pat
             CostModel.from_json({**value, **change}, "cost.json")
         assert "\n" not in str(caught.value)
     path.write_text(path.read_text()[:100])
-    with pytest.raises(CardError, match="no whole cost model"):
+    with pytest.raises(CardError, match="is not a whole cost model"):
         CostModel.load(path)
 
 

@@ -461,5 +461,6 @@ def test_an_entry_of_the_method_comparison(tmp_path: Path, monkeypatch: pytest.M
     assert parameters["optimizer_kwargs"] == {"lr": 3e-4, "weight_decay": 0.1}
     capsys.readouterr()
     assert cli.run(line) == 2 and "exists" in capsys.readouterr().err
+    Path("a.json").write_text("{}")
     assert cli.run([*line[:4], "--merge", "a.json"]) == 2 and "folder of its own" in capsys.readouterr().err
     assert cli.run([*line[:4], "-o", "other"]) == 0 and "put the folder there" in capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_a_card_survives_the_disk_and_refuses_what_is_broken(card: LayerCard, tm
         card.save(path)
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    with pytest.raises(CardError, match=r"no whole card \(line \d+"):
+    with pytest.raises(CardError, match=r"is not a whole card \(line \d+"):
         LayerCard.load(path)
     value = json.loads(whole)
     for change, message in (

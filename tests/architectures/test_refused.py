@@ -68,6 +68,7 @@ def test_in_memory(build: Callable[[], PreTrainedModel], message: str) -> None:
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_found_out(tmp_path: Path) -> None:
     base = wrap_model(tiny.build_tiny("llama"), tiny.tiny_tokenizer())
+    base.model.lm_head.weight.data.mul_(5)  # so that wrong states are far from right ones in loss
     beside: list[torch.Tensor] = []
 
     def first(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:

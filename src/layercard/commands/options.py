@@ -67,6 +67,8 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             value = value if unit is None or value is None else int(value * unit)
             if group in changes:
                 changes[group][name] = value
+            elif described["auto"]:
+                given[name] = value
         command(*context, **given, **{name: dataclasses.replace(declared[name], **values) for name, values in changes.items()})
 
     with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -61,7 +61,8 @@ def plan(
             dataset = opt.read(data, base, records, reading)
             held_out = opt.read(valid, base, valid_records, reading) if valid else None
             result = plan_here(base, dataset, settings, valid=held_out, fast=fast, progress=display, **how)
-    show_result(result, as_json, plan_view(result), output=output, force=force)
+    then = ("run", model, *opt.data_options(data), "-o", "run")
+    show_result(result, as_json, plan_view(result), output=output, force=force, then=then)
 
 
 def _elsewhere(

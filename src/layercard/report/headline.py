@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from layercard.card.card import training_cost
 from layercard.card.numbers import PREDICTED
 from layercard.records import Estimate
 from layercard.report.roi import Ratios, Roi
@@ -153,7 +154,7 @@ def _memory(sources: Sources, runs: Sequence[Trial], ratios: Ratios) -> Tile:
         share = peak.value * len(of_all) / sum(of_all) if of_all else None
         return _memory_tile(peak, share, f"above the frozen model, {counted(len(peaks), 'run')}", "measured")
     if card is not None and card.cost is not None and sources.chosen is not None:
-        peak_of, every = card.cost.peak_memory, range(card.model.layers)
+        peak_of, every = training_cost(card).peak_memory, range(card.model.layers)
         peak = Estimate(value=peak_of(sources.chosen[0]))
         return _memory_tile(peak, peak.value / peak_of(every), "above the frozen model", ratios.memory.basis)
     return Tile("Peak memory", "unknown", "", "profile with --cost")

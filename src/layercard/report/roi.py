@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
-from layercard.card.card import LayerCard
+from layercard.card.card import LayerCard, training_cost
 from layercard.card.numbers import listed
 from layercard.cost.model import CostModel
 from layercard.errors import ReportError, suggestion
@@ -392,7 +392,7 @@ def ratios_of(
     parts: dict[str, Any] = {}
     places: list[str] = []
     if card is not None and card.cost is not None:
-        cost = card.cost
+        cost = training_cost(card)
         parts = _from_cost(cost, chosen, "" if modules == "all" else f"; counted as if all modules were adapted, not {modules} alone")
         if cost.source == "measured":
             places.append(f"{device_of(cost)}, {cost.batch_size} records of {cost.tokens} tokens")

@@ -4,7 +4,7 @@ What files say is put into `Text`, which is shown as it is and never read as mar
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,13 +14,15 @@ from rich.text import Text
 from layercard.card.card import LayerCard
 from layercard.card.numbers import PREDICTED, Json, interval, listed, percent, predicted_rows, reasons_apart, short, stability_words
 from layercard.cost.model import CostModel
-from layercard.cost.training import TrainingPlan
 from layercard.records import Estimate
 from layercard.report.roi import RATIOS, SHOWN, Roi
 from layercard.report.words import MEASURES, amount, bar_fractions, counted, duration, seconds, signed, size, title_of
 from layercard.selection.placement import Placement
 from layercard.selection.strategies import strategy_layers
 from layercard.trials.records import Comparison
+
+if TYPE_CHECKING:
+    from layercard.cost.training import TrainingPlan
 
 MIB = 2**20
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -359,7 +361,7 @@ def explain_view(cost: CostModel, layers: Sequence[int], padding: float | None =
     return Group(Text("\n".join(lines)), Text(), table)
 
 
-def plan_view(plan: TrainingPlan) -> RenderableType:
+def plan_view(plan: "TrainingPlan") -> RenderableType:
     """The forecasts of a plan, one row a placement; what it takes when it is streamed stands beside it."""
     work = plan.workload
     header = (
