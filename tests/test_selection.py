@@ -382,7 +382,7 @@ def test_the_gain_estimate_is_gain_times_the_coverage_of_one_layer() -> None:
         (["verify", "half.json", "--model", "m", "--layers", "0-999999999"], "--layers has '0-999999999'"),
         (["verify", "half.json", "--model", "m", "--layers", "9" * 5000], "--layers has '999"),
         (
-            ["compare", "m", "--data", "records.jsonl", "--valid", "records.jsonl", "--placements", "half.json", "-o", "out"],
+            ["compare", "m", "--data", "r.jsonl", "--valid", "r.jsonl", "--placements", "half.json", "-o", "out"],
             "surrogate pair",
         ),
         (["bench", "placements", "-o", "out", "--k", "9" * 5000], "--k '999"),
@@ -398,7 +398,7 @@ def test_numbers_and_texts_that_are_none_are_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "9999")
     Path("card.json").write_text(json.dumps(fake_card(6)))
-    Path("records.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("r.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     Path("half.json").write_text(json.dumps({**fake_placement(fake_card(6), [2]), "objective": "\ud800"}))
     assert run(arguments) == 2
     error = capsys.readouterr().err

@@ -215,7 +215,7 @@ def wishes(objective: str, k: float, min_performance: float, *limits: float) -> 
     """The controls as they stand: 0 layers or 0 % kept means not given, 100 % of a cost (in the order of `COSTS`) no limit.
 
     >>> wishes("balanced", 0, 90, 100, 60, 100, 100).budgets.given()
-    {'max_training_memory': '60%', 'min_performance': '90%'}
+    {'min_performance': '90%', 'max_training_memory': '60%'}
     """
     shares = {budget: value for (_, _, budget), value in zip(COSTS.values(), limits, strict=True) if value is not None and value < 100}
     shares |= {"min_performance": min_performance} if min_performance else {}
