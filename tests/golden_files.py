@@ -65,7 +65,8 @@ def as_json(command: str) -> Any:
 
 
 def lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.splitlines()]
+    """The lines of a text, with the folder of this clone left out of paths."""
+    return [line.rstrip() for line in text.replace(f"{ROOT}/", "").splitlines()]
 
 
 @contextlib.contextmanager

@@ -9,11 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layercard.adapters.apply import place
+from layercard.card.card import LayerCard
 from layercard.data.load import load_data
 from layercard.models.hooks import capturing, run_experts, stepped
 from layercard.models.layers import LinearModule, find_blocks, unread_experts
 from layercard.models.load import BaseModel, wrap_model
 from layercard.models.losses import labelled_losses
+from layercard.profiling import profile as profile_module
+from layercard.profiling.assemble_card import assemble_card
 from layercard.profiling.fit import Fit, fit_pass
 from layercard.profiling.held_out import HeldOut, held_out_pass
 from layercard.profiling.profile import profile_records as profile, split_records
@@ -214,18 +217,35 @@ def test_signals_do_not_depend_on_batches_and_follow_a_permutation_of_experts() 
         assert value == pytest.approx(before[f"{stack}[{order[int(number)]}]"])
 
 
-def test_from_card_to_a_trained_adapter(tmp_path: Path) -> None:
+def test_from_card_to_a_trained_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(build("qwen3_moe").float())
     data = load_data(write_records(tmp_path / "records.jsonl", tiny_records(12)), base.tokenizer)
+    measured: list[HeldOut] = []
+
+    def assemble(*arguments: Any) -> LayerCard:
+        measured.append(arguments[4])
+        return assemble_card(*arguments)
+
+    monkeypatch.setattr(profile_module, "assemble_card", assemble)
     card = profile(base, data, ProfileSettings(rank=2, probe="step", cost=False))
+    (held_out,) = measured
+
+    def square(path: str) -> float:
+        """The squared resnorm of a map, the mean of both halves of the records; noise may put it below zero."""
+        values = held_out.modules.get(path, torch.zeros(2, len(data)))[1]
+        return sum(float(values[held_out.half == half].sum() / held_out.labelled[held_out.half == half].sum()) / 2 for half in (0, 1))
+
+    def root(squares: list[float]) -> Any:
+        return pytest.approx(math.sqrt(max(0.0, sum(squares))), rel=1e-5)
+
     for block, entry in zip(base.blocks, card.layers, strict=True):
         stacks = [module for module in entry.modules if module.experts]
         assert [module.path for module in stacks] == [stack.path for stack in block.stacks]
         for module in stacks:
             assert module.experts == 4 and sum(module.expert_tokens) > 0
-            # Squares add up, but for those that noise puts below zero, of which the card says 0.
-            assert module.resnorm <= math.sqrt(sum(value**2 for value in module.expert_resnorm)) * (1 + 1e-6)
-        assert entry.resnorm.value <= math.sqrt(sum(module.resnorm**2 for module in entry.modules)) * (1 + 1e-5)
+            squares = [square(f"{module.path}[{expert}]") for expert in range(4)]
+            assert module.resnorm == root(squares) and list(module.expert_resnorm) == [root([each]) for each in squares]
+        assert entry.resnorm.value == root([square(each.path) for each in block.modules])
     placement = select(card, k=1, objective="performance")
     (layer,) = placement.layers
     assert placement.parameters == tuple(stack.path for stack in base.blocks[layer].stacks)

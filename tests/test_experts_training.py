@@ -83,7 +83,7 @@ def test_an_interrupted_profile_is_the_same_card(tmp_path: Path, monkeypatch: py
     interrupts = 0
     while True:
         try:
-            card = profile(base, dataset(base, tmp_path), how, stopping(8), state=tmp_path / "state")
+            card = profile(base, dataset(base, tmp_path), how, stopping(4), state=tmp_path / "state")
             break
         except Stopped:
             interrupts += 1

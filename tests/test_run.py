@@ -168,8 +168,11 @@ def test_tune_makes_a_placement_that_train_uses(arguments, tmp_path, capsys):
     assert not (tmp_path / "out" / "adapter").exists()
     train = ["train", words[1], "--data", words[3], "--placement", str(tmp_path / "out" / "placement.json"), "--steps", "2", "--json"]
     assert command([*train, "-o", str(tmp_path / "adapter")]) == 0
-    rate = json.loads(capsys.readouterr().out)["settings"]["learning_rate"]
-    assert rate > placement["learning_rate"] and placement["learning_rate_steps"] > 2  # moved to the two steps
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    raced_for = Length(placement["learning_rate_steps"], placement["learning_rate_passes"])
+    passes = 2 * settings["batch_size"] / len(Path(words[3]).read_text().splitlines())
+    expected = moved(placement["learning_rate"], raced_for, Length(2, passes))
+    assert settings["learning_rate"] == pytest.approx(expected, rel=5e-3)  # three digits
 
     # The recipe says the same, and the command line has the last word.
     assert command(["tune", "--recipe", str(recipe), "-o", str(tmp_path / "again"), "--json"]) == 0

@@ -232,7 +232,7 @@ def test_resume_starts_where_nothing_was_saved_and_returns_what_is_finished(
     run("new", resume=True)
     assert_equal_adapters(tmp_path / "new", tmp_path / "a")
     monkeypatch.setattr(trainer_module, "AdapterTrainer", None)
-    assert run("a", replace(FAST, report_to="all"), resume=True) == record
+    assert run("a", replace(FAST, report_to="wandb"), resume=True) == record
 
 
 def test_resume_with_other_settings_data_or_layers_is_refused(

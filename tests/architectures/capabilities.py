@@ -6,7 +6,6 @@ Each function takes a `Case` and returns `yes`, or in one line why the capabilit
 """
 
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -122,7 +121,7 @@ def profiles(case: Case) -> str:
     """The card is made, its signals are the gradients of a weight added to each map, and the model is bit for bit as before."""
     before = fingerprint(case.base.model)
     assert len(case.card.layers) == len(case.base.blocks)
-    assert all(layer.modules and math.isfinite(layer.resnorm.value) for layer in case.card.layers)
+    assert all(layer.modules and layer.gradient_norm.value > 0 and layer.resnorm.value >= 0 for layer in case.card.layers)
     signals = _signals(case)
     projections = [p for block in case.base.blocks for p in block.linear_modules]
     added = [torch.zeros(p.out_features, p.in_features, requires_grad=True) for p in projections]

@@ -204,6 +204,12 @@ def _deviation(values_ln: torch.Tensor, counts_n: torch.Tensor, held_out: HeldOu
     return [ratio_deviation(values_ln[:, rows], counts_n[rows], weights_bn[:, rows]) for rows in halves]
 
 
+def _over_halves(values: torch.Tensor, held_out: HeldOut) -> torch.Tensor:
+    """The mean over both halves of the records of `Σ value / Σ labelled tokens`; `values` are `[…, n]`."""
+    parts = [values[..., rows].sum(dim=-1) / held_out.labelled[rows].sum() for rows in (held_out.half == 0, held_out.half == 1)]
+    return (parts[0] + parts[1]) / 2
+
+
 def _residual_measures(fits: Sequence[Fit], held_out: HeldOut, weights_bn: torch.Tensor) -> dict[str, list[Estimate]]:
     """What the steps of one half are worth on the other, `−⟨G, Δ⟩`: noise in either of them is none in the other.
 
@@ -217,8 +223,7 @@ def _residual_measures(fits: Sequence[Fit], held_out: HeldOut, weights_bn: torch
             for layer in range(len(fits[0].layers))
         ]
         values_ln = torch.stack(per_layer)
-        parts = [values_ln[:, rows].sum(dim=1) / held_out.labelled[rows].sum() for rows in (held_out.half == 0, held_out.half == 1)]
-        value = (parts[0] + parts[1]) / 2
+        value = _over_halves(values_ln, held_out)
         squares.append((value, value + sum(_deviation(values_ln, held_out.labelled, held_out, weights_bn))))
     (rank_value, rank_moved), (value, moved) = squares
     energy = ((_total(fits[0], _residual_energy) + _total(fits[1], _residual_energy)) / 2).clamp(min=TINY)
@@ -306,12 +311,10 @@ def _modules(layers: Sequence[LayerSignals], held_out: HeldOut, stacks: tuple[Ex
         for m in layer.modules:
             by_path.setdefault(m.module.path, []).append(m)
     ridges = [{signals.path: signals.ridge for signals in layer.inputs} for layer in layers]
-    labelled = [held_out.labelled[held_out.half == number].sum() for number in (0, 1)]
 
     def squared(path: str, number: int) -> float:
         """What the module has of resnorm², within reach of the rank (0) or all of it (1)."""
-        values = held_out.modules[path][number]
-        return float(sum(values[held_out.half == each].sum() / labelled[each] for each in (0, 1)) / 2)
+        return float(_over_halves(held_out.modules[path][number], held_out))
 
     def entry(path: str, shape: Any, paths: list[str], **more: Any) -> ModuleCard:
         parts = [m for each in paths for m in by_path[each]]

@@ -257,7 +257,11 @@ def profile_records(
             if streamed:
                 probe = stream_step_probe(streamed, steps, slopes, layers, chosen, rows, settings.batch_size, between, progress, parts)
                 return probe, streamed.reading
-            entered = [ReplayedSet(base, examples, layers, settings.batch_size, progress=progress) for examples in chosen]
+            entered = []
+            for number, examples in enumerate(chosen, 1):
+                entered.append(ReplayedSet(base, examples, layers, settings.batch_size))
+                if progress:
+                    progress("entries", number, len(chosen))
             probe = step_probe(base, list(zip(reversed(steps), entered, strict=True)), slopes, layers, rows, progress, parts)
             _check_replay(base, probe, held_out)
             return probe, {}

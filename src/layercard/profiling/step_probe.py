@@ -10,7 +10,7 @@ import torch
 
 from layercard import processes
 from layercard.checkpoint import State
-from layercard.data.load import Example, batches, positions
+from layercard.data.load import Example, batches
 from layercard.models.hooks import frozen, hidden_states, replayed, stepped
 from layercard.models.load import BaseModel, Progress, shared_keys
 from layercard.models.losses import RecordLosses, labelled_losses, record_losses
@@ -31,28 +31,18 @@ class ReplayedSet:
         layers: The blocks that will be entered; `entries` holds for each batch what enters them, `[B, T, width]`, by the block's index.
         batch_size: Rows in a batch; `batches` are on the model's device.
         by_length: Put rows of similar length together; else keep the order.
-        progress: Told of each batch, counted in positions.
     """
 
     def __init__(
-        self,
-        base: BaseModel,
-        examples: Sequence[Example],
-        layers: Sequence[int],
-        batch_size: int,
-        *,
-        by_length: bool = True,
-        progress: Progress | None = None,
+        self, base: BaseModel, examples: Sequence[Example], layers: Sequence[int], batch_size: int, *, by_length: bool = True
     ) -> None:
         self.base, self.records, self.all_blocks = base, len(examples), bool(shared_keys(base.model))
         self.batches = [batch.to(base.device) for batch in batches(examples, batch_size, base.pad_id, by_length=by_length)]
         self.entries: list[dict[int, torch.Tensor]] = []
-        layers, positions_done = [0] if self.all_blocks else layers, positions(self.batches)
+        layers = [0] if self.all_blocks else layers
         with torch.no_grad(), frozen(base.model):
-            for number, batch in enumerate(self.batches):
+            for batch in self.batches:
                 self.entries.append(hidden_states(partial(labelled_losses, base.model, batch), base.blocks, layers))
-                if progress:
-                    progress("entries", positions_done[number], positions_done[-1])
 
     def move(self, layer: int) -> None:
         """Keep what enters `layer` alone, made from the nearest block at or below it: only the blocks in between run."""

@@ -125,7 +125,8 @@ def train(
         settings = replace(settings, learning_rate=rate)
 
     # Step 1: refuse what cannot be trained before anything is written.
-    check_reporters(settings)
+    if not (resume and (output / RUN_FILE).exists()):  # a finished run logs nothing more
+        check_reporters(settings)
     check_model(base, placement)
     if data.labelled_tokens == 0:
         raise TrainingError(f"{data.source} has no labelled token to learn from; give records with completions")
